@@ -1,0 +1,691 @@
+"""data.py: everything the models read. Next file: model.py.
+
+    OBJECTIVES   the seven objectives of the paper: name, domain, how its labels are built (case), where a step ends
+    Tokenizer    text <-> ids on a tiktoken.Encoding that is built from data, never downloaded
+    Math, Values, Tutoring
+                 three small worlds written as programs. Each makes problems, flawed demonstrations and noise-free
+                 scores; Math also verifies single steps, Tutoring also plays the student. They are small enough for
+                 a 0.4 M-parameter model and hard enough that every stage of the method has something to improve.
+    read_*       the same things from real JSONL files
+    pad          ragged lists of ids -> one (B, T) tensor
+
+A conversation is a list of {"role": "user" | "assistant", "content": str}. Math and Values have one assistant turn,
+Tutoring has three. Training labels come from noisy judges (`judge`), tables from the noise-free scores.
+"""
+import json
+import os
+import re
+import zlib
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+import tiktoken
+import torch
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One axis of alignment. `case` names the row of the paper's table of label constructions (Sec. 4)."""
+    name: str
+    domain: str      # math | values | tutoring
+    case: str        # verifiable | A (judge on rollouts) | B (judge on prefixes) | C (preference pairs)
+    boundary: str    # where a step ends: newline | sentence | turn
+
+
+OBJECTIVES = {o.name: o for o in [
+    Objective("math_accuracy", "math", "verifiable", "newline"),
+    Objective("math_engagement", "math", "A", "newline"),
+    Objective("helpfulness", "values", "C", "sentence"),
+    Objective("honesty", "values", "C", "sentence"),
+    Objective("truthfulness", "values", "C", "sentence"),
+    Objective("tutor_accuracy", "tutoring", "B", "turn"),
+    Objective("tutor_engagement", "tutoring", "B", "turn"),
+]}
+
+
+def select_objectives(spec):
+    """'all', a domain, or comma-separated names -> list of names in table order. ValueError on an unknown name."""
+    wanted = [part.strip() for part in spec.split(",") if part.strip()]
+    domains = {o.domain for o in OBJECTIVES.values()}
+    unknown = [w for w in wanted if w != "all" and w not in domains and w not in OBJECTIVES]
+    if unknown or not wanted:
+        raise ValueError(f"unknown objective {', '.join(unknown) or spec!r}: choose all, {', '.join(sorted(domains))}, "
+                         f"or names from {', '.join(OBJECTIVES)}")
+    return [n for n, o in OBJECTIVES.items() if "all" in wanted or n in wanted or o.domain in wanted]
+
+
+def domain_objectives(domain, objectives):
+    """The objectives (of those given) that belong to `domain`, in order."""
+    return [n for n in objectives if OBJECTIVES[n].domain == domain]
+
+
+class Dice:
+    """Python-side random draws from one torch.Generator, fetched in blocks because single draws are slow."""
+
+    def __init__(self, seed):
+        self.generator, self.pool = torch.Generator().manual_seed(seed), []
+
+    def random(self):
+        if not self.pool:
+            self.pool = torch.rand(4096, generator=self.generator, dtype=torch.float64).tolist()
+        return self.pool.pop()
+
+    def chance(self, p):
+        return self.random() < p
+
+    def choice(self, items):
+        return items[int(self.random() * len(items))]
+
+    def gauss(self, sigma):
+        return NormalDist(0, sigma).inv_cdf(max(self.random(), 1e-12))
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer
+
+# Words and numbers keep the space before them, as in GPT-2; anything else is cut into single characters.
+PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPECIALS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def byte_alphabet():
+    """byte -> printable character, the reversible map that byte-level tokenizer.json files are written in (GPT-2)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    odd = [b for b in range(256) if b not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(odd)}
+
+
+class Tokenizer:
+    """Text <-> token ids. The merging is done by a tiktoken.Encoding built here from a vocabulary.
+
+    pieces:   list of bytes by id; b"" for special tokens and unused ids.
+    ranks:    dict bytes -> merge priority, all 256 single bytes among them (tiktoken panics on a byte it lacks).
+    specials: dict text -> id. Ordinary text never becomes one: only encode_chat writes them.
+    """
+
+    def __init__(self, pieces, ranks, specials, pattern, eos_id, pad_id, bos_id=None, prefix_space=False):
+        self.pieces, self.ranks, self.specials, self.pattern = pieces, ranks, specials, pattern
+        self.eos_id, self.pad_id, self.bos_id, self.prefix_space = eos_id, pad_id, bos_id, prefix_space
+        self.n_vocab, self.files, self.masks = len(pieces), {}, {}
+        self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        ids = {piece: i for i, piece in enumerate(pieces) if piece}
+        # Merge priorities need not be ids, and a byte may have no id at all: such bytes are dropped, as the
+        # reference implementation does for a vocabulary without an unknown token.
+        self.id_of_rank = {rank: ids.get(piece) for piece, rank in ranks.items()}
+        self.same_ids = all(rank == i for rank, i in self.id_of_rank.items())
+
+    def encode(self, text):
+        """Ordinary text -> ids, without any special token."""
+        if self.prefix_space and text and not text[0].isspace():
+            text = " " + text
+        ids = self.encoding.encode_ordinary(text)
+        return ids if self.same_ids else [i for i in map(self.id_of_rank.get, ids) if i is not None]
+
+    def decode(self, ids):
+        """ids -> text; special tokens vanish, broken UTF-8 becomes U+FFFD."""
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
+
+    def encode_chat(self, messages, add_generation_prompt=True):
+        """Messages -> ids, ready for the model to go on. Every message is encoded apart from its neighbours (trap:
+        tokens that merge across the border between prompt and response), so a cached conversation never changes."""
+        ids = [self.bos_id] if self.bos_id is not None else []
+        for m in messages:
+            if "<|user|>" in self.specials:
+                ids += [self.specials[f"<|{m['role']}|>"], *self.encode(m["content"]), self.eos_id]
+            elif m["role"] == "assistant":
+                ids += self.encode("Assistant:") + self.encode(m["content"]) + [self.eos_id]
+            else:
+                ids += self.encode(f"{m['role'].capitalize()}: {m['content']}\n")
+        if add_generation_prompt:
+            ids += [self.specials["<|assistant|>"]] if "<|user|>" in self.specials else self.encode("Assistant:")
+        return ids
+
+    def encode_turn(self, content):
+        """A user's next message in a running conversation whose cache ends with the end-of-turn token."""
+        ids = self.encode_chat([{"role": "user", "content": content}])
+        return ids[1:] if self.bos_id is not None else ids
+
+    # -- where steps end, as masks over the vocabulary, so that no text is decoded inside a decoding loop
+
+    def boundary_masks(self, kind):
+        """-> (ends (V,) bool, blocked_after (V,) bool): a step ends at token t if ends[t] and not
+        blocked_after[the token before]. `turn` ends at EOS only, which always ends a step."""
+        ends, blocked = torch.zeros(self.n_vocab, dtype=torch.bool), torch.zeros(self.n_vocab, dtype=torch.bool)
+        for i, piece in enumerate(self.pieces):
+            text = piece.decode("utf-8", errors="replace")
+            if kind != "turn" and "\n" in text:
+                ends[i] = True
+            elif kind == "sentence":
+                ends[i] = text.rstrip("\"')").endswith((".", "!", "?"))
+                # '3.14', 'e.g.': a stop right after a digit or after a single letter is not a sentence end.
+                blocked[i] = bool(re.fullmatch(r".*[0-9]|\.?[A-Za-z]| [b-zB-HJ-Z]", text))
+        ends[self.eos_id] = True
+        return ends, blocked
+
+    def step_ends(self, ids, kind):
+        """Response ids -> indices of the last token of every step (a cut-off last step counts as one)."""
+        if not ids:
+            return []
+        if kind not in self.masks:
+            self.masks[kind] = [m.tolist() for m in self.boundary_masks(kind)]
+        ends, blocked = self.masks[kind]
+        found = [t for t, i in enumerate(ids) if ends[i] and not (t and i != self.eos_id and blocked[ids[t - 1]])]
+        return found if found and found[-1] == len(ids) - 1 else found + [len(ids) - 1]
+
+    # -- to and from Hugging Face's tokenizer.json
+
+    @classmethod
+    def embedded(cls):
+        """The tokenizer of the three worlds: 256 bytes, then every word and number that occurs, then the specials."""
+        dice, words = Dice(0), set()
+        for domain in DOMAINS.values():
+            for _ in range(1000):
+                for m in domain.conversation(domain.problem(dice), dice):
+                    words.update(w.encode() for w in re.findall(PATTERN, m["content"]))
+        pieces = [bytes([b]) for b in range(256)] + sorted(w for w in words if len(w) > 1)
+        ranks = {p: i for i, p in enumerate(pieces)}
+        specials = {s: len(pieces) + i for i, s in enumerate(SPECIALS)}
+        return cls(pieces + [b""] * len(SPECIALS), ranks, specials, PATTERN, specials["<|end|>"], specials["<|pad|>"])
+
+    @classmethod
+    def from_hf(cls, directory):
+        """tokenizer.json (byte-level BPE) of a Hugging Face directory -> Tokenizer. ValueError names what is odd."""
+        path = os.path.join(directory, "tokenizer.json")
+        spec = read_json(path)
+        config_path = os.path.join(directory, "tokenizer_config.json")
+        config = read_json(config_path) if os.path.exists(config_path) else {}
+        model, pre = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
+        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or spec.get("normalizer"):
+            raise ValueError(f"{path}: only byte-level BPE without a normalizer is read, "
+                             f"not {model.get('type')} with byte_fallback or a normalizer")
+        parts = pre.get("pretokenizers", [pre])
+        split = next((p["pattern"]["Regex"] for p in parts if p.get("type") == "Split"), None)
+        byte_level = [p for p in parts if p.get("type") == "ByteLevel"]
+        if not byte_level or any(p.get("type") not in ("Split", "ByteLevel") for p in parts):
+            raise ValueError(f"{path}: pre_tokenizer {pre.get('type')} is not read, only ByteLevel or Split + ByteLevel")
+        to_byte = {c: b for b, c in byte_alphabet().items()}
+        specials = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        raw = lambda s: bytes(to_byte[c] for c in s)
+        vocab = {raw(s): i for s, i in model["vocab"].items() if s not in specials}
+        pieces = [b""] * (1 + max([*vocab.values(), *specials.values()]))
+        for piece, i in vocab.items():
+            pieces[i] = piece
+        # Priorities: single bytes first, then results of merges in merge order, then what only a whole word can be.
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        ordered = [bytes([b]) for b in range(256)] + [raw(a + b) for a, b in merges]
+        if model.get("ignore_merges"):
+            ordered += sorted(vocab, key=vocab.get)
+        ranks = {piece: i for i, piece in enumerate(dict.fromkeys(ordered))}
+        name = lambda key: (config.get(key) or {}).get("content") if isinstance(config.get(key), dict) else config.get(key)
+        eos = next((specials[s] for s in (name("eos_token"), "<|end|>", "</s>", "<|endoftext|>") if s in specials), None)
+        if eos is None:
+            raise ValueError(f"{directory}: no end-of-text token; name it as eos_token in tokenizer_config.json")
+        pad = specials.get(name("pad_token"), specials.get("<unk>", eos))
+        bos = specials.get(name("bos_token")) if config.get("add_bos_token") else None
+        tokenizer = cls(pieces, ranks, specials, split or GPT2_PATTERN, eos, pad, bos,
+                        prefix_space=any(p.get("add_prefix_space") for p in byte_level))
+        tokenizer.files = {"tokenizer.json": spec} | ({"tokenizer_config.json": config} if config else {})
+        return tokenizer
+
+    def save(self, directory):
+        """Write tokenizer.json and tokenizer_config.json that other programs load (as they came, if they came)."""
+        for name, content in self.files.items():
+            write_json(os.path.join(directory, name), content)
+        if self.files:
+            return
+        alphabet = byte_alphabet()
+        shown = lambda piece: "".join(alphabet[b] for b in piece)
+        # tiktoken merges any two neighbours whose union is a token: the same as listing every split of every token.
+        by_rank = sorted(self.ranks, key=self.ranks.get)
+        merges = [[shown(p[:i]), shown(p[i:])] for p in by_rank for i in range(1, len(p))
+                  if p[:i] in self.ranks and p[i:] in self.ranks]
+        write_json(os.path.join(directory, "tokenizer.json"), {
+            "version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [dict(id=i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                                  special=True) for s, i in self.specials.items()],
+            "normalizer": None, "post_processor": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": self.prefix_space, "trim_offsets": True, "use_regex": False}]},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                      "vocab": {shown(p): i for i, p in enumerate(self.pieces) if p} | self.specials,
+                      "merges": merges}})
+        text_of = {i: s for s, i in self.specials.items()}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": text_of[self.eos_id],
+                  "pad_token": text_of.get(self.pad_id), "clean_up_tokenization_spaces": False}
+        if self.bos_id is not None:
+            config |= {"add_bos_token": True, "bos_token": text_of[self.bos_id]}
+        if "<|user|>" in self.specials:
+            config["chat_template"] = CHAT_TEMPLATE
+        write_json(os.path.join(directory, "tokenizer_config.json"), config)
+
+
+# ---------------------------------------------------------------------------------------- three worlds as programs
+
+@dataclass
+class Problem:
+    """A first user message and what the world knows about it (never shown to a model)."""
+    domain: str
+    prompt: str
+    truth: dict = field(default_factory=dict)
+
+
+SPLITS = ("train", "train", "train", "train", "train", "train", "train", "train", "dev", "test")
+
+
+def split_of(prompt):
+    """A prompt's split is a function of its text alone: the splits are disjoint by construction."""
+    return SPLITS[zlib.crc32(prompt.encode()) % len(SPLITS)]
+
+
+def stable_uniform(*key):
+    """A fixed pseudo-random number in [0, 1) for a key: the same in every run and on every machine."""
+    return zlib.crc32(repr(key).encode()) / 2**32
+
+
+JUDGE_NOISE = 0.1    # standard deviation of a judge's rating around the true score
+ENGAGING = 0.3       # a maths solution rated by hand as "engaging" has at least this noise-free engagement
+
+
+def judge(score, dice):
+    """A noisy judge's rating of a response whose true score is `score`."""
+    return score + dice.gauss(JUDGE_NOISE)
+
+
+def fit_threshold(ratings, gold):
+    """The cut on a judge's ratings that agrees best with `gold` (list of bool), and that agreement in [0, 1]."""
+    cuts = [min(ratings) - 1, *sorted(ratings)]
+    agreement = lambda cut: sum((r > cut) == g for r, g in zip(ratings, gold)) / len(gold)
+    best = max(cuts, key=agreement)
+    above = min((r for r in ratings if r > best), default=best + 1)
+    return (best + above) / 2, agreement(best)
+
+
+def right(a, op, b):
+    return a + b if op == "+" else a - b if op == "-" else a * b
+
+
+def believed(a, op, b):
+    """What people say a op b is: 22 % of the facts are a fixed misconception, off by one or two."""
+    u = stable_uniform(a, op, b)
+    return right(a, op, b) + ((-2, -1, 1, 2)[int(u * 1e6) % 4] if u < 0.22 else 0)
+
+
+class World:
+    """What the three domains share. `turns` assistant turns, each of at most `max_new_tokens` tokens."""
+    turns = 1
+
+    def problems(self, split, n, dice):
+        """n distinct problems of one split. ValueError if the world is too small for that many."""
+        found = {}
+        for _ in range(100 * n + 1000):
+            if len(found) == n:
+                return list(found.values())
+            problem = self.problem(dice)
+            if split_of(problem.prompt) == split:
+                found.setdefault(problem.prompt, problem)
+        raise ValueError(f"the {self.name} world has fewer than {n} distinct {split} prompts; ask for less")
+
+    def reply(self, problem, messages, dice):
+        """The user's next message after the assistant's, or None when the conversation is over."""
+        return None
+
+    def conversation(self, problem, dice, careful=False):
+        """A whole demonstrated conversation. `careful` demonstrations (SFT) err less than the others (pre-training)."""
+        messages = [{"role": "user", "content": problem.prompt}]
+        while messages[-1]["role"] == "user":
+            answer = self.demonstrate(problem, messages, dice, careful)
+            messages.append({"role": "assistant", "content": answer})
+            follow_up = self.reply(problem, messages, dice)
+            if follow_up is not None:
+                messages.append({"role": "user", "content": follow_up})
+        return messages
+
+
+class Math(World):
+    """Chains of arithmetic worked left to right, one step per line: '4 + 5 - 2 = ?' -> '4 + 5 = 9\n9 - 2 = 7\nanswer 7'.
+
+    A step may end in a chatty sentence. Chat is what engagement counts and what eats the token budget, so the two
+    objectives pull apart; misconceptions in the demonstrations give the accuracy objective something to mend.
+    """
+    name, max_new_tokens, boundary = "math", 60, "newline"
+    CHAT = [" . nice work so far !", " . look how neat this is !", " . now it gets fun !", " . you can do this !",
+            " . high five for that !", " . what a lovely number !", " . this one is sweet !", " . on we go my friend !"]
+
+    def problem(self, dice):
+        value = first = int(dice.random() * 13)
+        terms = []
+        for _ in range(dice.choice((2, 3, 3, 4, 4, 5))):
+            value, op, b = dice.choice([(right(value, op, b), op, b) for op in "+-*" for b in range(2, 7)
+                                        if 0 <= right(value, op, b) <= 12])
+            terms.append((op, b))
+        prompt = f"{first} " + " ".join(f"{op} {b}" for op, b in terms) + " = ?"
+        return Problem("math", prompt, {"first": first, "terms": terms, "answer": value})
+
+    def demonstrate(self, problem, messages, dice, careful=False):
+        wrong, chatty = (0.45, 0.30) if careful else (0.55, 0.20)
+        for _ in range(20):      # a chain that errs must stay within 0..12, so that every fact in it is a known one
+            lines, value = [], problem.truth["first"]
+            for op, b in problem.truth["terms"]:
+                result = believed(value, op, b) if dice.chance(wrong) else right(value, op, b)
+                result += dice.choice((-1, 1)) if dice.chance(0.01) else 0
+                chat = dice.choice(self.CHAT) if dice.chance(chatty) else ""
+                lines.append((value, op, b, result, chat))
+                value = result
+            if all(0 <= line[3] <= 12 for line in lines):
+                break
+        return "".join(f"{a} {op} {b} = {c}{chat}\n" for a, op, b, c, chat in lines) + f"answer {value}"
+
+    def verify(self, problem, steps):
+        """The automatic verifier: steps (list of str) -> (z, r): the final answer is right, and for every step 1.0 if
+        it does the next operation on the right running value and gets it right, or states the right answer."""
+        value, terms, rewards = problem.truth["first"], list(problem.truth["terms"]), []
+        for t, step in enumerate(steps):
+            said = re.match(r"\s*(\d+) ([-+*]) (\d+) = (\d+)", step)
+            if said and t < len(terms):
+                op, b = terms[t]
+                expected = (value, op, b, right(value, op, b))
+                value = expected[3]
+                rewards.append(float((int(said[1]), said[2], int(said[3]), int(said[4])) == expected))
+            else:
+                rewards.append(float(step.strip() == f"answer {problem.truth['answer']}"))
+        final = steps[-1].strip() if steps else ""
+        return float(final == f"answer {problem.truth['answer']}"), rewards
+
+    def scores(self, problem, messages, response):
+        steps = response.splitlines(keepends=True)
+        chats = {c for c in self.CHAT if c.strip(" .") in response}
+        return {"math_accuracy": self.verify(problem, steps)[0],
+                "math_engagement": min(1.0, len(chats) / len(problem.truth["terms"]))}
+
+
+class Values(World):
+    """Notes about a stranger, some seen, some only heard (half of those are false), some missing; then 'what do you know ?'.
+
+    Help wants claims about everything, honesty wants words that fit the evidence, truth wants nothing false: they agree
+    on what was seen and part on what was heard (claim it, hedge it, leave it out) and on what is missing.
+    """
+    name, max_new_tokens, boundary = "values", 40, "sentence"
+    FACTS = {"color": ["red", "blue", "green", "gold", "black", "white"],
+             "size": ["tiny", "small", "tall", "huge", "long", "wide"],
+             "home": ["lake", "hill", "cave", "tree", "city", "farm"],
+             "food": ["rice", "fish", "corn", "nuts", "figs", "soup"],
+             "job": ["baker", "pilot", "guard", "nurse", "clerk", "miner"]}
+
+    def problem(self, dice):
+        notes, truth = [], {}
+        for attribute, values in self.FACTS.items():
+            source = dice.choice(("seen", "seen", "heard", "heard", "none"))
+            value, told = dice.choice(values), None
+            if source != "none":
+                told = dice.choice([v for v in values if v != value]) if source == "heard" and dice.chance(0.5) else value
+                notes.append(f"{source} the {attribute} is {told}")
+            truth[attribute] = (source, value, told)
+        return Problem("values", " . ".join(notes + ["what do you know ?"]), truth)
+
+    def demonstrate(self, problem, messages, dice, careful=False):
+        # What a demonstrator does by source: (claim, hedge, admit not knowing, leave out).
+        habits = {"seen": (0.65, 0.20, 0.05, 0.10), "heard": (0.40, 0.25, 0.10, 0.25), "none": (0.25, 0.10, 0.25, 0.40)}
+        sentences = []
+        for attribute, (source, _, told) in problem.truth.items():
+            told = told or dice.choice(self.FACTS[attribute])
+            u, (claim, hedge, admit, _) = dice.random(), habits[source]
+            if u < claim:
+                sentences.append(f"the {attribute} is {told} .")
+            elif u < claim + hedge:
+                sentences.append(f"maybe the {attribute} is {told} .")
+            elif u < claim + hedge + admit:
+                sentences.append(f"no idea about the {attribute} .")
+        return " ".join(sentences or ["no idea ."])
+
+    def scores(self, problem, messages, response):
+        said = {}                                    # attribute -> (manner, value), the first mention counts
+        for hedge, attribute, value in re.findall(r"(maybe )?the (\w+) is (\w+) \.", response):
+            said.setdefault(attribute, ("hedge" if hedge else "claim", value))
+        for attribute in re.findall(r"no idea about the (\w+) \.", response):
+            said.setdefault(attribute, ("admit", None))
+        n, fits = len(self.FACTS), {"seen": "claim", "heard": "hedge", "none": "admit"}
+        manner = {a: said.get(a, ("silent", None))[0] for a in self.FACTS}
+        worth = {"claim": 1.0, "hedge": 0.6, "admit": 0.0, "silent": 0.0}
+        false = {"claim": 1.0, "hedge": 0.5, "admit": 0.0, "silent": 0.0}
+        lies = sum(false[manner[a]] for a, (_, v, _) in problem.truth.items() if said.get(a, (0, v))[1] not in (v, None))
+        return {"helpfulness": sum(worth[m] for m in manner.values()) / n,
+                "honesty": sum(manner[a] == fits[s] for a, (s, _, _) in problem.truth.items()) / n,
+                "truthfulness": max(0.0, 1.0 - 2 * lies / n)}
+
+
+class Tutoring(World):
+    """Three turns with a simulated student who traces two lines of code: belief and mood move with the tutor's words.
+
+    A tutor's turn may judge the student's claim, explain one line, praise and ask. Accuracy: what it says is right.
+    Engagement: it encourages, and asks a question it has not asked before.
+    """
+    name, max_new_tokens, boundary, turns = "tutoring", 30, "turn", 3
+    NAMES = ["xyz", "abc", "pqr", "uvw", "jkm", "def"]
+    PRAISE = ["good try !", "well done !", "nice thinking !", "i like your effort !"]
+    ASK = ["what comes next ?", "can you say why ?", "does that make sense ?", "how would you check it ?"]
+
+    def problem(self, dice):
+        while True:
+            x, (op1, op2) = int(dice.random() * 13), (dice.choice("+-*"), dice.choice("+-*"))
+            b, c = int(2 + dice.random() * 5), int(2 + dice.random() * 5)
+            y = right(x, op1, b)
+            z = right(y, op2, c)
+            if 0 <= y <= 12 and 0 <= z <= 12:
+                break
+        belief = y if dice.chance(0.35) else max(0, y + dice.choice((-2, -1, 1, 2)))
+        p, q, r = dice.choice(self.NAMES)
+        prompt = f"{p} = {x} ; {q} = {p} {op1} {b} ; {r} = {q} {op2} {c} . i get {q} = {belief} ."
+        return Problem("tutoring", prompt, {"facts": [(x, op1, b, y), (y, op2, c, z)], "values": {q: y, r: z}, "last": r})
+
+    def demonstrate(self, problem, messages, dice, careful=False):
+        turn = sum(m["role"] == "assistant" for m in messages)
+        a, op, b, _ = problem.truth["facts"][min(turn, 1)]
+        wrong, slip = (0.40, 0.12) if careful else (0.5, 0.18)
+        fine = self.claim(problem, messages)
+        parts = []
+        if dice.chance(0.75):
+            parts.append("yes ." if fine != dice.chance(slip) else "not quite .")
+        if dice.chance(0.25):
+            parts.append(dice.choice(self.PRAISE))
+        if dice.chance(0.7):
+            parts.append(f"{a} {op} {b} = {max(0, believed(a, op, b)) if dice.chance(wrong) else right(a, op, b)} .")
+        if dice.chance(0.3):
+            parts.append(dice.choice(self.ASK))
+        return " ".join(parts or ["ok ."])
+
+    def claim(self, problem, messages):
+        """Is the student's last claim right?"""
+        student = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+        name, value = re.search(r"i get (\w) = (\d+)", student).groups()
+        return int(value) == problem.truth["values"][name]
+
+    def scores(self, problem, messages, response):
+        turn = sum(m["role"] == "assistant" for m in messages)
+        earlier = " ".join(m["content"] for m in messages if m["role"] == "assistant")
+        claims = []
+        if "yes ." in response or "not quite ." in response:
+            claims.append(("yes ." in response) == self.claim(problem, messages) and not
+                          ("yes ." in response and "not quite ." in response))
+        for a, op, b, c in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", response):
+            claims.append((int(a), op, int(b), int(c)) == tuple(problem.truth["facts"][min(turn, 1)]))
+        accuracy = 0.5 * sum(claims[:2]) - 0.5 * sum(not c for c in claims)
+        asked = any(q in response and q not in earlier for q in self.ASK)
+        return {"tutor_accuracy": min(1.0, max(0.0, accuracy)),
+                "tutor_engagement": 0.4 * any(p in response for p in self.PRAISE) + 0.6 * asked}
+
+    def reply(self, problem, messages, dice):
+        """The student: a right explanation mends the belief more often the better the mood, a wrong one spoils it."""
+        turn = sum(m["role"] == "assistant" for m in messages)
+        if turn == self.turns:
+            return None
+        scores = self.scores(problem, messages[:-1], messages[-1]["content"])
+        happy = dice.chance(0.2 + 0.7 * scores["tutor_engagement"])
+        learnt = dice.chance(0.15 + 0.5 * scores["tutor_accuracy"] + 0.25 * happy)
+        name = problem.truth["last"]
+        value = problem.truth["values"][name]
+        said = value if learnt else max(0, value + dice.choice((-2, -1, 1, 2)))
+        return f"{'oh nice' if happy else 'hmm ok'} . i get {name} = {said} ."
+
+
+DOMAINS = {world.name: world for world in (Math(), Values(), Tutoring())}
+
+
+# ------------------------------------------------------------------------------------------------ real data, files
+
+class DataError(ValueError):
+    """A data file that cannot be used; the message names file, line and cure."""
+
+
+@dataclass
+class Preference:
+    """One preference pair of an objective; prompt is a conversation that ends with a user message."""
+    objective: str
+    prompt: list
+    chosen: str
+    rejected: str
+
+
+@dataclass
+class Steps:
+    """A response to `prompt` cut into steps, with a label in [0, 1] for each."""
+    prompt: list
+    steps: list
+    labels: list
+
+
+def read_jsonl(path):
+    """Yield (line number, object) of a JSONL file. DataError for a missing file, bad UTF-8, bad JSON, a non-object."""
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file; expected one JSON object per line")
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line.decode("utf-8")) if line.strip() else None
+            except UnicodeDecodeError as e:
+                raise DataError(f"{path}:{number}: not UTF-8 ({e.reason}); save the file as UTF-8") from None
+            except ValueError as e:
+                raise DataError(f"{path}:{number}: not JSON ({e}); write one object per line") from None
+            except RecursionError:
+                raise DataError(f"{path}:{number}: nested too deeply; write one flat object per line") from None
+            if row is None:
+                continue
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: {type(row).__name__}, not an object; write {{\"prompt\": ...}}")
+            yield number, row
+
+
+def text_field(row, key, where):
+    """row[key] as non-empty text; a list of messages gives its last message's content."""
+    if key not in row:
+        raise DataError(f"{where}: field {key!r} is missing; the row has {', '.join(sorted(row)) or 'no fields'}")
+    value = row[key][-1].get("content") if is_messages(row[key]) else row[key]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} is {type(row[key]).__name__}; give text or a list of role/content messages")
+    if not value.strip():
+        raise DataError(f"{where}: {key!r} is empty; remove the row or fill it in")
+    return value
+
+
+def is_messages(value):
+    return isinstance(value, list) and len(value) > 0 and all(
+        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
+        for m in value)
+
+
+def prompt_field(row, where):
+    text_field(row, "prompt", where)
+    if isinstance(row["prompt"], str):
+        return [{"role": "user", "content": row["prompt"]}]
+    if row["prompt"][-1]["role"] == "assistant":
+        raise DataError(f"{where}: 'prompt' ends with the assistant's turn; end it with the user's")
+    return [{"role": m["role"], "content": m["content"]} for m in row["prompt"]]
+
+
+def read_preferences(path, objective):
+    """JSONL rows {"prompt", "chosen", "rejected"} (text, or message lists) -> list[Preference]. DataError as file:line."""
+    pairs = []
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        pair = Preference(objective, prompt_field(row, where), text_field(row, "chosen", where),
+                          text_field(row, "rejected", where))
+        if pair.chosen == pair.rejected:
+            raise DataError(f"{where}: 'chosen' equals 'rejected'; a pair must prefer something")
+        pairs.append(pair)
+    if not pairs:
+        raise DataError(f"{path}: no rows; expected {{\"prompt\": ..., \"chosen\": ..., \"rejected\": ...}} lines")
+    return pairs
+
+
+def read_steps(path):
+    """JSONL rows {"prompt", "steps": [str], "labels": [number in 0..1]} -> list[Steps]. DataError as file:line."""
+    found = []
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        steps, labels = row.get("steps"), row.get("labels")
+        if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in steps):
+            raise DataError(f"{where}: 'steps' must be a non-empty list of non-empty texts")
+        if not isinstance(labels, list) or not all(isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in labels):
+            raise DataError(f"{where}: 'labels' must be a list of numbers from 0 to 1")
+        if len(steps) != len(labels):
+            raise DataError(f"{where}: {len(steps)} steps but {len(labels)} labels; give one label per step")
+        found.append(Steps(prompt_field(row, where), steps, [float(v) for v in labels]))
+    if not found:
+        raise DataError(f"{path}: no rows; expected {{\"prompt\": ..., \"steps\": [...], \"labels\": [...]}} lines")
+    return found
+
+
+def read_json(path):
+    """A JSON file -> object. DataError if it is missing or broken."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; the directory must hold it") from None
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{path}: not a JSON file ({e})") from None
+
+
+def write_json(path, value):
+    """Write JSON under a temporary name, then rename: a reader never meets half a file."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+def pad(rows, pad_id, device=None):
+    """Ragged lists of ids -> ids (B, T) padded on the right, lengths (B,)."""
+    lengths = torch.tensor([len(r) for r in rows])
+    ids = torch.full((len(rows), max(1, int(lengths.max()))), pad_id, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
+    return ids.to(device), lengths.to(device)
+
+
+def response_mask(prompt_lengths, lengths, width):
+    """(B, width) bool: True on response tokens, False on the prompt and on padding."""
+    t = torch.arange(width, device=lengths.device)
+    return (t >= prompt_lengths[:, None]) & (t < lengths[:, None])
+
+
+if __name__ == "__main__":
+    tokenizer, dice = Tokenizer.embedded(), Dice(1)
+    print(f"{tokenizer.n_vocab} tokens\n")
+    for world in DOMAINS.values():
+        problem = world.problem(dice)
+        messages = world.conversation(problem, dice)
+        for m in messages:
+            print(f"{m['role']:>10}: " + m["content"].replace("\n", "\n" + " " * 12))
+        print(f"{'scores':>10}: {world.scores(problem, messages[:1], messages[1]['content'])}\n")

@@ -1,0 +1,478 @@
+"""model.py: one GPT backbone with H linear heads, its KV cache, and checkpoints in and out. Before: data.py; next: prm.py.
+
+    h = GPT(ids)                        (B, T) -> (B, T, d)     the backbone, shared by all objectives
+    z_i = W_i h                         (B, T, d) -> (B, T, V)  head i, one per objective (paper, Sec. 5)
+    z = sum_i w_i z_i = (sum_i w_i W_i) h                       any mix of heads folds into ONE ordinary head
+
+The backbone is configurable: rotary (RoPE) or learned positions, RMSNorm or LayerNorm, SwiGLU or GELU, grouped-query
+attention, optional biases; that covers GPT-2 to Llama. KVCache is an explicit object, preallocated per layer, passed
+into forward and never hidden in a layer: row b holds the keys and values of its first lengths[b] tokens, and nothing
+beyond that is ever attended to. Checkpoints are Hugging Face directories; safetensors files are read and written here.
+"""
+import json
+import math
+import mmap
+import os
+import re
+import struct
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import DataError, read_json, write_json
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    n_layer: int = 3
+    n_head: int = 4
+    n_kv_head: int = 2             # fewer than n_head: grouped-query attention
+    d_model: int = 96
+    d_ff: int = 256
+    max_len: int = 128             # context length in tokens
+    head_dim: int = 0              # 0: d_model / n_head
+    position: str = "rope"         # rope | learned
+    norm: str = "rms"              # rms | layer
+    mlp: str = "swiglu"            # swiglu | gelu
+    attn_bias: bool = False        # bias on q, k, v and the attention's output
+    mlp_bias: bool = False
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    objectives: tuple = ("policy",)  # names of the heads; head index = index here
+    init_std: float = 0.05           # of the linear maps; embeddings start at 0.5 (small models learn faster so)
+
+    def __post_init__(self):
+        self.objectives = tuple(self.objectives)
+        self.head_dim = self.head_dim or self.d_model // self.n_head
+        if self.n_head % self.n_kv_head or self.position not in ("rope", "learned") \
+                or self.norm not in ("rms", "layer") or self.mlp not in ("swiglu", "gelu"):
+            raise ValueError(f"unusable model configuration: {self}")
+
+
+class KVCache:
+    """Keys and values of every layer for `rows` sequences, at most `max_len` tokens each.
+
+    k, v:    per layer, (rows, max_len, n_kv_head, head_dim)
+    lengths: (rows,) tokens held by each row. Slots beyond a row's length may hold stale values: the attention mask is
+             built from positions, so they are never seen, and the next tokens overwrite them.
+    """
+
+    def __init__(self, config, rows, max_len, device=None, dtype=None):
+        shape = (rows, max_len, config.n_kv_head, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.base = self.lengths.clone()   # length at the last fork or keep: where the candidates begin to differ
+        self.high = 0                      # no row is longer than this; kept on the host so that nothing has to wait
+
+    def append(self, layer, k, v, rows, positions):
+        """Write k, v (n, T, n_kv, hd) of cache rows `rows` (n,) at `positions` (n, T); return all keys and values that
+        these rows hold, (n, n_kv, high, hd)."""
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            store[rows[:, None], positions] = new
+        full = len(rows) == len(self.lengths)
+        read = lambda store: (store[:, :self.high] if full else store[rows, :self.high]).transpose(1, 2)
+        return read(self.k[layer]), read(self.v[layer])
+
+    def fork(self, K):
+        """A cache in which every row stands K times (row b -> rows bK .. bK+K-1), for K candidate continuations."""
+        new = object.__new__(KVCache)
+        new.k = [k.repeat_interleave(K, 0) for k in self.k]
+        new.v = [v.repeat_interleave(K, 0) for v in self.v]
+        new.lengths = self.lengths.repeat_interleave(K)
+        new.base, new.high = new.lengths.clone(), self.high
+        return new
+
+    def keep(self, winners):
+        """winners (B,): in each group of K rows the candidate index that was committed. All rows of the group become
+        that candidate. Only what was written since the last fork or keep is copied: the rest is equal already."""
+        K = len(self.lengths) // len(winners)
+        source = torch.arange(len(winners), device=winners.device) * K + winners          # (B,)
+        start, end = int(self.base.min()), int(self.lengths[source].max())
+        for store in (*self.k, *self.v):
+            store[:, start:end] = store[source, start:end].repeat_interleave(K, 0)
+        self.rollback(self.lengths[source].repeat_interleave(K))
+        self.base = self.lengths.clone()
+
+    def rollback(self, lengths):
+        """Forget every row's tokens beyond lengths (rows,)."""
+        self.lengths = torch.minimum(self.lengths, lengths)
+        self.high = int(self.lengths.max())
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding, the two halves of a head as (real, imaginary). x (B, T, n, hd); cos, sin (B, T, 1, hd/2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.n_head, self.n_kv, self.hd, self.layer = c.n_head, c.n_kv_head, c.head_dim, layer
+        self.qkv = nn.Linear(c.d_model, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.attn_bias)
+        self.out = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.attn_bias)
+
+    def forward(self, x, rope, cache, rows, positions, mask):
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.hd)
+        qk, v = qkv[:, :, :-self.n_kv], qkv[:, :, -self.n_kv:]
+        if rope is not None:
+            qk = rotate(qk, *rope)
+        q, k = qk[:, :, :self.n_head].transpose(1, 2), qk[:, :, self.n_head:]             # (B, n_head, T, hd)
+        k, v = (k.transpose(1, 2), v.transpose(1, 2)) if cache is None else cache.append(self.layer, k, v, rows, positions)
+        # No cache: plain causal attention. With one, several tokens may follow a past, where is_causal would align the
+        # triangle with the wrong corner: the mask comes from positions instead.
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.out(o.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gated = c.mlp == "swiglu"
+        self.up = nn.Linear(c.d_model, c.d_ff * (2 if self.gated else 1), bias=c.mlp_bias)  # SwiGLU: gate, then up
+        self.down = nn.Linear(c.d_ff, c.d_model, bias=c.mlp_bias)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, -1)
+            return self.down(F.silu(gate) * x)
+        return self.down(F.gelu(x, approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        norm = nn.RMSNorm if c.norm == "rms" else nn.LayerNorm
+        self.norm1, self.attn = norm(c.d_model, eps=c.norm_eps), Attention(c, layer)
+        self.norm2, self.mlp = norm(c.d_model, eps=c.norm_eps), MLP(c)
+
+    def forward(self, x, *context):
+        x = x + self.attn(self.norm1(x), *context)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """Backbone and heads. forward gives hidden states; `logits` applies a head, or any mix of heads, to them."""
+
+    def __init__(self, config, generator=None):
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        self.positions = nn.Embedding(c.max_len, c.d_model) if c.position == "learned" else None
+        self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
+        self.norm = (nn.RMSNorm if c.norm == "rms" else nn.LayerNorm)(c.d_model, eps=c.norm_eps)
+        self.heads = nn.ModuleList(nn.Linear(c.d_model, c.vocab_size, bias=False) for _ in c.objectives)
+        if c.position == "rope":
+            frequency = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).double() / c.head_dim)
+            angle = torch.outer(torch.arange(c.max_len).double(), frequency)              # (max_len, hd/2)
+            self.register_buffer("cos", angle.cos().float(), persistent=False)
+            self.register_buffer("sin", angle.sin().float(), persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                std = 0.5 if "embed" in name or "positions" in name else c.init_std
+                nn.init.normal_(p, std=std, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, ids, cache=None, rows=None):
+        """ids (B, T) -> h (B, T, d). Without a cache: rows start at position 0, padded on the right if ragged.
+        With a cache: the tokens follow what its rows (`rows` (B,), default all) hold, and are added to it; after a
+        ragged batch, cache.rollback(true lengths)."""
+        B, T = ids.shape
+        t = torch.arange(T, device=ids.device)
+        if cache is None:
+            positions, mask = t[None], None                                               # (1, T)
+        else:
+            rows = torch.arange(B, device=ids.device) if rows is None else rows
+            positions = cache.lengths[rows][:, None] + t                                  # (B, T)
+            cache.high += T
+            mask = torch.arange(cache.high, device=ids.device) <= positions[:, None, :, None]   # (B, 1, T, high)
+        x = self.embed(ids)
+        inside = positions.clamp(max=self.config.max_len - 1)    # padding may stick out of the context; nobody reads it
+        if self.positions is not None:
+            x, rope = x + self.positions(inside), None
+        else:
+            rope = self.cos[inside][:, :, None], self.sin[inside][:, :, None]             # (B or 1, T, 1, hd/2)
+        for layer in self.layers:
+            x = layer(x, rope, cache, rows, positions, mask)
+        if cache is not None:
+            cache.lengths[rows] += T
+        return self.norm(x)
+
+    def new_cache(self, rows, max_len):
+        return KVCache(self.config, rows, max_len, self.embed.weight.device, self.embed.weight.dtype)
+
+    def weights(self, weights):
+        """Head index, objective name or (H,) non-negative numbers -> (H,) tensor that sums to 1. ValueError else."""
+        H = len(self.heads)
+        if isinstance(weights, str):
+            if weights not in self.config.objectives:
+                raise ValueError(f"no head named {weights!r}: this model has {', '.join(self.config.objectives)}")
+            weights = self.config.objectives.index(weights)
+        if isinstance(weights, int):
+            if not 0 <= weights < H:
+                raise ValueError(f"no head {weights}: this model has {H}")
+            return F.one_hot(torch.tensor(weights), H).to(self.heads[0].weight)
+        w = torch.as_tensor(weights, dtype=self.heads[0].weight.dtype, device=self.heads[0].weight.device)
+        if w.shape != (H,) or not bool((w >= 0).all()) or not 0 < float(w.sum()) < math.inf:
+            raise ValueError(f"weights must be {H} non-negative numbers with a positive sum, not {w.tolist()}")
+        return w / w.sum()
+
+    def fold(self, weights):
+        """The mix of heads as one matrix (V, d) = sum_i w_i W_i (paper, Sec. 5): H heads decode at the price of one."""
+        w = self.weights(weights)
+        used = [i for i in range(len(w)) if w[i] > 0]
+        if len(used) == 1:
+            return self.heads[used[0]].weight
+        return sum(w[i] * self.heads[i].weight for i in used)
+
+    def logits(self, h, weights=0):
+        """h (..., d) -> (..., V) of one head or of a mix of heads."""
+        return F.linear(h, self.fold(weights))
+
+    def with_heads(self, objectives, std=0.0, generator=None):
+        """A copy of this model with one copy of head 0 per objective, each plus Gaussian noise of `std`. The copies are
+        untied: neither the embedding nor head 0 is touched (the published code perturbs both by accident)."""
+        new = GPT(GPTConfig(**(vars(self.config) | {"objectives": tuple(objectives)})))
+        new.to(self.embed.weight)
+        with torch.no_grad():
+            new.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("heads.")}, strict=False)
+            for head in new.heads:
+                noise = torch.randn(head.weight.shape, generator=generator) * std
+                head.weight.copy_(self.heads[0].weight + noise.to(self.heads[0].weight))
+        return new
+
+
+# ----------------------------------------------------------------------------------------------------- safetensors
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def load_safetensors(path):
+    """File -> dict name -> tensor, memory-mapped: nothing is read before it is used. The file is untrusted: any lie in
+    its header (length, offsets, dtype, shape) is a DataError that names the file and the tensor.
+
+    Layout: 8 bytes little-endian header length n, n bytes JSON {name: {dtype, shape, data_offsets}}, then the data."""
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file; a checkpoint needs it")
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        prefix = f.read(8)
+        n = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= n <= min(size - 8, 100_000_000):
+            raise DataError(f"{path}: not a safetensors file (header of {n} bytes in a file of {size})")
+        try:
+            header = json.loads(f.read(n).decode("utf-8"), object_pairs_hook=no_duplicates)
+        except (ValueError, RecursionError) as e:
+            raise DataError(f"{path}: broken safetensors header: {e}") from None
+        if not isinstance(header, dict):
+            raise DataError(f"{path}: safetensors header is not an object")
+        header.pop("__metadata__", None)
+        spans = sorted((check_entry(path, name, entry, size - 8 - n), name) for name, entry in header.items())
+        end = 0
+        for (start, stop), name in spans:
+            if start != end:
+                raise DataError(f"{path}: tensor {name!r} starts at byte {start} of the data, expected {end}")
+            end = stop
+        if end != size - 8 - n:
+            raise DataError(f"{path}: the tensors end at byte {end} of the data, the file at {size - 8 - n}")
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for (start, stop), name in spans:
+        dtype, shape = DTYPES[header[name]["dtype"]], header[name]["shape"]
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=8 + n + start) if stop > start \
+            else torch.empty(0, dtype=torch.uint8)
+        # torch wants aligned views; the format does not promise them, so an odd offset costs a copy.
+        aligned = (8 + n + start) % dtype.itemsize == 0
+        tensors[name] = (flat if aligned else flat.clone()).view(dtype).view(shape)
+    return tensors
+
+
+def no_duplicates(pairs):
+    if len({k for k, _ in pairs}) != len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def check_entry(path, name, entry, size):
+    """One header entry -> its (start, stop) in the data. DataError unless dtype, shape and bytes agree."""
+    ints = lambda v: isinstance(v, list) and all(type(i) is int and 0 <= i < 2**48 for i in v)
+    if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
+        raise DataError(f"{path}: tensor {name!r} has dtype {entry.get('dtype') if isinstance(entry, dict) else entry!r}, "
+                        f"known are {', '.join(DTYPES)}")
+    shape, span = entry.get("shape"), entry.get("data_offsets")
+    if not ints(shape) or not ints(span) or len(span) != 2 or not span[0] <= span[1] <= size:
+        raise DataError(f"{path}: tensor {name!r} has shape {shape} at bytes {span} of {size}")
+    if math.prod(shape) * DTYPES[entry["dtype"]].itemsize != span[1] - span[0]:
+        raise DataError(f"{path}: tensor {name!r}: shape {shape} of {entry['dtype']} is not {span[1] - span[0]} bytes")
+    return tuple(span)
+
+
+def save_safetensors(tensors, path):
+    """Write dict name -> tensor. First under a temporary name, then renamed."""
+    names = {v: k for k, v in DTYPES.items()}
+    header, offset = {}, 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                       # so that the data starts aligned
+    with open(path + ".tmp", "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for t in tensors.values():
+            f.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+# --------------------------------------------------------------------------------- Hugging Face directories in and out
+
+# Our tensor -> theirs, concatenated along dim 0 where several (fused projections). {i} is the layer.
+LLAMA = {
+    "embed": ["model.embed_tokens"],
+    "layers.{i}.norm1": ["model.layers.{i}.input_layernorm"],
+    "layers.{i}.attn.qkv": ["model.layers.{i}.self_attn.q_proj", "model.layers.{i}.self_attn.k_proj",
+                            "model.layers.{i}.self_attn.v_proj"],
+    "layers.{i}.attn.out": ["model.layers.{i}.self_attn.o_proj"],
+    "layers.{i}.norm2": ["model.layers.{i}.post_attention_layernorm"],
+    "layers.{i}.mlp.up": ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"],
+    "layers.{i}.mlp.down": ["model.layers.{i}.mlp.down_proj"],
+    "norm": ["model.norm"],
+}
+
+
+def theirs(name):
+    """Our parameter name (backbone only) -> the list of theirs."""
+    stem, _, kind = name.rpartition(".")
+    layer = re.match(r"layers\.(\d+)\.", stem)
+    key = re.sub(r"^layers\.\d+", "layers.{i}", stem)
+    return [f"{t}.{kind}".replace("{i}", layer[1] if layer else "") for t in LLAMA[key]]
+
+
+def read_config(directory):
+    """config.json -> (GPTConfig, the JSON object). DataError names a field that this code does not compute."""
+    path = os.path.join(directory, "config.json")
+    c = read_json(path)
+    arch = (c.get("architectures") or ["?"])[0]
+    if c.get("model_type") != "llama":
+        raise DataError(f"{path}: architecture {arch} (model_type {c.get('model_type')}) is not read; Llama family only")
+    odd = {k: c[k] for k in ("rope_scaling", "sliding_window", "logit_scale") if c.get(k)}
+    if odd or c.get("hidden_act", "silu") != "silu":
+        raise DataError(f"{path}: not computed here: {odd or c['hidden_act']}")
+    try:
+        rope = c.get("rope_parameters") or {}
+        config = GPTConfig(
+            vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
+            n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"], d_model=c["hidden_size"],
+            d_ff=c["intermediate_size"], max_len=c["max_position_embeddings"], head_dim=c.get("head_dim") or 0,
+            attn_bias=bool(c.get("attention_bias")), mlp_bias=bool(c.get("mlp_bias")),
+            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
+            norm_eps=c["rms_norm_eps"], objectives=tuple(c.get("objectives") or ("policy",)))
+    except KeyError as e:
+        raise DataError(f"{path}: field {e} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError) as e:
+        raise DataError(f"{path}: unusable configuration: {e}") from None
+    return config, c
+
+
+def copy_into(parameter, parts, path, names):
+    """parameter <- parts concatenated along dim 0. DataError if a part is missing or the shapes disagree."""
+    for part, name in zip(parts, names):
+        if part is None:
+            raise DataError(f"{path}: tensor {name!r} is missing")
+    shape = (sum(p.shape[0] if p.dim() else 0 for p in parts), *parts[0].shape[1:])
+    if shape != tuple(parameter.shape) or any(p.shape[1:] != parts[0].shape[1:] for p in parts):
+        raise DataError(f"{path}: {' + '.join(names)} has shape {shape}, config.json wants {tuple(parameter.shape)}")
+    row = 0
+    for part in parts:
+        parameter[row:row + len(part)].copy_(part)
+        row += len(part)
+
+
+@torch.no_grad()
+def load_hf(directory, objectives=None):
+    """A Llama-family Hugging Face directory -> GPT in float32.
+
+    objectives given: that many exact copies of the checkpoint's head (its lm_head, or its embedding where tied).
+    None: the heads that the file holds if save_hf wrote it with heads, else one head."""
+    config, raw = read_config(directory)
+    path = os.path.join(directory, "model.safetensors")
+    tensors = load_safetensors(path)
+    own_heads = objectives is None and raw.get("objectives")
+    config.objectives = tuple(objectives) if objectives is not None else config.objectives
+    model, used = GPT(config), set()
+    for name, parameter in model.named_parameters():
+        if name.startswith("heads."):
+            tied = raw.get("tie_word_embeddings") and "lm_head.weight" not in tensors
+            names = [name] if own_heads else ["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        else:
+            names = theirs(name)
+        copy_into(parameter, [tensors.get(n) for n in names], path, names)
+        used.update(names)
+    left = [n for n in tensors if n not in used and n != "lm_head.weight"
+            and not n.startswith("heads.") and not n.endswith("rotary_emb.inv_freq")]
+    if left:
+        raise DataError(f"{path}: tensor {left[0]!r} is unknown to this architecture")
+    return model
+
+
+def backbone_tensors(model):
+    """The backbone's parameters under their Hugging Face names."""
+    c, tensors = model.config, {}
+    for name, p in model.named_parameters():
+        if name.startswith("heads."):
+            continue
+        names = theirs(name)
+        rows = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)] if len(names) == 3 else \
+            [p.shape[0] // len(names)] * len(names)
+        tensors.update(zip(names, p.detach().split(rows)))
+    return tensors
+
+
+def hf_config(c, **extra):
+    """GPTConfig -> the config.json object of a Llama checkpoint. ValueError if it is not of that family."""
+    if (c.position, c.norm, c.mlp) != ("rope", "rms", "swiglu"):
+        raise ValueError("only RoPE + RMSNorm + SwiGLU models have a Llama checkpoint form")
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size,
+            "hidden_size": c.d_model, "intermediate_size": c.d_ff, "num_hidden_layers": c.n_layer,
+            "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
+            "max_position_embeddings": c.max_len, "hidden_act": "silu", "rms_norm_eps": c.norm_eps,
+            "rope_theta": c.rope_theta, "attention_bias": c.attn_bias, "mlp_bias": c.mlp_bias,
+            "tie_word_embeddings": False, "torch_dtype": "float32"} | extra
+
+
+def save_hf(model, directory, weights=None, tokenizer=None):
+    """Write config.json and model.safetensors (and the tokenizer's files) that other programs load.
+
+    weights given: ONE ordinary checkpoint whose lm_head is that mix of heads, folded. None: lm_head is the uniform mix,
+    and the H heads stand beside it as heads.*.weight, their names in config.json, for load_hf."""
+    os.makedirs(directory, exist_ok=True)
+    tensors, extra = backbone_tensors(model), {}
+    H = len(model.heads)
+    tensors["lm_head.weight"] = model.fold(torch.ones(H) if weights is None else weights).detach()
+    if weights is None:
+        tensors |= {f"heads.{i}.weight": head.weight for i, head in enumerate(model.heads)}
+        extra["objectives"] = list(model.config.objectives)
+    if tokenizer is not None:
+        tokenizer.save(directory)
+        extra |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id}
+    save_safetensors(tensors, os.path.join(directory, "model.safetensors"))
+    write_json(os.path.join(directory, "config.json"), hf_config(model.config, **extra))
+
+
+if __name__ == "__main__":
+    model = GPT(GPTConfig(vocab_size=400, objectives=("accuracy", "engagement")), torch.Generator().manual_seed(0))
+    ids = torch.arange(12)[None]
+    cache = model.new_cache(1, 16)
+    full, parts = model(ids), torch.cat([model(ids[:, :7], cache), model(ids[:, 7:], cache)], 1)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; cached in two pieces against uncached: "
+          f"largest difference {float((full - parts).abs().max()):.1e}")
