@@ -15,12 +15,28 @@ Tutoring has three. Training labels come from noisy judges (`judge`), tables fro
 import json
 import os
 import re
+import sys
 import zlib
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import tiktoken
 import torch
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message names the file, the line or the option, and the cure."""
+
+
+def run_command(main):
+    """Run a command line's main(): a user's mistake ends in one line on stderr and exit code 2, not in a traceback."""
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @dataclass(frozen=True)
@@ -44,12 +60,12 @@ OBJECTIVES = {o.name: o for o in [
 
 
 def select_objectives(spec):
-    """'all', a domain, or comma-separated names -> list of names in table order. ValueError on an unknown name."""
+    """'all', a domain, or comma-separated names -> list of names in table order. InputError on an unknown name."""
     wanted = [part.strip() for part in spec.split(",") if part.strip()]
     domains = {o.domain for o in OBJECTIVES.values()}
     unknown = [w for w in wanted if w != "all" and w not in domains and w not in OBJECTIVES]
     if unknown or not wanted:
-        raise ValueError(f"unknown objective {', '.join(unknown) or spec!r}: choose all, {', '.join(sorted(domains))}, "
+        raise InputError(f"unknown objective {', '.join(unknown) or spec!r}: choose all, {', '.join(sorted(domains))}, "
                          f"or names from {', '.join(OBJECTIVES)}")
     return [n for n, o in OBJECTIVES.items() if "all" in wanted or n in wanted or o.domain in wanted]
 
@@ -86,7 +102,7 @@ class Dice:
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIALS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+CHAT_TEMPLATE = ("{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>{{ m['content'] }}<|end|>{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
@@ -118,7 +134,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Ordinary text -> ids, without any special token."""
-        if self.prefix_space and text and not text[0].isspace():
+        if self.prefix_space and text and text[0] != " ":
             text = " " + text
         ids = self.encoding.encode_ordinary(text)
         return ids if self.same_ids else [i for i in map(self.id_of_rank.get, ids) if i is not None]
@@ -133,7 +149,8 @@ class Tokenizer:
         ids = [self.bos_id] if self.bos_id is not None else []
         for m in messages:
             if "<|user|>" in self.specials:
-                ids += [self.specials[f"<|{m['role']}|>"], *self.encode(m["content"]), self.eos_id]
+                marker = "<|assistant|>" if m["role"] == "assistant" else "<|user|>"   # a system message counts as the user's
+                ids += [self.specials[marker], *self.encode(m["content"]), self.eos_id]
             elif m["role"] == "assistant":
                 ids += self.encode("Assistant:") + self.encode(m["content"]) + [self.eos_id]
             else:
@@ -191,20 +208,20 @@ class Tokenizer:
 
     @classmethod
     def from_hf(cls, directory):
-        """tokenizer.json (byte-level BPE) of a Hugging Face directory -> Tokenizer. ValueError names what is odd."""
+        """tokenizer.json (byte-level BPE) of a Hugging Face directory -> Tokenizer. InputError names what is odd."""
         path = os.path.join(directory, "tokenizer.json")
         spec = read_json(path)
         config_path = os.path.join(directory, "tokenizer_config.json")
         config = read_json(config_path) if os.path.exists(config_path) else {}
         model, pre = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or spec.get("normalizer"):
-            raise ValueError(f"{path}: only byte-level BPE without a normalizer is read, "
+            raise InputError(f"{path}: only byte-level BPE without a normalizer is read, "
                              f"not {model.get('type')} with byte_fallback or a normalizer")
         parts = pre.get("pretokenizers", [pre])
         split = next((p["pattern"]["Regex"] for p in parts if p.get("type") == "Split"), None)
         byte_level = [p for p in parts if p.get("type") == "ByteLevel"]
         if not byte_level or any(p.get("type") not in ("Split", "ByteLevel") for p in parts):
-            raise ValueError(f"{path}: pre_tokenizer {pre.get('type')} is not read, only ByteLevel or Split + ByteLevel")
+            raise InputError(f"{path}: pre_tokenizer {pre.get('type')} is not read, only ByteLevel or Split + ByteLevel")
         to_byte = {c: b for b, c in byte_alphabet().items()}
         specials = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
         raw = lambda s: bytes(to_byte[c] for c in s)
@@ -221,7 +238,7 @@ class Tokenizer:
         name = lambda key: (config.get(key) or {}).get("content") if isinstance(config.get(key), dict) else config.get(key)
         eos = next((specials[s] for s in (name("eos_token"), "<|end|>", "</s>", "<|endoftext|>") if s in specials), None)
         if eos is None:
-            raise ValueError(f"{directory}: no end-of-text token; name it as eos_token in tokenizer_config.json")
+            raise InputError(f"{directory}: no end-of-text token; name it as eos_token in tokenizer_config.json")
         pad = specials.get(name("pad_token"), specials.get("<unk>", eos))
         bos = specials.get(name("bos_token")) if config.get("add_bos_token") else None
         tokenizer = cls(pieces, ranks, specials, split or GPT2_PATTERN, eos, pad, bos,
@@ -537,10 +554,6 @@ DOMAINS = {world.name: world for world in (Math(), Values(), Tutoring())}
 
 # ------------------------------------------------------------------------------------------------ real data, files
 
-class DataError(ValueError):
-    """A data file that cannot be used; the message names file, line and cure."""
-
-
 @dataclass
 class Preference:
     """One preference pair of an objective; prompt is a conversation that ends with a user message."""
@@ -559,35 +572,35 @@ class Steps:
 
 
 def read_jsonl(path):
-    """Yield (line number, object) of a JSONL file. DataError for a missing file, bad UTF-8, bad JSON, a non-object."""
+    """Yield (line number, object) of a JSONL file. InputError for a missing file, bad UTF-8, bad JSON, a non-object."""
     if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file; expected one JSON object per line")
+        raise InputError(f"{path}: no such file; expected one JSON object per line")
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line.decode("utf-8")) if line.strip() else None
-            except UnicodeDecodeError as e:
-                raise DataError(f"{path}:{number}: not UTF-8 ({e.reason}); save the file as UTF-8") from None
-            except ValueError as e:
-                raise DataError(f"{path}:{number}: not JSON ({e}); write one object per line") from None
-            except RecursionError:
-                raise DataError(f"{path}:{number}: nested too deeply; write one flat object per line") from None
-            if row is None:
+            if not line.strip():
                 continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as e:
+                raise InputError(f"{path}:{number}: not UTF-8 ({e.reason}); save the file as UTF-8") from None
+            except ValueError as e:
+                raise InputError(f"{path}:{number}: not JSON ({e}); write one object per line") from None
+            except RecursionError:
+                raise InputError(f"{path}:{number}: nested too deeply; write one flat object per line") from None
             if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: {type(row).__name__}, not an object; write {{\"prompt\": ...}}")
+                raise InputError(f"{path}:{number}: {type(row).__name__}, not an object; write {{\"prompt\": ...}}")
             yield number, row
 
 
 def text_field(row, key, where):
     """row[key] as non-empty text; a list of messages gives its last message's content."""
     if key not in row:
-        raise DataError(f"{where}: field {key!r} is missing; the row has {', '.join(sorted(row)) or 'no fields'}")
+        raise InputError(f"{where}: field {key!r} is missing; the row has {', '.join(sorted(row)) or 'no fields'}")
     value = row[key][-1].get("content") if is_messages(row[key]) else row[key]
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} is {type(row[key]).__name__}; give text or a list of role/content messages")
+        raise InputError(f"{where}: {key!r} is {type(row[key]).__name__}; give text or a list of role/content messages")
     if not value.strip():
-        raise DataError(f"{where}: {key!r} is empty; remove the row or fill it in")
+        raise InputError(f"{where}: {key!r} is empty; remove the row or fill it in")
     return value
 
 
@@ -602,52 +615,52 @@ def prompt_field(row, where):
     if isinstance(row["prompt"], str):
         return [{"role": "user", "content": row["prompt"]}]
     if row["prompt"][-1]["role"] == "assistant":
-        raise DataError(f"{where}: 'prompt' ends with the assistant's turn; end it with the user's")
+        raise InputError(f"{where}: 'prompt' ends with the assistant's turn; end it with the user's")
     return [{"role": m["role"], "content": m["content"]} for m in row["prompt"]]
 
 
 def read_preferences(path, objective):
-    """JSONL rows {"prompt", "chosen", "rejected"} (text, or message lists) -> list[Preference]. DataError as file:line."""
+    """JSONL rows {"prompt", "chosen", "rejected"} (text, or message lists) -> list[Preference]. InputError as file:line."""
     pairs = []
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
         pair = Preference(objective, prompt_field(row, where), text_field(row, "chosen", where),
                           text_field(row, "rejected", where))
         if pair.chosen == pair.rejected:
-            raise DataError(f"{where}: 'chosen' equals 'rejected'; a pair must prefer something")
+            raise InputError(f"{where}: 'chosen' equals 'rejected'; a pair must prefer something")
         pairs.append(pair)
     if not pairs:
-        raise DataError(f"{path}: no rows; expected {{\"prompt\": ..., \"chosen\": ..., \"rejected\": ...}} lines")
+        raise InputError(f"{path}: no rows; expected {{\"prompt\": ..., \"chosen\": ..., \"rejected\": ...}} lines")
     return pairs
 
 
 def read_steps(path):
-    """JSONL rows {"prompt", "steps": [str], "labels": [number in 0..1]} -> list[Steps]. DataError as file:line."""
+    """JSONL rows {"prompt", "steps": [str], "labels": [number in 0..1]} -> list[Steps]. InputError as file:line."""
     found = []
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
         steps, labels = row.get("steps"), row.get("labels")
         if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in steps):
-            raise DataError(f"{where}: 'steps' must be a non-empty list of non-empty texts")
+            raise InputError(f"{where}: 'steps' must be a non-empty list of non-empty texts")
         if not isinstance(labels, list) or not all(isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in labels):
-            raise DataError(f"{where}: 'labels' must be a list of numbers from 0 to 1")
+            raise InputError(f"{where}: 'labels' must be a list of numbers from 0 to 1")
         if len(steps) != len(labels):
-            raise DataError(f"{where}: {len(steps)} steps but {len(labels)} labels; give one label per step")
+            raise InputError(f"{where}: {len(steps)} steps but {len(labels)} labels; give one label per step")
         found.append(Steps(prompt_field(row, where), steps, [float(v) for v in labels]))
     if not found:
-        raise DataError(f"{path}: no rows; expected {{\"prompt\": ..., \"steps\": [...], \"labels\": [...]}} lines")
+        raise InputError(f"{path}: no rows; expected {{\"prompt\": ..., \"steps\": [...], \"labels\": [...]}} lines")
     return found
 
 
 def read_json(path):
-    """A JSON file -> object. DataError if it is missing or broken."""
+    """A JSON file -> object. InputError if it is missing or broken."""
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; the directory must hold it") from None
+        raise InputError(f"{path}: no such file; the directory must hold it") from None
     except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}: not a JSON file ({e})") from None
+        raise InputError(f"{path}: not a JSON file ({e})") from None
 
 
 def write_json(path, value):

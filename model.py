@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import DataError, read_json, write_json
+from data import InputError, Tokenizer, read_json, write_json
 
 
 @dataclass
@@ -46,6 +46,9 @@ class GPTConfig:
 
     def __post_init__(self):
         self.objectives = tuple(self.objectives)
+        sizes = self.vocab_size, self.n_layer, self.n_head, self.n_kv_head, self.d_model, self.d_ff, self.max_len
+        if not all(type(n) is int and n > 0 for n in sizes):
+            raise ValueError(f"unusable model configuration: {self}")
         self.head_dim = self.head_dim or self.d_model // self.n_head
         if self.n_head % self.n_kv_head or self.position not in ("rope", "learned") \
                 or self.norm not in ("rms", "layer") or self.mlp not in ("swiglu", "gelu"):
@@ -67,6 +70,7 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.base = self.lengths.clone()   # length at the last fork or keep: where the candidates begin to differ
         self.high = 0                      # no row is longer than this; kept on the host so that nothing has to wait
+        self.K = 1                         # rows per group, see fork
 
     def append(self, layer, k, v, rows, positions):
         """Write k, v (n, T, n_kv, hd) of cache rows `rows` (n,) at `positions` (n, T); return all keys and values that
@@ -83,19 +87,27 @@ class KVCache:
         new.k = [k.repeat_interleave(K, 0) for k in self.k]
         new.v = [v.repeat_interleave(K, 0) for v in self.v]
         new.lengths = self.lengths.repeat_interleave(K)
-        new.base, new.high = new.lengths.clone(), self.high
+        new.base, new.high, new.K = new.lengths.clone(), self.high, K
         return new
 
-    def keep(self, winners):
-        """winners (B,): in each group of K rows the candidate index that was committed. All rows of the group become
-        that candidate. Only what was written since the last fork or keep is copied: the rest is equal already."""
-        K = len(self.lengths) // len(winners)
-        source = torch.arange(len(winners), device=winners.device) * K + winners          # (B,)
-        start, end = int(self.base.min()), int(self.lengths[source].max())
+    def keep(self, winners, groups=None):
+        """Commit one candidate per group of K rows: winners (G,) candidate index, groups (G,) default all. All rows of a
+        group become its winner. Only what was written since the last fork or keep is copied: the rest is equal."""
+        groups = torch.arange(len(winners), device=self.lengths.device) if groups is None else groups
+        rows = (groups[:, None] * self.K + torch.arange(self.K, device=groups.device)).flatten()   # (G K,)
+        source = (groups * self.K + winners).repeat_interleave(self.K)                    # (G K,)
+        start, end = int(self.base[rows].min()), int(self.lengths[source].max())
         for store in (*self.k, *self.v):
-            store[:, start:end] = store[source, start:end].repeat_interleave(K, 0)
-        self.rollback(self.lengths[source].repeat_interleave(K))
-        self.base = self.lengths.clone()
+            store[rows, start:end] = store[source, start:end]
+        self.lengths[rows] = self.lengths[source]
+        self.base[rows], self.high = self.lengths[rows], int(self.lengths.max())
+
+    def reserve(self, max_len):
+        """Make room for rows of max_len tokens; what is held stays."""
+        more = max_len - self.k[0].shape[1]
+        if more > 0:
+            self.k = [F.pad(k, (0, 0, 0, 0, 0, more)) for k in self.k]
+            self.v = [F.pad(v, (0, 0, 0, 0, 0, more)) for v in self.v]
 
     def rollback(self, lengths):
         """Forget every row's tokens beyond lengths (rows,)."""
@@ -163,6 +175,7 @@ class GPT(nn.Module):
     def __init__(self, config, generator=None):
         super().__init__()
         c = self.config = config
+        self.tokenizer = None          # travels with the model: decode.py takes texts and boundaries from it
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
         self.positions = nn.Embedding(c.max_len, c.d_model) if c.position == "learned" else None
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
@@ -191,7 +204,7 @@ class GPT(nn.Module):
         else:
             rows = torch.arange(B, device=ids.device) if rows is None else rows
             positions = cache.lengths[rows][:, None] + t                                  # (B, T)
-            cache.high += T
+            cache.high = min(cache.high + T, cache.k[0].shape[1])
             mask = torch.arange(cache.high, device=ids.device) <= positions[:, None, :, None]   # (B, 1, T, high)
         x = self.embed(ids)
         inside = positions.clamp(max=self.config.max_len - 1)    # padding may stick out of the context; nobody reads it
@@ -209,19 +222,19 @@ class GPT(nn.Module):
         return KVCache(self.config, rows, max_len, self.embed.weight.device, self.embed.weight.dtype)
 
     def weights(self, weights):
-        """Head index, objective name or (H,) non-negative numbers -> (H,) tensor that sums to 1. ValueError else."""
+        """Head index, objective name or (H,) non-negative numbers -> (H,) tensor that sums to 1. InputError else."""
         H = len(self.heads)
         if isinstance(weights, str):
             if weights not in self.config.objectives:
-                raise ValueError(f"no head named {weights!r}: this model has {', '.join(self.config.objectives)}")
+                raise InputError(f"no head named {weights!r}: this model has {', '.join(self.config.objectives)}")
             weights = self.config.objectives.index(weights)
         if isinstance(weights, int):
             if not 0 <= weights < H:
-                raise ValueError(f"no head {weights}: this model has {H}")
+                raise InputError(f"no head {weights}: this model has {H}")
             return F.one_hot(torch.tensor(weights), H).to(self.heads[0].weight)
         w = torch.as_tensor(weights, dtype=self.heads[0].weight.dtype, device=self.heads[0].weight.device)
         if w.shape != (H,) or not bool((w >= 0).all()) or not 0 < float(w.sum()) < math.inf:
-            raise ValueError(f"weights must be {H} non-negative numbers with a positive sum, not {w.tolist()}")
+            raise InputError(f"weights must be {H} non-negative numbers with a positive sum, not {w.tolist()}")
         return w / w.sum()
 
     def fold(self, weights):
@@ -241,6 +254,7 @@ class GPT(nn.Module):
         untied: neither the embedding nor head 0 is touched (the published code perturbs both by accident)."""
         new = GPT(GPTConfig(**(vars(self.config) | {"objectives": tuple(objectives)})))
         new.to(self.embed.weight)
+        new.tokenizer = self.tokenizer
         with torch.no_grad():
             new.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("heads.")}, strict=False)
             for head in new.heads:
@@ -257,32 +271,32 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def load_safetensors(path):
     """File -> dict name -> tensor, memory-mapped: nothing is read before it is used. The file is untrusted: any lie in
-    its header (length, offsets, dtype, shape) is a DataError that names the file and the tensor.
+    its header (length, offsets, dtype, shape) is a InputError that names the file and the tensor.
 
     Layout: 8 bytes little-endian header length n, n bytes JSON {name: {dtype, shape, data_offsets}}, then the data."""
     if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file; a checkpoint needs it")
+        raise InputError(f"{path}: no such file; a checkpoint needs it")
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         prefix = f.read(8)
         n = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= n <= min(size - 8, 100_000_000):
-            raise DataError(f"{path}: not a safetensors file (header of {n} bytes in a file of {size})")
+            raise InputError(f"{path}: not a safetensors file (header of {n} bytes in a file of {size})")
         try:
             header = json.loads(f.read(n).decode("utf-8"), object_pairs_hook=no_duplicates)
         except (ValueError, RecursionError) as e:
-            raise DataError(f"{path}: broken safetensors header: {e}") from None
+            raise InputError(f"{path}: broken safetensors header: {e}") from None
         if not isinstance(header, dict):
-            raise DataError(f"{path}: safetensors header is not an object")
+            raise InputError(f"{path}: safetensors header is not an object")
         header.pop("__metadata__", None)
         spans = sorted((check_entry(path, name, entry, size - 8 - n), name) for name, entry in header.items())
         end = 0
         for (start, stop), name in spans:
             if start != end:
-                raise DataError(f"{path}: tensor {name!r} starts at byte {start} of the data, expected {end}")
+                raise InputError(f"{path}: tensor {name!r} starts at byte {start} of the data, expected {end}")
             end = stop
         if end != size - 8 - n:
-            raise DataError(f"{path}: the tensors end at byte {end} of the data, the file at {size - 8 - n}")
+            raise InputError(f"{path}: the tensors end at byte {end} of the data, the file at {size - 8 - n}")
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
     for (start, stop), name in spans:
@@ -302,16 +316,17 @@ def no_duplicates(pairs):
 
 
 def check_entry(path, name, entry, size):
-    """One header entry -> its (start, stop) in the data. DataError unless dtype, shape and bytes agree."""
+    """One header entry -> its (start, stop) in the data. InputError unless dtype, shape and bytes agree."""
     ints = lambda v: isinstance(v, list) and all(type(i) is int and 0 <= i < 2**48 for i in v)
-    if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
-        raise DataError(f"{path}: tensor {name!r} has dtype {entry.get('dtype') if isinstance(entry, dict) else entry!r}, "
+    if not isinstance(entry, dict) or str(entry.get("dtype")) not in DTYPES:
+        raise InputError(f"{path}: tensor {name!r} has dtype {entry.get('dtype') if isinstance(entry, dict) else entry!r}, "
                         f"known are {', '.join(DTYPES)}")
     shape, span = entry.get("shape"), entry.get("data_offsets")
-    if not ints(shape) or not ints(span) or len(span) != 2 or not span[0] <= span[1] <= size:
-        raise DataError(f"{path}: tensor {name!r} has shape {shape} at bytes {span} of {size}")
+    if not ints(shape) or math.prod(i or 1 for i in shape) >= 2**63 or not ints(span) or len(span) != 2 \
+            or not span[0] <= span[1] <= size:
+        raise InputError(f"{path}: tensor {name!r} has shape {shape} at bytes {span} of {size}")
     if math.prod(shape) * DTYPES[entry["dtype"]].itemsize != span[1] - span[0]:
-        raise DataError(f"{path}: tensor {name!r}: shape {shape} of {entry['dtype']} is not {span[1] - span[0]} bytes")
+        raise InputError(f"{path}: tensor {name!r}: shape {shape} of {entry['dtype']} is not {span[1] - span[0]} bytes")
     return tuple(span)
 
 
@@ -359,15 +374,17 @@ def theirs(name):
 
 
 def read_config(directory):
-    """config.json -> (GPTConfig, the JSON object). DataError names a field that this code does not compute."""
+    """config.json -> (GPTConfig, the JSON object). InputError names a field that this code does not compute."""
     path = os.path.join(directory, "config.json")
     c = read_json(path)
+    if not isinstance(c, dict):
+        raise InputError(f"{path}: {type(c).__name__}, not an object")
     arch = (c.get("architectures") or ["?"])[0]
     if c.get("model_type") != "llama":
-        raise DataError(f"{path}: architecture {arch} (model_type {c.get('model_type')}) is not read; Llama family only")
+        raise InputError(f"{path}: architecture {arch} (model_type {c.get('model_type')}) is not read; Llama family only")
     odd = {k: c[k] for k in ("rope_scaling", "sliding_window", "logit_scale") if c.get(k)}
     if odd or c.get("hidden_act", "silu") != "silu":
-        raise DataError(f"{path}: not computed here: {odd or c['hidden_act']}")
+        raise InputError(f"{path}: not computed here: {odd or c['hidden_act']}")
     try:
         rope = c.get("rope_parameters") or {}
         config = GPTConfig(
@@ -378,20 +395,20 @@ def read_config(directory):
             rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
             norm_eps=c["rms_norm_eps"], objectives=tuple(c.get("objectives") or ("policy",)))
     except KeyError as e:
-        raise DataError(f"{path}: field {e} is missing") from None
-    except (TypeError, ValueError, ZeroDivisionError) as e:
-        raise DataError(f"{path}: unusable configuration: {e}") from None
+        raise InputError(f"{path}: field {e} is missing") from None
+    except (AttributeError, TypeError, ValueError) as e:
+        raise InputError(f"{path}: unusable configuration: {e}") from None
     return config, c
 
 
 def copy_into(parameter, parts, path, names):
-    """parameter <- parts concatenated along dim 0. DataError if a part is missing or the shapes disagree."""
+    """parameter <- parts concatenated along dim 0. InputError if a part is missing or the shapes disagree."""
     for part, name in zip(parts, names):
         if part is None:
-            raise DataError(f"{path}: tensor {name!r} is missing")
+            raise InputError(f"{path}: tensor {name!r} is missing")
     shape = (sum(p.shape[0] if p.dim() else 0 for p in parts), *parts[0].shape[1:])
     if shape != tuple(parameter.shape) or any(p.shape[1:] != parts[0].shape[1:] for p in parts):
-        raise DataError(f"{path}: {' + '.join(names)} has shape {shape}, config.json wants {tuple(parameter.shape)}")
+        raise InputError(f"{path}: {' + '.join(names)} has shape {shape}, config.json wants {tuple(parameter.shape)}")
     row = 0
     for part in parts:
         parameter[row:row + len(part)].copy_(part)
@@ -421,13 +438,27 @@ def load_hf(directory, objectives=None):
     left = [n for n in tensors if n not in used and n != "lm_head.weight"
             and not n.startswith("heads.") and not n.endswith("rotary_emb.inv_freq")]
     if left:
-        raise DataError(f"{path}: tensor {left[0]!r} is unknown to this architecture")
+        raise InputError(f"{path}: tensor {left[0]!r} is unknown to this architecture")
+    model.tokenizer = load_tokenizer(directory, config.vocab_size)
     return model
+
+
+def load_tokenizer(directory, vocab_size):
+    """The directory's tokenizer, padded to the model's vocabulary; None where it has none."""
+    if not os.path.exists(os.path.join(directory, "tokenizer.json")):
+        return None
+    tokenizer = Tokenizer.from_hf(directory)
+    if tokenizer.n_vocab > vocab_size:
+        raise InputError(f"{directory}: tokenizer.json has ids up to {tokenizer.n_vocab - 1}, the model {vocab_size}")
+    tokenizer.pieces += [b""] * (vocab_size - tokenizer.n_vocab)
+    tokenizer.n_vocab = vocab_size
+    return tokenizer
 
 
 def backbone_tensors(model):
     """The backbone's parameters under their Hugging Face names."""
     c, tensors = model.config, {}
+    hf_config(c)                                          # refuses other families before anything is written
     for name, p in model.named_parameters():
         if name.startswith("heads."):
             continue
@@ -439,9 +470,9 @@ def backbone_tensors(model):
 
 
 def hf_config(c, **extra):
-    """GPTConfig -> the config.json object of a Llama checkpoint. ValueError if it is not of that family."""
+    """GPTConfig -> the config.json object of a Llama checkpoint. InputError if it is not of that family."""
     if (c.position, c.norm, c.mlp) != ("rope", "rms", "swiglu"):
-        raise ValueError("only RoPE + RMSNorm + SwiGLU models have a Llama checkpoint form")
+        raise InputError("only RoPE + RMSNorm + SwiGLU models have a Llama checkpoint form")
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size,
             "hidden_size": c.d_model, "intermediate_size": c.d_ff, "num_hidden_layers": c.n_layer,
             "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
@@ -450,21 +481,26 @@ def hf_config(c, **extra):
             "tie_word_embeddings": False, "torch_dtype": "float32"} | extra
 
 
-def save_hf(model, directory, weights=None, tokenizer=None):
+def save_hf(model, directory, weights=None):
     """Write config.json and model.safetensors (and the tokenizer's files) that other programs load.
 
     weights given: ONE ordinary checkpoint whose lm_head is that mix of heads, folded. None: lm_head is the uniform mix,
     and the H heads stand beside it as heads.*.weight, their names in config.json, for load_hf."""
-    os.makedirs(directory, exist_ok=True)
     tensors, extra = backbone_tensors(model), {}
     H = len(model.heads)
     tensors["lm_head.weight"] = model.fold(torch.ones(H) if weights is None else weights).detach()
     if weights is None:
         tensors |= {f"heads.{i}.weight": head.weight for i, head in enumerate(model.heads)}
         extra["objectives"] = list(model.config.objectives)
-    if tokenizer is not None:
-        tokenizer.save(directory)
-        extra |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id}
+    save_directory(directory, tensors, model, **extra)
+
+
+def save_directory(directory, tensors, model, **extra):
+    """model.safetensors, config.json and the model's tokenizer, config.json last: a directory that has it is whole."""
+    os.makedirs(directory, exist_ok=True)
+    if model.tokenizer is not None:
+        model.tokenizer.save(directory)
+        extra |= {f"{kind}_token_id": getattr(model.tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
     save_safetensors(tensors, os.path.join(directory, "model.safetensors"))
     write_json(os.path.join(directory, "config.json"), hf_config(model.config, **extra))
 

@@ -1,0 +1,305 @@
+"""decode.py: sampling, and PRM-guided best-of-K that carries its caches. Before: mah_dpo.py; next: evaluate.py.
+
+    from the running state (KV cache kv_t and the hidden state at the last token), for every prompt at once:
+      draw     K candidates as one batch, one forward per token, until a boundary (newline, sentence, end of turn)
+      score    r_k = P(x, y_1:t, y^k_{t+1}): the PRM reads only the candidates' tokens, behind its own running cache
+      commit   k* = argmax r_k: its cache and its hidden state become the running state            (paper, Sec. 5)
+
+Nothing that was committed is ever encoded again, by the policy or by the PRM; in a conversation the state goes on to the
+next turn and only the user's new words are fed. What is committed are token ids; text is derived from them. Plain
+generation is the same `draw` with the end of the turn as its only boundary.
+
+    python decode.py RUN --weights math_accuracy=0.7,math_engagement=0.3 --guide math_accuracy --prompt "4 + 5 - 2 = ?"
+"""
+import argparse
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from data import OBJECTIVES, InputError, domain_objectives, pad, read_json, run_command
+from model import KVCache, load_hf
+from prm import load_prm
+
+
+def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw one token per row by inverting the distribution function at u.
+
+    logits (B, V); u (B,) uniform in [0, 1); temperature 0 is greedy. top_k keeps the k likeliest tokens (0: all), top_p
+    the smallest set of likeliest tokens whose probability reaches p. -> (B,) ids"""
+    if temperature == 0:
+        return logits.argmax(-1)
+    order = None
+    if 0 < top_k < logits.shape[-1] or top_p < 1:
+        logits, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))     # sorted, likeliest first
+    p = F.softmax(logits.float() / temperature if logits.dtype != torch.float64 else logits / temperature, -1)
+    if top_p < 1:
+        p = p * (p.cumsum(-1) - p < top_p)                # the token that crosses top_p stays, so one always does
+    cdf = p.cumsum(-1)
+    index = torch.searchsorted(cdf, (u.to(cdf) * cdf[:, -1])[:, None], right=True)
+    index = index.clamp(max=p.shape[-1] - 1)
+    return (index if order is None else order.gather(-1, index))[:, 0]
+
+
+def check_prompts(model, prompts, limit=None):
+    """InputError for an empty prompt or one that leaves no room for an answer in the context."""
+    limit = limit or model.config.max_len
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError(f"prompt {i} is empty; give it at least one token")
+        if len(prompt) >= limit:
+            raise InputError(f"prompt {i} has {len(prompt)} tokens, the context {limit}; shorten the prompt")
+
+
+def ingest(net, cache, prompts, max_new_tokens):
+    """Feed new text to the first row of every group; return the hidden states (or scores) at its last token."""
+    rows = torch.arange(0, len(cache.lengths), cache.K, device=cache.lengths.device)
+    backbone = getattr(net, "backbone", net)
+    ids, n = pad(prompts, 0, backbone.embed.weight.device)
+    # Padded candidates may stick out behind a row that is already long: hence room for twice the new tokens.
+    cache.reserve(cache.high + ids.shape[1] + 2 * max_new_tokens)
+    lengths = cache.lengths.clone()
+    lengths[rows] += n
+    out = net(ids, cache, rows)
+    cache.rollback(lengths)
+    return out[torch.arange(len(n), device=n.device), n - 1]
+
+
+def draw(model, head, cache, h, rows, ends, blocked, limits, *, temperature, top_k, top_p, generator, feed_last):
+    """Sample every row until a boundary token or its limit.
+
+    head (V, d) folded; h (R, d) hidden state at the last token of every cache row, updated in place; rows (n,) the rows
+    to extend; ends, blocked (V,) as in Tokenizer.boundary_masks; limits (R,) most new tokens of a row (at least 1).
+    feed_last: also feed the boundary token, so that cache and h are ready to go on. -> list of n id lists."""
+    tokens, count = [], torch.zeros_like(cache.lengths)
+    index, previous = rows, None
+    while len(rows):
+        # One draw for every row, also for those that have stopped: a row's tokens never depend on its neighbours.
+        u = torch.rand(len(h), generator=generator).to(h.device)
+        token = sample(F.linear(h[rows], head), u[rows], temperature, top_k, top_p)       # (n,)
+        tokens.append(torch.zeros_like(cache.lengths).index_put((rows,), token))
+        count[rows] += 1
+        end = ends[token]
+        if previous is not None:
+            end = end & ~blocked[previous]
+        stop = end | (count[rows] >= limits[rows])
+        if feed_last or not bool(stop.all()):
+            fed = slice(None) if feed_last else ~stop
+            h[rows[fed]] = model(token[fed][:, None], cache, rows[fed])[:, 0]
+        rows, previous = rows[~stop], token[~stop]
+    table = torch.stack(tokens, 1)[index].tolist()
+    return [row[:n] for row, n in zip(table, count[index].tolist())]
+
+
+def stop_masks(model, boundary):
+    """Boundary name (or a ready pair of (V,) masks) -> masks on the model's device."""
+    if isinstance(boundary, str):
+        if model.tokenizer is None:
+            raise InputError("this model has no tokenizer; give the boundary as masks over the vocabulary")
+        boundary = model.tokenizer.boundary_masks(boundary)
+    return [m.to(model.embed.weight.device) for m in boundary]
+
+
+@torch.no_grad()
+def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None,
+             batch_size=512, progress=None):
+    """prompts (list of id lists, ragged) -> list of id lists, each up to and including EOS, or max_new_tokens long (a
+    number, or one per prompt).
+
+    weights: as in GPT.weights. Every row's result depends on its prompt and its draws alone. progress: called with the
+    number of finished prompts after each batch of batch_size."""
+    check_prompts(model, prompts)
+    head, (ends, blocked) = model.fold(weights), stop_masks(model, "turn")
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    out = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start:start + batch_size]
+        cache = model.new_cache(len(batch), 0)
+        new = cache.lengths.new_tensor(most[start:start + batch_size])
+        h = ingest(model, cache, batch, int(new.max()))
+        limits = torch.minimum(model.config.max_len - cache.lengths, new)
+        out += draw(model, head, cache, h, torch.arange(len(batch), device=h.device), ends, blocked, limits, top_p=top_p,
+                    temperature=temperature, top_k=top_k, generator=generator, feed_last=False)
+        if progress is not None:
+            progress(len(batch))
+    return out
+
+
+@dataclass
+class State:
+    """What goes on to the next step or turn, for all prompts of a batch: both caches and the policy's hidden states."""
+    policy: KVCache
+    prm: KVCache
+    h: torch.Tensor
+
+
+@dataclass
+class Step:
+    """One step's K candidates (id lists), their PRM scores and the index of the committed one."""
+    candidates: list
+    scores: list
+    winner: int
+
+
+@dataclass
+class Guided:
+    ids: list
+    text: str
+    steps: list
+    state: State
+
+
+def check_guided(model, prm, prompts, K, temperature, state):
+    if K < 1:
+        raise InputError(f"K must be at least 1, not {K}")
+    if temperature < 0:
+        raise InputError(f"temperature must not be negative, not {temperature}")
+    a, b = model.tokenizer, prm.backbone.tokenizer
+    if (a and b and a.pieces != b.pieces) or model.config.vocab_size != prm.backbone.config.vocab_size:
+        raise InputError("policy and PRM have different tokenizers; the PRM must read the policy's own ids")
+    limit = min(model.config.max_len, prm.backbone.config.max_len)
+    held = state.policy.lengths[::state.policy.K].tolist() if state else [0] * len(prompts)
+    if len(held) != len(prompts):
+        raise InputError(f"the state holds {len(held)} conversations, {len(prompts)} new texts came")
+    for prompt, n in zip(prompts, held):
+        check_prompts(model, [prompt], limit - n)
+    if temperature == 0 and K > 1:
+        warnings.warn("temperature 0 makes all candidates equal: K = 1", stacklevel=3)
+        K = 1
+    return K, limit
+
+
+@torch.no_grad()
+def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unified", max_new_tokens, temperature=1.0,
+                  top_k=50, top_p=1.0, generator=None, state=None):
+    """PRM-guided best-of-K (paper, Sec. 5) for B ragged prompts at once -> list of B Guided.
+
+    boundary: newline | sentence | turn. guide: one of the PRM's outputs, or "unified". state: that of an earlier call
+    for the same conversations; prompts are then only the new tokens (the end-of-turn token is in the cache already).
+    InputError for a prompt that does not fit, K < 1, a guide the PRM lacks, scores that are not finite."""
+    K, limit = check_guided(model, prm, prompts, K, temperature, state)
+    head, (ends, blocked), B = model.fold(weights), stop_masks(model, boundary), len(prompts)
+    if state is None:        # the prompt is encoded once, by one row per prompt, then forked into K
+        caches = model.new_cache(B, 0), prm.backbone.new_cache(B, 0)
+        h = ingest(model, caches[0], prompts, max_new_tokens)
+        ingest(prm, caches[1], prompts, max_new_tokens)
+        state = State(caches[0].fork(K), caches[1].fork(K), h.repeat_interleave(K, 0))
+    else:                    # the new words likewise; keep(0) then hands them to the other K - 1 rows
+        first = torch.zeros(B, dtype=torch.long, device=state.h.device)
+        state.h = ingest(model, state.policy, prompts, max_new_tokens).repeat_interleave(K, 0)
+        ingest(prm, state.prm, prompts, max_new_tokens)
+        state.policy.keep(first), state.prm.keep(first)
+    results = [Guided([], "", [], state) for _ in prompts]
+    budget = torch.minimum(limit - state.policy.lengths, state.policy.lengths.new_tensor(max_new_tokens))   # (B K,)
+    alive = torch.arange(B, device=state.h.device)
+    while len(alive):
+        rows = (alive[:, None] * K + torch.arange(K, device=alive.device)).flatten()
+        candidates = draw(model, head, state.policy, state.h, rows, ends, blocked, budget, temperature=temperature,
+                          top_k=top_k, top_p=top_p, generator=generator, feed_last=True)
+        scores = prm.guide(score_candidates(prm, state.prm, candidates, rows), guide, boundary).view(-1, K)
+        if not bool(scores.isfinite().all()):
+            raise InputError(f"step {len(results[int(alive[0])].steps) + 1}: the PRM's scores are not finite: {scores.tolist()}")
+        winners = scores.argmax(-1)                                                       # (G,)
+        state.policy.keep(winners, alive), state.prm.keep(winners, alive)
+        state.h[rows] = state.h[alive * K + winners].repeat_interleave(K, 0)
+        alive = commit(model, results, candidates, scores.tolist(), winners.tolist(), alive, budget, K)
+    for result in results:
+        result.text = model.tokenizer.decode(result.ids) if model.tokenizer else ""
+    return results
+
+
+def score_candidates(prm, cache, candidates, rows):
+    """Feed each candidate's tokens (and nothing else) to the PRM -> scores at each candidate's last token (n, P)."""
+    ids, n = pad(candidates, 0, rows.device)
+    lengths = cache.lengths.clone()
+    lengths[rows] += n
+    scores = prm(ids, cache, rows)                                                        # (n, T, P)
+    cache.rollback(lengths)
+    return scores[torch.arange(len(n), device=n.device), n - 1]
+
+
+def commit(model, results, candidates, scores, winners, alive, budget, K):
+    """Append the winners to their results; return the prompts that go on: no EOS yet and some budget left."""
+    going = []
+    eos = model.tokenizer.eos_id if model.tokenizer else -1
+    for g, b in enumerate(alive.tolist()):
+        step = Step(candidates[g * K:(g + 1) * K], scores[g], winners[g])
+        ids = step.candidates[step.winner]
+        results[b].ids += ids
+        results[b].steps.append(step)
+        budget[b * K:(b + 1) * K] -= len(ids)
+        if ids[-1] != eos and int(budget[b * K]) > 0:
+            going.append(b)
+    return alive.new_tensor(going)
+
+
+def parse_weights(text, objectives):
+    """'a=0.7,b=0.3' -> list of H numbers. InputError for an unknown head, a broken or negative number, all zero."""
+    weights = dict.fromkeys(objectives, 0.0)
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name.strip() not in weights:
+            raise InputError(f"--weights: no head named {name.strip()!r}; this model has {', '.join(objectives)}")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError:
+            raise InputError(f"--weights: {part!r} is not NAME=NUMBER") from None
+    if any(not 0 <= w < float("inf") for w in weights.values()) or sum(weights.values()) <= 0:
+        raise InputError(f"--weights: {text!r} must be non-negative numbers with a positive sum")
+    return list(weights.values())
+
+
+def show_step(tokenizer, number, step):
+    """Print one step's candidates with their scores, the winner marked."""
+    print(f"step {number}")
+    for k, (ids, score) in enumerate(zip(step.candidates, step.scores)):
+        mark = "->" if k == step.winner else "  "
+        print(f"  {mark} {score:+8.4f}  {tokenizer.decode(ids)!r}{' [end]' if ids[-1] == tokenizer.eos_id else ''}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run directory written by train.py")
+    parser.add_argument("--prompt", help="the user's message; without it, lines from standard input are a conversation")
+    parser.add_argument("--policy", default="mah_dpo", help="which model of the run answers (default mah_dpo)")
+    parser.add_argument("--weights", help="mix of heads, NAME=NUMBER,...; default: the guide's domain, uniform")
+    parser.add_argument("--guide", default=None, help="objective that guides, or 'unified'; default: the first objective")
+    parser.add_argument("--k", type=int, default=5, help="candidates per step")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=None, help="default: the run's own")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    config = read_json(os.path.join(args.run, "config.json"))
+    model = load_hf(os.path.join(args.run, args.policy))
+    objectives = model.config.objectives
+    guide = args.guide or config["objectives"][0]
+    if guide != "unified" and guide not in OBJECTIVES:
+        raise InputError(f"--guide: unknown objective {guide!r}; choose unified or one of {', '.join(OBJECTIVES)}")
+    single = os.path.join(args.run, f"prm_{guide}")
+    prm = load_prm(single if os.path.isdir(single) else os.path.join(args.run, "prm"))
+    weights = parse_weights(args.weights, objectives) if args.weights else None
+    leading = guide if guide in OBJECTIVES else \
+        objectives[max(range(len(objectives)), key=weights.__getitem__)] if weights else config["objectives"][0]
+    if weights is None:
+        mine = domain_objectives(OBJECTIVES[leading].domain, [o for o in objectives if o in OBJECTIVES])
+        weights = [float(not mine or o in mine) for o in objectives]
+    generator, state = torch.Generator().manual_seed(args.seed), None
+    temperature = config["temperature"] if args.temperature is None else args.temperature
+    for line in [args.prompt] if args.prompt is not None else sys.stdin:
+        tokenizer = model.tokenizer
+        ids = tokenizer.encode_turn(line.strip()) if state else \
+            tokenizer.encode_chat([{"role": "user", "content": line.strip()}])
+        result, = guided_decode(model, prm, [ids], boundary=OBJECTIVES[leading].boundary, K=args.k, weights=weights,
+                                guide=guide, max_new_tokens=args.max_new_tokens, temperature=temperature,
+                                generator=generator, state=state)
+        for number, step in enumerate(result.steps, 1):
+            show_step(tokenizer, number, step)
+        print(result.text, flush=True)
+        state = result.state
+
+
+if __name__ == "__main__":
+    run_command(main)

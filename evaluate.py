@@ -1,0 +1,328 @@
+"""evaluate.py: what each stage bought, measured on test prompts. Before: decode.py; next: train.py.
+
+    python evaluate.py RUN            measure every policy of a run directory again and rewrite its tables
+
+A row is a policy (base, sft, sft_greedy, the baselines, mah_dpo, each head alone), a mix of heads, and perhaps a guide;
+a column is an objective's noise-free score, averaged over test prompts that no stage has seen, with its standard error.
+All rows see the same prompts and the same random draws. KL is the policy's distance from SFT in nats per token on its
+own samples: methods should be compared at equal distance. Results go to results.json, results.md and pareto.svg.
+"""
+import argparse
+import math
+import os
+import statistics
+import zlib
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import DOMAINS, OBJECTIVES, Dice, InputError, domain_objectives, pad, read_json, response_mask, run_command
+from data import write_json, write_text
+from decode import generate, guided_decode
+from mah_dpo import dpo_loss, log_ratio_margin, policy_logps, soup
+from model import GPT, load_hf
+from prm import load_prm
+
+
+def seed_of(seed, *what):
+    """A seed for one purpose: a function of the run's seed and the purpose alone, so that stages do not interfere."""
+    return zlib.crc32(repr((seed, *what)).encode())
+
+
+class Conversation:
+    """One dialogue under way: messages for the judges, ids for the model (text never becomes ids again)."""
+
+    def __init__(self, problem, tokenizer):
+        self.problem, self.messages = problem, [{"role": "user", "content": problem.prompt}]
+        self.ids = self.new_ids = tokenizer.encode_chat(self.messages)
+        self.turns = []                    # (ids before, messages before, response ids) of every assistant turn
+
+    def answer(self, response, world, tokenizer, dice):
+        """Record the assistant's response and play the user's reply, if there is one."""
+        text = tokenizer.decode(response)
+        self.turns.append((self.ids, list(self.messages), response))
+        self.messages.append({"role": "assistant", "content": text})
+        reply = world.reply(self.problem, self.messages, dice)
+        if reply is not None:
+            self.messages.append({"role": "user", "content": reply})
+            closing = [] if response[-1] == tokenizer.eos_id else [tokenizer.eos_id]
+            self.new_ids = closing + tokenizer.encode_turn(reply)
+            self.ids = self.ids + response + self.new_ids
+
+    def scores(self, world, tokenizer):
+        """Noise-free scores, averaged over the assistant's turns."""
+        each = [world.scores(self.problem, before, tokenizer.decode(ids)) for _, before, ids in self.turns]
+        return {name: statistics.fmean(s[name] for s in each) for name in each[0]}
+
+
+def converse(world, problems, tokenizer, respond, seed):
+    """Play all conversations of a world at once; respond(conversations) -> one response (ids) for each."""
+    dice, conversations = Dice(seed), [Conversation(p, tokenizer) for p in problems]
+    for _ in range(world.turns):
+        for conversation, response in zip(conversations, respond(conversations)):
+            conversation.answer(response, world, tokenizer, dice)
+    return conversations
+
+
+def plain_responder(model, world, weights, temperature, generator, progress=None):
+    return lambda cs: generate(model, [c.ids for c in cs], weights=weights, max_new_tokens=world.max_new_tokens,
+                               temperature=temperature, generator=generator, progress=progress)
+
+
+def guided_responder(model, prm, world, weights, guide, temperature, generator, K=5, batch=128):
+    """Like plain_responder, guided; both caches go on from turn to turn, one state per batch of conversations."""
+    states = {}
+
+    def respond(conversations):
+        out = []
+        for start in range(0, len(conversations), batch):
+            part = conversations[start:start + batch]
+            results = guided_decode(model, prm, [c.new_ids for c in part], boundary=world.boundary, K=K, weights=weights,
+                                    guide=guide, max_new_tokens=world.max_new_tokens, temperature=temperature,
+                                    generator=generator, state=states.get(start))
+            states[start] = results[0].state if world.turns > 1 else None
+            out += [r.ids for r in results]
+        return out
+    return respond
+
+
+def summary(values):
+    """list of numbers -> {"mean", "stderr", "n"}; the standard error of the mean."""
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "stderr": spread, "n": len(values)}
+
+
+@torch.no_grad()
+def kl_per_token(model, head, reference, conversations, pad_id):
+    """Per response token of the policy's own samples, the exact KL(pi || pi_sft) of the next-token distributions at
+    temperature 1, in nats; averaged over each conversation's turns, then summarised."""
+    rows, found = [(before, response) for c in conversations for before, _, response in c.turns], []
+    for start in range(0, len(rows), 256):
+        part = rows[start:start + 256]
+        ids, lengths = pad([a + b for a, b in part], pad_id, head.device)
+        mask = response_mask(torch.tensor([len(a) for a, _ in part], device=head.device), lengths, ids.shape[1])
+        r, t = mask[:, 1:].nonzero(as_tuple=True)
+        log_pi = F.log_softmax(F.linear(model(ids)[r, t], head).float(), -1)
+        log_ref = F.log_softmax(reference.logits(reference(ids)[r, t]).float(), -1)
+        kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                                  # (N,)
+        found += (torch.zeros(len(part), device=head.device).index_add(0, r, kl) / mask.sum(1)).tolist()
+    return summary(found)
+
+
+# ------------------------------------------------------------------------------------------------ policies and rows
+
+class Bench:
+    """The models of one run directory, and the measuring of one row of the table."""
+
+    def __init__(self, run):
+        self.run, self.config = run, read_json(os.path.join(run, "config.json"))
+        self.objectives, self.seed = self.config["objectives"], self.config["seed"]
+        self.device, self.loaded = self.config["device"], {}
+        self.sft = self.model("sft")
+        self.tokenizer = self.sft.tokenizer
+        self.domains = list(dict.fromkeys(OBJECTIVES[o].domain for o in self.objectives))
+
+    def model(self, name):
+        if name not in self.loaded:
+            self.loaded[name] = load_hf(os.path.join(self.run, name)).to(self.device).eval()
+        return self.loaded[name]
+
+    def prm(self, guide):
+        single = os.path.join(self.run, f"prm_{guide}")
+        path = single if os.path.isdir(single) else os.path.join(self.run, "prm")
+        if path not in self.loaded:
+            self.loaded[path] = load_prm(path).to(self.device).eval() if os.path.isdir(path) else None
+        return self.loaded[path]
+
+    def soup(self, names):
+        """The uniform average of the single-objective DPO policies of `names`."""
+        models = [self.model(f"dpo_{n}") for n in names]
+        mixed = GPT(models[0].config).to(self.device)
+        mixed.load_state_dict(soup([m.state_dict() for m in models], [1.0] * len(models)))
+        mixed.tokenizer = self.tokenizer
+        return mixed
+
+    def weights(self, model, names):
+        """Uniform mix of the heads `names`; a model with one head has nothing to mix."""
+        heads = model.config.objectives
+        return [1.0] if len(heads) == 1 else [float(h in names) for h in heads]
+
+    def row(self, policy, model, domain, weights, guide=None, temperature=None):
+        """Measure one row on the domain's test prompts -> an entry of results.json."""
+        world, name = DOMAINS[domain], policy
+        temperature = self.config["temperature"] if temperature is None else temperature
+        problems = world.problems("test", self.config["n_test"], Dice(seed_of(self.seed, "test", domain)))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", domain))
+        if guide is None:
+            respond = plain_responder(model, world, weights, temperature, generator)
+        else:
+            respond = guided_responder(model, self.prm(guide), world, weights, guide, temperature, generator)
+        conversations = converse(world, problems, self.tokenizer, respond, seed_of(self.seed, "student", domain))
+        each = [c.scores(world, self.tokenizer) for c in conversations]
+        metrics = {n: summary([s[n] for s in each]) for n in each[0]}
+        metrics["tokens"] = summary([sum(len(r) for *_, r in c.turns) / len(c.turns) for c in conversations])
+        if guide is None and temperature:
+            metrics["kl"] = kl_per_token(model, model.fold(weights), self.sft, conversations, self.tokenizer.pad_id)
+        shown = {o: w / sum(weights) for o, w in zip(model.config.objectives, weights)}
+        return {"policy": name, "weights": shown, "guide": guide, "domain": domain, "metrics": metrics, "seed": self.seed}
+
+    def jobs(self, domain):
+        """All rows of one domain's table as (policy, model, weights, guide, temperature)."""
+        names = domain_objectives(domain, self.objectives)
+        one, mah = [1.0], self.model("mah_dpo")
+        mix = self.weights(mah, names)
+        yield from (("base", self.model("base"), one, None, None), ("sft", self.sft, one, None, None),
+                    ("sft_greedy", self.sft, one, None, 0.0))
+        for policy in ("single_head_dpo", "modpo"):
+            yield policy, self.model(policy), one, None, None
+        yield "soup", self.soup(names), one, None, None
+        yield "mah_dpo", mah, mix, None, None
+        for name in names:
+            yield f"mah_dpo:{name}", mah, self.weights(mah, [name]), None, None
+        for policy, model, weights in (("sft", self.sft, one), ("mah_dpo", mah, mix)):
+            for guide in [*names, *(["unified"] if self.config["prm"] == "unified" else [])]:
+                yield policy, model, weights, guide, None
+
+    def sweep(self, domain):
+        """Mixes of the domain's first two heads from one to the other: (1 - s, s)."""
+        names, mah = domain_objectives(domain, self.objectives)[:2], self.model("mah_dpo")
+        for s in (0.0, 0.25, 0.5, 0.75, 1.0) if len(names) == 2 else ():
+            weights = [0.0] * len(self.objectives)
+            weights[self.objectives.index(names[0])], weights[self.objectives.index(names[1])] = 1 - s, s
+            yield "mah_dpo", mah, weights, None, None
+
+
+# ------------------------------------------------------------------------------------------------- preference pairs
+
+@torch.no_grad()
+def pair_logps(model, pairs, head_of, pad_id, batch=64, progress=None):
+    """pairs: objects with objective, prompt, chosen, rejected (ids) -> log-probabilities (N, 2) of chosen and rejected,
+    each pair under the head head_of(objective). Sorted by length inside, so that padding is small."""
+    device = model.embed.weight.device
+    out = torch.zeros(len(pairs), 2)
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].chosen))
+    for start in range(0, len(pairs), batch):
+        index = order[start:start + batch]
+        ids, mask = pair_batch([pairs[i] for i in index], pad_id, device)
+        head = torch.tensor([head_of(pairs[i].objective) for i in index] * 2, device=device)
+        out[index] = policy_logps(model, ids, mask, head).view(2, -1).T.cpu()
+        if progress is not None:
+            progress(len(index))
+    return out
+
+
+def pair_batch(pairs, pad_id, device):
+    """-> ids, mask (2n, T): the chosen of all pairs, then the rejected; mask is True on response tokens."""
+    rows = [p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs]
+    ids, lengths = pad(rows, pad_id, device)
+    prompts = torch.tensor([len(p.prompt) for p in pairs] * 2, device=device)
+    return ids, response_mask(prompts, lengths, ids.shape[1])
+
+
+def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
+    """Held-out metrics of one policy per objective. loss, margin, reward_accuracy compare with the reference;
+    logp_accuracy asks whether the policy itself finds chosen likelier than rejected."""
+    delta = log_ratio_margin(logps[:, 0], logps[:, 1], reference[:, 0], reference[:, 1])
+    loss = dpo_loss(logps[:, 0], logps[:, 1], reference[:, 0], reference[:, 1], beta)
+    rows = []
+    for name in dict.fromkeys(p.objective for p in pairs):
+        i = [k for k, p in enumerate(pairs) if p.objective == name]
+        rows.append({"policy": policy, "weights": {name: 1.0}, "guide": None, "domain": f"pairs:{name}", "seed": seed,
+                     "metrics": {"loss": summary(loss[i].tolist()), "margin": summary((beta * delta[i]).tolist()),
+                                 "reward_accuracy": summary((delta[i] > 0).float().tolist()),
+                                 "logp_accuracy": summary((logps[i, 0] > logps[i, 1]).float().tolist())}})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+def cell(metric):
+    return "-" if metric is None else f"{metric['mean']:.3f} ±{metric['stderr']:.3f}"
+
+
+def table(rows, title, columns):
+    """Rows of results -> a Markdown table as text, aligned."""
+    head = ["policy", "guide", *columns]
+    lines = [[r["policy"], r["guide"] or "-", *(cell(r["metrics"].get(c)) for c in columns)] for r in rows]
+    width = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    draw = lambda line: "| " + " | ".join(text.ljust(w) for text, w in zip(line, width)) + " |"
+    rule = "|" + "|".join("-" * (w + 2) for w in width) + "|"
+    return "\n".join([f"### {title}", "", draw(head), rule, *map(draw, lines), ""])
+
+
+def report(results, sweeps, config):
+    """All tables as Markdown text."""
+    parts = [f"Objectives: {', '.join(config['objectives'])}. Seed {config['seed']}, sampling temperature "
+             f"{config['temperature']}, beta {config['beta']}. Mean ± standard error over test prompts.\n"]
+    for domain in dict.fromkeys(r["domain"] for r in results):
+        rows = [r for r in results if r["domain"] == domain]
+        columns = list(dict.fromkeys(c for r in rows for c in r["metrics"]))
+        parts.append(table(rows, f"{domain}, {rows[0]['metrics'][columns[0]]['n']} test prompts" if domain in DOMAINS
+                           else f"held-out preference {domain}", columns))
+    for domain in dict.fromkeys(r["domain"] for r in sweeps):
+        rows = [r | {"policy": "mah_dpo " + ", ".join(f"{n} {w:.2f}" for n, w in r["weights"].items()
+                                                       if n in domain_objectives(domain, config["objectives"])[:2])}
+                for r in sweeps if r["domain"] == domain]
+        parts.append(table(rows, f"{domain}, weight sweep", [*domain_objectives(domain, config["objectives"]), "kl"]))
+    return "\n".join(parts)
+
+
+def pareto_svg(results, sweeps, objectives):
+    """One panel per domain: the sweep as a line, every other policy as a labelled point, first against second objective."""
+    panels, size, out = list(dict.fromkeys(r["domain"] for r in sweeps)), 420, []
+    for number, domain in enumerate(panels):
+        x_name, y_name = domain_objectives(domain, objectives)[:2]
+        points = [(r["metrics"][x_name]["mean"], r["metrics"][y_name]["mean"], r) for r in results if r["domain"] == domain]
+        line = [(r["metrics"][x_name]["mean"], r["metrics"][y_name]["mean"]) for r in sweeps if r["domain"] == domain]
+        xs, ys = zip(*[(x, y) for x, y, _ in points], *line)
+        place = lambda v, values, a, b: a + (b - a) * (v - min(values)) / ((max(values) - min(values)) or 1)
+        X = lambda v: number * size + place(v, xs, 70, size - 40)
+        Y = lambda v: place(v, ys, 370, 40)
+        out.append(f'<path d="M{number * size + 60} 25V380H{(number + 1) * size - 20}" class="axis"/>')
+        out += [f'<text x="{X(v):.0f}" y="396" text-anchor="middle">{v:.2f}</text>' for v in (min(xs), max(xs))]
+        out += [f'<text x="{number * size + 54}" y="{Y(v) + 4:.0f}" text-anchor="end">{v:.2f}</text>' for v in (min(ys), max(ys))]
+        out.append(f'<text x="{number * size + 230}" y="414" text-anchor="middle">{x_name}</text>')
+        out.append(f'<text x="{number * size + 64}" y="18">{y_name} ({domain})</text>')
+        out.append('<polyline class="sweep" points="' + " ".join(f"{X(x):.1f},{Y(y):.1f}" for x, y in line) + '"/>')
+        for x, y, r in points:
+            label = r["policy"] + (f" + {r['guide']}" if r["guide"] else "")
+            kind = "guided" if r["guide"] else "policy"
+            out.append(f'<circle class="{kind}" cx="{X(x):.1f}" cy="{Y(y):.1f}" r="4"><title>{label}: {x:.3f}, {y:.3f}</title>'
+                       f'</circle><text x="{X(x) + 6:.1f}" y="{Y(y) + 3:.1f}" class="label">{label}</text>')
+    style = ("text{font:11px sans-serif;fill:#333}.label{font-size:8px}.axis{stroke:#888;fill:none}"
+             ".sweep{stroke:#0a7;stroke-width:2;fill:none}.policy{fill:#06c}.guided{fill:#c50}"
+             "@media(prefers-color-scheme:dark){text{fill:#ddd}svg{background:#111}}")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(1, len(panels)) * size} 425">'
+            f"<style>{style}</style>{''.join(out)}</svg>\n")
+
+
+def evaluate(run, pair_rows):
+    """Measure every row of a run, print the tables, write results.json, results.md and pareto.svg."""
+    bench, results, sweeps = Bench(run), [], []
+    if not bench.config["data"]:
+        jobs = [(d, job, results) for d in bench.domains for job in bench.jobs(d)] + \
+            [(d, job, sweeps) for d in bench.domains for job in bench.sweep(d)]
+        for domain, (policy, model, weights, guide, temperature), into in tqdm(jobs, desc="tables", unit="row", disable=None):
+            into.append(bench.row(policy, model, domain, weights, guide, temperature))
+    results += pair_rows
+    text = report(results, sweeps, bench.config)
+    write_json(os.path.join(run, "results.json"), results + sweeps)
+    write_text(os.path.join(run, "results.md"), text)
+    write_text(os.path.join(run, "pareto.svg"), pareto_svg(results, sweeps, bench.objectives))
+    print("\n" + text)
+    return results
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run directory written by train.py")
+    args = parser.parse_args(argv)
+    if not os.path.isfile(os.path.join(args.run, "results.json")):
+        raise InputError(f"{args.run}: not a finished run (no results.json); finish it with train.py --resume {args.run}")
+    old = read_json(os.path.join(args.run, "results.json"))
+    evaluate(args.run, [r for r in old if r["domain"].startswith("pairs:")])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,114 @@
+"""mah_dpo.py: Multi-Action-Head DPO and its baselines. Before: prm.py; next: decode.py.
+
+    Delta_i = [log pi_i(y+|x) - log pi_ref(y+|x)] - [log pi_i(y-|x) - log pi_ref(y-|x)]      sums over response tokens
+    L       = sum_i alpha_i * mean over the pairs of objective i of -log sigmoid(beta Delta_i)        (paper, Sec. 5)
+
+pi_i is the shared backbone with head i; the reference is the frozen SFT model with its own head. A pair of objective i
+touches head i and the backbone and nothing else: `policy_logps` never computes another head's logits, so a head that
+saw no pair keeps grad None and the optimiser leaves it alone. The reference's log-probabilities are constants: train.py
+computes them once. Baselines: single-head DPO (H = 1), MODPO (one policy per w, the other objectives as a margin) and
+DPO soup (one policy per objective, parameters averaged).
+"""
+import torch
+import torch.nn.functional as F
+
+CHUNK = 4096     # response positions whose logits exist at the same time: bounds memory at CHUNK x V
+
+
+def response_logps(h, W, ids, mask):
+    """Sum of log-probabilities of the response tokens of each row.
+
+    h (B, T, d) hidden states, W (V, d) one head, ids (B, T), mask (B, T) True on response tokens -> (B,) in float32.
+    h at t predicts the token at t + 1, so token t is scored by h at t - 1; prompt and padding are never scored, and
+    their logits are never computed. The softmax is taken in float32."""
+    row, t = mask[:, 1:].nonzero(as_tuple=True)                                           # (N,) response positions
+    total = torch.zeros(len(ids), dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
+    for r, s in zip(row.split(CHUNK), t.split(CHUNK)):
+        logits = F.linear(h[r, s], W).to(total.dtype)                                     # (n, V)
+        logps = logits.gather(1, ids[r, s + 1][:, None])[:, 0] - logits.logsumexp(1)
+        total = total.index_add(0, r, logps)
+    return total
+
+
+def policy_logps(model, ids, mask, head):
+    """One forward of the backbone for rows of several objectives; row b is scored by head[b] alone -> (B,)."""
+    h, parts, order = model(ids), [], []
+    for i in head.unique().tolist():
+        rows = (head == i).nonzero()[:, 0]
+        parts.append(response_logps(h[rows], model.heads[i].weight, ids[rows], mask[rows]))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected):
+    """Delta (B,): how much more than the reference the policy prefers chosen to rejected."""
+    return (pi_chosen - ref_chosen) - (pi_rejected - ref_rejected)
+
+
+def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
+    """-log sigmoid(beta Delta) (B,); every argument (B,) a sum of log-probabilities. ln 2 where policy = reference."""
+    return -F.logsigmoid(beta * log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected))
+
+
+def modpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, margin, w_k, beta):
+    """MODPO (B,): -log sigmoid( (beta Delta - margin) / w_k ), for pairs of objective k.
+
+    margin (B,) = sum_{j != k} w_j (r_j(y+) - r_j(y-)), the other objectives' rewards r_j = beta log(pi_j / pi_ref) by
+    their single-objective DPO policies; w_k >= 0.1, since dividing by less makes the loss explode (paper, Sec. 5)."""
+    if w_k < 0.1:
+        raise ValueError(f"MODPO needs w_k >= 0.1, not {w_k}")
+    delta = log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected)
+    return -F.logsigmoid((beta * delta - margin) / w_k)
+
+
+def balanced_mean(losses, head, alpha):
+    """sum_i alpha_i * mean of the losses (B,) of objective i -> scalar. An objective absent from the batch adds
+    nothing, and the others are not reweighted for it."""
+    one_hot = F.one_hot(head, len(alpha)).to(losses.dtype)                                # (B, H)
+    count = one_hot.sum(0)
+    return (alpha * (losses @ one_hot) / count.clamp(min=1)).sum()
+
+
+def mah_dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, alpha, beta):
+    """The MAH-DPO loss. head (B,): each pair's objective; alpha (H,): weights of the objectives.
+    -> scalar, {"loss", "margin", "accuracy"}: per objective (H,), NaN where it has no pair in the batch. The margin is
+    beta Delta, the accuracy the share of pairs with Delta > 0."""
+    losses = dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta)
+    return balanced_mean(losses, head, alpha), pair_metrics(
+        losses, log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected), head, len(alpha), beta)
+
+
+@torch.no_grad()
+def pair_metrics(losses, delta, head, H, beta):
+    one_hot = F.one_hot(head, H).to(losses.dtype)
+    mean = lambda values: (values @ one_hot) / one_hot.sum(0)                             # 0 / 0 = NaN: no such pair
+    return {"loss": mean(losses), "margin": mean(beta * delta), "accuracy": mean((delta > 0).to(losses.dtype))}
+
+
+def soup(state_dicts, weights):
+    """DPO soup: parameters averaged, theta = sum_k w_k theta_k, w divided by its sum. ValueError for unequal models or
+    weights that are negative or sum to nothing."""
+    if len(state_dicts) != len(weights) or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"need one non-negative weight per model, not all zero: got {weights} for {len(state_dicts)}")
+    if any(s.keys() != state_dicts[0].keys() for s in state_dicts):
+        raise ValueError("the models of a soup must have the same parameters")
+    return {k: sum(w / sum(weights) * s[k] for w, s in zip(weights, state_dicts)) for k in state_dicts[0]}
+
+
+def make_optimizer(model, lr_backbone, lr_heads):
+    """AdamW with a rate for the backbone and one for the heads. The heads must part from each other while the backbone,
+    which all objectives pull on, moves little: one rate for both either leaves the heads alike or breaks the backbone.
+    The paper's RMSprop has no bias correction, so its first steps are as long as its largest: harmless over thousands
+    of steps at 1e-6, not over the hundred or so taken here. No weight decay: it would pull heads away from SFT."""
+    heads = list(model.heads.parameters())
+    known = {id(p) for p in heads}
+    backbone = [p for p in model.parameters() if id(p) not in known]
+    return torch.optim.AdamW([{"params": backbone, "lr": lr_backbone, "name": "backbone"},
+                              {"params": heads, "lr": lr_heads, "name": "heads"}],
+                             betas=(0.9, 0.99), weight_decay=0.0)
+
+
+if __name__ == "__main__":
+    zero, alpha = torch.zeros(2), torch.ones(2)
+    loss, metrics = mah_dpo_loss(zero, zero, zero, zero, torch.tensor([0, 1]), alpha, beta=0.1)
+    print(f"policy = reference: loss {float(loss):.4f} = 2 ln 2, per objective {metrics['loss'].tolist()}")

@@ -1,0 +1,139 @@
+"""prm.py: the process reward model (PRM), the labels it learns from, its losses. Before: model.py; next: mah_dpo.py.
+
+A PRM maps a prefix (x, y_1:t) of prompt and steps to a score p_t, read at the step's last token. How the label is built
+depends on the objective (paper, Sec. 4); here every case is one pure function on finished rollouts or pairs:
+
+    verifiable   V_t = r_t + mean_m gamma^(n_m - t) z_m      hindsight_targets, then mse_loss
+    case A       r_t = 1[ mean_m J(y_1:t, rollout_m) > 1/2 ] majority_labels, then bce_loss
+    case B       r_t = J(y_1:t), the prefix judged as it is  nothing to build, then bce_loss
+    case C       -log sigmoid(P(y+_1:t) - P(y-_1:t))         matching_steps, then bradley_terry_loss
+
+One backbone serves all objectives: an MLP (Linear, ReLU, Linear) with one output per objective, (B, T, d) -> (B, T, P).
+"""
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import OBJECTIVES, InputError
+from model import (GPT, backbone_tensors, copy_into, load_safetensors, load_tokenizer, read_config, save_directory,
+                   theirs)
+
+
+class PRM(nn.Module):
+    """A backbone and an MLP with P = len(outputs) scores per token. `outputs` are objective names."""
+
+    def __init__(self, backbone, outputs, generator=None):
+        super().__init__()
+        self.backbone, self.outputs, d = backbone, list(outputs), backbone.config.d_model
+        self.score = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, len(self.outputs)))
+        for layer in (self.score[0], self.score[2]):
+            nn.init.normal_(layer.weight, std=d ** -0.5, generator=generator)
+            nn.init.zeros_(layer.bias)
+        # Spread of each output over training steps: brings values, logits and preference scores to one unit, so that
+        # "unified" guidance may average them.
+        self.register_buffer("scale", torch.ones(len(self.outputs)))
+
+    def forward(self, ids, cache=None, rows=None):
+        """ids (B, T) -> scores (B, T, P); cache and rows as in GPT.forward."""
+        return self.score(self.backbone(ids, cache, rows))
+
+    def guide(self, scores, guide, boundary=None):
+        """scores (..., P) -> (...): one output, or for "unified" the mean of the scaled outputs of the domain whose
+        steps end at `boundary`. InputError for a guide this PRM does not have."""
+        unified = [n for n in self.outputs if OBJECTIVES[n].boundary == boundary or boundary is None]
+        names = unified if guide == "unified" else [n for n in self.outputs if n == guide]
+        if not names:
+            raise InputError(f"no PRM output {guide!r} here: this PRM has {', '.join(self.outputs)}, and 'unified'")
+        index = [self.outputs.index(n) for n in names]
+        return (scores[..., index] / self.scale[index]).mean(-1)
+
+
+def hindsight_targets(step_rewards, lengths, correct, gamma):
+    """Hindsight relabelling for a verifiable objective: V_t = r_t + mean_m gamma^(n_m - t) z_m (paper, Sec. 4).
+
+    step_rewards (S,): r_t of step t = 1..S. lengths (S, M): n_m, the number of steps of rollout m from prefix t, prefix
+    included. correct (S, M): z_m in {0, 1}, the verifier's verdict on that rollout's end. -> (S,)"""
+    t = torch.arange(1, len(step_rewards) + 1, device=lengths.device)[:, None]            # (S, 1)
+    if bool((lengths < t).any()):
+        raise ValueError("a rollout from prefix t has fewer than t steps")
+    return step_rewards + (gamma ** (lengths - t) * correct).mean(1)
+
+
+def majority_labels(verdicts):
+    """Case A: verdicts (S, M) in {0, 1} of a judge on M completed rollouts from each prefix -> (S,) in {0., 1.}: the
+    strict majority; a tie is negative (paper, Sec. 4)."""
+    return (verdicts.float().mean(1) > 0.5).float()
+
+
+def matching_steps(chosen_ids, rejected_ids, chosen_ends, rejected_ends):
+    """Case C: the pairs of step ends (index in chosen, index in rejected) at which two responses are compared: step t
+    against step t for t = 1..min(n+, n-), then full against full; pairs with equal prefixes are skipped."""
+    pairs = list(zip(chosen_ends, rejected_ends))
+    if pairs and pairs[-1] != (chosen_ends[-1], rejected_ends[-1]):
+        pairs.append((chosen_ends[-1], rejected_ends[-1]))
+    return [(c, r) for c, r in pairs if chosen_ids[:c + 1] != rejected_ids[:r + 1]]
+
+
+def masked_mean(values, mask):
+    mask = mask.to(values.dtype)
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def mse_loss(scores, targets, mask):
+    """mean over masked steps of (p_t - V_t)^2; all arguments (...) of one shape. The output is unbounded."""
+    return masked_mean((scores - targets) ** 2, mask)
+
+
+def bce_loss(scores, targets, mask):
+    """mean over masked steps of -[r log sigmoid(p) + (1 - r) log(1 - sigmoid(p))]; scores are logits, targets in [0, 1]."""
+    return masked_mean(F.binary_cross_entropy_with_logits(scores, targets, reduction="none"), mask)
+
+
+def bradley_terry_loss(scores_chosen, scores_rejected, mask):
+    """mean over masked comparisons of -log sigmoid(P(y+_1:t) - P(y-_1:t))."""
+    return masked_mean(-F.logsigmoid(scores_chosen - scores_rejected), mask)
+
+
+def step_loss(outputs, scores, targets):
+    """Labelled steps of all objectives at once. scores, targets (N, P), NaN where a step has no label for an output.
+    -> sum over the outputs present of their own loss: MSE if verifiable, else BCE."""
+    total = scores.new_zeros(())
+    for p, name in enumerate(outputs):
+        mask = ~targets[:, p].isnan()
+        if mask.any():
+            loss = mse_loss if OBJECTIVES[name].case == "verifiable" else bce_loss
+            total = total + loss(scores[:, p], targets[:, p].nan_to_num(), mask)
+    return total
+
+
+def save_prm(prm, directory):
+    """Write a PRM as a Hugging Face directory: the backbone as a Llama checkpoint, the MLP as score.0 and score.2."""
+    tensors = backbone_tensors(prm.backbone) | {f"score.{k}": v.detach() for k, v in prm.score.state_dict().items()}
+    save_directory(directory, tensors | {"score_scale": prm.scale}, prm.backbone, prm_outputs=prm.outputs)
+
+
+@torch.no_grad()
+def load_prm(directory):
+    """A directory written by save_prm -> PRM. InputError names a missing, unknown or wrongly shaped tensor."""
+    config, raw = read_config(directory)
+    outputs = raw.get("prm_outputs")
+    if not isinstance(outputs, list) or not outputs or not set(outputs) <= set(OBJECTIVES):
+        raise InputError(f"{directory}: config.json names no prm_outputs; this is not a reward model")
+    config.objectives = ()
+    prm, path = PRM(GPT(config), outputs), os.path.join(directory, "model.safetensors")
+    tensors = load_safetensors(path)
+    for name, parameter in [*prm.named_parameters(), ("score_scale", prm.scale)]:
+        names = theirs(name.removeprefix("backbone.")) if name.startswith("backbone.") else [name]
+        copy_into(parameter, [tensors.pop(n, None) for n in names], path, names)
+    if tensors:
+        raise InputError(f"{path}: tensor {next(iter(tensors))!r} is unknown to a reward model")
+    prm.backbone.tokenizer = load_tokenizer(directory, config.vocab_size)
+    return prm
+
+
+if __name__ == "__main__":
+    # A solution of three steps, the second wrong; two rollouts from each prefix, gamma = 0.9.
+    r, n, z = torch.tensor([1., 0., 1.]), torch.tensor([[3, 4], [3, 3], [3, 3]]), torch.tensor([[1., 1.], [0., 1.], [0., 0.]])
+    print("V_t =", [round(v, 3) for v in hindsight_targets(r, n, z, 0.9).tolist()], "(1 + (.81 + .729)/2, 0 + .9/2, 1 + 0)")

@@ -1,0 +1,43 @@
+"""Shared by all tests: the repository root on the path, one thread (tiny models are slower with more), tiny fixtures."""
+import os
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from data import Tokenizer  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The embedded tokenizer of the three worlds."""
+    return Tokenizer.embedded()
+
+
+@pytest.fixture(scope="session")
+def gpt(tokenizer):
+    """A tiny random Llama with two different heads on the embedded tokenizer. Shared: do not change it."""
+    generator = torch.Generator().manual_seed(0)
+    config = GPTConfig(tokenizer.n_vocab, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=40, max_len=128,
+                       init_std=0.2, objectives=("math_accuracy", "math_engagement"))
+    model = GPT(config, generator)
+    with torch.no_grad():
+        for p in model.parameters():      # norm weights of exactly 1 would hide a norm loaded into the wrong place
+            if p.dim() == 1:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    model.tokenizer = tokenizer
+    return model
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """Directory of the stories260k checkpoint; tests that ask for it are skipped where MAHALO_DATA does not lead to it."""
+    directory = os.path.join(os.environ.get("MAHALO_DATA", ""), "stories260k")
+    if "MAHALO_DATA" not in os.environ or not os.path.isdir(directory):
+        pytest.skip("MAHALO_DATA does not name a directory with stories260k")
+    return directory

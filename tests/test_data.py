@@ -1,0 +1,556 @@
+"""data.py: objectives, tokenizer, worlds, readers, batches. Every docstring states the bug that its test prevents."""
+import json
+import re
+import statistics
+
+import pytest
+import torch
+
+import data
+from data import (DOMAINS, OBJECTIVES, Dice, InputError, Preference, Problem, Steps, Tokenizer, World, believed,
+                  domain_objectives, fit_threshold, judge, pad, read_json, read_preferences, read_steps, response_mask,
+                  right, select_objectives, split_of)
+
+HARD = ["", " ", "  ", "\n", "\r\n\t", "4 + 5 = 9\nanswer 9", "Zyzzyva 1,000,000.5!?", "aaaaabab 00712 007", "e.g. i.e.",
+        "café ☃ 你好 👩‍👩‍👧 \u00a0\u2028\u0000\x7f", "<|end|><|pad|> <|user|>", "the the  the\n\nthe", "it's o'clock", "ß" * 9]
+
+
+# ---------------------------------------------------------------------------------------------------- objectives
+
+def test_objectives_are_the_papers_in_order():
+    """Head index = index in this table: a reordered or renamed row silently swaps heads of saved runs."""
+    assert list(OBJECTIVES) == ["math_accuracy", "math_engagement", "helpfulness", "honesty", "truthfulness",
+                                "tutor_accuracy", "tutor_engagement"]
+    assert [o.case for o in OBJECTIVES.values()] == ["verifiable", "A", "C", "C", "C", "B", "B"]
+    assert [o.boundary for o in OBJECTIVES.values()] == ["newline"] * 2 + ["sentence"] * 3 + ["turn"] * 2
+    assert all(name == o.name for name, o in OBJECTIVES.items())
+
+
+@pytest.mark.parametrize("spec, names", [
+    ("all", list(OBJECTIVES)),
+    ("values", ["helpfulness", "honesty", "truthfulness"]),
+    (" tutor_accuracy, math_accuracy ,", ["math_accuracy", "tutor_accuracy"]),
+    ("honesty,values", ["helpfulness", "honesty", "truthfulness"])])
+def test_select_objectives(spec, names):
+    """Names in the order typed (or twice) would give heads that do not match the table's order."""
+    assert select_objectives(spec) == names
+
+
+@pytest.mark.parametrize("spec, named", [("math,honesti", "honesti"), ("", "''"), (" , ", "' , '"), ("Math", "Math")])
+def test_unknown_objective_is_named(spec, named):
+    """A typo that is skipped trains fewer heads than asked; an empty list trains none."""
+    with pytest.raises(InputError, match="unknown objective") as e:
+        select_objectives(spec)
+    assert named in str(e.value) and "math_accuracy" in str(e.value)
+
+
+def test_domain_objectives():
+    """Mixing heads of other domains into a domain's ensemble."""
+    assert domain_objectives("math", list(OBJECTIVES)) == ["math_accuracy", "math_engagement"]
+    assert domain_objectives("values", ["truthfulness", "math_accuracy"]) == ["truthfulness"]
+
+
+# ---------------------------------------------------------------------------------------- randomness and splits
+
+def test_dice_depend_on_their_seed_only():
+    """Draws from global random state: two runs of the same seed would differ."""
+    torch.manual_seed(1)
+    a, b, c = Dice(7), Dice(7), Dice(8)
+    first = [a.random() for _ in range(5000)]          # more than one block of the pool
+    torch.manual_seed(2)
+    assert first == [b.random() for _ in range(5000)]
+    assert first != [c.random() for _ in range(5000)]
+    assert len(set(first)) == 5000 and all(0 <= u < 1 for u in first)
+
+
+def test_judge_noise_is_calibrated():
+    """A biased judge, or a variance where a standard deviation is meant, spoils every training label."""
+    dice = Dice(3)
+    ratings = [judge(0.4, dice) for _ in range(4000)]
+    assert abs(statistics.mean(ratings) - 0.4) < 0.01
+    assert abs(statistics.stdev(ratings) - data.JUDGE_NOISE) < 0.005
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_splits_share_no_prompt(domain):
+    """Test prompts seen in training: every number of the tables would be too good."""
+    world = DOMAINS[domain]
+    prompts = {s: [p.prompt for p in world.problems(s, 60, Dice(seed))] for seed, s in enumerate(("train", "dev", "test"))}
+    for split, found in prompts.items():
+        assert len(found) == len(set(found)) == 60
+        assert all(split_of(p) == split for p in found)
+
+
+def test_split_is_a_function_of_the_text():
+    """A split by order of drawing moves a prompt from test to train when the seed or the count changes."""
+    assert [split_of(p) for p in ("4 + 5 - 2 = ?", "a", "b", "c")] == \
+           [split_of(p) for p in ("4 + 5 - 2 = ?", "a", "b", "c")] == ["train", "train", "test", "train"]
+    shares = [split_of(str(i)) for i in range(4000)]
+    assert abs(shares.count("dev") / 4000 - 0.1) < 0.02 and abs(shares.count("test") / 4000 - 0.1) < 0.02
+
+
+def test_too_many_problems_is_an_error():
+    """A world that runs out of prompts loops for ever or returns fewer rows than asked."""
+    class Small(World):
+        name = "small"
+
+        def problem(self, dice):
+            return Problem("small", dice.choice("abcdefghij"))
+
+    held = [c for c in "abcdefghij" if split_of(c) == "train"]
+    found = Small().problems("train", len(held), Dice(0))
+    assert sorted(p.prompt for p in found) == held and 0 < len(held) < 10
+    with pytest.raises(ValueError, match=f"small world has fewer than {len(held) + 1} distinct train"):
+        Small().problems("train", len(held) + 1, Dice(0))
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer
+
+def test_embedded_covers_every_byte(tokenizer):
+    """A byte without a token makes tiktoken panic with a BaseException in the middle of a run."""
+    assert tokenizer.pieces[:256] == [bytes([b]) for b in range(256)]
+    assert sorted(tokenizer.ranks.values()) == list(range(tokenizer.n_vocab - 4))
+    assert len(set(tokenizer.specials.values()) | {tokenizer.eos_id, tokenizer.pad_id}) == 4
+    assert tokenizer.eos_id != tokenizer.pad_id
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_round_trip(tokenizer, text):
+    """Text that does not come back from its ids: the verifier would judge something the model did not say."""
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(tokenizer.specials.values())       # also a user who types '<|end|>' gets plain letters
+
+
+def test_lone_surrogate_and_broken_utf8(tokenizer):
+    """JSON may hold half a surrogate pair, and a model may sample half a character: neither may end the run."""
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    assert tokenizer.decode([0xE2, 0x98]) == "\ufffd" and tokenizer.decode([tokenizer.eos_id]) == ""
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_demonstrations_need_no_bytes(tokenizer, domain):
+    """A word that is missing in the vocabulary falls apart into letters, which a 0.4 M model cannot learn."""
+    world, dice = DOMAINS[domain], Dice(12345)
+    for _ in range(300):
+        for m in world.conversation(world.problem(dice), dice, careful=True):
+            pieces = [tokenizer.pieces[i] for i in tokenizer.encode(m["content"])]
+            assert pieces == [w.encode() for w in re.findall(data.PATTERN, m["content"])]
+
+
+def test_chat_is_encoded_message_by_message(tokenizer):
+    """Tokens that merge across the border of prompt and response move with the response (trap 1)."""
+    user, assistant, end = (tokenizer.specials[f"<|{s}|>"] for s in ("user", "assistant", "end"))
+    messages = [{"role": "user", "content": "go the"}, {"role": "assistant", "content": "re 1"}]
+    ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    assert ids == [user, *tokenizer.encode("go the"), end, assistant, *tokenizer.encode("re 1"), end]
+    assert tokenizer.encode_chat(messages) == ids + [assistant]
+    system = [{"role": "system", "content": "hi"}] + messages      # has no marker of its own, and must not crash
+    assert tokenizer.encode_chat(system) == [user, *tokenizer.encode("hi"), end] + ids + [assistant]
+
+
+def chat_prefix_property(tokenizer, replies=("9 - 2", "")):
+    messages, cache = [{"role": "user", "content": "4 + 5 ?"}], None
+    for reply in replies:
+        cache = (cache or tokenizer.encode_chat(messages)) + tokenizer.encode(reply) + [tokenizer.eos_id]
+        messages.append({"role": "assistant", "content": reply})
+        assert cache == tokenizer.encode_chat(messages, add_generation_prompt=False)
+        messages.append({"role": "user", "content": " and\nthen"})
+        cache += tokenizer.encode_turn(" and\nthen")
+        assert cache == tokenizer.encode_chat(messages)
+
+
+def test_a_running_conversation_is_a_prefix_of_the_longer_one(tokenizer):
+    """encode_turn that differs from encode_chat: the KV cache of turn 1 is not the start of turn 2's prompt."""
+    chat_prefix_property(tokenizer)
+
+
+# A byte-level tokenizer.json with every trap of real ones: ids are not merge ranks (bc has a smaller id than ab but merges
+# later), bytes without an id, add_prefix_space, BOS. 'Ġ' is the space, 'Ċ' the newline.
+TWIN = {
+    "added_tokens": [{"id": 0, "content": "<s>"}, {"id": 1, "content": "</s>"}, {"id": 12, "content": "<unk>"}],
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True},
+    "model": {"type": "BPE", "ignore_merges": False, "merges": ["a b", "ab c", "Ġ abc", "b c"],
+              "vocab": {"<s>": 0, "</s>": 1, "abc": 2, "b": 3, "c": 4, "Ġ": 5, "Ġabc": 6, "bc": 7, "ab": 8, "a": 9, "Ċ": 10}}}
+TWIN_CONFIG = {"add_bos_token": True, "bos_token": "<s>", "eos_token": {"content": "</s>"}}
+
+
+def write_twin(directory, config=TWIN_CONFIG, **changes):
+    (directory / "tokenizer.json").write_text(json.dumps(TWIN | changes), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(directory)
+
+
+@pytest.mark.parametrize("merges", [["a b", "ab c", "Ġ abc", "b c"], [["a", "b"], ["ab", "c"], ["Ġ", "abc"], ["b", "c"]]])
+def test_from_hf_merges_in_merge_order(tmp_path, merges):
+    """Ids taken for merge ranks ('abc' -> a + bc), or only one of the two spellings of merges read."""
+    twin = Tokenizer.from_hf(write_twin(tmp_path, model=TWIN["model"] | {"merges": merges}))
+    assert (twin.n_vocab, twin.eos_id, twin.pad_id, twin.bos_id) == (13, 1, 12, 0)
+    assert twin.encode("abc") == [6]                         # one space is put in front ...
+    assert twin.encode(" abc") == [6]                        # ... unless there is one
+    assert twin.encode("\nabc") == [5, 10, 2]                # a newline is no space, as in the reference implementation
+    assert twin.encode("bcab") == [5, 7, 8]
+    assert twin.encode("xabc") == [5, 2]                     # x has no id: dropped, not a panic
+    assert twin.encode("") == [] and twin.encode("</s>") == [5]
+    assert twin.decode([0, 6, 10, 8, 1]) == " abc\nab"
+
+
+def test_from_hf_chat_has_one_bos(tmp_path):
+    """BOS repeated in front of every turn, or forgotten: the checkpoint never saw such text."""
+    twin = Tokenizer.from_hf(write_twin(tmp_path))
+    ids = twin.encode_chat([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ab"}])
+    assert ids[0] == 0 and ids.count(0) == 1 and ids.count(1) == 1
+    chat_prefix_property(twin)
+
+
+def test_from_hf_saves_what_came(tmp_path):
+    """A foreign tokenizer rewritten in our own form would lose what this code does not model."""
+    source, copy = tmp_path / "a", tmp_path / "b"
+    source.mkdir(), copy.mkdir()
+    Tokenizer.from_hf(write_twin(source)).save(str(copy))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert read_json(str(source / name)) == read_json(str(copy / name))
+    assert Tokenizer.from_hf(str(copy)).encode("abc") == [6]
+
+
+@pytest.mark.parametrize("changes, config, words", [
+    ({"model": {"type": "Unigram", "vocab": {}}}, TWIN_CONFIG, "Unigram"),
+    ({"model": TWIN["model"] | {"byte_fallback": True}}, TWIN_CONFIG, "byte_fallback"),
+    ({"normalizer": {"type": "NFC"}}, TWIN_CONFIG, "normalizer"),
+    ({"pre_tokenizer": {"type": "Metaspace"}}, TWIN_CONFIG, "Metaspace"),
+    ({"pre_tokenizer": None}, TWIN_CONFIG, "ByteLevel"),
+    ({"added_tokens": [{"id": 0, "content": "<s>"}]}, {}, "end-of-text")])
+def test_from_hf_refuses_what_it_would_encode_wrongly(tmp_path, changes, config, words):
+    """A tokenizer of another kind read as byte-level BPE gives wrong ids without a word."""
+    with pytest.raises(InputError, match=words) as e:
+        Tokenizer.from_hf(write_twin(tmp_path, config, **changes))
+    assert str(tmp_path) in str(e.value)
+
+
+def test_from_hf_names_the_missing_or_broken_file(tmp_path):
+    """A checkpoint directory without its tokenizer ends in a traceback instead of a file name."""
+    with pytest.raises(InputError, match="tokenizer.json: no such file"):
+        Tokenizer.from_hf(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match="tokenizer.json: not a JSON file"):
+        Tokenizer.from_hf(str(tmp_path))
+
+
+def test_export_gives_the_same_ids(tokenizer, tmp_path):
+    """An exported run whose tokenizer cuts unknown words, digits or unicode differently answers nonsense elsewhere."""
+    tokenizer.save(str(tmp_path))
+    again = Tokenizer.from_hf(str(tmp_path))
+    words = [p.decode() for p in tokenizer.pieces[256:] if p]
+    joined = ["".join(words[i::7]) for i in range(7)] + [w.strip() + w[::-1] for w in words]
+    for text in HARD + joined:
+        assert again.encode(text) == tokenizer.encode(text)
+    assert (again.n_vocab, again.eos_id, again.pad_id, again.bos_id, again.specials) == \
+           (tokenizer.n_vocab, tokenizer.eos_id, tokenizer.pad_id, None, tokenizer.specials)
+    assert again.pieces == tokenizer.pieces
+
+
+def test_export_is_what_the_reference_library_needs(tokenizer, tmp_path):
+    """Without ignore_merges and a merge for every token, Hugging Face's tokenizers splits our words into letters."""
+    tokenizer.save(str(tmp_path))
+    spec, config = read_json(str(tmp_path / "tokenizer.json")), read_json(str(tmp_path / "tokenizer_config.json"))
+    assert spec["model"]["ignore_merges"] is True
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    assert vocab["Ġthe"] == tokenizer.encode(" the")[0] and vocab["Ċ"] == 10 and vocab["<|end|>"] == tokenizer.eos_id
+    assert ["Ġ", "c"] not in merges and ["n", "o"] in merges             # ' c' is no token, 'no' is one
+    results = [vocab[a + b] for a, b in merges]                          # in the order of the merged token's id ...
+    assert results == sorted(results)
+    assert all(a in vocab and b in vocab for a, b in merges)
+    assert {t["content"]: t["id"] for t in spec["added_tokens"]} == tokenizer.specials
+    assert config["eos_token"] == "<|end|>" and config["pad_token"] == "<|pad|>"
+
+
+def test_stories_tokenizer_is_the_reference_one(stories):
+    """ids of a real tokenizer.json, taken from Hugging Face's own library: prefix space, rank order, missing bytes."""
+    tok = Tokenizer.from_hf(stories)
+    assert (tok.n_vocab, tok.bos_id, tok.eos_id, tok.pad_id) == (512, 1, 2, 0)
+    for text, ids in {"Once upon a time": [403, 407, 261, 378], " a": [261], "": [],
+                      "\nHello": [410, 13, 440, 411, 306, 414],
+                      "3.14 e.g. this": [410, 472, 426, 475, 484, 344, 426, 428, 426, 308, 293],
+                      "café ☃": [280, 412, 431, 485, 410, 229, 155, 134],
+                      "<s>hi</s>": [410, 504, 419, 505, 415, 417, 504, 492, 419, 505]}.items():
+        assert tok.encode(text) == ids
+        assert tok.decode(ids) == (text if text[:1] in ("", " ") else " " + text)
+    chat_prefix_property(tok)
+
+
+# ---------------------------------------------------------------------------------------------------- boundaries
+
+def cut(tokenizer, text, kind):
+    """The steps of a text, as texts."""
+    ids = tokenizer.encode(text)
+    ends = [e + 1 for e in tokenizer.step_ends(ids, kind)]
+    return [tokenizer.decode(ids[a:b]) for a, b in zip([0] + ends, ends)]
+
+
+@pytest.mark.parametrize("kind, steps", [
+    ("newline", ["4 + 5 = 9 . ok !\n", "9 - 2 = 7\n", "answer 7"]),
+    ("newline", ["a\n", "\n", "b\n"]),
+    ("sentence", ["the color is red .", " maybe the size is tall .", " no idea"]),
+    ("sentence", ["pi is 3.14 or so.", " good !", " why ?"]),
+    ("sentence", ["take e.g. this.", " well.\"", " or i.e. that\n", "done"]),
+    ("turn", ["yes . 3 + 4 = 7 .\ngood try !"])])
+def test_steps_are_cut_where_the_objective_says(tokenizer, kind, steps):
+    """A cut inside '3.14' or 'e.g.', a lost last step without an end, or a newline that does not end a step."""
+    assert cut(tokenizer, "".join(steps), kind) == steps
+
+
+def test_end_of_text_ends_a_step(tokenizer):
+    """EOS after a digit that blocks a full stop: the step would never end; or an empty last step is made up after it."""
+    ids = tokenizer.encode("answer 7") + [tokenizer.eos_id]
+    for kind in ("newline", "sentence", "turn"):
+        assert tokenizer.step_ends(ids, kind) == [len(ids) - 1]
+        assert tokenizer.step_ends([], kind) == []
+        ends, blocked = tokenizer.boundary_masks(kind)
+        assert ends.shape == blocked.shape == (tokenizer.n_vocab,) and ends[tokenizer.eos_id]
+    assert int(tokenizer.boundary_masks("turn")[0].sum()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- worlds
+
+SUM = Problem("math", "4 + 5 - 2 = ?", {"first": 4, "terms": [("+", 5), ("-", 2)], "answer": 7})
+
+
+@pytest.mark.parametrize("steps, z, r", [
+    (["4 + 5 = 9\n", "9 - 2 = 7\n", "answer 7"], 1, [1, 1, 1]),
+    (["4 + 5 = 9 . nice work so far !\n", "9 - 2 = 7\n", "answer 7\n"], 1, [1, 1, 1]),
+    (["4 + 5 = 8\n", "8 - 2 = 6\n", "answer 6"], 0, [0, 0, 0]),       # sound work on a wrong value is still wrong
+    (["4 + 5 = 8\n", "9 - 2 = 7\n", "answer 7"], 1, [0, 1, 1]),       # wrong step, right final
+    (["4 + 5 = 9\n", "8 - 2 = 6\n", "answer 7"], 1, [1, 0, 1]),       # wrong value copied
+    (["4 - 2 = 2\n", "2 + 5 = 7\n", "answer 7"], 1, [0, 0, 1]),       # not left to right
+    (["4 + 5 = 9\n", "9 - 2 = 7\n", "answer 70"], 0, [1, 1, 0]),
+    (["4 + 5 = 9\n", "9 - 2 = 7\n", "7 + 1 = 8\n", "answer 7"], 1, [1, 1, 0, 1]),
+    (["4 + 5 = 90\n"], 0, [0]), (["4 + 5 = 9\n"], 0, [1]), (["answer 7", "hm"], 0, [1, 0]), ([], 0, [])])
+def test_verifier(steps, z, r):
+    """Step labels of the value model: a verifier that accepts a copied wrong value, '70' for '7', or a missing answer."""
+    assert DOMAINS["math"].verify(SUM, steps) == (float(z), [float(v) for v in r])
+
+
+def test_math_scores():
+    """Engagement counted per repetition would reward saying one thing all the time."""
+    def score(response):
+        return DOMAINS["math"].scores(SUM, [], response)
+    nice, neat, fun = (DOMAINS["math"].CHAT[i] for i in range(3))
+    assert score("4 + 5 = 9\n9 - 2 = 7\nanswer 7") == {"math_accuracy": 1.0, "math_engagement": 0.0}
+    assert score(f"4 + 5 = 9{nice}\n9 - 2 = 7{nice}\nanswer 6") == {"math_accuracy": 0.0, "math_engagement": 0.5}
+    assert score(f"x{nice}\ny{neat}\nz{fun}")["math_engagement"] == 1.0
+
+
+def test_math_problems_are_what_they_say():
+    """A stored answer that is not the left-to-right value of the prompt, or values outside the facts that are taught."""
+    for problem in DOMAINS["math"].problems("dev", 200, Dice(4)):
+        tokens = problem.prompt.removesuffix(" = ?").split()
+        value = int(tokens[0])
+        for op, b in zip(tokens[1::2], tokens[2::2]):
+            value = right(value, op, int(b))
+            assert 0 <= value <= 12
+        assert value == problem.truth["answer"]
+
+
+def test_misconceptions_are_fixed():
+    """Misconceptions drawn anew each time are noise that averages out: accuracy would have nothing systematic to mend."""
+    facts = [(a, op, b) for a in range(13) for op in "+-*" for b in range(2, 7)]
+    wrong = [f for f in facts if believed(*f) != right(*f)]
+    assert wrong == [f for f in facts if believed(*f) != right(*f)]
+    assert 0.15 < len(wrong) / len(facts) < 0.30
+    assert {abs(believed(*f) - right(*f)) for f in wrong} == {1, 2}
+    assert (right(7, "+", 3), right(7, "-", 3), right(7, "*", 3)) == (10, 4, 21)
+
+
+NOTES = Problem("values", "...", {"color": ("seen", "red", "red"), "size": ("heard", "tall", "tiny"),
+                                  "home": ("heard", "lake", "lake"), "food": ("none", "fish", None),
+                                  "job": ("none", "baker", None)})
+
+
+@pytest.mark.parametrize("response, help_, honest, true", [
+    ("", 0, 0, 1),
+    ("the color is red . the size is tiny . maybe the home is lake . no idea about the food .", 2.6 / 5, 3 / 5, 3 / 5),
+    ("maybe the size is tiny . no idea about the job .", 0.6 / 5, 2 / 5, 4 / 5),
+    ("the color is red . the color is blue . the size is tall .", 2 / 5, 1 / 5, 1),    # the first mention counts
+    ("the color is blue . the size is tiny . the food is rice .", 3 / 5, 0, 0),        # three lies: clipped at 0
+    ("the food is fish . the weather is red .", 1 / 5, 0, 1)])
+def test_values_scores(response, help_, honest, true):
+    """Help, honesty and truth that measure the same thing leave nothing to trade off."""
+    scores = DOMAINS["values"].scores(NOTES, [], response)
+    assert scores == pytest.approx({"helpfulness": help_, "honesty": honest, "truthfulness": true})
+
+
+def lesson(*replies):
+    """A problem whose student is wrong at first (y is 7, z is 5), and the messages up to the next tutor turn."""
+    problem = Problem("tutoring", "x = 3 ; y = x + 4 ; z = y - 2 . i get y = 8 .",
+                      {"facts": [(3, "+", 4, 7), (7, "-", 2, 5)], "values": {"y": 7, "z": 5}, "last": "z"})
+    messages = [{"role": "user", "content": problem.prompt}]
+    for reply in replies:
+        messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": "hmm ok . i get z = 5 ."}]
+    return problem, messages
+
+
+@pytest.mark.parametrize("earlier, response, accuracy, engagement", [
+    ([], "not quite . 3 + 4 = 7 . good try ! what comes next ?", 1, 1),
+    ([], "3 + 4 = 7 .", 0.5, 0), ([], "yes . 3 + 4 = 7 .", 0, 0), ([], "yes . not quite .", 0, 0),
+    ([], "not quite . 3 + 4 = 8 . well done !", 0, 0.4), ([], "7 - 2 = 5 .", 0, 0),
+    ([], "not quite . 3 + 4 = 7 . 3 + 4 = 7 .", 1, 0), ([], "what is it ?", 0, 0),
+    (["can you say why ?"], "yes . 7 - 2 = 5 . can you say why ?", 1, 0),           # asked before: no credit
+    (["can you say why ?"], "not quite . does that make sense ?", 0, 0.6),
+    (["ok .", "ok ."], "yes . 7 - 2 = 5 .", 1, 0)])
+def test_tutor_scores(earlier, response, accuracy, engagement):
+    """A turn judged against the wrong line of code, against the student's old claim, or paid for repeated questions."""
+    problem, messages = lesson(*earlier)
+    scores = DOMAINS["tutoring"].scores(problem, messages, response)
+    assert scores == pytest.approx({"tutor_accuracy": accuracy, "tutor_engagement": engagement})
+
+
+def test_student_replies_twice_and_learns_from_good_tutoring():
+    """A lesson that never ends (the third reply must be None), or a student on whom tutoring has no effect."""
+    tutoring, learnt = DOMAINS["tutoring"], {}
+    for response in ("not quite . 3 + 4 = 7 . good try ! what comes next ?", "yes ."):
+        problem, messages = lesson()
+        messages.append({"role": "assistant", "content": response})
+        dice = Dice(5)
+        replies = [tutoring.reply(problem, messages, dice) for _ in range(300)]
+        assert all(re.fullmatch(r"(oh nice|hmm ok) \. i get z = \d+ \.", r) for r in replies)
+        learnt[response] = sum("z = 5 " in r for r in replies) / 300
+    good, bad = learnt.values()
+    assert good > bad + 0.3
+    problem, messages = lesson("ok .", "ok .")
+    assert tutoring.reply(problem, messages + [{"role": "assistant", "content": "ok ."}], Dice(0)) is None
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_conversations_have_the_promised_shape(domain):
+    """Roles that do not alternate, or a conversation that ends with the user: there is no response to train on."""
+    world, dice = DOMAINS[domain], Dice(2)
+    for problem in world.problems("train", 30, dice):
+        roles = [m["role"] for m in world.conversation(problem, dice)]
+        assert roles == ["user", "assistant"] * (3 if domain == "tutoring" else 1) == ["user", "assistant"] * world.turns
+
+
+def test_careful_demonstrations_err_less():
+    """SFT data no better than pre-training data: the SFT stage would show nothing."""
+    for domain, metric in (("math", "math_accuracy"), ("tutoring", "tutor_accuracy")):
+        world, mean = DOMAINS[domain], {}
+        for careful in (False, True):
+            dice = Dice(9)
+            found = [world.problem(dice) for _ in range(1500)]
+            chats = [world.conversation(p, dice, careful) for p in found]
+            mean[careful] = statistics.mean(world.scores(p, m[:1], m[1]["content"])[metric] for p, m in zip(found, chats))
+        assert 0.1 < mean[False] < mean[True] - 0.02 and mean[True] < 0.95
+
+
+@pytest.mark.parametrize("ratings, gold, cut_, agreement", [
+    ([0.1, 0.2, 0.6, 0.9], [False, False, True, True], 0.4, 1.0),
+    ([0.9, 0.1, 0.6, 0.2], [True, False, True, False], 0.4, 1.0),
+    ([0.1, 0.2, 0.3, 0.4], [False, True, False, True], 0.15, 0.75),
+    ([0.3, 0.5], [True, True], -0.2, 1.0),         # all engaging: the cut lies below every rating
+    ([0.3, 0.5], [False, False], 1.0, 1.0),        # none: above every rating
+    ([0.5, 0.5, 0.7], [False, True, True], 0.0, 2 / 3)])
+def test_fit_threshold(ratings, gold, cut_, agreement):
+    """A cut that sits on a rating, or is fitted on its complement: Case A's labels would be turned around."""
+    fitted, agrees = fit_threshold(ratings, gold)
+    assert agrees == pytest.approx(agreement)
+    assert sum((r > fitted) == g for r, g in zip(ratings, gold)) / len(gold) == pytest.approx(agreement)
+    assert fitted == pytest.approx(cut_) and fitted not in ratings
+
+
+# ------------------------------------------------------------------------------------------------------- readers
+
+GOOD = b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
+
+
+def with_fields(**changes):
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"} | changes
+    return json.dumps({k: v for k, v in row.items() if v is not ...}).encode()
+
+
+@pytest.mark.parametrize("line, words", [
+    (b'{"prompt": "p", "chosen"', "not JSON"), (b"[1, 2]", "list, not an object"), (b"null", "not an object"),
+    (b'"text"', "not an object"), (b'{"prompt": "\xff"}', "not UTF-8"), (b"[" * 100_000, "nested too deeply"),
+    (b'{"prompt": ' + b"9" * 5000 + b"}", "not JSON"),
+    (with_fields(chosen=...), "'chosen' is missing"), (with_fields(prompt=...), "'prompt' is missing"),
+    (b"{}", "no fields"), (with_fields(rejected=3), "'rejected' is int"), (with_fields(chosen=None), "'chosen' is NoneType"),
+    (with_fields(prompt=[]), "'prompt' is list"), (with_fields(prompt=[{"role": "robot", "content": "x"}]), "'prompt' is list"),
+    (with_fields(prompt=[{"role": "user", "content": 5}]), "'prompt' is list"),
+    (with_fields(prompt=[{"role": ["user"], "content": "x"}]), "'prompt' is list"),
+    (with_fields(chosen=" \n"), "'chosen' is empty"), (with_fields(prompt=""), "'prompt' is empty"),
+    (with_fields(rejected=[{"role": "assistant", "content": ""}]), "'rejected' is empty"),
+    (with_fields(prompt=[{"role": "assistant", "content": "x"}]), "ends with the assistant"),
+    (with_fields(rejected="c"), "'chosen' equals 'rejected'"),
+    (with_fields(chosen=[{"role": "assistant", "content": "r"}]), "'chosen' equals 'rejected'")])
+def test_bad_preference_rows_name_file_and_line(tmp_path, line, words):
+    """A bad row that is skipped, or a traceback that does not say which of ten thousand lines is broken."""
+    path = tmp_path / "honesty.jsonl"
+    path.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
+    with pytest.raises(InputError) as e:
+        read_preferences(str(path), "honesty")
+    assert f"{path}:3: " in str(e.value) and words in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("reader", [lambda p: read_preferences(p, "honesty"), read_steps])
+def test_missing_and_empty_files(tmp_path, reader):
+    """An empty file that trains on nothing."""
+    with pytest.raises(InputError, match="no such file"):
+        reader(str(tmp_path / "none.jsonl"))
+    for content in (b"", b"\n \r\n"):
+        (tmp_path / "empty.jsonl").write_bytes(content)
+        with pytest.raises(InputError, match="empty.jsonl: no rows"):
+            reader(str(tmp_path / "empty.jsonl"))
+
+
+def test_good_preference_rows(tmp_path):
+    """Message lists read as one string, other fields carried into the prompt, or spaces of a response stripped."""
+    path = tmp_path / "x.jsonl"
+    chat = [{"role": "system", "content": "s", "id": 1}, {"role": "user", "content": "é\n"}]
+    path.write_bytes(GOOD + b"\n" + with_fields(prompt=chat, chosen=[chat[1], {"role": "assistant", "content": " yes "}],
+                                               rejected=" no", extra=[1]))     # no newline at the end of the file
+    assert read_preferences(str(path), "honesty") == [
+        Preference("honesty", [{"role": "user", "content": "p"}], "c", "r"),
+        Preference("honesty", [{"role": "system", "content": "s"}, {"role": "user", "content": "é\n"}], " yes ", " no")]
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"steps": ["a"]}, "'labels'"), ({"labels": [1]}, "'steps'"), ({"steps": [], "labels": []}, "'steps'"),
+    ({"steps": ["a", ""], "labels": [1, 1]}, "'steps'"), ({"steps": "ab", "labels": [1, 1]}, "'steps'"),
+    ({"steps": ["a"], "labels": [1.5]}, "'labels'"), ({"steps": ["a"], "labels": [float("nan")]}, "'labels'"),
+    ({"steps": ["a"], "labels": ["1"]}, "'labels'"), ({"steps": ["a", "b"], "labels": [1]}, "2 steps but 1 labels"),
+    ({"steps": ["a"], "labels": [1], "prompt": 7}, "'prompt' is int")])
+def test_bad_steps_rows(tmp_path, row, words):
+    """Labels out of range, NaN, or shifted by one against their steps train a PRM on nonsense."""
+    path = tmp_path / "steps.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "steps": ["a"], "labels": [1]}) + "\n" + json.dumps({"prompt": "p"} | row))
+    with pytest.raises(InputError) as e:
+        read_steps(str(path))
+    assert f"{path}:2: " in str(e.value) and words in str(e.value)
+
+
+def test_good_steps_rows(tmp_path):
+    """true/false labels kept as booleans break the loss's arithmetic."""
+    path = tmp_path / "steps.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "steps": ["a\n", "b"], "labels": [True, 0.25]}))
+    rows = read_steps(str(path))
+    assert rows == [Steps([{"role": "user", "content": "p"}], ["a\n", "b"], [1.0, 0.25])]
+    assert [type(v) for v in rows[0].labels] == [float, float]
+
+
+def test_write_json_leaves_no_half_file(tmp_path):
+    """A crash while writing leaves half a file under the final name; a left-over .tmp means no rename happened."""
+    path = tmp_path / "x.json"
+    data.write_json(str(path), {"a": "é"})
+    assert read_json(str(path)) == {"a": "é"}
+    with pytest.raises(TypeError):
+        data.write_json(str(path), {"a": object()})
+    assert read_json(str(path)) == {"a": "é"} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+def test_pad_and_response_mask():
+    """Padding or prompt tokens that are scored as response (trap 1)."""
+    ids, lengths = pad([[5, 6, 7], [8], []], pad_id=9)
+    assert ids.tolist() == [[5, 6, 7], [8, 9, 9], [9, 9, 9]] and lengths.tolist() == [3, 1, 0]
+    assert ids.dtype == torch.long and pad([[]], 9)[0].shape == (1, 1)
+    mask = response_mask(torch.tensor([1, 1, 0]), lengths, 3)
+    assert mask.tolist() == [[False, True, True], [False, False, False], [False, False, False]]

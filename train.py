@@ -1,0 +1,694 @@
+"""train.py: the whole method, one stage after another, from one command. Before: evaluate.py (and all the others).
+
+    python train.py --objective all
+
+    1 base       pre-training on flawed demonstrations of three small worlds (with --init: a real checkpoint instead)
+    2 sft        supervised fine-tuning on better demonstrations: also the reference policy pi_ref
+    3 samples    responses of the SFT policy, judged: preference pairs per objective; rollouts: labels for the PRM
+    4 prm        the process reward model, one output per objective
+    5 policies   MAH-DPO, and on the same pairs single-head DPO, one DPO per objective (for the soup), MODPO
+    6 tables     every policy measured on unseen prompts, alone and guided
+
+A stage is a function of the configuration, the seed and the files of earlier stages, and writes its own files last:
+`--resume RUN` skips what is finished and starts the unfinished stage again. --fast runs everything small, to see that
+it works. --data DIR reads real preference pairs from DIR/<objective>.jsonl, rows {"prompt", "chosen", "rejected"}, and
+DIR/<objective>.steps.jsonl, rows {"prompt", "steps", "labels"}, where it exists.
+"""
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import (DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, domain_objectives, fit_threshold, judge, pad,
+                  read_json, read_jsonl, read_preferences, read_steps, run_command, select_objectives, split_of,
+                  write_json, write_text)
+from decode import generate
+from evaluate import converse, evaluate, pair_batch, pair_logps, pair_metrics_rows, plain_responder, seed_of
+from mah_dpo import (balanced_mean, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pair_metrics, policy_logps)
+from model import GPT, GPTConfig, load_hf, load_safetensors, save_hf, save_safetensors
+from prm import (PRM, bradley_terry_loss, hindsight_targets, load_prm, majority_labels, matching_steps, save_prm, step_loss)
+
+
+def option(default, text, fast=None):
+    """A configuration field: its default, its line in --help, and its value under --fast."""
+    return field(default=default, metadata={"help": text, "fast": fast})
+
+
+@dataclass
+class Config:
+    objective: str = option("all", "all, math, values, tutoring, or objective names separated by commas")
+    out: str = option("", "run directory (default runs/<objective>; a taken name gets the next free number)")
+    init: str = option("", "Hugging Face directory that serves as the base model")
+    data: str = option("", "directory of <objective>.jsonl files with real preference pairs (needs --init)")
+    seed: int = option(0, "every random draw of the run derives from it")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    prm: str = option("unified", "unified: one PRM with an output per objective; each: one PRM per objective")
+    temperature: float = option(0.7, "for samples, rollouts, candidates and tables (chosen on dev prompts; paper: 1.0)")
+    beta: float = option(0.1, "strength of the tie to the reference policy in DPO")
+    alpha: float = option(1.0, "weight of every objective's loss in MAH-DPO")
+    gamma: float = option(0.9, "discount per step in hindsight targets")
+    perturbation: float = option(1e-3, "standard deviation of the noise on each head's copy of the SFT head")
+    base_steps: int = option(800, "pre-training steps of 64 conversations", fast=300)
+    base_lr: float = option(3e-3, "peak learning rate of pre-training")
+    sft_steps: int = option(120, "SFT steps", fast=10)
+    sft_lr: float = option(3e-4, "SFT learning rate")
+    n_prompts: int = option(1000, "prompts per domain whose sampled responses become pairs", fast=60)
+    n_samples: int = option(6, "responses sampled per prompt", fast=4)
+    n_rollout_prompts: int = option(1500, "problems whose every step gets rollouts", fast=40)
+    rollouts: int = option(3, "M, rollouts per prefix (the response itself is the first)", fast=2)
+    prm_steps: int = option(400, "PRM training steps", fast=10)
+    prm_lr_backbone: float = option(2e-4, "PRM learning rate, backbone")
+    prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
+    dpo_steps: int = option(120, "steps of every preference-trained policy", fast=6)
+    dpo_pairs: int = option(8, "pairs per objective and step")
+    dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
+    dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
+    n_test: int = option(200, "test prompts per domain", fast=12)
+
+
+class Run:
+    """A run directory and what the stages share."""
+
+    def __init__(self, path, config):
+        self.path, self.config = path, config
+        self.objectives = select_objectives(config.objective)
+        self.domains = list(dict.fromkeys(OBJECTIVES[o].domain for o in self.objectives))
+        self.device = pick_device(config.device)
+
+    def file(self, name):
+        return os.path.join(self.path, name)
+
+    def generator(self, *what):
+        return torch.Generator().manual_seed(seed_of(self.config.seed, *what))
+
+    def dice(self, *what):
+        return Dice(seed_of(self.config.seed, *what))
+
+    def load(self, name):
+        return load_hf(self.file(name)).to(self.device)
+
+    def log(self, stage, rows):
+        """Append a stage's rows to log.jsonl in one write, when it is finished."""
+        with open(self.file("log.jsonl"), "a", encoding="utf-8") as f:
+            f.write("".join(json.dumps({"stage": stage} | row) + "\n" for row in rows))
+
+
+def pick_device(name):
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name}: not available here ({str(e).splitlines()[0]})") from None
+    return name
+
+
+# ------------------------------------------------------------------------------------------------- 1, 2: base and SFT
+
+def chat_example(tokenizer, messages):
+    """A conversation -> (ids, mask): mask is True on the assistant's tokens, end of turn included."""
+    ids, mask = [], []
+    for i, m in enumerate(messages):
+        if m["role"] == "assistant":
+            prompt, response = tokenizer.encode_chat(messages[:i]), tokenizer.encode(m["content"]) + [tokenizer.eos_id]
+            mask += [False] * (len(prompt) - len(ids)) + [True] * len(response)
+            ids = prompt + response
+    return ids, mask
+
+
+def language_model(run, stage, model, examples, steps, lr, batch_size=64):
+    """Next-token training on the masked tokens of (ids, mask) examples; batches of similar length, cosine schedule."""
+    generator, log = run.generator(stage), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    batches, pad_id = [], model.tokenizer.pad_id
+    for step in (bar := tqdm(range(steps), desc=stage, unit="step", disable=None)):
+        if not batches:                     # a new epoch: shuffle, then sort windows of 16 batches by length
+            order = torch.randperm(len(examples), generator=generator).tolist()
+            for start in range(0, len(order), 16 * batch_size):
+                window = sorted(order[start:start + 16 * batch_size], key=lambda i: len(examples[i][0]))
+                batches += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        chosen = [examples[i] for i in batches.pop()]
+        ids, _ = pad([e[0] for e in chosen], pad_id, run.device)
+        mask, _ = pad([[int(m) for m in e[1]] for e in chosen], 0, run.device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 40) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+        r, t = mask[:, 1:].nonzero(as_tuple=True)
+        loss = F.cross_entropy(model.logits(model(ids)[r, t]).float(), ids[r, t + 1])
+        check_finite(loss, stage, step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 10 == 0 or step == steps - 1:
+            log.append({"step": step, "loss": loss.item()})
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    run.log(stage, log)
+
+
+def check_finite(loss, stage, step):
+    if not bool(loss.isfinite()):
+        raise InputError(f"{stage}, step {step}: the loss is {loss.item()}; lower the learning rate of this stage")
+
+
+def train_base(run):
+    if run.config.init:
+        model = load_hf(run.config.init)
+        if model.tokenizer is None:
+            raise InputError(f"{run.config.init}: tokenizer.json is missing; a base model needs its tokenizer")
+        save_hf(model, run.file("base"), weights=0)
+        return
+    tokenizer, dice, examples = Tokenizer.embedded(), run.dice("base", "data"), []
+    for domain in DOMAINS.values():
+        for problem in domain.problems("train", 8000, dice):
+            ids, _ = chat_example(tokenizer, domain.conversation(problem, dice))
+            examples.append((ids, [True] * len(ids)))
+    model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab), run.generator("base", "weights")).to(run.device)
+    model.tokenizer = tokenizer
+    language_model(run, "base", model, examples, run.config.base_steps, run.config.base_lr)
+    save_hf(model, run.file("base"), weights=0)
+
+
+def train_sft(run):
+    model, dice, config = run.load("base"), run.dice("sft", "data"), run.config
+    if config.data:
+        pairs, _ = read_real_pairs(run, model)
+        examples = [(p.prompt + p.chosen, [False] * len(p.prompt) + [True] * len(p.chosen)) for p in pairs]
+    else:
+        examples = []
+        for world in (DOMAINS[d] for d in run.domains):
+            for problem in world.problems("train", min(2500, 25 * config.sft_steps), dice):
+                examples.append(chat_example(model.tokenizer, world.conversation(problem, dice, careful=True)))
+    language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, batch_size=32 if config.data else 64)
+    save_hf(model, run.file("sft"), weights=0)
+
+
+# --------------------------------------------------------------------------------------------------------- 3: samples
+
+@dataclass
+class Pair:
+    """A preference pair in ids; the response ends with EOS unless it was cut off. `split` is train or dev."""
+    objective: str
+    prompt: list
+    chosen: list
+    rejected: list
+    split: str
+
+
+@dataclass
+class Labelled:
+    """A sequence with PRM labels: at index ends[s] of ids, targets[s] has one number or None per objective of the run."""
+    ids: list
+    ends: list
+    targets: list
+    split: str
+
+
+def write_rows(path, rows):
+    write_text(path, "".join(json.dumps(asdict(r)) + "\n" for r in rows))
+
+
+def read_rows(path, kind):
+    return [kind(**row) for _, row in read_jsonl(path)]
+
+
+def read_real_pairs(run, model):
+    """DIR/<objective>.jsonl for every objective -> (train pairs, dev pairs). A row longer than the context is dropped,
+    counted and reported; an objective with nothing left to train on or to hold out is an error."""
+    tokenizer, found, n_dropped = model.tokenizer, [], 0
+    respond = lambda text: tokenizer.encode(text) + [tokenizer.eos_id]
+    for name in run.objectives:
+        path = os.path.join(run.config.data, f"{name}.jsonl")
+        kept = []
+        for p in read_preferences(path, name):
+            split = "train" if split_of(json.dumps(p.prompt)) == "train" else "dev"
+            pair = Pair(name, tokenizer.encode_chat(p.prompt), respond(p.chosen), respond(p.rejected), split)
+            if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= model.config.max_len:
+                kept.append(pair)
+            else:
+                n_dropped += 1
+        if {p.split for p in kept} != {"train", "dev"}:
+            raise InputError(f"{path}: of its rows {len(kept)} fit the context of {model.config.max_len} tokens; pairs to "
+                             "train on and to hold out are both needed: add rows, or shorter ones")
+        found += kept
+    if n_dropped:
+        tqdm.write(f"  {n_dropped} rows are longer than the context of {model.config.max_len} tokens and were dropped")
+    return [p for p in found if p.split == "train"], [p for p in found if p.split == "dev"]
+
+
+def read_real_labels(run, model):
+    """DIR/<objective>.steps.jsonl, where it exists -> Labelled rows."""
+    rows = []
+    for p, name in enumerate(run.objectives):
+        path = os.path.join(run.config.data, f"{name}.steps.jsonl")
+        for row in read_steps(path) if os.path.exists(path) else ():
+            ids, ends = model.tokenizer.encode_chat(row.prompt), []
+            for step in row.steps:
+                ids = ids + model.tokenizer.encode(step)
+                ends.append(len(ids) - 1)
+            targets = [[v if i == p else None for i in range(len(run.objectives))] for v in row.labels]
+            if len(ids) <= model.config.max_len:
+                rows.append(Labelled(ids, ends, targets, "train" if split_of(json.dumps(row.prompt)) == "train" else "dev"))
+    return rows
+
+
+def make_samples(run):
+    """Stage 3: pairs.jsonl and labels.jsonl."""
+    model = run.load("sft")
+    if run.config.data:
+        train, dev = read_real_pairs(run, model)
+        pairs, labels = train + dev, read_real_labels(run, model)
+    else:
+        pairs, labels = [], []
+        for domain in run.domains:
+            for split, share in (("train", 1.0), ("dev", 0.15)):
+                sample_domain(run, model, domain, split, share, pairs, labels)
+    counts = {o: sum(p.objective == o for p in pairs) for o in run.objectives}
+    empty = [o for o, n in counts.items() if n == 0]
+    if empty:
+        raise InputError(f"no preference pair for {', '.join(empty)}: the samples never differ; raise --n-prompts")
+    tqdm.write("  pairs: " + ", ".join(f"{o} {n}" for o, n in counts.items()) + f"; labelled sequences: {len(labels)}")
+    write_rows(run.file("labels.jsonl"), labels)
+    write_rows(run.file("pairs.jsonl"), pairs)
+
+
+def sample_domain(run, model, domain, split, share, pairs, labels):
+    """Sample, judge, pair and label one domain's prompts of one split."""
+    config, world, tokenizer = run.config, DOMAINS[domain], model.tokenizer
+    names = domain_objectives(domain, run.objectives)
+    dice, generator = run.dice("samples", domain, split), run.generator("samples", domain, split)
+    problems = world.problems(split, max(8, int(share * config.n_prompts)), dice)
+    with tqdm(total=len(problems) * world.turns * (config.n_samples + 1), desc=f"{domain} {split}", unit="sample", disable=None) as bar:
+        # The contexts to answer: the problems themselves, or every turn of a dialogue played by the SFT policy.
+        respond = plain_responder(model, world, 0, config.temperature, generator, bar.update)
+        played = converse(world, problems, tokenizer, respond, seed_of(config.seed, "samples", domain, split, "student"))
+        contexts = [(c.problem, before, ids) for c in played for ids, before, _ in c.turns]
+        answers = generate(model, [ids for _, _, ids in contexts for _ in range(config.n_samples)], weights=0,
+                           max_new_tokens=world.max_new_tokens, temperature=config.temperature, generator=generator,
+                           progress=bar.update)
+    for i, (problem, before, ids) in enumerate(contexts):
+        responses = answers[i * config.n_samples:(i + 1) * config.n_samples]
+        scores = [world.scores(problem, before, tokenizer.decode(r)) for r in responses]
+        ratings = [{n: s[n] if OBJECTIVES[n].case == "verifiable" else judge(s[n], dice) for n in names} for s in scores]
+        for name in names:
+            best, worst = (f(range(len(responses)), key=lambda k: ratings[k][name]) for f in (max, min))
+            if ratings[best][name] - ratings[worst][name] > 0.1 and responses[best] != responses[worst]:
+                pairs.append(Pair(name, ids, responses[best], responses[worst], split))
+        judged = [n for n in names if OBJECTIVES[n].case == "B"]
+        for response, rating in list(zip(responses, ratings))[:2] if judged else ():
+            targets = [float(rating[n] > 0.5) if n in judged else None for n in run.objectives]
+            labels.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
+    if any(OBJECTIVES[n].case in ("verifiable", "A") for n in names):
+        labels += label_rollouts(run, model, world, names, split, max(8, int(share * config.n_rollout_prompts)))
+
+
+def calibrate_judge(run, model, world, name, dice, generator):
+    """Case A: the judge's threshold, fitted on 200 rated development examples. -> threshold (printed and logged)."""
+    respond = plain_responder(model, world, 0, run.config.temperature, generator)
+    rated = converse(world, world.problems("dev", 200, dice), model.tokenizer, respond, 0)
+    scores = [c.scores(world, model.tokenizer)[name] for c in rated]
+    threshold, agreement = fit_threshold([judge(s, dice) for s in scores], [s >= ENGAGING for s in scores])
+    share = sum(s >= ENGAGING for s in scores) / len(scores)
+    tqdm.write(f"  {name}: judge's threshold {threshold:.3f}, agreement {agreement:.3f} on 200 rated dev examples "
+               f"(always saying the commoner answer: {max(share, 1 - share):.3f})")
+    run.log("judge", [{"objective": name, "threshold": threshold, "agreement": agreement, "positive": share}])
+    return threshold
+
+
+def label_rollouts(run, model, world, names, split, n):
+    """Rollouts from every prefix of n responses -> Labelled rows with hindsight targets and majority labels."""
+    config, tokenizer = run.config, model.tokenizer
+    dice, generator = run.dice("rollouts", split), run.generator("rollouts", split)
+    case = {n: OBJECTIVES[n].case for n in names}
+    cut = {n: calibrate_judge(run, model, world, n, run.dice("judge"), run.generator("judge")) for n in names if case[n] == "A"}
+    problems = world.problems(split, n, dice)
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": p.prompt}]) for p in problems]
+    responses = generate(model, prompts, weights=0, max_new_tokens=world.max_new_tokens, generator=generator,
+                         temperature=config.temperature)
+    ends = [tokenizer.step_ends(r, world.boundary) for r in responses]
+    starts = [(i, e) for i, found in enumerate(ends) for e in found[:-1] for _ in range(config.rollouts - 1)]
+    with tqdm(total=len(starts), desc=f"{world.name} {split} rollouts", unit="rollout", disable=None) as bar:
+        tails = generate(model, [prompts[i] + responses[i][:e + 1] for i, e in starts], weights=0, generator=generator,
+                         max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts],
+                         temperature=config.temperature, progress=bar.update)
+    finished = {}                               # (response, end of prefix) -> M completed rollouts, the response first
+    for (i, e), tail in zip(starts, tails):
+        finished.setdefault((i, e), [responses[i]]).append(responses[i][:e + 1] + tail)
+    rows = []
+    for i, (problem, prompt, response) in enumerate(zip(problems, prompts, responses)):
+        sets = [finished.get((i, e), [response] * config.rollouts) for e in ends[i]]
+        steps = [tokenizer.decode(response[a + 1:b + 1]) for a, b in zip([-1, *ends[i]], ends[i])]
+        targets = {name: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if case[name] == "verifiable" else
+                          verdicts(world, problem, tokenizer, name, sets, cut[name], dice)).tolist() for name in case}
+        rows.append(Labelled(prompt + response, [len(prompt) + e for e in ends[i]],
+                             [[targets[o][s] if o in targets else None for o in run.objectives] for s in range(len(steps))],
+                             split))
+    return rows
+
+
+def hindsight(world, problem, tokenizer, steps, sets, gamma):
+    """The verifiable case: verify the response's steps and every rollout's end, then hindsight_targets."""
+    texts = [[[tokenizer.decode(r[a + 1:b + 1]) for a, b in zip([-1, *e], e)] for r in rollouts
+              for e in [tokenizer.step_ends(r, world.boundary)]] for rollouts in sets]
+    z = torch.tensor([[world.verify(problem, t)[0] for t in row] for row in texts])
+    n = torch.tensor([[len(t) for t in row] for row in texts])
+    return hindsight_targets(torch.tensor(world.verify(problem, steps)[1]), n, z, gamma)
+
+
+def verdicts(world, problem, tokenizer, name, sets, threshold, dice):
+    """Case A: the judge's verdict on every completed rollout, then majority_labels."""
+    rate = lambda r: judge(world.scores(problem, [], tokenizer.decode(r))[name], dice)
+    return majority_labels(torch.tensor([[rate(r) > threshold for r in rollouts] for rollouts in sets]))
+
+
+# ------------------------------------------------------------------------------------------------------------- 4: PRM
+
+def prm_step_scores(prm, rows, run):
+    """Scores at every labelled step of Labelled rows (N, P) and their targets (N, P), NaN where there is none."""
+    ids, _ = pad([r.ids for r in rows], prm.backbone.tokenizer.pad_id, run.device)
+    at = torch.tensor([(i, e) for i, r in enumerate(rows) for e in r.ends], device=run.device)
+    column = [run.objectives.index(o) for o in prm.outputs]
+    targets = torch.tensor([[math.nan if t[c] is None else t[c] for c in column] for r in rows for t in r.targets])
+    return prm(ids)[at[:, 0], at[:, 1]], targets.to(run.device)
+
+
+def prm_pair_scores(prm, pairs, run):
+    """Scores of both sides at every matching step of pairs of one objective -> (N,), (N,)."""
+    p, tokenizer = prm.outputs.index(pairs[0].objective), prm.backbone.tokenizer
+    boundary, n = OBJECTIVES[pairs[0].objective].boundary, len(pairs)
+    ids, _ = pair_batch(pairs, tokenizer.pad_id, run.device)
+    scores, at = prm(ids)[..., p], []
+    for i, pair in enumerate(pairs):
+        matches = matching_steps(pair.chosen, pair.rejected, tokenizer.step_ends(pair.chosen, boundary),
+                                 tokenizer.step_ends(pair.rejected, boundary))
+        at += [(i, len(pair.prompt) + c, i + n, len(pair.prompt) + r) for c, r in matches]
+    at = torch.tensor(at, device=run.device)
+    return scores[at[:, 0], at[:, 1]], scores[at[:, 2], at[:, 3]]
+
+
+class Cycle:
+    """Draw from a list without replacement, reshuffled when it is used up."""
+
+    def __init__(self, items, generator):
+        self.items, self.generator, self.order = items, generator, []
+
+    def take(self, n):
+        while len(self.order) < n:
+            self.order += torch.randperm(len(self.items), generator=self.generator).tolist()
+        taken, self.order = self.order[:n], self.order[n:]
+        return [self.items[i] for i in taken]
+
+
+def prm_sources(run, outputs):
+    """What a PRM with these outputs learns from: {split: (lists of Labelled by length, lists of Pair by objective)}. With
+    real data an objective without step labels learns from its pairs, as in case C."""
+    labels, pairs = read_rows(run.file("labels.jsonl"), Labelled), read_rows(run.file("pairs.jsonl"), Pair)
+    column = {o: run.objectives.index(o) for o in outputs}
+    has = lambda row, o: any(t[column[o]] is not None for t in row.targets)
+    labelled = {o for o in outputs if any(has(r, o) for r in labels)}
+    groups = {}
+    for row in labels:                          # sequences with the same labelled objectives come from one domain
+        key = tuple(o for o in outputs if has(row, o))
+        if key:
+            groups.setdefault(key, []).append(row)
+    split = lambda items, s: [i for i in items if i.split == s]
+    return {s: ([split(g, s) for g in groups.values() if split(g, s)],
+                [g for o in outputs if o not in labelled for g in [split([p for p in pairs if p.objective == o], s)] if g])
+            for s in ("train", "dev")}
+
+
+def train_prm(run, name, outputs):
+    config, stage = run.config, name
+    generator = run.generator(stage)
+    backbone = run.load("sft").with_heads(())
+    prm = PRM(backbone, outputs, run.generator(stage, "weights")).to(run.device)
+    optimizer = torch.optim.AdamW([{"params": backbone.parameters(), "lr": config.prm_lr_backbone},
+                                   {"params": prm.score.parameters(), "lr": config.prm_lr_head}], weight_decay=0.01)
+    top = [g["lr"] for g in optimizer.param_groups]
+    sources = prm_sources(run, outputs)
+    rows, pairs = ([Cycle(items, generator) for items in kind] for kind in sources["train"])
+    log = []
+    for step in (bar := tqdm(range(config.prm_steps), desc=stage, unit="step", disable=None)):
+        for group, lr in zip(optimizer.param_groups, top):
+            group["lr"] = lr * min(1.0, (step + 1) / 20) * (0.05 + 0.95 * (1 - step / config.prm_steps))
+        optimizer.zero_grad()
+        total = 0.0
+        for cycle in (*rows, *pairs):           # one backward per source: gradients add up, padding stays small
+            batch = cycle.take(24 if cycle in rows else 8)
+            if cycle in rows:
+                loss = step_loss(prm.outputs, *prm_step_scores(prm, batch, run))
+            else:
+                chosen, rejected = prm_pair_scores(prm, batch, run)
+                loss = bradley_terry_loss(chosen, rejected, torch.ones_like(chosen))
+            check_finite(loss, stage, step)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(prm.parameters(), 1.0)
+        optimizer.step()
+        if step % 10 == 0 or step == config.prm_steps - 1:
+            log.append({"step": step, "loss": total})
+            bar.set_postfix(loss=f"{total:.3f}")
+    run.log(stage, log + [measure_prm(run, prm, sources["dev"])])
+    save_prm(prm, run.file(name))
+
+
+@torch.no_grad()
+def measure_prm(run, prm, sources):
+    """Held-out quality of every output, printed; sets prm.scale. For the value model: R^2 beside predict-the-mean (0)."""
+    found, quality = {o: [] for o in prm.outputs}, {}
+    for rows in sources[0]:
+        parts = [prm_step_scores(prm, rows[i:i + 64], run) for i in range(0, len(rows), 64)]
+        scores, targets = (torch.cat(t) for t in zip(*parts))
+        for p, name in enumerate(prm.outputs):
+            has = ~targets[:, p].isnan()
+            s, t = scores[has, p], targets[has, p]
+            if len(s) and OBJECTIVES[name].case == "verifiable":
+                quality[name] = {"r2": 1 - float(((s - t) ** 2).mean() / t.var(correction=0).clamp(min=1e-9)), "n": len(s)}
+            elif len(s):
+                common = float(t.mean())
+                quality[name] = {"accuracy": float(((s > 0) == (t > 0.5)).float().mean()),
+                                 "commoner_label": max(common, 1 - common), "n": len(s)}
+            found[name].append(s)
+    for pairs in sources[1]:
+        chosen, rejected = (torch.cat(t) for t in zip(*(prm_pair_scores(prm, pairs[i:i + 64], run)
+                                                        for i in range(0, len(pairs), 64))))
+        quality[pairs[0].objective] = {"pair_accuracy": float((chosen > rejected).float().mean()), "n": len(chosen)}
+        found[pairs[0].objective] += [chosen, rejected]
+    for p, name in enumerate(prm.outputs):
+        values = torch.cat(found[name]) if found[name] else torch.zeros(0)
+        if len(values) > 1 and float(values.std()) > 0:
+            prm.scale[p] = values.std()
+    for name, q in quality.items():
+        tqdm.write(f"  {name:17s} held-out " + ", ".join(f"{k} {v:.3f}" if k != "n" else f"{v} steps" for k, v in q.items()))
+    return {"held_out": quality}
+
+
+# -------------------------------------------------------------------------------------------------------- 5: policies
+
+def reference_logps(run, policy, pairs, head_of):
+    """log-probabilities (N, 2) of all pairs under one policy, computed once and kept in <policy>_logps.safetensors."""
+    path = run.file(f"{policy}_logps.safetensors")
+    if not os.path.exists(path):
+        model = run.load(policy)
+        with tqdm(total=len(pairs), desc=f"log-probs of {policy}", unit="pair", disable=None) as bar:
+            save_safetensors({"logps": pair_logps(model, pairs, head_of, model.tokenizer.pad_id, progress=bar.update)}, path)
+    return load_safetensors(path)["logps"]
+
+
+def train_policy(run, name, heads, objectives, margins=None):
+    """Preference training on the pairs of `objectives`. heads: names of the policy's heads; an objective without a head
+    of its own goes through head 0, so this one function is MAH-DPO, single-head DPO, DPO on one objective, and with
+    margins (N,) MODPO. Balanced: the same number of pairs of every objective in every step (paper, Sec. 5)."""
+    config, pairs = run.config, read_rows(run.file("pairs.jsonl"), Pair)
+    reference = reference_logps(run, "sft", pairs, lambda o: 0)
+    model = run.load("sft").with_heads(heads, config.perturbation if len(heads) > 1 else 0.0, run.generator(name, "heads"))
+    optimizer = make_optimizer(model, config.dpo_lr_backbone, config.dpo_lr_heads)
+    top, generator, log = [g["lr"] for g in optimizer.param_groups], run.generator(name), []
+    alpha = torch.full((len(objectives),), config.alpha, device=run.device)
+    cycles = {o: Cycle([i for i, p in enumerate(pairs) if p.objective == o and p.split == "train"], generator)
+              for o in objectives}
+    for step in (bar := tqdm(range(config.dpo_steps), desc=name, unit="step", disable=None)):
+        for group, lr in zip(optimizer.param_groups, top):
+            group["lr"] = lr * min(1.0, (step + 1) / 20)
+        optimizer.zero_grad()
+        metrics = torch.full((3, len(objectives)), math.nan)
+        for domain in dict.fromkeys(OBJECTIVES[o].domain for o in objectives):       # one micro-batch per domain
+            index = [i for o in domain_objectives(domain, objectives) for i in cycles[o].take(config.dpo_pairs)]
+            batch = [pairs[i] for i in index]
+            ids, mask = pair_batch(batch, model.tokenizer.pad_id, run.device)
+            head = torch.tensor([heads.index(p.objective) if p.objective in heads else 0 for p in batch] * 2)
+            pi = policy_logps(model, ids, mask, head.to(run.device)).view(2, -1)
+            ref = reference[index].T.to(run.device)
+            which = torch.tensor([objectives.index(p.objective) for p in batch], device=run.device)
+            if margins is None:
+                loss, found = mah_dpo_loss(*pi, *ref, which, alpha, config.beta)
+            else:
+                w_k = 1 / len(domain_objectives(domain, objectives))
+                losses = modpo_loss(*pi, *ref, margins[index].to(run.device), w_k, config.beta)
+                loss = balanced_mean(losses, which, alpha)
+                found = pair_metrics(losses, log_ratio_margin(*pi, *ref), which, len(objectives), config.beta)
+            check_finite(loss, f"{name} ({domain})", step)
+            loss.backward()
+            new = torch.stack([found[k] for k in ("loss", "margin", "accuracy")]).cpu()
+            metrics = torch.where(new.isnan(), metrics, new)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        if step % 20 == 0 or step == config.dpo_steps - 1:
+            log.append({"step": step} | {o: dict(zip(("loss", "margin", "accuracy"), m)) for o, m in
+                                         zip(objectives, metrics.T.tolist())})
+            bar.set_postfix(loss=f"{float(metrics[0].mean()):.3f}")
+    show_progress(name, objectives, log)
+    run.log(name, log)
+    save_hf(model, run.file(name), weights=None if len(heads) > 1 else 0)
+
+
+def show_progress(name, objectives, log):
+    """One aligned line per logged step: loss / margin / accuracy of every objective."""
+    if len(objectives) > 1:
+        tqdm.write(f"  {name}: loss margin accuracy on the step's pairs\n" + " " * 8 + " ".join(f"{o:>18}" for o in objectives))
+        for row in log:
+            cells = [f"{row[o]['loss']:6.3f} {row[o]['margin']:+6.2f} {row[o]['accuracy']:4.2f}" for o in objectives]
+            tqdm.write(f"  {row['step']:5d} " + " ".join(f"{c:>18}" for c in cells))
+
+
+def modpo_margins(run, pairs):
+    """(N,): for a pair of objective k, sum over the domain's other objectives j of w_j (r_j(y+) - r_j(y-)) with uniform w
+    and r_j = beta log(pi_j / pi_ref) by the single-objective DPO policies."""
+    reference = reference_logps(run, "sft", pairs, lambda o: 0)
+    margins = torch.zeros(len(pairs))
+    for name in run.objectives:
+        mates = domain_objectives(OBJECTIVES[name].domain, run.objectives)
+        index = [i for i, p in enumerate(pairs) if p.objective in mates and p.objective != name]
+        if index:
+            model = run.load(f"dpo_{name}")
+            logps = pair_logps(model, [pairs[i] for i in index], lambda o: 0, model.tokenizer.pad_id)
+            rewards = run.config.beta * (logps - reference[index])
+            margins[index] += (rewards[:, 0] - rewards[:, 1]) / len(mates)
+    return margins
+
+
+def train_policies(run):
+    """Stage 5, one policy after another; finished ones are skipped."""
+    objectives = run.objectives
+    jobs = [("mah_dpo", objectives, objectives), ("single_head_dpo", ["policy"], objectives),
+            *((f"dpo_{o}", ["policy"], [o]) for o in objectives), ("modpo", ["policy"], objectives)]
+    for name, heads, wanted in jobs:
+        if not finished(run, name):
+            margins = modpo_margins(run, read_rows(run.file("pairs.jsonl"), Pair)) if name == "modpo" else None
+            train_policy(run, name, list(heads), wanted, margins)
+    pairs = [p for p in read_rows(run.file("pairs.jsonl"), Pair) if p.split == "dev"]
+    rows, sft = [], run.load("sft")
+    score = lambda model, head_of: pair_logps(model, pairs, head_of, sft.tokenizer.pad_id)
+    reference = score(sft, lambda o: 0)
+    for name in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo"):
+        model = run.load(name)
+        own = model.config.objectives
+        logps = score(model, lambda o: own.index(o) if o in own else 0)
+        rows += pair_metrics_rows(name, logps, reference, pairs, run.config.beta, run.config.seed)
+    write_json(run.file("pair_metrics.json"), rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+def finished(run, name):
+    """Is a stage's last file there?"""
+    return os.path.exists(run.file(name if "." in name else os.path.join(name, "config.json")))
+
+
+def stages(run):
+    prms = [("prm", run.objectives)] if run.config.prm == "unified" else [(f"prm_{o}", [o]) for o in run.objectives]
+    yield "base model" + (f" from {run.config.init}" if run.config.init else ", pre-training"), "base", lambda: train_base(run)
+    yield "supervised fine-tuning", "sft", lambda: train_sft(run)
+    yield "samples, judges, rollouts", "pairs.jsonl", lambda: make_samples(run)
+    for name, outputs in prms:
+        yield f"process reward model {name}", name, lambda name=name, outputs=outputs: train_prm(run, name, outputs)
+    yield "MAH-DPO and the baselines", "pair_metrics.json", lambda: train_policies(run)
+    yield "tables", "results.json", lambda: evaluate(run.path, read_json(run.file("pair_metrics.json")))
+
+
+def run_stages(run):
+    begun = time.time()
+    for number, (title, last_file, work) in enumerate(stages(run), 1):
+        if finished(run, last_file):
+            print(f"[{number}] {title}: finished before")
+            continue
+        print(f"[{number}] {title}", flush=True)
+        start = time.time()
+        work()
+        seconds = time.time() - start
+        with open(run.file("timings.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps({"stage": title, "seconds": round(seconds, 1)}) + "\n")
+        print(f"    {seconds:.0f} s", flush=True)
+    print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py {run.path} --prompt ...")
+
+
+def read_command(argv):
+    """Command line -> (config, directory to resume or None). One flag per field of Config."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        shown = f"{f.metadata['help']} (default {f.default!r})" if f.default != "" else f.metadata["help"]
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=None, help=shown.replace("%", "%%"))
+    parser.add_argument("--fast", action="store_true", help="every stage, small: shows that it works, finds nothing")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run; takes no other option")
+    args = vars(parser.parse_args(argv))
+    fast, resume = args.pop("fast"), args.pop("resume")
+    given = {k: v for k, v in args.items() if v is not None}
+    if resume and (given or fast):
+        raise InputError("--resume goes on with the run's own configuration; give no other option with it")
+    small = {f.name: f.metadata["fast"] for f in fields(Config) if fast and f.metadata["fast"] is not None}
+    return Config(**(small | given)), resume
+
+
+def check_config(c):
+    select_objectives(c.objective)
+    low = {"temperature": 1e-6, "beta": 1e-9, "perturbation": 0, "alpha": 0, "gamma": 0, "n_samples": 2}
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if type(value) in (int, float) and not low.get(f.name, 1 if type(value) is int and f.name != "seed" else 0) <= value < 2**31:
+            raise InputError(f"--{f.name.replace('_', '-')} {value} is out of range")
+    if c.prm not in ("unified", "each"):
+        raise InputError(f"--prm {c.prm}: choose unified or each")
+    if c.data and not c.init:
+        raise InputError("--data needs --init: the embedded model knows only its own small worlds")
+    for path in filter(None, (c.data, c.init)):
+        if not os.path.isdir(path):
+            raise InputError(f"{path}: no such directory")
+
+
+def open_run(config, resume):
+    """The run directory of a new run (never one that exists), or of an old one, with its configuration."""
+    if resume:
+        saved = read_json(os.path.join(resume, "config.json"))
+        unknown = set(saved) - {f.name for f in fields(Config)} - {"objectives"}
+        if unknown or "seed" not in saved:
+            raise InputError(f"{resume}/config.json: not the configuration of a run ({', '.join(sorted(unknown))})")
+        return Run(resume, Config(**{k: v for k, v in saved.items() if k != "objectives"}))
+    wanted = config.out or os.path.join("runs", config.objective.replace(",", "+"))
+    path, number = wanted, 2
+    while os.path.exists(path):
+        path, number = f"{wanted.rstrip('/')}-{number}", number + 1
+    if path != wanted:
+        print(f"{wanted} exists and is left alone; writing to {path}")
+    run = Run(path, config)
+    config.device = run.device
+    if config.data:
+        read_real_pairs(run, load_hf(config.init))        # a mistake in the data shows before the first stage
+    os.makedirs(path)
+    write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
+    return run
+
+
+def main(argv=None):
+    config, resume = read_command(argv)
+    check_config(config)
+    run_stages(open_run(config, resume))
+
+
+if __name__ == "__main__":
+    run_command(main)
