@@ -75,6 +75,7 @@ def draw(model, head, cache, h, rows, ends, blocked, limits, *, temperature, top
     to extend; ends, blocked (V,) as in Tokenizer.boundary_masks; limits (R,) most new tokens of a row (at least 1).
     feed_last: also feed the boundary token, so that cache and h are ready to go on. -> list of n id lists."""
     tokens, count = [], torch.zeros_like(cache.lengths)
+    eos = model.tokenizer.eos_id if model.tokenizer else -1
     index, previous = rows, None
     while len(rows):
         # One draw for every row, also for those that have stopped: a row's tokens never depend on its neighbours.
@@ -83,8 +84,8 @@ def draw(model, head, cache, h, rows, ends, blocked, limits, *, temperature, top
         tokens.append(torch.zeros_like(cache.lengths).index_put((rows,), token))
         count[rows] += 1
         end = ends[token]
-        if previous is not None:
-            end = end & ~blocked[previous]
+        if previous is not None:      # EOS ends a step whatever stands before it, as in Tokenizer.step_ends
+            end = end & (~blocked[previous] | (token == eos))
         stop = end | (count[rows] >= limits[rows])
         if feed_last or not bool(stop.all()):
             fed = slice(None) if feed_last else ~stop

@@ -73,12 +73,12 @@ class KVCache:
         self.K = 1                         # rows per group, see fork
 
     def append(self, layer, k, v, rows, positions):
-        """Write k, v (n, T, n_kv, hd) of cache rows `rows` (n,) at `positions` (n, T); return all keys and values that
-        these rows hold, (n, n_kv, high, hd)."""
+        """Write k, v (n, T, n_kv, hd) of cache rows `rows` (n,), or of all where None, at `positions` (n, T); return all
+        keys and values that these rows hold, (n, n_kv, high, hd)."""
+        index = torch.arange(len(k), device=k.device) if rows is None else rows
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[rows[:, None], positions] = new
-        full = len(rows) == len(self.lengths)
-        read = lambda store: (store[:, :self.high] if full else store[rows, :self.high]).transpose(1, 2)
+            store[index[:, None], positions] = new
+        read = lambda store: (store[:, :self.high] if rows is None else store[rows, :self.high]).transpose(1, 2)
         return read(self.k[layer]), read(self.v[layer])
 
     def fork(self, K):
@@ -112,6 +112,7 @@ class KVCache:
     def rollback(self, lengths):
         """Forget every row's tokens beyond lengths (rows,)."""
         self.lengths = torch.minimum(self.lengths, lengths)
+        self.base = torch.minimum(self.base, self.lengths)
         self.high = int(self.lengths.max())
 
 
@@ -212,8 +213,10 @@ class GPT(nn.Module):
             x, rope = x + self.positions(inside), None
         else:
             rope = self.cos[inside][:, :, None], self.sin[inside][:, :, None]             # (B or 1, T, 1, hd/2)
+        # All rows in order can be read where they lie; a subset, or another order, costs a copy.
+        whole = cache is not None and B == len(cache.lengths) and bool((rows.diff() > 0).all())
         for layer in self.layers:
-            x = layer(x, rope, cache, rows, positions, mask)
+            x = layer(x, rope, cache, None if whole else rows, positions, mask)
         if cache is not None:
             cache.lengths[rows] += T
         return self.norm(x)

@@ -283,7 +283,7 @@ def sample_domain(run, model, domain, split, share, pairs, labels):
     config, world, tokenizer = run.config, DOMAINS[domain], model.tokenizer
     names = domain_objectives(domain, run.objectives)
     dice, generator = run.dice("samples", domain, split), run.generator("samples", domain, split)
-    problems = world.problems(split, max(8, int(share * config.n_prompts)), dice)
+    problems = world.problems(split, max(8, int(share * config.n_prompts) // world.turns), dice)
     with tqdm(total=len(problems) * world.turns * (config.n_samples + 1), desc=f"{domain} {split}", unit="sample", disable=None) as bar:
         # The contexts to answer: the problems themselves, or every turn of a dialogue played by the SFT policy.
         respond = plain_responder(model, world, 0, config.temperature, generator, bar.update)

@@ -83,8 +83,7 @@ def test_splits_share_no_prompt(domain):
 
 def test_split_is_a_function_of_the_text():
     """A split by order of drawing moves a prompt from test to train when the seed or the count changes."""
-    assert [split_of(p) for p in ("4 + 5 - 2 = ?", "a", "b", "c")] == \
-           [split_of(p) for p in ("4 + 5 - 2 = ?", "a", "b", "c")] == ["train", "train", "test", "train"]
+    assert [split_of(p) for p in ("4 + 5 - 2 = ?", "a", "b", "g")] == ["train", "train", "train", "dev"]
     shares = [split_of(str(i)) for i in range(4000)]
     assert abs(shares.count("dev") / 4000 - 0.1) < 0.02 and abs(shares.count("test") / 4000 - 0.1) < 0.02
 
@@ -165,13 +164,15 @@ def test_a_running_conversation_is_a_prefix_of_the_longer_one(tokenizer):
     chat_prefix_property(tokenizer)
 
 
-# A byte-level tokenizer.json with every trap of real ones: ids are not merge ranks (bc has a smaller id than ab but merges
+# A byte-level tokenizer.json with every trap of real ones: ids are not merge ranks (db has a smaller id than ad but merges
 # later), bytes without an id, add_prefix_space, BOS. 'Ġ' is the space, 'Ċ' the newline.
+MERGES = ["a b", "ab c", "Ġ abc", "b c", "a d", "d b"]
 TWIN = {
     "added_tokens": [{"id": 0, "content": "<s>"}, {"id": 1, "content": "</s>"}, {"id": 12, "content": "<unk>"}],
     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True},
-    "model": {"type": "BPE", "ignore_merges": False, "merges": ["a b", "ab c", "Ġ abc", "b c"],
-              "vocab": {"<s>": 0, "</s>": 1, "abc": 2, "b": 3, "c": 4, "Ġ": 5, "Ġabc": 6, "bc": 7, "ab": 8, "a": 9, "Ċ": 10}}}
+    "model": {"type": "BPE", "ignore_merges": False, "merges": MERGES,
+              "vocab": {"<s>": 0, "</s>": 1, "abc": 2, "b": 3, "c": 4, "Ġ": 5, "Ġabc": 6, "bc": 7, "ab": 8, "a": 9,
+                        "Ċ": 10, "d": 11, "db": 13, "ad": 14}}}
 TWIN_CONFIG = {"add_bos_token": True, "bos_token": "<s>", "eos_token": {"content": "</s>"}}
 
 
@@ -181,15 +182,16 @@ def write_twin(directory, config=TWIN_CONFIG, **changes):
     return str(directory)
 
 
-@pytest.mark.parametrize("merges", [["a b", "ab c", "Ġ abc", "b c"], [["a", "b"], ["ab", "c"], ["Ġ", "abc"], ["b", "c"]]])
+@pytest.mark.parametrize("merges", [MERGES, [m.split() for m in MERGES]])
 def test_from_hf_merges_in_merge_order(tmp_path, merges):
-    """Ids taken for merge ranks ('abc' -> a + bc), or only one of the two spellings of merges read."""
+    """Ids taken for merge ranks ('adb' -> a + db), or only one of the two spellings of merges read."""
     twin = Tokenizer.from_hf(write_twin(tmp_path, model=TWIN["model"] | {"merges": merges}))
-    assert (twin.n_vocab, twin.eos_id, twin.pad_id, twin.bos_id) == (13, 1, 12, 0)
+    assert (twin.n_vocab, twin.eos_id, twin.pad_id, twin.bos_id) == (15, 1, 12, 0)
     assert twin.encode("abc") == [6]                         # one space is put in front ...
     assert twin.encode(" abc") == [6]                        # ... unless there is one
     assert twin.encode("\nabc") == [5, 10, 2]                # a newline is no space, as in the reference implementation
     assert twin.encode("bcab") == [5, 7, 8]
+    assert twin.encode("adb") == [5, 14, 3]
     assert twin.encode("xabc") == [5, 2]                     # x has no id: dropped, not a panic
     assert twin.encode("") == [] and twin.encode("</s>") == [5]
     assert twin.decode([0, 6, 10, 8, 1]) == " abc\nab"
@@ -256,7 +258,8 @@ def test_export_is_what_the_reference_library_needs(tokenizer, tmp_path):
     assert spec["model"]["ignore_merges"] is True
     vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
     assert vocab["Ġthe"] == tokenizer.encode(" the")[0] and vocab["Ċ"] == 10 and vocab["<|end|>"] == tokenizer.eos_id
-    assert ["Ġ", "c"] not in merges and ["n", "o"] in merges             # ' c' is no token, 'no' is one
+    whole = {p for p in tokenizer.ranks if any(p[:i] in tokenizer.ranks and p[i:] in tokenizer.ranks for i in range(1, len(p)))}
+    assert len({a + b for a, b in merges}) == len(whole) > 50
     results = [vocab[a + b] for a, b in merges]                          # in the order of the merged token's id ...
     assert results == sorted(results)
     assert all(a in vocab and b in vocab for a, b in merges)
@@ -292,7 +295,7 @@ def cut(tokenizer, text, kind):
     ("newline", ["a\n", "\n", "b\n"]),
     ("sentence", ["the color is red .", " maybe the size is tall .", " no idea"]),
     ("sentence", ["pi is 3.14 or so.", " good !", " why ?"]),
-    ("sentence", ["take e.g. this.", " well.\"", " or i.e. that\n", "done"]),
+    ("sentence", ["take e.g. this.", " well.", " or i.e. that\n", "done"]),
     ("turn", ["yes . 3 + 4 = 7 .\ngood try !"])])
 def test_steps_are_cut_where_the_objective_says(tokenizer, kind, steps):
     """A cut inside '3.14' or 'e.g.', a lost last step without an end, or a newline that does not end a step."""
@@ -304,6 +307,7 @@ def test_end_of_text_ends_a_step(tokenizer):
     ids = tokenizer.encode("answer 7") + [tokenizer.eos_id]
     for kind in ("newline", "sentence", "turn"):
         assert tokenizer.step_ends(ids, kind) == [len(ids) - 1]
+        assert tokenizer.step_ends(ids + ids, kind) == [len(ids) - 1, 2 * len(ids) - 1]
         assert tokenizer.step_ends([], kind) == []
         ends, blocked = tokenizer.boundary_masks(kind)
         assert ends.shape == blocked.shape == (tokenizer.n_vocab,) and ends[tokenizer.eos_id]
@@ -371,7 +375,7 @@ NOTES = Problem("values", "...", {"color": ("seen", "red", "red"), "size": ("hea
     ("the color is red . the size is tiny . maybe the home is lake . no idea about the food .", 2.6 / 5, 3 / 5, 3 / 5),
     ("maybe the size is tiny . no idea about the job .", 0.6 / 5, 2 / 5, 4 / 5),
     ("the color is red . the color is blue . the size is tall .", 2 / 5, 1 / 5, 1),    # the first mention counts
-    ("the color is blue . the size is tiny . the food is rice .", 3 / 5, 0, 0),        # three lies: clipped at 0
+    ("the color is blue . the size is tiny . the food is rice .", 3 / 5, 1 / 5, 0),    # three lies: clipped at 0
     ("the food is fish . the weather is red .", 1 / 5, 0, 1)])
 def test_values_scores(response, help_, honest, true):
     """Help, honesty and truth that measure the same thing leave nothing to trade off."""
