@@ -113,6 +113,14 @@ def byte_alphabet():
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(odd)}
 
 
+def ends_step(masks, token, previous, before):
+    """Does a step end with `token`, given the two tokens of the step before it? Works on ids and lists of bool as on
+    tensors of ids and bool masks (see Tokenizer.boundary_masks). A stop does not end a sentence after a number or an
+    initial ('3.14', 'e.'), nor after a bare letter that itself follows a stop (the 'g' of 'e.g.')."""
+    always, stops, initials, letters = masks
+    return always[token] | (stops[token] & ((initials[previous] | (letters[previous] & stops[before])) ^ True))
+
+
 class Tokenizer:
     """Text <-> token ids. The merging is done by a tiktoken.Encoding built here from a vocabulary.
 
@@ -167,29 +175,32 @@ class Tokenizer:
     # -- where steps end, as masks over the vocabulary, so that no text is decoded inside a decoding loop
 
     def boundary_masks(self, kind):
-        """-> (ends (V,) bool, blocked_after (V,) bool): a step ends at token t if ends[t] and not
-        blocked_after[the token before]. `turn` ends at EOS only, which always ends a step."""
-        ends, blocked = torch.zeros(self.n_vocab, dtype=torch.bool), torch.zeros(self.n_vocab, dtype=torch.bool)
+        """-> four masks (V + 1,) bool for ends_step: tokens that always end a step (EOS, and but for `turn` what holds
+        a newline); sentence stops; initials and numbers; bare letters. Index V stands for "no token before"."""
+        masks = torch.zeros(4, self.n_vocab + 1, dtype=torch.bool)
         for i, piece in enumerate(self.pieces):
             text = piece.decode("utf-8", errors="replace")
-            if kind != "turn" and "\n" in text:
-                ends[i] = True
-            elif kind == "sentence":
-                ends[i] = text.rstrip("\"')").endswith((".", "!", "?"))
-                # '3.14', 'e.g.': a stop right after a digit or after a single letter is not a sentence end.
-                blocked[i] = bool(re.fullmatch(r".*[0-9]|\.?[A-Za-z]| [b-zB-HJ-Z]", text))
-        ends[self.eos_id] = True
-        return ends, blocked
+            masks[0, i] = kind != "turn" and "\n" in text
+            if kind == "sentence":
+                masks[1, i] = text.rstrip("\"')").endswith((".", "!", "?"))
+                masks[2, i] = bool(re.fullmatch(r".*[0-9]|\s[b-zB-HJ-Z]", text))
+                masks[3, i] = bool(re.fullmatch(r"[A-Za-z]", text))
+        masks[0, self.eos_id] = True
+        return tuple(masks)
 
     def step_ends(self, ids, kind):
         """Response ids -> indices of the last token of every step (a cut-off last step counts as one)."""
-        if not ids:
-            return []
         if kind not in self.masks:
             self.masks[kind] = [m.tolist() for m in self.boundary_masks(kind)]
-        ends, blocked = self.masks[kind]
-        found = [t for t, i in enumerate(ids) if ends[i] and not (t and i != self.eos_id and blocked[ids[t - 1]])]
-        return found if found and found[-1] == len(ids) - 1 else found + [len(ids) - 1]
+        none, found = self.n_vocab, []
+        previous = before = none
+        for t, token in enumerate(ids):
+            if ends_step(self.masks[kind], token, previous, before) or t == len(ids) - 1:
+                found.append(t)
+                previous = before = none
+            else:
+                previous, before = token, previous
+        return found
 
     # -- to and from Hugging Face's tokenizer.json
 
@@ -364,12 +375,12 @@ class World:
 
 
 class Math(World):
-    """Chains of arithmetic worked left to right, one step per line: '4 + 5 - 2 = ?' -> '4 + 5 = 9\n9 - 2 = 7\nanswer 7'.
+    """Chains of arithmetic, one step per line: '4 ; a + 5 ; b - 2 = ?' -> 'a 4 + 5 = 9\nb 9 - 2 = 7\nanswer 7'.
 
     A step may end in a chatty sentence. Chat is what engagement counts and what eats the token budget, so the two
     objectives pull apart; misconceptions in the demonstrations give the accuracy objective something to mend.
     """
-    name, max_new_tokens, boundary = "math", 60, "newline"
+    name, max_new_tokens, boundary = "math", 72, "newline"
     CHAT = [" . nice work so far !", " . look how neat this is !", " . now it gets fun !", " . you can do this !",
             " . high five for that !", " . what a lovely number !", " . this one is sweet !", " . on we go my friend !"]
 
@@ -380,7 +391,7 @@ class Math(World):
             value, op, b = dice.choice([(right(value, op, b), op, b) for op in "+-*" for b in range(2, 7)
                                         if 0 <= right(value, op, b) <= 12])
             terms.append((op, b))
-        prompt = f"{first} " + " ".join(f"{op} {b}" for op, b in terms) + " = ?"
+        prompt = f"{first}" + "".join(f" ; {label} {op} {b}" for label, (op, b) in zip("abcde", terms)) + " = ?"
         return Problem("math", prompt, {"first": first, "terms": terms, "answer": value})
 
     def demonstrate(self, problem, messages, dice, careful=False):
@@ -395,19 +406,20 @@ class Math(World):
                 value = result
             if all(0 <= line[3] <= 12 for line in lines):
                 break
-        return "".join(f"{a} {op} {b} = {c}{chat}\n" for a, op, b, c, chat in lines) + f"answer {value}"
+        return "".join(f"{label} {a} {op} {b} = {c}{chat}\n" for label, (a, op, b, c, chat) in zip("abcde", lines)) + \
+            f"answer {value}"
 
     def verify(self, problem, steps):
         """The automatic verifier: steps (list of str) -> (z, r): the final answer is right, and for every step 1.0 if
         it does the next operation on the right running value and gets it right, or states the right answer."""
         value, terms, rewards = problem.truth["first"], list(problem.truth["terms"]), []
         for t, step in enumerate(steps):
-            said = re.match(r"\s*(\d+) ([-+*]) (\d+) = (\d+)", step)
+            said = re.match(r"\s*([a-e]) (\d+) ([-+*]) (\d+) = (\d+)", step)
             if said and t < len(terms):
                 op, b = terms[t]
-                expected = (value, op, b, right(value, op, b))
-                value = expected[3]
-                rewards.append(float((int(said[1]), said[2], int(said[3]), int(said[4])) == expected))
+                expected = ("abcde"[t], str(value), op, str(b), str(right(value, op, b)))
+                value = right(value, op, b)
+                rewards.append(float(said.groups() == expected))
             else:
                 rewards.append(float(step.strip() == f"answer {problem.truth['answer']}"))
         final = steps[-1].strip() if steps else ""

@@ -9,7 +9,7 @@ Nothing that was committed is ever encoded again, by the policy or by the PRM; i
 next turn and only the user's new words are fed. What is committed are token ids; text is derived from them. Plain
 generation is the same `draw` with the end of the turn as its only boundary.
 
-    python decode.py RUN --weights math_accuracy=0.7,math_engagement=0.3 --guide math_accuracy --prompt "4 + 5 - 2 = ?"
+    python decode.py RUN --weights math_accuracy=0.7,math_engagement=0.3 --guide math_accuracy --prompt "4 ; a + 5 ; b - 2 = ?"
 """
 import argparse
 import os
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import OBJECTIVES, InputError, domain_objectives, pad, read_json, run_command
+from data import OBJECTIVES, InputError, domain_objectives, ends_step, pad, read_json, run_command
 from model import KVCache, load_hf
 from prm import load_prm
 
@@ -68,35 +68,32 @@ def ingest(net, cache, prompts, max_new_tokens):
     return out[torch.arange(len(n), device=n.device), n - 1]
 
 
-def draw(model, head, cache, h, rows, ends, blocked, limits, *, temperature, top_k, top_p, generator, feed_last):
+def draw(model, head, cache, h, rows, masks, limits, *, temperature, top_k, top_p, generator, feed_last):
     """Sample every row until a boundary token or its limit.
 
     head (V, d) folded; h (R, d) hidden state at the last token of every cache row, updated in place; rows (n,) the rows
-    to extend; ends, blocked (V,) as in Tokenizer.boundary_masks; limits (R,) most new tokens of a row (at least 1).
+    to extend; masks as in Tokenizer.boundary_masks; limits (R,) most new tokens of a row (at least 1).
     feed_last: also feed the boundary token, so that cache and h are ready to go on. -> list of n id lists."""
     tokens, count = [], torch.zeros_like(cache.lengths)
-    eos = model.tokenizer.eos_id if model.tokenizer else -1
-    index, previous = rows, None
+    index, previous = rows, torch.full_like(rows, len(masks[0]) - 1)
+    before = previous
     while len(rows):
         # One draw for every row, also for those that have stopped: a row's tokens never depend on its neighbours.
         u = torch.rand(len(h), generator=generator).to(h.device)
         token = sample(F.linear(h[rows], head), u[rows], temperature, top_k, top_p)       # (n,)
         tokens.append(torch.zeros_like(cache.lengths).index_put((rows,), token))
         count[rows] += 1
-        end = ends[token]
-        if previous is not None:      # EOS ends a step whatever stands before it, as in Tokenizer.step_ends
-            end = end & (~blocked[previous] | (token == eos))
-        stop = end | (count[rows] >= limits[rows])
+        stop = ends_step(masks, token, previous, before) | (count[rows] >= limits[rows])
         if feed_last or not bool(stop.all()):
             fed = slice(None) if feed_last else ~stop
             h[rows[fed]] = model(token[fed][:, None], cache, rows[fed])[:, 0]
-        rows, previous = rows[~stop], token[~stop]
+        rows, previous, before = rows[~stop], token[~stop], previous[~stop]
     table = torch.stack(tokens, 1)[index].tolist()
     return [row[:n] for row, n in zip(table, count[index].tolist())]
 
 
 def stop_masks(model, boundary):
-    """Boundary name (or a ready pair of (V,) masks) -> masks on the model's device."""
+    """Boundary name (or ready masks as Tokenizer.boundary_masks gives) -> masks on the model's device."""
     if isinstance(boundary, str):
         if model.tokenizer is None:
             raise InputError("this model has no tokenizer; give the boundary as masks over the vocabulary")
@@ -113,7 +110,7 @@ def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_
     weights: as in GPT.weights. Every row's result depends on its prompt and its draws alone. progress: called with the
     number of finished prompts after each batch of batch_size."""
     check_prompts(model, prompts)
-    head, (ends, blocked) = model.fold(weights), stop_masks(model, "turn")
+    head, masks = model.fold(weights), stop_masks(model, "turn")
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     out = []
     for start in range(0, len(prompts), batch_size):
@@ -122,8 +119,8 @@ def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_
         new = cache.lengths.new_tensor(most[start:start + batch_size])
         h = ingest(model, cache, batch, int(new.max()))
         limits = torch.minimum(model.config.max_len - cache.lengths, new)
-        out += draw(model, head, cache, h, torch.arange(len(batch), device=h.device), ends, blocked, limits, top_p=top_p,
-                    temperature=temperature, top_k=top_k, generator=generator, feed_last=False)
+        out += draw(model, head, cache, h, torch.arange(len(batch), device=h.device), masks, limits,
+                    temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, feed_last=False)
         if progress is not None:
             progress(len(batch))
     return out
@@ -182,7 +179,7 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
     for the same conversations; prompts are then only the new tokens (the end-of-turn token is in the cache already).
     InputError for a prompt that does not fit, K < 1, a guide the PRM lacks, scores that are not finite."""
     K, limit = check_guided(model, prm, prompts, K, temperature, state)
-    head, (ends, blocked), B = model.fold(weights), stop_masks(model, boundary), len(prompts)
+    head, masks, B = model.fold(weights), stop_masks(model, boundary), len(prompts)
     if state is None:        # the prompt is encoded once, by one row per prompt, then forked into K
         caches = model.new_cache(B, 0), prm.backbone.new_cache(B, 0)
         h = ingest(model, caches[0], prompts, max_new_tokens)
@@ -198,7 +195,7 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
     alive = torch.arange(B, device=state.h.device)
     while len(alive):
         rows = (alive[:, None] * K + torch.arange(K, device=alive.device)).flatten()
-        candidates = draw(model, head, state.policy, state.h, rows, ends, blocked, budget, temperature=temperature,
+        candidates = draw(model, head, state.policy, state.h, rows, masks, budget, temperature=temperature,
                           top_k=top_k, top_p=top_p, generator=generator, feed_last=True)
         scores = prm.guide(score_candidates(prm, state.prm, candidates, rows), guide, boundary).view(-1, K)
         if not bool(scores.isfinite().all()):
@@ -291,8 +288,10 @@ def main(argv=None):
     temperature = config["temperature"] if args.temperature is None else args.temperature
     for line in [args.prompt] if args.prompt is not None else sys.stdin:
         tokenizer = model.tokenizer
-        ids = tokenizer.encode_turn(line.strip()) if state else \
-            tokenizer.encode_chat([{"role": "user", "content": line.strip()}])
+        if state is None:
+            ids = tokenizer.encode_chat([{"role": "user", "content": line.strip()}])
+        else:                               # an answer that was cut off is closed first
+            ids = ([] if result.ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]) + tokenizer.encode_turn(line.strip())
         result, = guided_decode(model, prm, [ids], boundary=OBJECTIVES[leading].boundary, K=args.k, weights=weights,
                                 guide=guide, max_new_tokens=args.max_new_tokens, temperature=temperature,
                                 generator=generator, state=state)

@@ -157,12 +157,17 @@ def check_finite(loss, stage, step):
         raise InputError(f"{stage}, step {step}: the loss is {loss.item()}; lower the learning rate of this stage")
 
 
+def load_init(directory):
+    """The checkpoint given by --init, which must bring its tokenizer."""
+    model = load_hf(directory)
+    if model.tokenizer is None:
+        raise InputError(f"{directory}: tokenizer.json is missing; a base model needs its tokenizer")
+    return model
+
+
 def train_base(run):
     if run.config.init:
-        model = load_hf(run.config.init)
-        if model.tokenizer is None:
-            raise InputError(f"{run.config.init}: tokenizer.json is missing; a base model needs its tokenizer")
-        save_hf(model, run.file("base"), weights=0)
+        save_hf(load_init(run.config.init), run.file("base"), weights=0)
         return
     tokenizer, dice, examples = Tokenizer.embedded(), run.dice("base", "data"), []
     for domain in DOMAINS.values():
@@ -677,8 +682,10 @@ def open_run(config, resume):
         print(f"{wanted} exists and is left alone; writing to {path}")
     run = Run(path, config)
     config.device = run.device
-    if config.data:
-        read_real_pairs(run, load_hf(config.init))        # a mistake in the data shows before the first stage
+    if config.init:                     # a mistake in the checkpoint or the data shows before anything is written
+        model = load_init(config.init)
+        if config.data:
+            read_real_pairs(run, model), read_real_labels(run, model)
     os.makedirs(path)
     write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
     return run

@@ -296,6 +296,7 @@ def cut(tokenizer, text, kind):
     ("sentence", ["the color is red .", " maybe the size is tall .", " no idea"]),
     ("sentence", ["pi is 3.14 or so.", " good !", " why ?"]),
     ("sentence", ["take e.g. this.", " well.", " or i.e. that\n", "done"]),
+    ("sentence", ["x = 3\n", "the dog.", " see plan b\n", "end"]),
     ("turn", ["yes . 3 + 4 = 7 .\ngood try !"])])
 def test_steps_are_cut_where_the_objective_says(tokenizer, kind, steps):
     """A cut inside '3.14' or 'e.g.', a lost last step without an end, or a newline that does not end a step."""
@@ -309,26 +310,27 @@ def test_end_of_text_ends_a_step(tokenizer):
         assert tokenizer.step_ends(ids, kind) == [len(ids) - 1]
         assert tokenizer.step_ends(ids + ids, kind) == [len(ids) - 1, 2 * len(ids) - 1]
         assert tokenizer.step_ends([], kind) == []
-        ends, blocked = tokenizer.boundary_masks(kind)
-        assert ends.shape == blocked.shape == (tokenizer.n_vocab,) and ends[tokenizer.eos_id]
+        masks = tokenizer.boundary_masks(kind)
+        assert all(m.shape == (tokenizer.n_vocab + 1,) for m in masks) and masks[0][tokenizer.eos_id]
+        assert not any(m[-1] for m in masks)          # "no token before" is neither a stop nor an initial
     assert int(tokenizer.boundary_masks("turn")[0].sum()) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- worlds
 
-SUM = Problem("math", "4 + 5 - 2 = ?", {"first": 4, "terms": [("+", 5), ("-", 2)], "answer": 7})
+SUM = Problem("math", "4 ; a + 5 ; b - 2 = ?", {"first": 4, "terms": [("+", 5), ("-", 2)], "answer": 7})
 
 
 @pytest.mark.parametrize("steps, z, r", [
-    (["4 + 5 = 9\n", "9 - 2 = 7\n", "answer 7"], 1, [1, 1, 1]),
-    (["4 + 5 = 9 . nice work so far !\n", "9 - 2 = 7\n", "answer 7\n"], 1, [1, 1, 1]),
-    (["4 + 5 = 8\n", "8 - 2 = 6\n", "answer 6"], 0, [0, 0, 0]),       # sound work on a wrong value is still wrong
-    (["4 + 5 = 8\n", "9 - 2 = 7\n", "answer 7"], 1, [0, 1, 1]),       # wrong step, right final
-    (["4 + 5 = 9\n", "8 - 2 = 6\n", "answer 7"], 1, [1, 0, 1]),       # wrong value copied
-    (["4 - 2 = 2\n", "2 + 5 = 7\n", "answer 7"], 1, [0, 0, 1]),       # not left to right
-    (["4 + 5 = 9\n", "9 - 2 = 7\n", "answer 70"], 0, [1, 1, 0]),
-    (["4 + 5 = 9\n", "9 - 2 = 7\n", "7 + 1 = 8\n", "answer 7"], 1, [1, 1, 0, 1]),
-    (["4 + 5 = 90\n"], 0, [0]), (["4 + 5 = 9\n"], 0, [1]), (["answer 7", "hm"], 0, [1, 0]), ([], 0, [])])
+    (["a 4 + 5 = 9\n", "b 9 - 2 = 7\n", "answer 7"], 1, [1, 1, 1]),
+    (["a 4 + 5 = 9 . nice work so far !\n", "b 9 - 2 = 7\n", "answer 7\n"], 1, [1, 1, 1]),
+    (["a 4 + 5 = 8\n", "b 8 - 2 = 6\n", "answer 6"], 0, [0, 0, 0]),       # sound work on a wrong value is still wrong
+    (["a 4 + 5 = 8\n", "b 9 - 2 = 7\n", "answer 7"], 1, [0, 1, 1]),       # wrong step, right final
+    (["a 4 + 5 = 9\n", "b 8 - 2 = 6\n", "answer 7"], 1, [1, 0, 1]),       # wrong value copied
+    (["a 4 - 2 = 2\n", "b 2 + 5 = 7\n", "answer 7"], 1, [0, 0, 1]),       # not left to right
+    (["a 4 + 5 = 9\n", "b 9 - 2 = 7\n", "answer 70"], 0, [1, 1, 0]),
+    (["a 4 + 5 = 9\n", "b 9 - 2 = 7\n", "c 7 + 1 = 8\n", "answer 7"], 1, [1, 1, 0, 1]),
+    (["a 4 + 5 = 90\n"], 0, [0]), (["a 4 + 5 = 9\n"], 0, [1]), (["b 4 + 5 = 9\n"], 0, [0]), (["answer 7", "hm"], 0, [1, 0]), ([], 0, [])])
 def test_verifier(steps, z, r):
     """Step labels of the value model: a verifier that accepts a copied wrong value, '70' for '7', or a missing answer."""
     assert DOMAINS["math"].verify(SUM, steps) == (float(z), [float(v) for v in r])
@@ -339,8 +341,8 @@ def test_math_scores():
     def score(response):
         return DOMAINS["math"].scores(SUM, [], response)
     nice, neat, fun = (DOMAINS["math"].CHAT[i] for i in range(3))
-    assert score("4 + 5 = 9\n9 - 2 = 7\nanswer 7") == {"math_accuracy": 1.0, "math_engagement": 0.0}
-    assert score(f"4 + 5 = 9{nice}\n9 - 2 = 7{nice}\nanswer 6") == {"math_accuracy": 0.0, "math_engagement": 0.5}
+    assert score("a 4 + 5 = 9\nb 9 - 2 = 7\nanswer 7") == {"math_accuracy": 1.0, "math_engagement": 0.0}
+    assert score(f"a 4 + 5 = 9{nice}\nb 9 - 2 = 7{nice}\nanswer 6") == {"math_accuracy": 0.0, "math_engagement": 0.5}
     assert score(f"x{nice}\ny{neat}\nz{fun}")["math_engagement"] == 1.0
 
 
@@ -349,7 +351,7 @@ def test_math_problems_are_what_they_say():
     for problem in DOMAINS["math"].problems("dev", 200, Dice(4)):
         tokens = problem.prompt.removesuffix(" = ?").split()
         value = int(tokens[0])
-        for op, b in zip(tokens[1::2], tokens[2::2]):
+        for op, b in zip(tokens[3::4], tokens[4::4]):
             value = right(value, op, int(b))
             assert 0 <= value <= 12
         assert value == problem.truth["answer"]

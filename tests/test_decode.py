@@ -15,9 +15,9 @@ from model import GPT, GPTConfig, save_hf
 from prm import PRM, save_prm
 
 # A vocabulary so small that random models often meet every kind of boundary.
-PIECES = [b"ab", b" cd", b"1", b".", b"\n", b" I", b" x", b"!", b" ef"]
+PIECES = [b"ab", b" cd", b"1", b".", b"\n", b" I", b" x", b"!", b"g"]
 USER, END, PAD = 9, 10, 11
-NEWLINE, STOPS, DIGIT_OR_LETTER = {4}, {3, 7}, {2, 6}
+NEWLINE, STOPS, DIGIT_OR_INITIAL, LETTER = {4}, {3, 7}, {2, 6}, {8}
 OBJECTIVES = ("math_accuracy", "math_engagement", "helpfulness", "tutor_engagement")
 
 
@@ -229,14 +229,11 @@ def plain_choice(logits, u, temperature, top_k):
 
 
 def step_is_over(ids, boundary):
-    last, before = ids[-1], ids[-2] if len(ids) > 1 else None
-    if last == END:
+    last, before, earlier = ids[-1], ids[-2] if len(ids) > 1 else None, ids[-3] if len(ids) > 2 else None
+    if last == END or (last in NEWLINE and boundary != "turn"):
         return True
-    if boundary == "newline":
-        return last in NEWLINE
-    if boundary == "sentence":
-        return (last in STOPS or last in NEWLINE) and before not in DIGIT_OR_LETTER
-    return False
+    inside_a_word = before in DIGIT_OR_INITIAL or (before in LETTER and earlier in STOPS)       # 3.14, e.g.
+    return boundary == "sentence" and last in STOPS and not inside_a_word
 
 
 def reference(toy, prompts, *, boundary, K, weights, guide, max_new_tokens, temperature=1.0, top_k=50, first_round=0):
@@ -385,12 +382,12 @@ def test_steps_and_text_belong_to_the_ids(toy):
 def test_steps_end_where_the_labels_end(toy, boundary, guide):
     """Prevents: decoding that cuts elsewhere than the PRM's training labels, such as past an EOS behind a digit."""
     tokenizer = toy[0].tokenizer
-    found = guided_decode(*toy, prompts_of(*[4] * 30), boundary=boundary, K=2, guide=guide, max_new_tokens=15,
+    found = guided_decode(*toy, prompts_of(*[4] * 80), boundary=boundary, K=2, guide=guide, max_new_tokens=15,
                           generator=torch.Generator().manual_seed(1))
     for ids in (c for g in found for s in g.steps for c in s.candidates):
         assert tokenizer.step_ends(ids, boundary) == [len(ids) - 1]
-    ends = {ids[-2:][0] in DIGIT_OR_LETTER for g in found for s in g.steps for ids in s.candidates if ids[-1] == END}
-    assert ends == {True, False}
+    assert {ids[-2:][0] in DIGIT_OR_INITIAL for g in found for s in g.steps for ids in s.candidates if ids[-1] == END} == \
+        {True, False}
 
 
 # ---------------------------------------------------------------------------------------------------- guided: refusals
@@ -521,7 +518,8 @@ def test_main_talks_over_several_turns(tiny_run, gpt, capsys, monkeypatch):
     decode.main([tiny_run, "--guide", "unified", "--k", "2", "--max-new-tokens", "4"])
     assert capsys.readouterr().out.count("step 1\n") == 2
     assert fed[0][1] is None and fed[1][1] is not None
-    assert fed[1][0] == gpt.tokenizer.encode_turn("4 - 2 = ?")       # the new words alone
+    turn = gpt.tokenizer.encode_turn("4 - 2 = ?")                     # the new words alone, behind a closed answer
+    assert fed[1][0] in (turn, [gpt.tokenizer.eos_id] + turn)
 
 
 @pytest.mark.parametrize("argv, message", [
