@@ -221,9 +221,16 @@ class Tokenizer:
     def from_hf(cls, directory):
         """tokenizer.json (byte-level BPE) of a Hugging Face directory -> Tokenizer. InputError names what is odd."""
         path = os.path.join(directory, "tokenizer.json")
-        spec = read_json(path)
         config_path = os.path.join(directory, "tokenizer_config.json")
         config = read_json(config_path) if os.path.exists(config_path) else {}
+        try:
+            return cls.from_spec(path, read_json(path), config)
+        except (KeyError, TypeError, AttributeError, OverflowError, MemoryError) as e:
+            raise InputError(f"{path}: not a tokenizer file that is read here ({type(e).__name__}: {e})") from None
+
+    @classmethod
+    def from_spec(cls, path, spec, config):
+        """The contents of tokenizer.json and tokenizer_config.json -> Tokenizer; path is for messages."""
         model, pre = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or spec.get("normalizer"):
             raise InputError(f"{path}: only byte-level BPE without a normalizer is read, "
@@ -237,7 +244,10 @@ class Tokenizer:
         specials = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
         raw = lambda s: bytes(to_byte[c] for c in s)
         vocab = {raw(s): i for s, i in model["vocab"].items() if s not in specials}
-        pieces = [b""] * (1 + max([*vocab.values(), *specials.values()]))
+        known = [*vocab.values(), *specials.values()]
+        if not all(type(i) is int and 0 <= i < 10_000_000 for i in known):
+            raise InputError(f"{path}: a token id is not a whole number from 0 to 10 million")
+        pieces = [b""] * (1 + max(known, default=0))
         for piece, i in vocab.items():
             pieces[i] = piece
         # Priorities: single bytes first, then results of merges in merge order, then what only a whole word can be.
@@ -249,7 +259,7 @@ class Tokenizer:
         name = lambda key: (config.get(key) or {}).get("content") if isinstance(config.get(key), dict) else config.get(key)
         eos = next((specials[s] for s in (name("eos_token"), "<|end|>", "</s>", "<|endoftext|>") if s in specials), None)
         if eos is None:
-            raise InputError(f"{directory}: no end-of-text token; name it as eos_token in tokenizer_config.json")
+            raise InputError(f"{path}: no end-of-text token; name it as eos_token in tokenizer_config.json")
         pad = specials.get(name("pad_token"), specials.get("<unk>", eos))
         bos = specials.get(name("bos_token")) if config.get("add_bos_token") else None
         tokenizer = cls(pieces, ranks, specials, split or GPT2_PATTERN, eos, pad, bos,
@@ -348,7 +358,7 @@ class World:
     turns = 1
 
     def problems(self, split, n, dice):
-        """n distinct problems of one split. ValueError if the world is too small for that many."""
+        """n distinct problems of one split. InputError if the world is too small for that many."""
         found = {}
         for _ in range(100 * n + 1000):
             if len(found) == n:
@@ -356,7 +366,7 @@ class World:
             problem = self.problem(dice)
             if split_of(problem.prompt) == split:
                 found.setdefault(problem.prompt, problem)
-        raise ValueError(f"the {self.name} world has fewer than {n} distinct {split} prompts; ask for less")
+        raise InputError(f"the {self.name} world has fewer than {n} distinct {split} prompts; ask for less")
 
     def reply(self, problem, messages, dice):
         """The user's next message after the assistant's, or None when the conversation is over."""

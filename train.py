@@ -550,7 +550,7 @@ def train_policy(run, name, heads, objectives, margins=None):
             bar.set_postfix(loss=f"{float(metrics[0].mean()):.3f}")
     show_progress(name, objectives, log)
     run.log(name, log)
-    save_hf(model, run.file(name), weights=None if len(heads) > 1 else 0)
+    save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
 
 
 def show_progress(name, objectives, log):

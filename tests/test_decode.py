@@ -369,8 +369,10 @@ def test_one_candidate_is_plain_generation(toy):
 @torch.no_grad()
 def test_steps_and_text_belong_to_the_ids(toy):
     """Prevents: committed text and ids that drift apart: ids are the winners joined, text is their decoding."""
-    for g in guided_decode(*toy, prompts_of(3, 6, 2), boundary="sentence", K=3, guide="helpfulness", max_new_tokens=20,
-                           generator=torch.Generator().manual_seed(1)):
+    found = guided_decode(*toy, prompts_of(*range(1, 13)), boundary="sentence", K=3, guide="helpfulness", max_new_tokens=8,
+                          generator=torch.Generator().manual_seed(1))
+    assert {g.ids[-1] == END for g in found} == {True, False}
+    for g in found:
         assert g.ids == sum((s.candidates[s.winner] for s in g.steps), [])
         assert g.text == toy[0].tokenizer.decode(g.ids)
         assert all(s.scores[s.winner] == max(s.scores) for s in g.steps)
@@ -453,6 +455,14 @@ def test_guided_refuses_turns_that_do_not_fit(toy):
         guided_decode(*toy, [[1] * room], state=found.state, **OPTIONS)
     with pytest.raises(InputError, match="holds 1 conversations, 2"):
         guided_decode(*toy, [[1], [2]], state=found.state, **OPTIONS)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_guided_refuses_another_K_than_the_states(toy, K):
+    """Prevents: rows of the carried caches read as if they belonged to other candidates or other prompts."""
+    found = guided_decode(*toy, [[1, 2], [3]], K=3, **OPTIONS)
+    with pytest.raises(InputError, match=f"K = 3 candidates, not {K}"):
+        guided_decode(*toy, [[1], [2]], K=K, state=found[0].state, **OPTIONS)
 
 
 def test_guided_refuses_an_unknown_guide(toy):

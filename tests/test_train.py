@@ -1,0 +1,745 @@
+"""train.py and evaluate.py: the stages' parts by hand, a tiny whole run from the command line, mistakes of the user."""
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import types
+import xml.etree.ElementTree as ElementTree
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import decode
+import evaluate
+import train
+from data import DOMAINS, OBJECTIVES, Dice, InputError, Problem, World, pad, read_json, run_command
+from evaluate import Conversation, converse, guided_responder, kl_per_token, pair_logps, plain_responder, seed_of, summary
+from model import GPT, GPTConfig, load_hf, load_safetensors, save_hf
+from prm import PRM, load_prm
+from train import Config, Cycle, Labelled, Pair, Run, chat_example, read_command
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SUM = Problem("math", "4 + 5 - 2 = ?")
+HELLO = [{"role": "user", "content": "4 + 5 - 2 = ?"}]
+
+
+def ids_of(tokenizer, text, end=True):
+    return tokenizer.encode(text) + ([tokenizer.eos_id] if end else [])
+
+
+@pytest.fixture(scope="module")
+def small_worlds():
+    """At most 40 problems wherever a stage asks for thousands: whole runs in seconds."""
+    plain = World.problems
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "problems", lambda self, split, n, dice: plain(self, split, min(n, 40), dice))
+        yield
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory without any stage, for calling the stages' parts."""
+    return Run(str(tmp_path), Config(objective="math,honesty", device="cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------------- examples
+
+CHAT = [*HELLO, {"role": "assistant", "content": "4 + 5 = 9"}, {"role": "user", "content": "and ?"},
+        {"role": "assistant", "content": "answer 7"}]
+
+
+def test_chat_example_masks_only_assistant_turns(tokenizer):
+    """Prevents: SFT on the user's words or the role markers, or answers that never learn to end."""
+    ids, mask = chat_example(tokenizer, CHAT)
+    assert ids == tokenizer.encode_chat(CHAT, add_generation_prompt=False)
+    learnt = [i for i, m in zip(ids, mask) if m]
+    assert learnt == ids_of(tokenizer, "4 + 5 = 9") + ids_of(tokenizer, "answer 7")
+    assert len(mask) == len(ids)
+
+
+def test_language_model_loss_is_the_masked_next_token_loss(run, gpt, tokenizer):
+    """Prevents: a loss on masked tokens, on padding, or on the token itself instead of the next."""
+    model = copy.deepcopy(gpt)
+    examples = [chat_example(tokenizer, CHAT), chat_example(tokenizer, CHAT[:2])]
+    losses = [-F.log_softmax(gpt.logits(gpt(torch.tensor([ids[:t]])))[0, -1], 0)[ids[t]].item()
+              for ids, mask in examples for t in range(len(ids)) if mask[t]]
+    train.language_model(run, "sft", model, examples, 1, 1e-3)
+    logged, = [json.loads(line) for line in open(run.file("log.jsonl"), encoding="utf-8")]
+    assert logged == {"stage": "sft", "step": 0, "loss": pytest.approx(sum(losses) / len(losses), rel=1e-5)}
+    assert not torch.equal(model.embed.weight, gpt.embed.weight)
+
+
+def test_cycle_draws_each_item_once_per_epoch():
+    """Prevents: items drawn twice before others are drawn at all, also where a batch spans two epochs."""
+    cycle = Cycle(list("abcde"), torch.Generator().manual_seed(0))
+    taken = [item for n in (3, 4, 3, 15) for item in cycle.take(n)]
+    assert len(taken) == 25
+    assert all(sorted(taken[i:i + 5]) == list("abcde") for i in range(0, 25, 5))
+    assert len({tuple(taken[i:i + 5]) for i in range(0, 25, 5)}) > 1
+    assert Cycle(["x"], torch.Generator()).take(3) == ["x", "x", "x"]
+
+
+# ---------------------------------------------------------------------------------------------------- labels by hand
+
+class OneSum(World):
+    """A world of one problem with a verifier and a judge that can be checked by eye."""
+    name, max_new_tokens, boundary = "math", 60, "newline"
+
+    def problems(self, split, n, dice):
+        return [SUM]
+
+    def verify(self, problem, steps):
+        return float(steps[-1] == "answer 7"), [float(s in ("4 + 5 = 9\n", "9 - 2 = 7\n")) for s in steps]
+
+    def scores(self, problem, messages, response):
+        return {"math_engagement": response.count("!") / 2}
+
+
+def test_hindsight_by_hand(tokenizer):
+    """Prevents: z or n of the response instead of each rollout's own, prefixes out of line, EOS counted as a step."""
+    response = ids_of(tokenizer, "4 + 5 = 9\n9 - 2 = 8\nanswer 8")
+    short, long = (ids_of(tokenizer, t) for t in ("4 + 5 = 9\n9 - 2 = 7\nanswer 7",
+                                                  "4 + 5 = 9\n9 - 2 = 8\n8 - 1 = 7\n7 + 0 = 7\nanswer 7"))
+    sets = [[response, short], [response, long], [response, response]]
+    steps = ["4 + 5 = 9\n", "9 - 2 = 8\n", "answer 8"]
+    found = train.hindsight(OneSum(), SUM, tokenizer, steps, sets, 0.9)
+    assert found.tolist() == pytest.approx([1 + 0.9 ** 2 / 2, 0 + 0.9 ** 3 / 2, 0.0], abs=1e-6)
+
+
+def test_verdicts_by_hand(tokenizer, monkeypatch):
+    """Prevents: a judge that reads the prefix instead of the rollout, its threshold ignored, a tie called positive."""
+    monkeypatch.setattr(train, "judge", lambda score, dice: score)
+    chat = [ids_of(tokenizer, t) for t in ("4 + 5 = 9\nanswer 7", "4 + 5 = 9 . now it gets fun !\nanswer 7",
+                                           "4 + 5 = 9 . now it gets fun !\n9 - 2 = 7 . you can do this !\nanswer 7")]
+    sets = [[chat[1], chat[1]], [chat[0], chat[2]], [chat[0], chat[0]]]              # scores 0, 0.5, 1
+    find = lambda cut: train.verdicts(OneSum(), SUM, tokenizer, "math_engagement", sets, cut, Dice(0)).tolist()
+    assert find(0.4) == [1.0, 0.0, 0.0]
+    assert find(0.6) == [0.0, 0.0, 0.0]
+    assert find(-0.1) == [1.0, 1.0, 1.0]
+
+
+def test_label_rollouts_by_hand(run, gpt, tokenizer, monkeypatch):
+    """Prevents: rollouts that do not start from the prefix, overrun the budget or are filed under another prefix."""
+    text = ["4 + 5 = 9\n", "9 - 2 = 8\n", "answer 8"]
+    response, calls = ids_of(tokenizer, "".join(text)), []
+    tails = ["9 - 2 = 7\nanswer 7", "9 - 2 = 6\nanswer 6", "answer 7", "8 - 1 = 7\nanswer 7"]
+
+    def scripted(model, prompts, *, max_new_tokens, **options):
+        calls.append((prompts, max_new_tokens))
+        return [response] if len(calls) == 1 else [ids_of(tokenizer, t) for t in tails]
+    monkeypatch.setattr(train, "generate", scripted)
+    row, = train.label_rollouts(run, gpt, OneSum(), ["math_accuracy"], "train", 1)
+    prompt, first, second = tokenizer.encode_chat(HELLO), len(tokenizer.encode(text[0])), len(tokenizer.encode(text[0] + text[1]))
+    assert calls[1][0] == [prompt + response[:first]] * 2 + [prompt + response[:second]] * 2
+    assert calls[1][1] == [60 - first] * 2 + [60 - second] * 2
+    assert row.ids == prompt + response and row.split == "train"
+    assert row.ends == [len(prompt) + first - 1, len(prompt) + second - 1, len(row.ids) - 1]
+    values = [1 + 0.9 ** 2 / 3, (0.9 + 0.9 ** 2) / 3, 0.0]                           # M = 3, the response itself first
+    assert [t[0] for t in row.targets] == pytest.approx(values, abs=1e-6)
+    assert all(t[1:] == [None, None] for t in row.targets)
+
+
+def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
+    """Prevents: chosen and rejected swapped, pairs of equal responses, pairs of another prompt's responses."""
+    run.objectives = ["helpfulness", "honesty"]
+    texts = ["the color is red . the size is tall . the job is baker .", "no idea about the color .", "ok", "the home is lake ."]
+    answer = lambda model, prompts, **options: [ids_of(tokenizer, texts[i % 4]) for i in range(len(prompts))]
+    monkeypatch.setattr(train, "generate", answer)
+    monkeypatch.setattr(evaluate, "generate", answer)
+    monkeypatch.setattr(train, "judge", lambda score, dice: score)
+    run.config.n_prompts, run.config.n_samples, pairs, labels = 10, 4, [], []
+    train.sample_domain(run, gpt, "values", "train", 1.0, pairs, labels)
+    world, dice = DOMAINS["values"], run.dice("samples", "values", "train")
+    problems = {tuple(tokenizer.encode_chat([{"role": "user", "content": p.prompt}])): p for p in world.problems("train", 10, dice)}
+    assert {p.objective for p in pairs} == {"helpfulness", "honesty"} and labels == []
+    assert sum(p.objective == "helpfulness" for p in pairs) == 10 and all(p.split == "train" for p in pairs)
+    for p in pairs:
+        good, bad = (world.scores(problems[tuple(p.prompt)], [], tokenizer.decode(r))[p.objective] for r in (p.chosen, p.rejected))
+        others = [world.scores(problems[tuple(p.prompt)], [], t)[p.objective] for t in texts]
+        assert good == max(others) and bad == min(others) and good > bad
+
+
+# ------------------------------------------------------------------------------------------------------ PRM training
+
+@pytest.fixture
+def prm(gpt):
+    """A PRM on the tiny model whose outputs are a subset of the run's objectives, in another order."""
+    return PRM(gpt.with_heads(()), ["honesty", "math_accuracy"], torch.Generator().manual_seed(0))
+
+
+def test_prm_step_scores_read_the_labelled_tokens(run, prm):
+    """Prevents: a score read one token early, from a neighbour's row, or a target under another objective's output."""
+    rows = [Labelled([5, 6, 7, 8, 9], [1, 4], [[0.5, None, 1.0], [None, 1.0, None]], "train"),
+            Labelled([50, 60, 70], [2], [[2.0, 0.0, None]], "train")]
+    scores, targets = train.prm_step_scores(prm, rows, run)
+    expected = [prm(torch.tensor([r.ids[:e + 1]]))[0, -1] for r in rows for e in r.ends]
+    torch.testing.assert_close(scores, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    assert str(targets.tolist()) == str([[1.0, 0.5], [math.nan, math.nan], [math.nan, 2.0]])
+
+
+@torch.no_grad()
+def test_prm_pair_scores_compare_matching_steps(run, prm, tokenizer):
+    """Prevents: Case C comparisons at the wrong tokens or between different pairs, or full responses left out."""
+    prompt = tokenizer.encode_chat(HELLO)
+    texts = [("the color is red . the size is tall .", "the color is red . no idea about the size . ok ."),
+             ("no idea .", "the job is pilot . the food is rice .")]
+    pairs = [Pair("honesty", prompt[i:], ids_of(tokenizer, c), ids_of(tokenizer, r), "train") for i, (c, r) in enumerate(texts)]
+    chosen, rejected = train.prm_pair_scores(prm, pairs, run)
+    read = lambda pair, response, n: prm(torch.tensor([pair.prompt + response[:n]]))[0, -1, 0]
+    ends = [[e + 1 for e in tokenizer.step_ends(r, "sentence")] for p in pairs for r in (p.chosen, p.rejected)]
+    assert ends == [[5, 10, 11], [5, 11, 13, 14], [3, 4], [5, 10, 11]]
+    # Pair 0: step 1 is equal and skipped, steps 2 and 3, then full. Pair 1: steps 1 and 2, then full.
+    steps = [(0, 10, 11), (0, 11, 13), (0, 11, 14), (1, 3, 5), (1, 4, 10), (1, 4, 11)]
+    expected = [[read(pairs[i], pairs[i].chosen, c), read(pairs[i], pairs[i].rejected, r)] for i, c, r in steps]
+    torch.testing.assert_close(torch.stack([chosen, rejected], 1), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_measure_prm_by_hand(run, prm, monkeypatch, capsys):
+    """Prevents: R^2 on targets of another output, a scale that is not the spread of the scores."""
+    scores = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [3.0, 5.0]])
+    targets = torch.tensor([[1.0, 1.0], [0.0, math.nan], [0.0, 3.0]])
+    monkeypatch.setattr(train, "prm_step_scores", lambda prm, rows, run: (scores, targets))
+    held_out = train.measure_prm(run, prm, ([["rows"]], []))["held_out"]
+    assert held_out["math_accuracy"] == {"r2": pytest.approx(1 - 2.5 / 1.0), "n": 2}
+    assert held_out["honesty"] == {"accuracy": pytest.approx(2 / 3), "commoner_label": pytest.approx(2 / 3), "n": 3}
+    assert prm.scale.tolist() == pytest.approx([2.0, math.sqrt(4.5)])
+
+
+# --------------------------------------------------------------------------------------------------- policy training
+
+def make_pairs(tokenizer, n=6):
+    texts = ["the color is red .", "no idea about the size .", "maybe the job is pilot . ok .", "4 + 5 = 9\nanswer 9"]
+    return [Pair(o, tokenizer.encode_chat([{"role": "user", "content": f"{i} + {i} = ?"}]), ids_of(tokenizer, texts[i % 4]),
+                 ids_of(tokenizer, texts[(i + 1) % 4]), "train") for i in range(n) for o in ("math_accuracy", "math_engagement", "honesty")]
+
+
+def test_pair_logps_keep_the_pairs_order(gpt, tokenizer):
+    """Prevents: log-probabilities in the order of length, chosen and rejected swapped, another objective's head."""
+    pairs = [p for p in make_pairs(tokenizer) if p.objective != "honesty"]
+    found = pair_logps(gpt, pairs, gpt.config.objectives.index, tokenizer.pad_id, batch=5)
+    with torch.no_grad():
+        for p, row in zip(pairs, found):
+            head = gpt.heads[gpt.config.objectives.index(p.objective)].weight
+            for response, value in zip((p.chosen, p.rejected), row):
+                logps = F.log_softmax(gpt(torch.tensor([p.prompt + response]))[0, :-1] @ head.T, -1)
+                expected = sum(logps[len(p.prompt) + t - 1, token] for t, token in enumerate(response))
+                assert float(value) == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_train_policy_sends_each_pair_through_its_own_head(run, gpt, tokenizer, monkeypatch):
+    """Prevents: pairs trained on another objective's head, an unbalanced batch, a reference of other pairs: before the
+    first step exact copies lose ln 2 each."""
+    save_hf(gpt, run.file("sft"), weights=0)
+    pairs = make_pairs(tokenizer)
+    for i, p in enumerate(pairs):
+        p.chosen = ids_of(tokenizer, f"answer {i}")                      # each pair can be told by its chosen ids
+    train.write_rows(run.file("pairs.jsonl"), pairs)
+    run.config.dpo_steps, run.config.dpo_pairs, run.config.perturbation, seen = 2, 3, 0.0, []
+    plain = train.policy_logps
+    monkeypatch.setattr(train, "policy_logps", lambda model, ids, mask, head: seen.append((ids, mask, head)) or plain(model, ids, mask, head))
+    train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
+    owner = {tuple(p.chosen): p.objective for p in pairs}
+    for ids, mask, head in seen:
+        rows = len(ids) // 2
+        names = [owner[tuple(ids[b][mask[b]].tolist())] for b in range(rows)]
+        assert head.tolist() == [run.objectives.index(n) for n in names] * 2
+        assert all(names.count(n) == 3 for n in set(names))
+    assert len(seen) == 4                                                # two domains, two steps
+    first = json.loads(open(run.file("log.jsonl"), encoding="utf-8").readline())
+    assert all(first[o]["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(first[o]["margin"]) < 1e-4 for o in run.objectives)
+    trained, sft = load_hf(run.file("mah_dpo")), load_hf(run.file("sft"))
+    assert trained.config.objectives == tuple(run.objectives)
+    assert all(not torch.equal(h.weight, sft.heads[0].weight) for h in trained.heads)
+
+
+def test_modpo_margins_by_hand(run, gpt, tokenizer, monkeypatch):
+    """Prevents: a margin of the wrong sign, with the pair's own reward in it, without beta, or across domains."""
+    pairs = make_pairs(tokenizer, 1)                                     # one pair each: accuracy, engagement, honesty
+    reference = torch.tensor([[-5.0, -4.0], [-3.0, -7.0], [-2.0, -2.0]])
+    values = {"math_accuracy": {"math_engagement": [-2.0, -9.0]}, "math_engagement": {"math_accuracy": [-4.0, -6.0]}}
+    monkeypatch.setattr(train, "reference_logps", lambda *args: reference)
+    monkeypatch.setattr(run, "load", lambda name: types.SimpleNamespace(name=name.removeprefix("dpo_"), tokenizer=tokenizer))
+    monkeypatch.setattr(train, "pair_logps", lambda model, rows, *args: torch.tensor([values[model.name][p.objective] for p in rows]))
+    # w = 1/2 and beta = 0.1 times (log-ratio of chosen - log-ratio of rejected) under the other objective's policy.
+    expected = [0.05 * ((-4 + 5) - (-6 + 4)), 0.05 * ((-2 + 3) - (-9 + 7)), 0.0]
+    assert train.modpo_margins(run, pairs).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------- measures
+
+def test_summary_hand_values():
+    """Prevents: a population's standard deviation, or one not divided by sqrt(n)."""
+    assert summary([1.0, 2.0, 6.0]) == {"mean": 3.0, "stderr": pytest.approx(math.sqrt(7 / 3)), "n": 3}
+    assert summary([4.0]) == {"mean": 4.0, "stderr": 0.0, "n": 1}
+
+
+def test_seeds_depend_on_seed_and_purpose():
+    """Prevents: stages that share a stream, so that one more draw in one changes all later ones."""
+    assert seed_of(0, "sft") == seed_of(0, "sft")
+    assert len({seed_of(s, *what) for s in (0, 1) for what in (("sft",), ("base",), ("test", "math"), ("test", "values"))}) == 8
+
+
+def one_turn(before, response):
+    return types.SimpleNamespace(turns=[(before, [], response)])
+
+
+def test_kl_per_token(gpt, tokenizer):
+    """Prevents: a KL over prompt or padding, of the wrong direction, or estimated from the samples: exact, per token."""
+    talks = [one_turn([400, 5, 6], [7, 8, 9, 10]), one_turn([400, 50], [60])]
+    assert kl_per_token(gpt, gpt.heads[0].weight, gpt, talks, tokenizer.pad_id)["mean"] == pytest.approx(0.0, abs=1e-6)
+    other = gpt.heads[1].weight
+    each = []
+    with torch.no_grad():
+        for (before, _, response), in (t.turns for t in talks):
+            values = []
+            for t in range(len(response)):
+                h = gpt(torch.tensor([before + response[:t]]))[0, -1]
+                log_pi, log_ref = F.log_softmax(other @ h, 0), F.log_softmax(gpt.heads[0].weight @ h, 0)
+                values.append(float((log_pi.exp() * (log_pi - log_ref)).sum()))
+            each.append(sum(values) / len(values))
+    found = kl_per_token(gpt, other, gpt, talks, tokenizer.pad_id)
+    assert found["mean"] == pytest.approx(sum(each) / 2, rel=1e-4) and found["mean"] > 0.01 and found["n"] == 2
+
+
+def tutoring_problem():
+    return DOMAINS["tutoring"].problem(Dice(4))
+
+
+def test_conversation_ids_are_the_chat_of_its_messages(tokenizer):
+    """Prevents: ids that drift from what training saw: a missing end of turn (also behind an answer that was cut off),
+    a marker twice, the reply left out."""
+    world, problem = DOMAINS["tutoring"], tutoring_problem()
+    c, pieces = Conversation(problem, tokenizer), None
+    assert c.ids == c.new_ids == tokenizer.encode_chat(c.messages)
+    for text, end in (("yes . good try !", True), ("not quite .", False), ("ok .", True)):
+        before = c.ids
+        c.answer(ids_of(tokenizer, text, end), world, tokenizer, Dice(0))
+        pieces = c.turns[-1]
+        assert pieces[0] == before and pieces[2] == ids_of(tokenizer, text, end)
+        if c.messages[-1]["role"] == "user":
+            assert c.ids == tokenizer.encode_chat(c.messages) == before + pieces[2] + c.new_ids
+    assert len(c.turns) == 3 and [m["role"] for m in c.messages] == ["user", "assistant"] * 3
+    assert [len(m) for _, m, _ in c.turns] == [1, 3, 5]
+
+
+def test_conversation_scores_average_over_turns(tokenizer):
+    """Prevents: later turns judged without what was said before, or only the last turn counted."""
+    world, c = DOMAINS["tutoring"], Conversation(tutoring_problem(), tokenizer)
+    for text in ("what comes next ?", "what comes next ?", "good try ! can you say why ?"):
+        c.answer(ids_of(tokenizer, text), world, tokenizer, Dice(0))
+    assert c.scores(world, tokenizer)["tutor_engagement"] == pytest.approx((0.6 + 0.0 + 1.0) / 3)     # asked before: 0
+
+
+def test_guided_conversations_equal_re_encoding(gpt, tokenizer):
+    """Prevents: a carried state that differs from the conversation it stands for: three turns, ragged, some cut off."""
+    model = copy.deepcopy(gpt).double()
+    with torch.no_grad():
+        for head in model.heads:
+            head.weight[tokenizer.eos_id] *= 8                           # so that some answers do end
+    prm = PRM(gpt.with_heads(()), ["tutor_accuracy", "tutor_engagement"], torch.Generator().manual_seed(0)).double()
+    prm.backbone.tokenizer = tokenizer
+    world, problems = DOMAINS["tutoring"], DOMAINS["tutoring"].problems("test", 5, Dice(1))
+    seeded = lambda: torch.Generator().manual_seed(2)
+    carried = converse(world, problems, tokenizer, guided_responder(model, prm, world, [0.5, 0.5], "unified", 0.9, seeded(), K=3), 7)
+    generator = seeded()
+    fresh = converse(world, problems, tokenizer, lambda cs: [g.ids for g in decode.guided_decode(
+        model, prm, [c.ids for c in cs], boundary="turn", K=3, weights=[0.5, 0.5], guide="unified",
+        max_new_tokens=world.max_new_tokens, temperature=0.9, generator=generator)], 7)
+    assert [c.turns for c in carried] == [c.turns for c in fresh]
+    ended = {r[-1] == tokenizer.eos_id for c in carried for *_, r in c.turns}
+    assert ended == {True, False}
+
+
+def test_too_many_prompts_are_a_users_mistake():
+    """Prevents: a traceback for --n-test or --n-prompts beyond what a small world holds."""
+    small = OneSum()
+    small.problem = lambda dice: SUM
+    with pytest.raises(InputError, match="fewer than 3 distinct .* prompts; ask for less"):
+        World.problems(small, data.split_of(SUM.prompt), 3, Dice(0))
+
+
+def test_longest_conversations_leave_room(tokenizer):
+    """Prevents: a run that dies in its last table because a talkative policy fills the context before the last turn."""
+    limit, dice = GPTConfig(vocab_size=tokenizer.n_vocab).max_len, Dice(0)
+    for world in DOMAINS.values():
+        for problem in world.problems("train", 200, dice):
+            c = Conversation(problem, tokenizer)
+            for _ in range(world.turns):
+                assert len(c.ids) + 1 <= limit
+                c.answer([tokenizer.encode("ok")[0]] * min(world.max_new_tokens, limit - len(c.ids)), world, tokenizer, dice)
+
+
+# ---------------------------------------------------------------------------------------------------- a whole run
+
+TINY = ["--fast", "--base-steps", "2", "--sft-steps", "2", "--n-prompts", "8", "--n-samples", "3", "--n-rollout-prompts", "8",
+        "--prm-steps", "2", "--dpo-steps", "2", "--dpo-pairs", "2", "--n-test", "2", "--device", "cpu"]
+NAMES = ["helpfulness", "honesty", "tutor_engagement"]
+
+
+@pytest.fixture(scope="module")
+def whole(small_worlds, tmp_path_factory):
+    """One finished run of three objectives in two domains. Shared: do not change it."""
+    out = str(tmp_path_factory.mktemp("whole") / "run")
+    train.main(["--objective", ",".join(NAMES), "--out", out, *TINY])
+    return out
+
+
+def rows_of(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def test_run_writes_what_is_promised(whole):
+    """Prevents: a result that the documentation promises and no file holds."""
+    config = read_json(os.path.join(whole, "config.json"))
+    assert config["objectives"] == NAMES and config["temperature"] == 0.7 and config["dpo_steps"] == 2 and config["seed"] == 0
+    for name in ("base", "sft", "mah_dpo", "single_head_dpo", "modpo", *(f"dpo_{n}" for n in NAMES), "prm"):
+        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+            assert os.path.getsize(os.path.join(whole, name, file)) > 0
+    assert [r["seconds"] >= 0 for r in rows_of(os.path.join(whole, "timings.jsonl"))] == [True] * 6
+    stages = {r["stage"] for r in rows_of(os.path.join(whole, "log.jsonl"))}
+    assert stages >= {"base", "sft", "prm", "mah_dpo", "single_head_dpo", "modpo", *(f"dpo_{n}" for n in NAMES)}
+    assert not [f for _, _, files in os.walk(whole) for f in files if f.endswith(".tmp")]
+
+
+def test_results_have_the_promised_rows(whole):
+    """Prevents: a policy, a guide or a number that the tables lack, or a weight that does not belong to the row."""
+    results = read_json(os.path.join(whole, "results.json"))
+    for row in results:
+        assert set(row) == {"policy", "weights", "guide", "domain", "metrics", "seed"} and row["seed"] == 0
+        assert sum(row["weights"].values()) == pytest.approx(1.0)
+        for m in row["metrics"].values():
+            assert set(m) == {"mean", "stderr", "n"} and math.isfinite(m["mean"]) and m["stderr"] >= 0
+    plain = ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo"]
+    for domain, names in (("values", NAMES[:2]), ("tutoring", NAMES[2:])):
+        rows = [r for r in results if r["domain"] == domain]
+        assert all(r["metrics"][n]["n"] == 2 for r in rows for n in names)
+        free = [r["policy"] for r in rows if r["guide"] is None]
+        assert free[:7 + len(names)] == plain + [f"mah_dpo:{n}" for n in names]
+        assert {(r["policy"], r["guide"]) for r in rows if r["guide"]} == \
+            {(p, g) for p in ("sft", "mah_dpo") for g in (*names, "unified")}
+        mix = next(r["weights"] for r in rows if r["policy"] == "mah_dpo")
+        assert mix == {n: float(n in names) / len(names) for n in NAMES}
+        assert next(r["weights"] for r in rows if r["policy"] == f"mah_dpo:{names[0]}") == {n: float(n == names[0]) for n in NAMES}
+        assert all("kl" in r["metrics"] for r in rows if r["guide"] is None and r["policy"] != "sft_greedy")
+        assert next(r for r in rows if r["policy"] == "sft")["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    sweep = [r["weights"]["helpfulness"] for r in results if r["domain"] == "values" and r["policy"] == "mah_dpo" and not r["guide"]]
+    assert sweep == [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    held_out = {(r["policy"], r["domain"]): r["metrics"] for r in results if r["domain"].startswith("pairs:")}
+    assert set(held_out) == {(p, f"pairs:{n}") for p in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo") for n in NAMES}
+    for n in NAMES:
+        assert held_out["sft", f"pairs:{n}"]["loss"]["mean"] == pytest.approx(math.log(2), abs=1e-6)
+        assert held_out["sft", f"pairs:{n}"]["margin"]["mean"] == pytest.approx(0, abs=1e-6)
+
+
+def test_preference_training_starts_at_ln2(whole):
+    """Prevents: a reference scored differently from the policy anywhere between samples, files and the first step."""
+    log = rows_of(os.path.join(whole, "log.jsonl"))
+    for stage in ("single_head_dpo", *(f"dpo_{n}" for n in NAMES), "mah_dpo"):
+        first = next(r for r in log if r["stage"] == stage)
+        losses = [v["loss"] for v in first.values() if isinstance(v, dict)]
+        # Heads of MAH-DPO carry a perturbation of 1e-3; all others are exact copies.
+        assert losses == pytest.approx([math.log(2)] * len(losses), abs=0.05 if stage == "mah_dpo" else 1e-5)
+
+
+def test_pairs_and_labels_are_well_formed(whole):
+    """Prevents: train and held-out prompts mixed up, empty responses, labels outside the sequence."""
+    pairs, labels = (rows_of(os.path.join(whole, f)) for f in ("pairs.jsonl", "labels.jsonl"))
+    assert {p["objective"] for p in pairs} == set(NAMES) and {p["split"] for p in pairs} == {"train", "dev"}
+    assert all(p["chosen"] and p["rejected"] and p["chosen"] != p["rejected"] for p in pairs)
+    prompts = {s: {tuple(p["prompt"]) for p in pairs if p["split"] == s} for s in ("train", "dev")}
+    assert not prompts["train"] & prompts["dev"]
+    for row in labels:
+        assert len(row["ends"]) == len(row["targets"]) and row["ends"][-1] == len(row["ids"]) - 1
+        assert all(t[:2] == [None, None] and t[2] in (0.0, 1.0) for t in row["targets"])
+
+
+def test_report_and_picture(whole):
+    """Prevents: tables without their rows, an SVG that no browser opens."""
+    text = open(os.path.join(whole, "results.md"), encoding="utf-8").read()
+    for part in ("### values, 2 test prompts", "### tutoring, 2 test prompts", "values, weight sweep", "| sft_greedy", "| soup",
+                 "| mah_dpo:honesty", "| unified", "held-out preference pairs:honesty", "±"):
+        assert part in text
+    root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
+    tag = lambda name: root.findall("{http://www.w3.org/2000/svg}" + name)
+    assert len(tag("polyline")) == 1 and len(tag("polyline")[0].get("points").split()) == 5
+    assert len(tag("circle")) == 7 + 2 + 2 * 3
+
+
+def weights_of(run):
+    return {os.path.relpath(os.path.join(d, f), run): open(os.path.join(d, f), "rb").read()
+            for d, _, files in os.walk(run) for f in files if f.endswith(".safetensors")}
+
+
+def test_same_seed_same_bits(whole, tmp_path):
+    """Prevents: a draw outside the run's generators: results and every weight repeat exactly."""
+    again = str(tmp_path / "again")
+    torch.manual_seed(12345)
+    train.main(["--objective", ",".join(reversed(NAMES)), "--out", again, *TINY])
+    assert read_json(os.path.join(again, "results.json")) == read_json(os.path.join(whole, "results.json"))
+    assert weights_of(again) == weights_of(whole)
+
+
+def test_resume_repeats_only_what_is_missing(whole, tmp_path, capsys):
+    """Prevents: a resumed run that starts over, or whose later stages depend on what ran in the same process."""
+    copied = str(tmp_path / "copied")
+    shutil.copytree(whole, copied)
+    for name in ("results.json", "results.md", "pareto.svg", "pair_metrics.json"):
+        os.remove(os.path.join(copied, name))
+    for name in ("mah_dpo", "prm", "dpo_honesty"):
+        shutil.rmtree(os.path.join(copied, name))
+    torch.manual_seed(777)
+    train.main(["--resume", copied])
+    assert capsys.readouterr().out.count("finished before") == 3        # base, sft, samples
+    assert read_json(os.path.join(copied, "results.json")) == read_json(os.path.join(whole, "results.json"))
+    assert weights_of(copied) == weights_of(whole)
+    trained = [r["stage"] for r in rows_of(os.path.join(copied, "log.jsonl"))[len(rows_of(os.path.join(whole, "log.jsonl"))):]]
+    assert set(trained) == {"prm", "mah_dpo", "dpo_honesty"}
+
+
+def test_evaluate_command_measures_again(whole, tmp_path, capsys):
+    """Prevents: an evaluate.py that disagrees with the run's own tables, or loses the held-out pairs."""
+    copied = str(tmp_path / "copied")
+    shutil.copytree(whole, copied)
+    evaluate.main([copied])
+    assert "### values" in capsys.readouterr().out
+    assert read_json(os.path.join(copied, "results.json")) == read_json(os.path.join(whole, "results.json"))
+    assert "not a finished run" in refused([str(tmp_path)], capsys, evaluate.main)
+    assert "config.json: no such file" in refused([str(tmp_path)], capsys, decode.main)
+
+
+def test_soup_is_the_average_of_the_single_policies(whole):
+    """Prevents: a soup with SFT, or with policies of other domains in it."""
+    bench = evaluate.Bench(whole)
+    mixed = bench.soup(NAMES[:2]).state_dict()
+    parts = [bench.model(f"dpo_{n}").state_dict() for n in NAMES[:2]]
+    for k, v in mixed.items():
+        torch.testing.assert_close(v, (parts[0][k] + parts[1][k]) / 2, atol=1e-6, rtol=0)
+    assert not torch.equal(mixed["heads.0.weight"], parts[0]["heads.0.weight"])
+
+
+def test_decode_talks_to_a_finished_run(whole, capsys):
+    """Prevents: a run directory that the third command cannot read."""
+    decode.main([whole, "--prompt", "seen the color is red . what do you know ?", "--max-new-tokens", "8", "--k", "2"])
+    assert "step 1" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------- real data
+
+@pytest.fixture(scope="module")
+def checkpoint(gpt, tmp_path_factory):
+    """A tiny Hugging Face directory that serves as --init."""
+    directory = str(tmp_path_factory.mktemp("init"))
+    save_hf(gpt, directory, weights=0)
+    return directory
+
+
+def write_lines(path, rows):
+    with open(path, "w", encoding="utf-8") as f:
+        f.write("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+
+
+def preference(i, chosen="the color is red .", rejected="no idea ."):
+    return {"prompt": f"what is the color of {i} ?", "chosen": chosen, "rejected": rejected}
+
+
+@pytest.fixture
+def pairs_dir(tmp_path):
+    """--data for two objectives, one row too long for the context of 128 tokens, one objective with step labels."""
+    directory = tmp_path / "pairs"
+    directory.mkdir()
+    for name in ("helpfulness", "honesty"):
+        write_lines(directory / f"{name}.jsonl", [preference(i) for i in range(24)])
+    with open(directory / "honesty.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(preference(99, chosen="the color is red . " * 40)) + "\n")
+    write_lines(directory / "honesty.steps.jsonl",
+                [{"prompt": f"what of {i} ?", "steps": ["the color is red .", " no idea ."], "labels": [1, 0]} for i in range(24)])
+    return str(directory)
+
+
+def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
+    """Prevents: a run on someone's own files that misses a stage, hides dropped rows, or reports on training pairs."""
+    out = str(tmp_path / "run")
+    train.main(["--objective", "helpfulness,honesty", "--init", checkpoint, "--data", pairs_dir, "--out", out, "--prm", "each", *TINY])
+    printed = capsys.readouterr()
+    assert "1 rows are longer than the context of 128 tokens and were dropped" in printed.out + printed.err
+    rows = read_json(os.path.join(out, "results.json"))
+    pairs = [Pair(**r) for r in rows_of(os.path.join(out, "pairs.jsonl"))]
+    assert len(pairs) == 48
+    dev = {o: sum(p.objective == o and p.split == "dev" for p in pairs) for o in ("helpfulness", "honesty")}
+    assert {(r["policy"], r["domain"], r["metrics"]["loss"]["n"]) for r in rows} == \
+        {(p, f"pairs:{o}", n) for p in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo") for o, n in dev.items()}
+    assert all(set(r["metrics"]) == {"loss", "margin", "reward_accuracy", "logp_accuracy"} for r in rows)
+    assert load_prm(os.path.join(out, "prm_honesty")).outputs == ["honesty"]
+    assert load_prm(os.path.join(out, "prm_helpfulness")).outputs == ["helpfulness"]
+    assert not os.path.exists(os.path.join(out, "prm"))
+    base, given = (load_safetensors(os.path.join(d, "model.safetensors")) for d in (os.path.join(out, "base"), checkpoint))
+    assert all(torch.equal(base[k], given[k]) for k in given)
+    labels = [Labelled(**r) for r in rows_of(os.path.join(out, "labels.jsonl"))]
+    assert len(labels) == 24 and all([t for t in r.targets] == [[None, 1.0], [None, 0.0]] for r in labels)
+    quality = {k: v for r in rows_of(os.path.join(out, "log.jsonl")) for k, v in r.get("held_out", {}).items()}
+    assert "accuracy" in quality["honesty"] and "pair_accuracy" in quality["helpfulness"]
+    decode.main([out, "--prompt", "what is the color ?", "--guide", "honesty", "--weights", "helpfulness=1,honesty=3",
+                 "--max-new-tokens", "6", "--k", "2"])
+    assert "->" in capsys.readouterr().out
+
+
+def test_one_objective_run(small_worlds, checkpoint, tmp_path, capsys):
+    """Prevents: a run that needs several objectives, or rollouts (Case A) that only work beside a verifier: one head, one
+    PRM output, no sweep, and the third command answers."""
+    out = str(tmp_path / "run")
+    train.main(["--objective", "math_engagement", "--init", checkpoint, "--out", out, *TINY])
+    rows = [r for r in read_json(os.path.join(out, "results.json")) if r["domain"] == "math"]
+    assert [r["policy"] for r in rows if r["guide"] is None] == \
+        ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo", "mah_dpo:math_engagement"]
+    assert {r["guide"] for r in rows} == {None, "math_engagement", "unified"}
+    judged, = [r for r in rows_of(os.path.join(out, "log.jsonl")) if r["stage"] == "judge" and r["objective"] == "math_engagement"][:1]
+    assert 0.5 <= judged["agreement"] <= 1 and 0 <= judged["positive"] <= 1
+    labels = rows_of(os.path.join(out, "labels.jsonl"))
+    assert labels and all(t[0] in (0.0, 1.0) for r in labels for t in r["targets"])
+    ElementTree.parse(os.path.join(out, "pareto.svg"))
+    assert rows[-1]["weights"] == {"math_engagement": 1.0} and load_hf(os.path.join(out, "modpo")).config.objectives == ("policy",)
+    decode.main([out, "--prompt", SUM.prompt, "--max-new-tokens", "6", "--weights", "math_engagement=1"])
+    assert "step 1" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+def test_one_flag_per_field():
+    """Prevents: a setting that the command line cannot reach, or that is read as text."""
+    for f in fields(Config):
+        value = {"objective": "math", "prm": "each"}.get(f.name, type(f.default)(3))
+        config, resume = read_command(["--" + f.name.replace("_", "-"), str(value)])
+        assert getattr(config, f.name) == value and type(getattr(config, f.name)) is type(f.default) and resume is None
+        assert all(getattr(config, g.name) == g.default for g in fields(Config) if g is not f)
+
+
+def test_fast_derives_the_rest():
+    """Prevents: --fast that is slow because a setting was forgotten, or that overrules what was asked for."""
+    config, _ = read_command(["--fast", "--dpo-steps", "77"])
+    assert config.dpo_steps == 77 and config.temperature == 0.7
+    assert (config.base_steps, config.sft_steps, config.n_prompts, config.n_test) == \
+        tuple(f.metadata["fast"] for n in ("base_steps", "sft_steps", "n_prompts", "n_test") for f in fields(Config) if f.name == n)
+    assert all(f.metadata["fast"] < f.default for f in fields(Config) if f.metadata["fast"] is not None)
+
+
+@pytest.mark.parametrize("module", [train, evaluate, decode])
+def test_help_tells_every_option(module, capsys):
+    """Prevents: a --help that crashes on a per cent sign or leaves an option unexplained."""
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and module.__doc__.splitlines()[0][:40] in text
+    for f in fields(Config) if module is train else ():
+        assert "--" + f.name.replace("_", "-") in text and " ".join(f.metadata["help"].split()[:2]) in " ".join(text.split())
+
+
+def refused(argv, capsys, main=train.main):
+    """Run a command that must end in exit code 2 with one line on stderr -> that line."""
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: main(argv))
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    return captured.err
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--objective", "cleverness"], "unknown objective 'cleverness'"), (["--objective", "math,cleverness"], "cleverness"),
+    (["--objective", ","], "unknown objective"), (["--temperature", "0"], "--temperature 0.0 is out of range"),
+    (["--temperature", "nan"], "--temperature nan"), (["--n-samples", "1"], "--n-samples 1"), (["--dpo-steps", "0"], "--dpo-steps 0"),
+    (["--beta", "-1"], "--beta -1.0"), (["--seed", "-1"], "--seed -1"), (["--dpo-lr-heads", "inf"], "--dpo-lr-heads inf"),
+    (["--prm", "both"], "choose unified or each"), (["--data", "."], "--data needs --init"),
+    (["--init", "nowhere"], "nowhere: no such directory"), (["--device", "abacus"], "--device abacus: not available"),
+    (["--resume", "nowhere"], "nowhere/config.json: no such file"), (["--resume", "x", "--seed", "1"], "no other option"),
+    (["--resume", "x", "--fast"], "no other option")])
+def test_bad_options_are_refused(argv, message, capsys, tmp_path, monkeypatch):
+    """Prevents: tracebacks, and half-written run directories, for values that cannot work."""
+    monkeypatch.chdir(tmp_path)
+    extra = [] if "--objective" in argv or "--resume" in argv else ["--objective", "math"]
+    assert message in refused([*argv, *extra], capsys)
+    assert os.listdir(tmp_path) == []
+
+
+def test_resume_refuses_what_is_no_run(capsys, checkpoint, tmp_path):
+    """Prevents: --resume on a model's directory, which has a config.json too."""
+    assert "not the configuration of a run" in refused(["--resume", checkpoint], capsys)
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([preference(1), "{not json"], "honesty.jsonl:2: not JSON"), ([preference(1), {"prompt": "a", "chosen": "b"}], "honesty.jsonl:2"),
+    ([preference(1, "same", "same")], "honesty.jsonl:1: 'chosen' equals 'rejected'"), ([], "no rows"), (None, "no such file"),
+    ([preference(i, "red " * 200) for i in range(20)], "0 fit the context of 128"), ([preference(1)], "1 fit the context")])
+def test_broken_data_leaves_nothing_behind(rows, message, capsys, checkpoint, tmp_path):
+    """Prevents: a run directory that has to be deleted by hand after a mistake in the data; the message names the line."""
+    if rows is not None:
+        write_lines(tmp_path / "honesty.jsonl", rows)
+    out = str(tmp_path / "out")
+    assert message in refused(["--objective", "honesty", "--init", checkpoint, "--data", str(tmp_path), "--out", out], capsys)
+    assert not os.path.exists(out)
+
+
+def test_broken_step_labels_leave_nothing_behind(capsys, checkpoint, pairs_dir, tmp_path):
+    """Prevents: step labels that are read for the first time after minutes of training."""
+    write_lines(os.path.join(pairs_dir, "honesty.steps.jsonl"), [{"prompt": "a", "steps": ["x"], "labels": [1, 0]}])
+    out = str(tmp_path / "out")
+    with pytest.raises(SystemExit):
+        run_command(lambda: train.main(["--objective", "honesty", "--init", checkpoint, "--data", pairs_dir, "--out", out]))
+    assert "honesty.steps.jsonl:1: 1 steps but 2 labels" in capsys.readouterr().err
+    assert not os.path.exists(out)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("with_data", [True, False])
+def test_incomplete_checkpoints_leave_nothing_behind(missing, with_data, capsys, checkpoint, pairs_dir, tmp_path):
+    """Prevents: a traceback, or a run directory, for an --init that lacks a file; the message names the file."""
+    broken, out = str(tmp_path / "broken"), str(tmp_path / "out")
+    shutil.copytree(checkpoint, broken)
+    os.remove(os.path.join(broken, missing))
+    options = ["--data", pairs_dir] if with_data else []
+    assert missing in refused(["--objective", "honesty", "--init", broken, *options, "--out", out], capsys)
+    assert not os.path.exists(out)
+
+
+def test_a_taken_name_gets_the_next_number(tmp_path, capsys):
+    """Prevents: a new run that overwrites an old one."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    (tmp_path / "run-2").write_text("a file is taken, too")
+    run = train.open_run(Config(objective="math", out=str(out), device="cpu"), None)
+    assert run.path == f"{out}-3" and os.path.exists(run.file("config.json"))
+    assert (out / "config.json").read_text() == "old" and os.listdir(out) == ["config.json"]
+    assert f"{out} exists and is left alone; writing to {out}-3" in capsys.readouterr().out
+
+
+def test_default_names_follow_the_objective(tmp_path, monkeypatch):
+    """Prevents: a comma or an empty string in a directory's name."""
+    monkeypatch.chdir(tmp_path)
+    assert train.open_run(Config(objective="honesty,math", device="cpu"), None).path == os.path.join("runs", "honesty+math")
+
+
+def test_diverged_training_is_named(capsys):
+    """Prevents: NaN weights that are saved, and found out in the tables."""
+    with pytest.raises(InputError, match="sft, step 3: the loss is nan; lower the learning rate"):
+        train.check_finite(torch.tensor(math.nan), "sft", 3)
+    train.check_finite(torch.tensor(1.0), "sft", 3)
+
+
+def test_commands_end_with_one_line_and_code_2(checkpoint, tmp_path):
+    """Prevents: a real shell that sees a traceback, or exit code 0 or 1, for a user's mistake."""
+    write_lines(tmp_path / "honesty.jsonl", [preference(1), preference(2), "{\"prompt\": "])
+    commands = [(["train.py", "--objective", "cleverness"], "unknown objective 'cleverness'"),
+                (["train.py", "--objective", "honesty", "--data", str(tmp_path)], "--data needs --init"),
+                (["train.py", "--objective", "honesty", "--init", checkpoint, "--data", str(tmp_path)], "honesty.jsonl:3: not JSON")]
+    started = [subprocess.Popen([sys.executable, os.path.join(ROOT, argv[0]), *argv[1:]], cwd=tmp_path, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for argv, _ in commands]
+    for process, (_, message) in zip(started, commands):
+        out, err = process.communicate()
+        assert process.returncode == 2 and message in err
+        assert err.count("\n") == 1 and err.startswith("error: ") and out == ""
+    assert os.listdir(tmp_path) == ["honesty.jsonl"]
