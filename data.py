@@ -348,9 +348,10 @@ def right(a, op, b):
 
 
 def believed(a, op, b):
-    """What people say a op b is: 22 % of the facts are a fixed misconception, off by one or two."""
-    u = stable_uniform(a, op, b)
-    return right(a, op, b) + ((-2, -1, 1, 2)[int(u * 1e6) % 4] if u < 0.22 else 0)
+    """What people say a op b is: 22 % of the facts are a fixed misconception, off by one or two and still in 0..12."""
+    u, c = stable_uniform(a, op, b), right(a, op, b)
+    off = (-2, -1, 1, 2)[int(u * 1e6) % 4] if u < 0.22 else 0
+    return c + off if 0 <= c + off <= 12 else c - off
 
 
 class World:
@@ -532,7 +533,7 @@ class Tutoring(World):
         if dice.chance(0.25):
             parts.append(dice.choice(self.PRAISE))
         if dice.chance(0.7):
-            parts.append(f"{a} {op} {b} = {max(0, believed(a, op, b)) if dice.chance(wrong) else right(a, op, b)} .")
+            parts.append(f"{a} {op} {b} = {believed(a, op, b) if dice.chance(wrong) else right(a, op, b)} .")
         if dice.chance(0.3):
             parts.append(dice.choice(self.ASK))
         return " ".join(parts or ["ok ."])

@@ -102,28 +102,31 @@ def stop_masks(model, boundary):
 
 
 @torch.no_grad()
-def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None,
+def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None, samples=1,
              batch_size=512, progress=None):
     """prompts (list of id lists, ragged) -> list of id lists, each up to and including EOS, or max_new_tokens long (a
     number, or one per prompt).
 
-    weights: as in GPT.weights. Every row's result depends on its prompt and its draws alone. progress: called with the
-    number of finished prompts after each batch of batch_size."""
+    weights: as in GPT.weights. samples: responses per prompt, which stand together in the result; the prompt is encoded
+    once for all of them. progress: called with the number of new responses after each batch of batch_size."""
     check_prompts(model, prompts)
-    head, masks = model.fold(weights), stop_masks(model, "turn")
+    head, masks, out = model.fold(weights), stop_masks(model, "turn"), [None] * len(prompts)
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    out = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start:start + batch_size]
+    order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, batch_size // samples)
+    for start in range(0, len(prompts), size):
+        batch = order[start:start + size]                # of similar length, so that little is padded
         cache = model.new_cache(len(batch), 0)
-        new = cache.lengths.new_tensor(most[start:start + batch_size])
-        h = ingest(model, cache, batch, int(new.max()))
-        limits = torch.minimum(model.config.max_len - cache.lengths, new)
-        out += draw(model, head, cache, h, torch.arange(len(batch), device=h.device), masks, limits,
-                    temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, feed_last=False)
+        new = cache.lengths.new_tensor([most[i] for i in batch])
+        h = ingest(model, cache, [prompts[i] for i in batch], int(new.max())).repeat_interleave(samples, 0)
+        limits = torch.minimum(model.config.max_len - cache.lengths, new).repeat_interleave(samples)
+        cache = cache.fork(samples) if samples > 1 else cache
+        drawn = draw(model, head, cache, h, torch.arange(len(h), device=h.device), masks, limits, temperature=temperature,
+                     top_k=top_k, top_p=top_p, generator=generator, feed_last=False)
+        for k, i in enumerate(batch):
+            out[i] = drawn[k * samples:(k + 1) * samples]
         if progress is not None:
-            progress(len(batch))
-    return out
+            progress(len(h))
+    return [response for responses in out for response in responses]
 
 
 @dataclass

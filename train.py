@@ -58,12 +58,14 @@ class Config:
     base_lr: float = option(3e-3, "peak learning rate of pre-training")
     sft_steps: int = option(120, "SFT steps", fast=10)
     sft_lr: float = option(3e-4, "SFT learning rate")
+    epochs: int = option(8, "most passes over a stage's data, whatever its number of steps (small real data sets)")
     n_prompts: int = option(1000, "prompts per domain whose sampled responses become pairs", fast=60)
     n_samples: int = option(6, "responses sampled per prompt", fast=4)
-    n_rollout_prompts: int = option(1500, "problems whose every step gets rollouts", fast=40)
+    n_rollout_prompts: int = option(2500, "problems whose every step gets rollouts", fast=40)
     rollouts: int = option(3, "M, rollouts per prefix (the response itself is the first)", fast=2)
     prm_steps: int = option(400, "PRM training steps", fast=10)
-    prm_lr_backbone: float = option(2e-4, "PRM learning rate, backbone")
+    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains by their number (and 8 pairs each)")
+    prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
     prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
     dpo_steps: int = option(120, "steps of every preference-trained policy", fast=6)
     dpo_pairs: int = option(8, "pairs per objective and step")
@@ -124,7 +126,7 @@ def chat_example(tokenizer, messages):
 
 def language_model(run, stage, model, examples, steps, lr, batch_size=64):
     """Next-token training on the masked tokens of (ids, mask) examples; batches of similar length, cosine schedule."""
-    generator, log = run.generator(stage), []
+    generator, log, steps = run.generator(stage), [], capped(steps, len(examples) / batch_size, run.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     batches, pad_id = [], model.tokenizer.pad_id
     for step in (bar := tqdm(range(steps), desc=stage, unit="step", disable=None)):
@@ -150,6 +152,11 @@ def language_model(run, stage, model, examples, steps, lr, batch_size=64):
             log.append({"step": step, "loss": loss.item()})
             bar.set_postfix(loss=f"{loss.item():.3f}")
     run.log(stage, log)
+
+
+def capped(steps, steps_per_epoch, config):
+    """The number of steps of a stage: as configured, but at most config.epochs passes over its largest data source."""
+    return min(steps, max(1, math.ceil(config.epochs * steps_per_epoch)))
 
 
 def check_finite(loss, stage, step):
@@ -294,7 +301,7 @@ def sample_domain(run, model, domain, split, share, pairs, labels):
         respond = plain_responder(model, world, 0, config.temperature, generator, bar.update)
         played = converse(world, problems, tokenizer, respond, seed_of(config.seed, "samples", domain, split, "student"))
         contexts = [(c.problem, before, ids) for c in played for ids, before, _ in c.turns]
-        answers = generate(model, [ids for _, _, ids in contexts for _ in range(config.n_samples)], weights=0,
+        answers = generate(model, [ids for _, _, ids in contexts], weights=0, samples=config.n_samples,
                            max_new_tokens=world.max_new_tokens, temperature=config.temperature, generator=generator,
                            progress=bar.update)
     for i, (problem, before, ids) in enumerate(contexts):
@@ -306,7 +313,7 @@ def sample_domain(run, model, domain, split, share, pairs, labels):
             if ratings[best][name] - ratings[worst][name] > 0.1 and responses[best] != responses[worst]:
                 pairs.append(Pair(name, ids, responses[best], responses[worst], split))
         judged = [n for n in names if OBJECTIVES[n].case == "B"]
-        for response, rating in list(zip(responses, ratings))[:2] if judged else ():
+        for response, rating in zip(responses[:1], ratings) if judged else ():
             targets = [float(rating[n] > 0.5) if n in judged else None for n in run.objectives]
             labels.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
     if any(OBJECTIVES[n].case in ("verifiable", "A") for n in names):
@@ -337,17 +344,18 @@ def label_rollouts(run, model, world, names, split, n):
     responses = generate(model, prompts, weights=0, max_new_tokens=world.max_new_tokens, generator=generator,
                          temperature=config.temperature)
     ends = [tokenizer.step_ends(r, world.boundary) for r in responses]
-    starts = [(i, e) for i, found in enumerate(ends) for e in found[:-1] for _ in range(config.rollouts - 1)]
-    with tqdm(total=len(starts), desc=f"{world.name} {split} rollouts", unit="rollout", disable=None) as bar:
+    starts = [(i, e) for i, found in enumerate(ends) for e in found[:-1]]
+    more = config.rollouts - 1
+    with tqdm(total=len(starts) * more, desc=f"{world.name} {split} rollouts", unit="rollout", disable=None) as bar:
         tails = generate(model, [prompts[i] + responses[i][:e + 1] for i, e in starts], weights=0, generator=generator,
-                         max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts],
-                         temperature=config.temperature, progress=bar.update)
-    finished = {}                               # (response, end of prefix) -> M completed rollouts, the response first
-    for (i, e), tail in zip(starts, tails):
-        finished.setdefault((i, e), [responses[i]]).append(responses[i][:e + 1] + tail)
+                         max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts], samples=more,
+                         temperature=config.temperature, progress=bar.update) if more else []
+    completed = {}                              # (response, end of prefix) -> M completed rollouts, the response first
+    for k, (i, e) in enumerate(starts):
+        completed[i, e] = [responses[i]] + [responses[i][:e + 1] + t for t in tails[k * more:(k + 1) * more]]
     rows = []
     for i, (problem, prompt, response) in enumerate(zip(problems, prompts, responses)):
-        sets = [finished.get((i, e), [response] * config.rollouts) for e in ends[i]]
+        sets = [completed.get((i, e), [response] * config.rollouts) for e in ends[i]]
         steps = [tokenizer.decode(response[a + 1:b + 1]) for a, b in zip([-1, *ends[i]], ends[i])]
         targets = {name: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if case[name] == "verifiable" else
                           verdicts(world, problem, tokenizer, name, sets, cut[name], dice)).tolist() for name in case}
@@ -438,15 +446,18 @@ def train_prm(run, name, outputs):
     top = [g["lr"] for g in optimizer.param_groups]
     sources = prm_sources(run, outputs)
     rows, pairs = ([Cycle(items, generator) for items in kind] for kind in sources["train"])
-    log = []
-    for step in (bar := tqdm(range(config.prm_steps), desc=stage, unit="step", disable=None)):
+    n_labelled = sum(len(cycle.items) for cycle in rows)
+    largest = max([n_labelled / config.prm_batch, *(len(cycle.items) / 8 for cycle in pairs)])
+    steps, log = capped(config.prm_steps, largest, config), []
+    for step in (bar := tqdm(range(steps), desc=stage, unit="step", disable=None)):
         for group, lr in zip(optimizer.param_groups, top):
-            group["lr"] = lr * min(1.0, (step + 1) / 20) * (0.05 + 0.95 * (1 - step / config.prm_steps))
+            group["lr"] = lr * min(1.0, (step + 1) / 20) * (0.05 + 0.95 * (1 - step / steps))
         optimizer.zero_grad()
         total = 0.0
         for cycle in (*rows, *pairs):           # one backward per source: gradients add up, padding stays small
-            batch = cycle.take(24 if cycle in rows else 8)
-            if cycle in rows:
+            labelled = cycle in rows
+            batch = cycle.take(max(1, config.prm_batch * len(cycle.items) // n_labelled) if labelled else 8)
+            if labelled:
                 loss = step_loss(prm.outputs, *prm_step_scores(prm, batch, run))
             else:
                 chosen, rejected = prm_pair_scores(prm, batch, run)
@@ -456,7 +467,7 @@ def train_prm(run, name, outputs):
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(prm.parameters(), 1.0)
         optimizer.step()
-        if step % 10 == 0 or step == config.prm_steps - 1:
+        if step % 10 == 0 or step == steps - 1:
             log.append({"step": step, "loss": total})
             bar.set_postfix(loss=f"{total:.3f}")
     run.log(stage, log + [measure_prm(run, prm, sources["dev"])])
@@ -518,7 +529,8 @@ def train_policy(run, name, heads, objectives, margins=None):
     alpha = torch.full((len(objectives),), config.alpha, device=run.device)
     cycles = {o: Cycle([i for i, p in enumerate(pairs) if p.objective == o and p.split == "train"], generator)
               for o in objectives}
-    for step in (bar := tqdm(range(config.dpo_steps), desc=name, unit="step", disable=None)):
+    steps = capped(config.dpo_steps, max(len(c.items) for c in cycles.values()) / config.dpo_pairs, config)
+    for step in (bar := tqdm(range(steps), desc=name, unit="step", disable=None)):
         for group, lr in zip(optimizer.param_groups, top):
             group["lr"] = lr * min(1.0, (step + 1) / 20)
         optimizer.zero_grad()
@@ -544,7 +556,7 @@ def train_policy(run, name, heads, objectives, margins=None):
             metrics = torch.where(new.isnan(), metrics, new)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
-        if step % 20 == 0 or step == config.dpo_steps - 1:
+        if step % 20 == 0 or step == steps - 1:
             log.append({"step": step} | {o: dict(zip(("loss", "margin", "accuracy"), m)) for o, m in
                                          zip(objectives, metrics.T.tolist())})
             bar.set_postfix(loss=f"{float(metrics[0].mean()):.3f}")

@@ -144,8 +144,8 @@ def prompts_of(*lengths, seed=0):
 @pytest.mark.parametrize("batch_size", [512, 4])
 def test_ragged_batch_equals_one_by_one(toy, fixed_draws, batch_size):
     """Prevents: a row that depends on its neighbours (padding, positions, a mask, rows that stopped before it)."""
-    prompts, options = prompts_of(3, 17, 1, 8, 30, 5, 2), dict(weights=[0.3, 0.7], max_new_tokens=14)
-    alone = []
+    prompts, options = prompts_of(1, 2, 3, 5, 8, 17, 30), dict(weights=[0.3, 0.7], max_new_tokens=14)
+    alone = []                                              # batches go by length: in this order row = index
     for i, prompt in enumerate(prompts):
         fixed_draws.update(round=i // batch_size - 1, offset=i % batch_size)
         alone += generate(toy[0], [prompt], **options)
@@ -153,6 +153,19 @@ def test_ragged_batch_equals_one_by_one(toy, fixed_draws, batch_size):
     together = generate(toy[0], prompts, batch_size=batch_size, **options)
     assert together == alone
     assert len({len(r) for r in together}) > 2              # the rows do stop at different places
+    fixed_draws.update(round=-1, offset=0)
+    shuffled = generate(toy[0], prompts[::-1], batch_size=batch_size, **options)
+    assert shuffled == together[::-1]                       # results come back in the order of the prompts
+
+
+def test_samples_of_a_prompt_equal_separate_rows(toy, fixed_draws):
+    """Prevents: a forked prompt whose samples share a row, or come back in another order than prompt by prompt."""
+    prompts, options = prompts_of(2, 9), dict(weights=0, max_new_tokens=12)
+    fixed_draws.update(round=-1, offset=0)
+    forked = generate(toy[0], prompts, samples=3, **options)
+    fixed_draws.update(round=-1, offset=0)
+    assert forked == generate(toy[0], [prompts[0]] * 3 + [prompts[1]] * 3, **options)
+    assert len({tuple(r) for r in forked}) > 2
 
 
 def test_generate_equals_full_re_encoding(toy, fixed_draws):

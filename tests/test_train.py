@@ -130,14 +130,13 @@ def test_label_rollouts_by_hand(run, gpt, tokenizer, monkeypatch):
     response, calls = ids_of(tokenizer, "".join(text)), []
     tails = ["9 - 2 = 7\nanswer 7", "9 - 2 = 6\nanswer 6", "answer 7", "8 - 1 = 7\nanswer 7"]
 
-    def scripted(model, prompts, *, max_new_tokens, **options):
-        calls.append((prompts, max_new_tokens))
+    def scripted(model, prompts, *, max_new_tokens, samples=1, **options):
+        calls.append((prompts, max_new_tokens, samples))
         return [response] if len(calls) == 1 else [ids_of(tokenizer, t) for t in tails]
     monkeypatch.setattr(train, "generate", scripted)
     row, = train.label_rollouts(run, gpt, OneSum(), ["math_accuracy"], "train", 1)
     prompt, first, second = tokenizer.encode_chat(HELLO), len(tokenizer.encode(text[0])), len(tokenizer.encode(text[0] + text[1]))
-    assert calls[1][0] == [prompt + response[:first]] * 2 + [prompt + response[:second]] * 2
-    assert calls[1][1] == [60 - first] * 2 + [60 - second] * 2
+    assert calls[1] == ([prompt + response[:first], prompt + response[:second]], [60 - first, 60 - second], 2)
     assert row.ids == prompt + response and row.split == "train"
     assert row.ends == [len(prompt) + first - 1, len(prompt) + second - 1, len(row.ids) - 1]
     values = [1 + 0.9 ** 2 / 3, (0.9 + 0.9 ** 2) / 3, 0.0]                           # M = 3, the response itself first
@@ -149,7 +148,7 @@ def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
     """Prevents: chosen and rejected swapped, pairs of equal responses, pairs of another prompt's responses."""
     run.objectives = ["helpfulness", "honesty"]
     texts = ["the color is red . the size is tall . the job is baker .", "no idea about the color .", "ok", "the home is lake ."]
-    answer = lambda model, prompts, **options: [ids_of(tokenizer, texts[i % 4]) for i in range(len(prompts))]
+    answer = lambda model, prompts, samples=1, **options: [ids_of(tokenizer, texts[i % 4]) for i in range(len(prompts) * samples)]
     monkeypatch.setattr(train, "generate", answer)
     monkeypatch.setattr(evaluate, "generate", answer)
     monkeypatch.setattr(train, "judge", lambda score, dice: score)
