@@ -692,11 +692,11 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    os.replace(f"{path}.tmp", path)
 
 
 # --------------------------------------------------------------------------------------------------------- batches

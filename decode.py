@@ -181,7 +181,8 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
     """PRM-guided best-of-K (paper, Sec. 5) for B ragged prompts at once -> list of B Guided.
 
     boundary: newline | sentence | turn. guide: one of the PRM's outputs, or "unified". state: that of an earlier call
-    for the same conversations; prompts are then only the new tokens (the end-of-turn token is in the cache already).
+    for the same conversations, which this call changes in place; prompts are then only the new tokens (the end-of-turn
+    token is in the cache already).
     InputError for a prompt that does not fit, K < 1, a guide the PRM lacks, scores that are not finite."""
     K, limit = check_guided(model, prm, prompts, K, temperature, state)
     head, masks, B = model.fold(weights), stop_masks(model, boundary), len(prompts)

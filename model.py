@@ -343,13 +343,13 @@ def save_safetensors(tensors, path):
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                       # so that the data starts aligned
-    with open(path + ".tmp", "wb") as f:
+    with open(f"{path}.tmp", "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for t in tensors.values():
             f.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    os.replace(f"{path}.tmp", path)
 
 
 # --------------------------------------------------------------------------------- Hugging Face directories in and out

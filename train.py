@@ -190,7 +190,7 @@ def train_base(run):
 def train_sft(run):
     model, dice, config = run.load("base"), run.dice("sft", "data"), run.config
     if config.data:
-        pairs, _ = read_real_pairs(run, model)
+        pairs, *_ = read_real_pairs(run, model)
         examples = [(p.prompt + p.chosen, [False] * len(p.prompt) + [True] * len(p.chosen)) for p in pairs]
     else:
         examples = []
@@ -231,8 +231,8 @@ def read_rows(path, kind):
 
 
 def read_real_pairs(run, model):
-    """DIR/<objective>.jsonl for every objective -> (train pairs, dev pairs). A row longer than the context is dropped,
-    counted and reported; an objective with nothing left to train on or to hold out is an error."""
+    """DIR/<objective>.jsonl for every objective -> (train pairs, dev pairs, number of rows dropped because they are longer
+    than the context). An objective with nothing left to train on or to hold out is an error."""
     tokenizer, found, n_dropped = model.tokenizer, [], 0
     respond = lambda text: tokenizer.encode(text) + [tokenizer.eos_id]
     for name in run.objectives:
@@ -249,9 +249,7 @@ def read_real_pairs(run, model):
             raise InputError(f"{path}: of its rows {len(kept)} fit the context of {model.config.max_len} tokens; pairs to "
                              "train on and to hold out are both needed: add rows, or shorter ones")
         found += kept
-    if n_dropped:
-        tqdm.write(f"  {n_dropped} rows are longer than the context of {model.config.max_len} tokens and were dropped")
-    return [p for p in found if p.split == "train"], [p for p in found if p.split == "dev"]
+    return [p for p in found if p.split == "train"], [p for p in found if p.split == "dev"], n_dropped
 
 
 def read_real_labels(run, model):
@@ -274,13 +272,14 @@ def make_samples(run):
     """Stage 3: pairs.jsonl and labels.jsonl."""
     model = run.load("sft")
     if run.config.data:
-        train, dev = read_real_pairs(run, model)
+        train, dev, _ = read_real_pairs(run, model)
         pairs, labels = train + dev, read_real_labels(run, model)
     else:
         pairs, labels = [], []
+        cuts = {o: calibrate_judge(run, model, o) for o in run.objectives if OBJECTIVES[o].case == "A"}
         for domain in run.domains:
             for split, share in (("train", 1.0), ("dev", 0.15)):
-                sample_domain(run, model, domain, split, share, pairs, labels)
+                sample_domain(run, model, domain, split, share, cuts, pairs, labels)
     counts = {o: sum(p.objective == o for p in pairs) for o in run.objectives}
     empty = [o for o, n in counts.items() if n == 0]
     if empty:
@@ -290,8 +289,8 @@ def make_samples(run):
     write_rows(run.file("pairs.jsonl"), pairs)
 
 
-def sample_domain(run, model, domain, split, share, pairs, labels):
-    """Sample, judge, pair and label one domain's prompts of one split."""
+def sample_domain(run, model, domain, split, share, cuts, pairs, labels):
+    """Sample, judge, pair and label one domain's prompts of one split; cuts: the thresholds of the case A judges."""
     config, world, tokenizer = run.config, DOMAINS[domain], model.tokenizer
     names = domain_objectives(domain, run.objectives)
     dice, generator = run.dice("samples", domain, split), run.generator("samples", domain, split)
@@ -317,11 +316,12 @@ def sample_domain(run, model, domain, split, share, pairs, labels):
             targets = [float(rating[n] > 0.5) if n in judged else None for n in run.objectives]
             labels.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
     if any(OBJECTIVES[n].case in ("verifiable", "A") for n in names):
-        labels += label_rollouts(run, model, world, names, split, max(8, int(share * config.n_rollout_prompts)))
+        labels += label_rollouts(run, model, world, names, split, max(8, int(share * config.n_rollout_prompts)), cuts)
 
 
-def calibrate_judge(run, model, world, name, dice, generator):
+def calibrate_judge(run, model, name):
     """Case A: the judge's threshold, fitted on 200 rated development examples. -> threshold (printed and logged)."""
+    world, dice, generator = DOMAINS[OBJECTIVES[name].domain], run.dice("judge", name), run.generator("judge", name)
     respond = plain_responder(model, world, 0, run.config.temperature, generator)
     rated = converse(world, world.problems("dev", 200, dice), model.tokenizer, respond, 0)
     scores = [c.scores(world, model.tokenizer)[name] for c in rated]
@@ -333,12 +333,11 @@ def calibrate_judge(run, model, world, name, dice, generator):
     return threshold
 
 
-def label_rollouts(run, model, world, names, split, n):
+def label_rollouts(run, model, world, names, split, n, cuts):
     """Rollouts from every prefix of n responses -> Labelled rows with hindsight targets and majority labels."""
     config, tokenizer = run.config, model.tokenizer
     dice, generator = run.dice("rollouts", split), run.generator("rollouts", split)
     case = {n: OBJECTIVES[n].case for n in names}
-    cut = {n: calibrate_judge(run, model, world, n, run.dice("judge"), run.generator("judge")) for n in names if case[n] == "A"}
     problems = world.problems(split, n, dice)
     prompts = [tokenizer.encode_chat([{"role": "user", "content": p.prompt}]) for p in problems]
     responses = generate(model, prompts, weights=0, max_new_tokens=world.max_new_tokens, generator=generator,
@@ -358,7 +357,7 @@ def label_rollouts(run, model, world, names, split, n):
         sets = [completed.get((i, e), [response] * config.rollouts) for e in ends[i]]
         steps = [tokenizer.decode(response[a + 1:b + 1]) for a, b in zip([-1, *ends[i]], ends[i])]
         targets = {name: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if case[name] == "verifiable" else
-                          verdicts(world, problem, tokenizer, name, sets, cut[name], dice)).tolist() for name in case}
+                          verdicts(world, problem, tokenizer, name, sets, cuts[name], dice)).tolist() for name in case}
         rows.append(Labelled(prompt + response, [len(prompt) + e for e in ends[i]],
                              [[targets[o][s] if o in targets else None for o in run.objectives] for s in range(len(steps))],
                              split))
@@ -678,6 +677,21 @@ def check_config(c):
             raise InputError(f"{path}: no such directory")
 
 
+def check_inputs(run):
+    """Read what the stages will read, so that a mistake shows before anything is written."""
+    config = run.config
+    if config.init:
+        model = load_init(config.init)
+        if config.data:
+            train, dev, n_dropped = read_real_pairs(run, model)
+            read_real_labels(run, model)
+            print(f"{len(train)} pairs to train on, {len(dev)} held out; {n_dropped} rows longer than the context of "
+                  f"{model.config.max_len} tokens dropped")
+    for domain in run.domains if not config.data else ():      # a world that is too small for what is asked
+        DOMAINS[domain].problems("test", config.n_test, Dice(0))
+        DOMAINS[domain].problems("train", max(config.n_prompts, config.n_rollout_prompts), Dice(0))
+
+
 def open_run(config, resume):
     """The run directory of a new run (never one that exists), or of an old one, with its configuration."""
     if resume:
@@ -694,10 +708,7 @@ def open_run(config, resume):
         print(f"{wanted} exists and is left alone; writing to {path}")
     run = Run(path, config)
     config.device = run.device
-    if config.init:                     # a mistake in the checkpoint or the data shows before anything is written
-        model = load_init(config.init)
-        if config.data:
-            read_real_pairs(run, model), read_real_labels(run, model)
+    check_inputs(run)
     os.makedirs(path)
     write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
     return run

@@ -134,7 +134,7 @@ def test_label_rollouts_by_hand(run, gpt, tokenizer, monkeypatch):
         calls.append((prompts, max_new_tokens, samples))
         return [response] if len(calls) == 1 else [ids_of(tokenizer, t) for t in tails]
     monkeypatch.setattr(train, "generate", scripted)
-    row, = train.label_rollouts(run, gpt, OneSum(), ["math_accuracy"], "train", 1)
+    row, = train.label_rollouts(run, gpt, OneSum(), ["math_accuracy"], "train", 1, {})
     prompt, first, second = tokenizer.encode_chat(HELLO), len(tokenizer.encode(text[0])), len(tokenizer.encode(text[0] + text[1]))
     assert calls[1] == ([prompt + response[:first], prompt + response[:second]], [60 - first, 60 - second], 2)
     assert row.ids == prompt + response and row.split == "train"
@@ -153,7 +153,7 @@ def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", answer)
     monkeypatch.setattr(train, "judge", lambda score, dice: score)
     run.config.n_prompts, run.config.n_samples, pairs, labels = 10, 4, [], []
-    train.sample_domain(run, gpt, "values", "train", 1.0, pairs, labels)
+    train.sample_domain(run, gpt, "values", "train", 1.0, {}, pairs, labels)
     world, dice = DOMAINS["values"], run.dice("samples", "values", "train")
     problems = {tuple(tokenizer.encode_chat([{"role": "user", "content": p.prompt}])): p for p in world.problems("train", 10, dice)}
     assert {p.objective for p in pairs} == {"helpfulness", "honesty"} and labels == []
@@ -566,7 +566,7 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
     out = str(tmp_path / "run")
     train.main(["--objective", "helpfulness,honesty", "--init", checkpoint, "--data", pairs_dir, "--out", out, "--prm", "each", *TINY])
     printed = capsys.readouterr()
-    assert "1 rows are longer than the context of 128 tokens and were dropped" in printed.out + printed.err
+    assert "; 1 rows longer than the context of 128 tokens dropped" in printed.out
     rows = read_json(os.path.join(out, "results.json"))
     pairs = [Pair(**r) for r in rows_of(os.path.join(out, "pairs.jsonl"))]
     assert len(pairs) == 48
