@@ -344,6 +344,7 @@ def fit_threshold(ratings, gold):
 
 
 def right(a, op, b):
+    """The true value of a op b."""
     return a + b if op == "+" else a - b if op == "-" else a * b
 
 
@@ -628,12 +629,14 @@ def text_field(row, key, where):
 
 
 def is_messages(value):
+    """Is it a non-empty list of {"role", "content"} messages?"""
     return isinstance(value, list) and len(value) > 0 and all(
         isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
         for m in value)
 
 
 def prompt_field(row, where):
+    """row["prompt"] as a list of messages that ends with the user's."""
     text_field(row, "prompt", where)
     if isinstance(row["prompt"], str):
         return [{"role": "user", "content": row["prompt"]}]
@@ -692,6 +695,7 @@ def write_json(path, value):
 
 
 def write_text(path, text):
+    """Write text under a temporary name, flush, then rename."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()

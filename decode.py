@@ -154,6 +154,7 @@ class Guided:
 
 
 def check_guided(model, prm, prompts, K, temperature, state):
+    """Refuse what guided_decode cannot do -> (K, the context that policy and PRM share)."""
     if K < 1:
         raise InputError(f"K must be at least 1, not {K}")
     if temperature < 0:
@@ -290,21 +291,20 @@ def main(argv=None):
     if weights is None:
         mine = domain_objectives(OBJECTIVES[leading].domain, [o for o in objectives if o in OBJECTIVES])
         weights = [float(not mine or o in mine) for o in objectives]
-    generator, state = torch.Generator().manual_seed(args.seed), None
+    generator, result = torch.Generator().manual_seed(args.seed), None
     temperature = config["temperature"] if args.temperature is None else args.temperature
     for line in [args.prompt] if args.prompt is not None else sys.stdin:
         tokenizer = model.tokenizer
-        if state is None:
+        if result is None:
             ids = tokenizer.encode_chat([{"role": "user", "content": line.strip()}])
         else:                               # an answer that was cut off is closed first
             ids = ([] if result.ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]) + tokenizer.encode_turn(line.strip())
         result, = guided_decode(model, prm, [ids], boundary=OBJECTIVES[leading].boundary, K=args.k, weights=weights,
                                 guide=guide, max_new_tokens=args.max_new_tokens, temperature=temperature,
-                                generator=generator, state=state)
+                                generator=generator, state=result.state if result else None)
         for number, step in enumerate(result.steps, 1):
             show_step(tokenizer, number, step)
         print(result.text, flush=True)
-        state = result.state
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data import DOMAINS, OBJECTIVES, Dice, InputError, domain_objectives, pad, read_json, response_mask, run_command
 from data import write_json, write_text
 from decode import generate, guided_decode
-from mah_dpo import dpo_loss, log_ratio_margin, policy_logps, soup
+from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import GPT, load_hf
 from prm import load_prm
 
@@ -66,6 +66,7 @@ def converse(world, problems, tokenizer, respond, seed):
 
 
 def plain_responder(model, world, weights, temperature, generator, progress=None):
+    """A function for converse: unguided samples of a policy."""
     return lambda cs: generate(model, [c.ids for c in cs], weights=weights, max_new_tokens=world.max_new_tokens,
                                temperature=temperature, generator=generator, progress=progress)
 
@@ -195,31 +196,6 @@ class Bench:
 
 # ------------------------------------------------------------------------------------------------- preference pairs
 
-@torch.no_grad()
-def pair_logps(model, pairs, head_of, pad_id, batch=64, progress=None):
-    """pairs: objects with objective, prompt, chosen, rejected (ids) -> log-probabilities (N, 2) of chosen and rejected,
-    each pair under the head head_of(objective). Sorted by length inside, so that padding is small."""
-    device = model.embed.weight.device
-    out = torch.zeros(len(pairs), 2)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].chosen))
-    for start in range(0, len(pairs), batch):
-        index = order[start:start + batch]
-        ids, mask = pair_batch([pairs[i] for i in index], pad_id, device)
-        head = torch.tensor([head_of(pairs[i].objective) for i in index] * 2, device=device)
-        out[index] = policy_logps(model, ids, mask, head).view(2, -1).T.cpu()
-        if progress is not None:
-            progress(len(index))
-    return out
-
-
-def pair_batch(pairs, pad_id, device):
-    """-> ids, mask (2n, T): the chosen of all pairs, then the rejected; mask is True on response tokens."""
-    rows = [p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs]
-    ids, lengths = pad(rows, pad_id, device)
-    prompts = torch.tensor([len(p.prompt) for p in pairs] * 2, device=device)
-    return ids, response_mask(prompts, lengths, ids.shape[1])
-
-
 def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
     """Held-out metrics of one policy per objective. loss, margin, reward_accuracy compare with the reference;
     logp_accuracy asks whether the policy itself finds chosen likelier than rejected."""
@@ -228,23 +204,26 @@ def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
     rows = []
     for name in dict.fromkeys(p.objective for p in pairs):
         i = [k for k, p in enumerate(pairs) if p.objective == name]
+        metrics = {"loss": summary(loss[i].tolist()), "margin": summary((beta * delta[i]).tolist()),
+                   "logp_accuracy": summary((logps[i, 0] > logps[i, 1]).float().tolist())}
+        if bool(delta[i].any()):                          # the reference itself has no margin to be right about
+            metrics["reward_accuracy"] = summary((delta[i] > 0).float().tolist())
         rows.append({"policy": policy, "weights": {name: 1.0}, "guide": None, "domain": f"pairs:{name}", "seed": seed,
-                     "metrics": {"loss": summary(loss[i].tolist()), "margin": summary((beta * delta[i]).tolist()),
-                                 "reward_accuracy": summary((delta[i] > 0).float().tolist()),
-                                 "logp_accuracy": summary((logps[i, 0] > logps[i, 1]).float().tolist())}})
+                     "metrics": metrics})
     return rows
 
 
 # ------------------------------------------------------------------------------------------------------------ output
 
 def cell(metric):
+    """mean ± standard error, or a dash where the row has no such metric."""
     return "-" if metric is None else f"{metric['mean']:.3f} ±{metric['stderr']:.3f}"
 
 
-def table(rows, title, columns):
-    """Rows of results -> a Markdown table as text, aligned."""
-    head = ["policy", "guide", *columns]
-    lines = [[r["policy"], r["guide"] or "-", *(cell(r["metrics"].get(c)) for c in columns)] for r in rows]
+def table(title, first, rows, columns):
+    """Rows of results -> an aligned Markdown table. first: {column title: function of a row} before the metrics."""
+    head = [*first, *columns]
+    lines = [[*(show(r) for show in first.values()), *(cell(r["metrics"].get(c)) for c in columns)] for r in rows]
     width = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     draw = lambda line: "| " + " | ".join(text.ljust(w) for text, w in zip(line, width)) + " |"
     rule = "|" + "|".join("-" * (w + 2) for w in width) + "|"
@@ -253,18 +232,22 @@ def table(rows, title, columns):
 
 def report(results, sweeps, config):
     """All tables as Markdown text."""
+    policy, guide = {"policy": lambda r: r["policy"]}, {"guide": lambda r: r["guide"] or "-"}
     parts = [f"Objectives: {', '.join(config['objectives'])}. Seed {config['seed']}, sampling temperature "
-             f"{config['temperature']}, beta {config['beta']}. Mean ± standard error over test prompts.\n"]
-    for domain in dict.fromkeys(r["domain"] for r in results):
-        rows = [r for r in results if r["domain"] == domain]
-        columns = list(dict.fromkeys(c for r in rows for c in r["metrics"]))
-        parts.append(table(rows, f"{domain}, {rows[0]['metrics'][columns[0]]['n']} test prompts" if domain in DOMAINS
-                           else f"held-out preference {domain}", columns))
-    for domain in dict.fromkeys(r["domain"] for r in sweeps):
-        rows = [r | {"policy": "mah_dpo " + ", ".join(f"{n} {w:.2f}" for n, w in r["weights"].items()
-                                                       if n in domain_objectives(domain, config["objectives"])[:2])}
-                for r in sweeps if r["domain"] == domain]
-        parts.append(table(rows, f"{domain}, weight sweep", [*domain_objectives(domain, config["objectives"]), "kl"]))
+             f"{config['temperature']}, beta {config['beta']}. Mean ± standard error.\n"]
+    for domain in [d for d in DOMAINS if any(r["domain"] == d for r in results)]:
+        rows, names = [r for r in results if r["domain"] == domain], domain_objectives(domain, config["objectives"])
+        n = rows[0]["metrics"][names[0]]["n"]
+        parts.append(table(f"{domain}, {n} test prompts", policy | guide, rows, [*names, "tokens", "kl"]))
+        mixes = [r for r in sweeps if r["domain"] == domain]
+        if mixes:
+            weight = {f"w {n}": lambda r, n=n: f"{r['weights'][n]:.2f}" for n in names[:2]}
+            parts.append(table(f"{domain}, mah_dpo under a sweep of head weights", weight, mixes, [*names, "kl"]))
+    rows = [r for r in results if r["domain"].startswith("pairs:")]
+    if rows:
+        objective = {"held-out pairs": lambda r: f"{r['domain'][6:]} ({r['metrics']['loss']['n']})"}
+        parts.append(table("preference pairs held out from training", objective | policy, rows,
+                           ["loss", "margin", "reward_accuracy", "logp_accuracy"]))
     return "\n".join(parts)
 
 

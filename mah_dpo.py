@@ -9,8 +9,12 @@ saw no pair keeps grad None and the optimiser leaves it alone. The reference's l
 computes them once. Baselines: single-head DPO (H = 1), MODPO (one policy per w, the other objectives as a margin) and
 DPO soup (one policy per objective, parameters averaged).
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+
+from data import pad, response_mask
 
 CHUNK = 4096     # response positions whose logits exist at the same time: bounds memory at CHUNK x V
 
@@ -80,6 +84,7 @@ def mah_dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, alpha, 
 
 @torch.no_grad()
 def pair_metrics(losses, delta, head, H, beta):
+    """Per objective (H,): mean loss, margin beta Delta, and share of pairs with Delta > 0; NaN where it has no pair."""
     one_hot = F.one_hot(head, H).to(losses.dtype)
     mean = lambda values: (values @ one_hot) / one_hot.sum(0)                             # 0 / 0 = NaN: no such pair
     return {"loss": mean(losses), "margin": mean(beta * delta), "accuracy": mean((delta > 0).to(losses.dtype))}
@@ -93,6 +98,41 @@ def soup(state_dicts, weights):
     if any(s.keys() != state_dicts[0].keys() for s in state_dicts):
         raise ValueError("the models of a soup must have the same parameters")
     return {k: sum(w / sum(weights) * s[k] for w, s in zip(weights, state_dicts)) for k in state_dicts[0]}
+
+
+@dataclass
+class Pair:
+    """A preference pair in ids; the response ends with EOS unless it was cut off. `split` is train or dev."""
+    objective: str
+    prompt: list
+    chosen: list
+    rejected: list
+    split: str
+
+
+@torch.no_grad()
+def pair_logps(model, pairs, head_of, pad_id, batch=64, progress=None):
+    """pairs: objects with objective, prompt, chosen, rejected (ids) -> log-probabilities (N, 2) of chosen and rejected,
+    each pair under the head head_of(objective). Sorted by length inside, so that padding is small."""
+    device = model.embed.weight.device
+    out = torch.zeros(len(pairs), 2)
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].chosen))
+    for start in range(0, len(pairs), batch):
+        index = order[start:start + batch]
+        ids, mask = pair_batch([pairs[i] for i in index], pad_id, device)
+        head = torch.tensor([head_of(pairs[i].objective) for i in index] * 2, device=device)
+        out[index] = policy_logps(model, ids, mask, head).view(2, -1).T.cpu()
+        if progress is not None:
+            progress(len(index))
+    return out
+
+
+def pair_batch(pairs, pad_id, device):
+    """-> ids, mask (2n, T): the chosen of all pairs, then the rejected; mask is True on response tokens."""
+    rows = [p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs]
+    ids, lengths = pad(rows, pad_id, device)
+    prompts = torch.tensor([len(p.prompt) for p in pairs] * 2, device=device)
+    return ids, response_mask(prompts, lengths, ids.shape[1])
 
 
 def make_optimizer(model, lr_backbone, lr_heads):

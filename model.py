@@ -313,6 +313,7 @@ def load_safetensors(path):
 
 
 def no_duplicates(pairs):
+    """JSON object hook: a header that names a tensor twice is refused."""
     if len({k for k, _ in pairs}) != len(pairs):
         raise ValueError("a key stands twice")
     return dict(pairs)

@@ -10,13 +10,15 @@ depends on the objective (paper, Sec. 4); here every case is one pure function o
 
 One backbone serves all objectives: an MLP (Linear, ReLU, Linear) with one output per objective, (B, T, d) -> (B, T, P).
 """
+import math
 import os
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import OBJECTIVES, InputError
+from data import OBJECTIVES, InputError, pad
 from model import (GPT, backbone_tensors, copy_into, load_safetensors, load_tokenizer, read_config, save_directory,
                    theirs)
 
@@ -77,6 +79,7 @@ def matching_steps(chosen_ids, rejected_ids, chosen_ends, rejected_ends):
 
 
 def masked_mean(values, mask):
+    """Mean of the values whose mask is set; 0 if there is none."""
     mask = mask.to(values.dtype)
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
@@ -106,6 +109,41 @@ def step_loss(outputs, scores, targets):
             loss = mse_loss if OBJECTIVES[name].case == "verifiable" else bce_loss
             total = total + loss(scores[:, p], targets[:, p].nan_to_num(), mask)
     return total
+
+
+@dataclass
+class Labelled:
+    """A sequence with PRM labels: at index ends[s] of ids, targets[s] has one number or None per objective
+    of the run."""
+    ids: list
+    ends: list
+    targets: list
+    split: str
+
+
+def step_scores(prm, rows, objectives):
+    """Scores at every labelled step of Labelled rows, and their targets: (N, P), (N, P), NaN where there is none.
+    objectives: the names that the rows' targets stand for, in order."""
+    device = prm.scale.device
+    ids, _ = pad([r.ids for r in rows], prm.backbone.tokenizer.pad_id, device)
+    at = torch.tensor([(i, e) for i, r in enumerate(rows) for e in r.ends], device=device)
+    column = [objectives.index(o) for o in prm.outputs]
+    targets = torch.tensor([[math.nan if t[c] is None else t[c] for c in column] for r in rows for t in r.targets])
+    return prm(ids)[at[:, 0], at[:, 1]], targets.to(device)
+
+
+def pair_scores(prm, pairs):
+    """Scores of chosen and rejected at every matching step of pairs of one objective -> (N,), (N,)."""
+    p, tokenizer, n = prm.outputs.index(pairs[0].objective), prm.backbone.tokenizer, len(pairs)
+    boundary, device = OBJECTIVES[pairs[0].objective].boundary, prm.scale.device
+    ids, _ = pad([x.prompt + x.chosen for x in pairs] + [x.prompt + x.rejected for x in pairs], tokenizer.pad_id, device)
+    scores, at = prm(ids)[..., p], []
+    for i, x in enumerate(pairs):
+        matches = matching_steps(x.chosen, x.rejected, tokenizer.step_ends(x.chosen, boundary),
+                                 tokenizer.step_ends(x.rejected, boundary))
+        at += [(i, len(x.prompt) + c, i + n, len(x.prompt) + r) for c, r in matches]
+    at = torch.tensor(at, device=device)
+    return scores[at[:, 0], at[:, 1]], scores[at[:, 2], at[:, 3]]
 
 
 def save_prm(prm, directory):

@@ -21,6 +21,10 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, fields
 
+# Read when torch loads OpenMP. By default its threads spin at every barrier, and one busy neighbour on a small machine
+# then slows training many times over; a bounded spin costs nothing on a quiet one.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -29,10 +33,12 @@ from data import (DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, do
                   read_json, read_jsonl, read_preferences, read_steps, run_command, select_objectives, split_of,
                   write_json, write_text)
 from decode import generate
-from evaluate import converse, evaluate, pair_batch, pair_logps, pair_metrics_rows, plain_responder, seed_of
-from mah_dpo import (balanced_mean, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pair_metrics, policy_logps)
+from evaluate import converse, evaluate, pair_metrics_rows, plain_responder, seed_of
+from mah_dpo import (Pair, balanced_mean, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pair_batch,
+                     pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, load_hf, load_safetensors, save_hf, save_safetensors
-from prm import (PRM, bradley_terry_loss, hindsight_targets, load_prm, majority_labels, matching_steps, save_prm, step_loss)
+from prm import (PRM, Labelled, bradley_terry_loss, hindsight_targets, majority_labels, pair_scores, save_prm, step_loss,
+                 step_scores)
 
 
 def option(default, text, fast=None):
@@ -102,6 +108,7 @@ class Run:
 
 
 def pick_device(name):
+    """"auto" -> cuda, mps or cpu, whichever is there; a name is checked. InputError if it is not available."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -160,6 +167,7 @@ def capped(steps, steps_per_epoch, config):
 
 
 def check_finite(loss, stage, step):
+    """InputError that names stage and step if the loss is not a finite number."""
     if not bool(loss.isfinite()):
         raise InputError(f"{stage}, step {step}: the loss is {loss.item()}; lower the learning rate of this stage")
 
@@ -173,6 +181,7 @@ def load_init(directory):
 
 
 def train_base(run):
+    """Stage 1: the embedded base model, or the checkpoint that --init names."""
     if run.config.init:
         save_hf(load_init(run.config.init), run.file("base"), weights=0)
         return
@@ -188,6 +197,7 @@ def train_base(run):
 
 
 def train_sft(run):
+    """Stage 2: fine-tuning on careful demonstrations, or on the chosen responses of real pairs."""
     model, dice, config = run.load("base"), run.dice("sft", "data"), run.config
     if config.data:
         pairs, *_ = read_real_pairs(run, model)
@@ -203,30 +213,13 @@ def train_sft(run):
 
 # --------------------------------------------------------------------------------------------------------- 3: samples
 
-@dataclass
-class Pair:
-    """A preference pair in ids; the response ends with EOS unless it was cut off. `split` is train or dev."""
-    objective: str
-    prompt: list
-    chosen: list
-    rejected: list
-    split: str
-
-
-@dataclass
-class Labelled:
-    """A sequence with PRM labels: at index ends[s] of ids, targets[s] has one number or None per objective of the run."""
-    ids: list
-    ends: list
-    targets: list
-    split: str
-
-
 def write_rows(path, rows):
+    """Dataclass objects -> JSONL."""
     write_text(path, "".join(json.dumps(asdict(r)) + "\n" for r in rows))
 
 
 def read_rows(path, kind):
+    """JSONL -> objects of a dataclass."""
     return [kind(**row) for _, row in read_jsonl(path)]
 
 
@@ -381,29 +374,6 @@ def verdicts(world, problem, tokenizer, name, sets, threshold, dice):
 
 # ------------------------------------------------------------------------------------------------------------- 4: PRM
 
-def prm_step_scores(prm, rows, run):
-    """Scores at every labelled step of Labelled rows (N, P) and their targets (N, P), NaN where there is none."""
-    ids, _ = pad([r.ids for r in rows], prm.backbone.tokenizer.pad_id, run.device)
-    at = torch.tensor([(i, e) for i, r in enumerate(rows) for e in r.ends], device=run.device)
-    column = [run.objectives.index(o) for o in prm.outputs]
-    targets = torch.tensor([[math.nan if t[c] is None else t[c] for c in column] for r in rows for t in r.targets])
-    return prm(ids)[at[:, 0], at[:, 1]], targets.to(run.device)
-
-
-def prm_pair_scores(prm, pairs, run):
-    """Scores of both sides at every matching step of pairs of one objective -> (N,), (N,)."""
-    p, tokenizer = prm.outputs.index(pairs[0].objective), prm.backbone.tokenizer
-    boundary, n = OBJECTIVES[pairs[0].objective].boundary, len(pairs)
-    ids, _ = pair_batch(pairs, tokenizer.pad_id, run.device)
-    scores, at = prm(ids)[..., p], []
-    for i, pair in enumerate(pairs):
-        matches = matching_steps(pair.chosen, pair.rejected, tokenizer.step_ends(pair.chosen, boundary),
-                                 tokenizer.step_ends(pair.rejected, boundary))
-        at += [(i, len(pair.prompt) + c, i + n, len(pair.prompt) + r) for c, r in matches]
-    at = torch.tensor(at, device=run.device)
-    return scores[at[:, 0], at[:, 1]], scores[at[:, 2], at[:, 3]]
-
-
 class Cycle:
     """Draw from a list without replacement, reshuffled when it is used up."""
 
@@ -436,6 +406,7 @@ def prm_sources(run, outputs):
 
 
 def train_prm(run, name, outputs):
+    """Stage 4: one PRM with these outputs, on labelled sequences and pairs, from the SFT backbone."""
     config, stage = run.config, name
     generator = run.generator(stage)
     backbone = run.load("sft").with_heads(())
@@ -457,9 +428,9 @@ def train_prm(run, name, outputs):
             labelled = cycle in rows
             batch = cycle.take(max(1, config.prm_batch * len(cycle.items) // n_labelled) if labelled else 8)
             if labelled:
-                loss = step_loss(prm.outputs, *prm_step_scores(prm, batch, run))
+                loss = step_loss(prm.outputs, *step_scores(prm, batch, run.objectives))
             else:
-                chosen, rejected = prm_pair_scores(prm, batch, run)
+                chosen, rejected = pair_scores(prm, batch)
                 loss = bradley_terry_loss(chosen, rejected, torch.ones_like(chosen))
             check_finite(loss, stage, step)
             loss.backward()
@@ -478,7 +449,7 @@ def measure_prm(run, prm, sources):
     """Held-out quality of every output, printed; sets prm.scale. For the value model: R^2 beside predict-the-mean (0)."""
     found, quality = {o: [] for o in prm.outputs}, {}
     for rows in sources[0]:
-        parts = [prm_step_scores(prm, rows[i:i + 64], run) for i in range(0, len(rows), 64)]
+        parts = [step_scores(prm, rows[i:i + 64], run.objectives) for i in range(0, len(rows), 64)]
         scores, targets = (torch.cat(t) for t in zip(*parts))
         for p, name in enumerate(prm.outputs):
             has = ~targets[:, p].isnan()
@@ -491,7 +462,7 @@ def measure_prm(run, prm, sources):
                                  "commoner_label": max(common, 1 - common), "n": len(s)}
             found[name].append(s)
     for pairs in sources[1]:
-        chosen, rejected = (torch.cat(t) for t in zip(*(prm_pair_scores(prm, pairs[i:i + 64], run)
+        chosen, rejected = (torch.cat(t) for t in zip(*(pair_scores(prm, pairs[i:i + 64])
                                                         for i in range(0, len(pairs), 64))))
         quality[pairs[0].objective] = {"pair_accuracy": float((chosen > rejected).float().mean()), "n": len(chosen)}
         found[pairs[0].objective] += [chosen, rejected]
@@ -618,6 +589,7 @@ def finished(run, name):
 
 
 def stages(run):
+    """The stages in order: (title, the file that is there when it is finished, the work)."""
     prms = [("prm", run.objectives)] if run.config.prm == "unified" else [(f"prm_{o}", [o]) for o in run.objectives]
     yield "base model" + (f" from {run.config.init}" if run.config.init else ", pre-training"), "base", lambda: train_base(run)
     yield "supervised fine-tuning", "sft", lambda: train_sft(run)
@@ -629,6 +601,7 @@ def stages(run):
 
 
 def run_stages(run):
+    """Run what is not finished, with a numbered title and the time of each stage."""
     begun = time.time()
     for number, (title, last_file, work) in enumerate(stages(run), 1):
         if finished(run, last_file):
@@ -662,6 +635,7 @@ def read_command(argv):
 
 
 def check_config(c):
+    """InputError for an option out of its range."""
     select_objectives(c.objective)
     low = {"temperature": 1e-6, "beta": 1e-9, "perturbation": 0, "alpha": 0, "gamma": 0, "n_samples": 2}
     for f in fields(c):

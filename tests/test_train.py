@@ -18,11 +18,12 @@ import data
 import decode
 import evaluate
 import train
-from data import DOMAINS, OBJECTIVES, Dice, InputError, Problem, World, pad, read_json, run_command
-from evaluate import Conversation, converse, guided_responder, kl_per_token, pair_logps, plain_responder, seed_of, summary
-from model import GPT, GPTConfig, load_hf, load_safetensors, save_hf
-from prm import PRM, load_prm
-from train import Config, Cycle, Labelled, Pair, Run, chat_example, read_command
+from data import DOMAINS, Dice, InputError, Problem, World, read_json, run_command
+from evaluate import Conversation, converse, guided_responder, kl_per_token, seed_of, summary
+from mah_dpo import Pair, pair_logps
+from model import GPTConfig, load_hf, load_safetensors, save_hf
+from prm import PRM, Labelled, load_prm, pair_scores, step_scores
+from train import Config, Cycle, Run, chat_example, read_command
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SUM = Problem("math", "4 + 5 - 2 = ?")
@@ -172,24 +173,24 @@ def prm(gpt):
     return PRM(gpt.with_heads(()), ["honesty", "math_accuracy"], torch.Generator().manual_seed(0))
 
 
-def test_prm_step_scores_read_the_labelled_tokens(run, prm):
+def test_step_scores_read_the_labelled_tokens(run, prm):
     """Prevents: a score read one token early, from a neighbour's row, or a target under another objective's output."""
     rows = [Labelled([5, 6, 7, 8, 9], [1, 4], [[0.5, None, 1.0], [None, 1.0, None]], "train"),
             Labelled([50, 60, 70], [2], [[2.0, 0.0, None]], "train")]
-    scores, targets = train.prm_step_scores(prm, rows, run)
+    scores, targets = step_scores(prm, rows, run.objectives)
     expected = [prm(torch.tensor([r.ids[:e + 1]]))[0, -1] for r in rows for e in r.ends]
     torch.testing.assert_close(scores, torch.stack(expected), atol=1e-5, rtol=1e-5)
     assert str(targets.tolist()) == str([[1.0, 0.5], [math.nan, math.nan], [math.nan, 2.0]])
 
 
 @torch.no_grad()
-def test_prm_pair_scores_compare_matching_steps(run, prm, tokenizer):
+def test_pair_scores_compare_matching_steps(run, prm, tokenizer):
     """Prevents: Case C comparisons at the wrong tokens or between different pairs, or full responses left out."""
     prompt = tokenizer.encode_chat(HELLO)
     texts = [("the color is red . the size is tall .", "the color is red . no idea about the size . ok ."),
              ("no idea .", "the job is pilot . the food is rice .")]
     pairs = [Pair("honesty", prompt[i:], ids_of(tokenizer, c), ids_of(tokenizer, r), "train") for i, (c, r) in enumerate(texts)]
-    chosen, rejected = train.prm_pair_scores(prm, pairs, run)
+    chosen, rejected = pair_scores(prm, pairs)
     read = lambda pair, response, n: prm(torch.tensor([pair.prompt + response[:n]]))[0, -1, 0]
     ends = [[e + 1 for e in tokenizer.step_ends(r, "sentence")] for p in pairs for r in (p.chosen, p.rejected)]
     assert ends == [[5, 10, 11], [5, 11, 13, 14], [3, 4], [5, 10, 11]]
@@ -203,7 +204,7 @@ def test_measure_prm_by_hand(run, prm, monkeypatch, capsys):
     """Prevents: R^2 on targets of another output, a scale that is not the spread of the scores."""
     scores = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [3.0, 5.0]])
     targets = torch.tensor([[1.0, 1.0], [0.0, math.nan], [0.0, 3.0]])
-    monkeypatch.setattr(train, "prm_step_scores", lambda prm, rows, run: (scores, targets))
+    monkeypatch.setattr(train, "step_scores", lambda prm, rows, objectives: (scores, targets))
     held_out = train.measure_prm(run, prm, ([["rows"]], []))["held_out"]
     assert held_out["math_accuracy"] == {"r2": pytest.approx(1 - 2.5 / 1.0), "n": 2}
     assert held_out["honesty"] == {"accuracy": pytest.approx(2 / 3), "commoner_label": pytest.approx(2 / 3), "n": 3}
@@ -461,8 +462,8 @@ def test_pairs_and_labels_are_well_formed(whole):
 def test_report_and_picture(whole):
     """Prevents: tables without their rows, an SVG that no browser opens."""
     text = open(os.path.join(whole, "results.md"), encoding="utf-8").read()
-    for part in ("### values, 2 test prompts", "### tutoring, 2 test prompts", "values, weight sweep", "| sft_greedy", "| soup",
-                 "| mah_dpo:honesty", "| unified", "held-out preference pairs:honesty", "±"):
+    for part in ("### values, 2 test prompts", "### tutoring, 2 test prompts", "values, mah_dpo under a sweep of head weights", "| sft_greedy", "| soup",
+                 "| mah_dpo:honesty", "| unified", "| honesty (", "±"):
         assert part in text
     root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
     tag = lambda name: root.findall("{http://www.w3.org/2000/svg}" + name)
@@ -573,7 +574,9 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
     dev = {o: sum(p.objective == o and p.split == "dev" for p in pairs) for o in ("helpfulness", "honesty")}
     assert {(r["policy"], r["domain"], r["metrics"]["loss"]["n"]) for r in rows} == \
         {(p, f"pairs:{o}", n) for p in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo") for o, n in dev.items()}
-    assert all(set(r["metrics"]) == {"loss", "margin", "reward_accuracy", "logp_accuracy"} for r in rows)
+    always = {"loss", "margin", "logp_accuracy"}              # the reference has no margin to be right or wrong about
+    assert all(set(r["metrics"]) == always | ({"reward_accuracy"} if r["policy"] == "mah_dpo" else set())
+               for r in rows if r["policy"] in ("sft", "mah_dpo"))
     assert load_prm(os.path.join(out, "prm_honesty")).outputs == ["honesty"]
     assert load_prm(os.path.join(out, "prm_helpfulness")).outputs == ["helpfulness"]
     assert not os.path.exists(os.path.join(out, "prm"))
