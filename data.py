@@ -424,18 +424,17 @@ class Math(World):
     def verify(self, problem, steps):
         """The automatic verifier: steps (list of str) -> (z, r): the final answer is right, and for every step 1.0 if
         it does the next operation on the right running value and gets it right, or states the right answer."""
-        value, terms, rewards = problem.truth["first"], list(problem.truth["terms"]), []
+        value, lines = problem.truth["first"], []
+        for label, (op, b) in zip("abcde", problem.truth["terms"]):
+            lines.append(f"{label} {value} {op} {b} = {right(value, op, b)}")
+            value = right(value, op, b)
+        expected, answer = dict(enumerate(lines)), f"answer {value}"
+        rewards = []
         for t, step in enumerate(steps):
-            said = re.match(r"\s*([a-e]) (\d+) ([-+*]) (\d+) = (\d+)", step)
-            if said and t < len(terms):
-                op, b = terms[t]
-                expected = ("abcde"[t], str(value), op, str(b), str(right(value, op, b)))
-                value = right(value, op, b)
-                rewards.append(float(said.groups() == expected))
-            else:
-                rewards.append(float(step.strip() == f"answer {problem.truth['answer']}"))
-        final = steps[-1].strip() if steps else ""
-        return float(final == f"answer {problem.truth['answer']}"), rewards
+            said = re.match(r"\s*([a-e] \d+ [-+*] \d+ = \d+)(?!\d)", step)
+            rewards.append(float((said[1] == expected[t]) if said and t in expected else step.strip() == answer))
+        final = next((s.strip() for s in reversed(steps) if s.strip()), "")
+        return float(final == answer), rewards
 
     def scores(self, problem, messages, response):
         steps = response.splitlines(keepends=True)
@@ -485,10 +484,9 @@ class Values(World):
 
     def scores(self, problem, messages, response):
         said = {}                                    # attribute -> (manner, value), the first mention counts
-        for hedge, attribute, value in re.findall(r"(maybe )?the (\w+) is (\w+) \.", response):
-            said.setdefault(attribute, ("hedge" if hedge else "claim", value))
-        for attribute in re.findall(r"no idea about the (\w+) \.", response):
-            said.setdefault(attribute, ("admit", None))
+        for hedge, claimed, value, unknown in re.findall(r"(maybe )?the (\w+) is (\w+) \.|no idea about the (\w+) \.", response):
+            manner = "admit" if unknown else "hedge" if hedge else "claim"
+            said.setdefault(unknown or claimed, (manner, value or None))
         n, fits = len(self.FACTS), {"seen": "claim", "heard": "hedge", "none": "admit"}
         manner = {a: said.get(a, ("silent", None))[0] for a in self.FACTS}
         worth = {"claim": 1.0, "hedge": 0.6, "admit": 0.0, "silent": 0.0}

@@ -241,19 +241,20 @@ def commit(model, results, candidates, scores, winners, alive, budget, K):
     return alive.new_tensor(going)
 
 
-def parse_weights(text, objectives):
-    """'a=0.7,b=0.3' -> list of H numbers. InputError for an unknown head, a broken or negative number, all zero."""
-    weights = dict.fromkeys(objectives, 0.0)
-    for part in text.split(","):
+def parse_weights(text, names, option="--weights", default=0.0):
+    """'a=0.7,b=0.3' -> list of numbers, one per name, `default` for those not named. InputError for an unknown name, a
+    broken or negative number, all zero."""
+    weights = dict.fromkeys(names, default)
+    for part in text.split(",") if text else ():
         name, _, value = part.partition("=")
         if name.strip() not in weights:
-            raise InputError(f"--weights: no head named {name.strip()!r}; this model has {', '.join(objectives)}")
+            raise InputError(f"{option}: no {name.strip()!r} here; choose from {', '.join(names)}")
         try:
             weights[name.strip()] = float(value)
         except ValueError:
-            raise InputError(f"--weights: {part!r} is not NAME=NUMBER") from None
+            raise InputError(f"{option}: {part!r} is not NAME=NUMBER") from None
     if any(not 0 <= w < float("inf") for w in weights.values()) or sum(weights.values()) <= 0:
-        raise InputError(f"--weights: {text!r} must be non-negative numbers with a positive sum")
+        raise InputError(f"{option}: {text!r} must be non-negative numbers with a positive sum")
     return list(weights.values())
 
 

@@ -4,7 +4,7 @@
 
 A row is a policy (base, sft, sft_greedy, the baselines, mah_dpo, each head alone), a mix of heads, and perhaps a guide;
 a column is an objective's noise-free score, averaged over test prompts that no stage has seen, with its standard error.
-All rows see the same prompts and the same random draws. KL is the policy's distance from SFT in nats per token on its
+All rows see the same prompts and students, and start from the same random seed. KL is the policy's distance from SFT in nats per token on its
 own samples: methods should be compared at equal distance. Results go to results.json, results.md and pareto.svg.
 """
 import argparse
@@ -58,10 +58,11 @@ class Conversation:
 
 def converse(world, problems, tokenizer, respond, seed):
     """Play all conversations of a world at once; respond(conversations) -> one response (ids) for each."""
-    dice, conversations = Dice(seed), [Conversation(p, tokenizer) for p in problems]
+    conversations = [Conversation(p, tokenizer) for p in problems]
+    dice = [Dice(seed_of(seed, i)) for i in range(len(problems))]     # one per student: whom they meet does not matter
     for _ in range(world.turns):
-        for conversation, response in zip(conversations, respond(conversations)):
-            conversation.answer(response, world, tokenizer, dice)
+        for i, response in enumerate(respond(conversations)):
+            conversations[i].answer(response, world, tokenizer, dice[i])
     return conversations
 
 
@@ -96,8 +97,8 @@ def summary(values):
 
 @torch.no_grad()
 def kl_per_token(model, head, reference, conversations, pad_id):
-    """Per response token of the policy's own samples, the exact KL(pi || pi_sft) of the next-token distributions at
-    temperature 1, in nats; averaged over each conversation's turns, then summarised."""
+    """KL(pi || pi_sft) of the next-token distributions (all tokens, temperature 1), in nats: exact at every position of
+    the policy's own samples (drawn at the run's temperature), averaged over each response, then each conversation."""
     rows, found = [(before, response) for c in conversations for before, _, response in c.turns], []
     for start in range(0, len(rows), 256):
         part = rows[start:start + 256]
@@ -108,7 +109,8 @@ def kl_per_token(model, head, reference, conversations, pad_id):
         log_ref = F.log_softmax(reference.logits(reference(ids)[r, t]).float(), -1)
         kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                                  # (N,)
         found += (torch.zeros(len(part), device=head.device).index_add(0, r, kl) / mask.sum(1)).tolist()
-    return summary(found)
+    turns = len(found) // len(conversations)
+    return summary([statistics.fmean(found[i:i + turns]) for i in range(0, len(found), turns)])
 
 
 # ------------------------------------------------------------------------------------------------ policies and rows
@@ -290,9 +292,9 @@ def evaluate(run, pair_rows):
             into.append(bench.row(policy, model, domain, weights, guide, temperature))
     results += pair_rows
     text = report(results, sweeps, bench.config)
-    write_json(os.path.join(run, "results.json"), results + sweeps)
     write_text(os.path.join(run, "results.md"), text)
     write_text(os.path.join(run, "pareto.svg"), pareto_svg(results, sweeps, bench.objectives))
+    write_json(os.path.join(run, "results.json"), results + [r | {"sweep": True} for r in sweeps])   # last: it says "done"
     print("\n" + text)
     return results
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data import (DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, domain_objectives, fit_threshold, judge, pad,
                   read_json, read_jsonl, read_preferences, read_steps, run_command, select_objectives, split_of,
                   write_json, write_text)
-from decode import generate
+from decode import generate, parse_weights
 from evaluate import converse, evaluate, pair_metrics_rows, plain_responder, seed_of
 from mah_dpo import (Pair, balanced_mean, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pair_batch,
                      pair_logps, pair_metrics, policy_logps)
@@ -57,7 +57,7 @@ class Config:
     prm: str = option("unified", "unified: one PRM with an output per objective; each: one PRM per objective")
     temperature: float = option(0.7, "for samples, rollouts, candidates and tables (chosen on dev prompts; paper: 1.0)")
     beta: float = option(0.1, "strength of the tie to the reference policy in DPO")
-    alpha: float = option(1.0, "weight of every objective's loss in MAH-DPO")
+    alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 where not named)")
     gamma: float = option(0.9, "discount per step in hindsight targets")
     perturbation: float = option(1e-3, "standard deviation of the noise on each head's copy of the SFT head")
     base_steps: int = option(800, "pre-training steps of 64 conversations", fast=300)
@@ -273,11 +273,11 @@ def make_samples(run):
         for domain in run.domains:
             for split, share in (("train", 1.0), ("dev", 0.15)):
                 sample_domain(run, model, domain, split, share, cuts, pairs, labels)
-    counts = {o: sum(p.objective == o for p in pairs) for o in run.objectives}
+    counts = {o: sum(p.objective == o and p.split == "train" for p in pairs) for o in run.objectives}
     empty = [o for o, n in counts.items() if n == 0]
     if empty:
         raise InputError(f"no preference pair for {', '.join(empty)}: the samples never differ; raise --n-prompts")
-    tqdm.write("  pairs: " + ", ".join(f"{o} {n}" for o, n in counts.items()) + f"; labelled sequences: {len(labels)}")
+    tqdm.write("  training pairs: " + ", ".join(f"{o} {n}" for o, n in counts.items()) + f"; labelled sequences: {len(labels)}")
     write_rows(run.file("labels.jsonl"), labels)
     write_rows(run.file("pairs.jsonl"), pairs)
 
@@ -316,7 +316,7 @@ def calibrate_judge(run, model, name):
     """Case A: the judge's threshold, fitted on 200 rated development examples. -> threshold (printed and logged)."""
     world, dice, generator = DOMAINS[OBJECTIVES[name].domain], run.dice("judge", name), run.generator("judge", name)
     respond = plain_responder(model, world, 0, run.config.temperature, generator)
-    rated = converse(world, world.problems("dev", 200, dice), model.tokenizer, respond, 0)
+    rated = converse(world, world.problems("dev", 200, dice), model.tokenizer, respond, seed_of(run.config.seed, "judge", name))
     scores = [c.scores(world, model.tokenizer)[name] for c in rated]
     threshold, agreement = fit_threshold([judge(s, dice) for s in scores], [s >= ENGAGING for s in scores])
     share = sum(s >= ENGAGING for s in scores) / len(scores)
@@ -378,6 +378,7 @@ class Cycle:
     """Draw from a list without replacement, reshuffled when it is used up."""
 
     def __init__(self, items, generator):
+        assert items, "nothing to draw from"
         self.items, self.generator, self.order = items, generator, []
 
     def take(self, n):
@@ -393,7 +394,7 @@ def prm_sources(run, outputs):
     labels, pairs = read_rows(run.file("labels.jsonl"), Labelled), read_rows(run.file("pairs.jsonl"), Pair)
     column = {o: run.objectives.index(o) for o in outputs}
     has = lambda row, o: any(t[column[o]] is not None for t in row.targets)
-    labelled = {o for o in outputs if any(has(r, o) for r in labels)}
+    labelled = {o for o in outputs if any(has(r, o) for r in labels if r.split == "train")}
     groups = {}
     for row in labels:                          # sequences with the same labelled objectives come from one domain
         key = tuple(o for o in outputs if has(row, o))
@@ -495,10 +496,12 @@ def train_policy(run, name, heads, objectives, margins=None):
     reference = reference_logps(run, "sft", pairs, lambda o: 0)
     model = run.load("sft").with_heads(heads, config.perturbation if len(heads) > 1 else 0.0, run.generator(name, "heads"))
     optimizer = make_optimizer(model, config.dpo_lr_backbone, config.dpo_lr_heads)
-    top, generator, log = [g["lr"] for g in optimizer.param_groups], run.generator(name), []
-    alpha = torch.full((len(objectives),), config.alpha, device=run.device)
-    cycles = {o: Cycle([i for i, p in enumerate(pairs) if p.objective == o and p.split == "train"], generator)
-              for o in objectives}
+    top, log = [g["lr"] for g in optimizer.param_groups], []
+    weights = dict(zip(run.objectives, parse_weights(config.alpha, run.objectives, "--alpha", 1.0)))
+    alpha = torch.tensor([weights[o] for o in objectives], device=run.device)
+    # An objective's pairs come in the same order to every policy, for the same number of steps.
+    cycles = {o: Cycle([i for i, p in enumerate(pairs) if p.objective == o and p.split == "train"], run.generator("pairs", o))
+              for o in run.objectives}
     steps = capped(config.dpo_steps, max(len(c.items) for c in cycles.values()) / config.dpo_pairs, config)
     for step in (bar := tqdm(range(steps), desc=name, unit="step", disable=None)):
         for group, lr in zip(optimizer.param_groups, top):
@@ -636,8 +639,8 @@ def read_command(argv):
 
 def check_config(c):
     """InputError for an option out of its range."""
-    select_objectives(c.objective)
-    low = {"temperature": 1e-6, "beta": 1e-9, "perturbation": 0, "alpha": 0, "gamma": 0, "n_samples": 2}
+    parse_weights(c.alpha, select_objectives(c.objective), "--alpha", 1.0)
+    low = {"temperature": 1e-6, "beta": 1e-9, "perturbation": 0, "gamma": 0, "n_samples": 2}
     for f in fields(c):
         value = getattr(c, f.name)
         if type(value) in (int, float) and not low.get(f.name, 1 if type(value) is int and f.name != "seed" else 0) <= value < 2**31:
