@@ -32,7 +32,9 @@ def run_command(main):
     """Run a command line's main(): a user's mistake ends in one line on stderr and exit code 2, not in a traceback."""
     try:
         main()
-    except InputError as e:
+    except BrokenPipeError:
+        os._exit(0)                      # `| head` has read enough; flushing again would only complain
+    except (InputError, OSError) as e:   # OSError: no such directory, no right to write, disk full
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -96,13 +98,14 @@ class Dice:
         return NormalDist(0, sigma).inv_cdf(max(self.random(), 1e-12))
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizer
+# -- tokenizer
 
 # Words and numbers keep the space before them, as in GPT-2; anything else is cut into single characters.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIALS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-CHAT_TEMPLATE = ("{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>{{ m['content'] }}<|end|>{% endfor %}"
+CHAT_TEMPLATE = ("{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>"
+                 "{{ m['content'] }}<|end|>{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
@@ -157,7 +160,8 @@ class Tokenizer:
         ids = [self.bos_id] if self.bos_id is not None else []
         for m in messages:
             if "<|user|>" in self.specials:
-                marker = "<|assistant|>" if m["role"] == "assistant" else "<|user|>"   # a system message counts as the user's
+                # A system message counts as the user's.
+                marker = "<|assistant|>" if m["role"] == "assistant" else "<|user|>"
                 ids += [self.specials[marker], *self.encode(m["content"]), self.eos_id]
             elif m["role"] == "assistant":
                 ids += self.encode("Assistant:") + self.encode(m["content"]) + [self.eos_id]
@@ -225,7 +229,9 @@ class Tokenizer:
         config = read_json(config_path) if os.path.exists(config_path) else {}
         try:
             return cls.from_spec(path, read_json(path), config)
-        except (KeyError, TypeError, AttributeError, OverflowError, MemoryError) as e:
+        except InputError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as e:
             raise InputError(f"{path}: not a tokenizer file that is read here ({type(e).__name__}: {e})") from None
 
     @classmethod
@@ -302,7 +308,7 @@ class Tokenizer:
         write_json(os.path.join(directory, "tokenizer_config.json"), config)
 
 
-# ---------------------------------------------------------------------------------------- three worlds as programs
+# -- three worlds as programs
 
 @dataclass
 class Problem:
@@ -484,7 +490,8 @@ class Values(World):
 
     def scores(self, problem, messages, response):
         said = {}                                    # attribute -> (manner, value), the first mention counts
-        for hedge, claimed, value, unknown in re.findall(r"(maybe )?the (\w+) is (\w+) \.|no idea about the (\w+) \.", response):
+        sentence = r"(maybe )?the (\w+) is (\w+) \.|no idea about the (\w+) \."
+        for hedge, claimed, value, unknown in re.findall(sentence, response):
             manner = "admit" if unknown else "hedge" if hedge else "claim"
             said.setdefault(unknown or claimed, (manner, value or None))
         n, fits = len(self.FACTS), {"seen": "claim", "heard": "hedge", "none": "admit"}
@@ -574,7 +581,7 @@ class Tutoring(World):
 DOMAINS = {world.name: world for world in (Math(), Values(), Tutoring())}
 
 
-# ------------------------------------------------------------------------------------------------ real data, files
+# -- real data, files
 
 @dataclass
 class Preference:
@@ -701,7 +708,7 @@ def write_text(path, text):
     os.replace(f"{path}.tmp", path)
 
 
-# --------------------------------------------------------------------------------------------------------- batches
+# -- batches
 
 def pad(rows, pad_id, device=None):
     """Ragged lists of ids -> ids (B, T) padded on the right, lengths (B,)."""

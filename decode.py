@@ -9,7 +9,8 @@ Nothing that was committed is ever encoded again, by the policy or by the PRM; i
 next turn and only the user's new words are fed. What is committed are token ids; text is derived from them. Plain
 generation is the same `draw` with the end of the turn as its only boundary.
 
-    python decode.py RUN --weights math_accuracy=0.7,math_engagement=0.3 --guide math_accuracy --prompt "4 ; a + 5 ; b - 2 = ?"
+    python decode.py RUN --weights math_accuracy=0.7,math_engagement=0.3 --guide math_accuracy \\
+                         --prompt "4 ; a + 5 ; b - 2 = ?"
 """
 import argparse
 import os
@@ -45,13 +46,21 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def check_prompts(model, prompts, limit=None):
-    """InputError for an empty prompt or one that leaves no room for an answer in the context."""
-    limit = limit or model.config.max_len
+    """InputError for an empty prompt or one that leaves no room for an answer in the context (`limit` tokens of it)."""
+    limit = model.config.max_len if limit is None else limit
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise InputError(f"prompt {i} is empty; give it at least one token")
         if len(prompt) >= limit:
-            raise InputError(f"prompt {i} has {len(prompt)} tokens, the context {limit}; shorten the prompt")
+            raise InputError(f"prompt {i} has {len(prompt)} tokens, the context has room for {limit} with the answer; "
+                             "shorten the prompt")
+
+
+def check_sampling(max_new_tokens, temperature, top_p):
+    """InputError for sampling options without a meaning."""
+    if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise InputError("need temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, not "
+                         f"{temperature}, {top_p}, {max_new_tokens}")
 
 
 def ingest(net, cache, prompts, max_new_tokens):
@@ -60,7 +69,7 @@ def ingest(net, cache, prompts, max_new_tokens):
     backbone = getattr(net, "backbone", net)
     ids, n = pad(prompts, 0, backbone.embed.weight.device)
     # Padded candidates may stick out behind a row that is already long: hence room for twice the new tokens.
-    cache.reserve(cache.high + ids.shape[1] + 2 * max_new_tokens)
+    cache.reserve(cache.high + ids.shape[1] + 2 * min(max_new_tokens, backbone.config.max_len))
     lengths = cache.lengths.clone()
     lengths[rows] += n
     out = net(ids, cache, rows)
@@ -78,8 +87,8 @@ def draw(model, head, cache, h, rows, masks, limits, *, temperature, top_k, top_
     index, previous = rows, torch.full_like(rows, len(masks[0]) - 1)
     before = previous
     while len(rows):
-        # One draw for every row, also for those that have stopped: a row's tokens never depend on its neighbours.
-        u = torch.rand(len(h), generator=generator).to(h.device)
+        # One draw for every row, also for those that have stopped: a row's tokens do not depend on when others stop.
+        u = torch.rand(len(h), generator=generator, device=generator.device if generator else "cpu").to(h.device)
         token = sample(F.linear(h[rows], head), u[rows], temperature, top_k, top_p)       # (n,)
         tokens.append(torch.zeros_like(cache.lengths).index_put((rows,), token))
         count[rows] += 1
@@ -94,10 +103,12 @@ def draw(model, head, cache, h, rows, masks, limits, *, temperature, top_k, top_
 
 def stop_masks(model, boundary):
     """Boundary name (or ready masks as Tokenizer.boundary_masks gives) -> masks on the model's device."""
-    if isinstance(boundary, str):
-        if model.tokenizer is None:
-            raise InputError("this model has no tokenizer; give the boundary as masks over the vocabulary")
+    if isinstance(boundary, str) and model.tokenizer is not None:
         boundary = model.tokenizer.boundary_masks(boundary)
+    elif boundary == "turn":                # no tokenizer, no end-of-turn token: only the budget ends a response
+        boundary = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool)
+    elif isinstance(boundary, str):
+        raise InputError("this model has no tokenizer; give the boundary as masks over the vocabulary")
     return [m.to(model.embed.weight.device) for m in boundary]
 
 
@@ -110,8 +121,9 @@ def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_
     weights: as in GPT.weights. samples: responses per prompt, which stand together in the result; the prompt is encoded
     once for all of them. progress: called with the number of new responses after each batch of batch_size."""
     check_prompts(model, prompts)
-    head, masks, out = model.fold(weights), stop_masks(model, "turn"), [None] * len(prompts)
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    check_sampling(min(most, default=1), temperature, top_p)
+    head, masks, out = model.fold(weights), stop_masks(model, "turn"), [None] * len(prompts)
     order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, batch_size // samples)
     for start in range(0, len(prompts), size):
         batch = order[start:start + size]                # of similar length, so that little is padded
@@ -153,12 +165,11 @@ class Guided:
     state: State
 
 
-def check_guided(model, prm, prompts, K, temperature, state):
+def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
     """Refuse what guided_decode cannot do -> (K, the context that policy and PRM share)."""
     if K < 1:
         raise InputError(f"K must be at least 1, not {K}")
-    if temperature < 0:
-        raise InputError(f"temperature must not be negative, not {temperature}")
+    prm.guide(prm.scale, guide, boundary if isinstance(boundary, str) else None)   # refuses a guide that the PRM lacks
     a, b = model.tokenizer, prm.backbone.tokenizer
     if (a and b and a.pieces != b.pieces) or model.config.vocab_size != prm.backbone.config.vocab_size:
         raise InputError("policy and PRM have different tokenizers; the PRM must read the policy's own ids")
@@ -185,8 +196,10 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
     for the same conversations, which this call changes in place; prompts are then only the new tokens (the end-of-turn
     token is in the cache already).
     InputError for a prompt that does not fit, K < 1, a guide the PRM lacks, scores that are not finite."""
-    K, limit = check_guided(model, prm, prompts, K, temperature, state)
+    check_sampling(max_new_tokens, temperature, top_p)
+    K, limit = check_guided(model, prm, prompts, K, temperature, guide, boundary, state)
     head, masks, B = model.fold(weights), stop_masks(model, boundary), len(prompts)
+    named = boundary if isinstance(boundary, str) else None
     if state is None:        # the prompt is encoded once, by one row per prompt, then forked into K
         caches = model.new_cache(B, 0), prm.backbone.new_cache(B, 0)
         h = ingest(model, caches[0], prompts, max_new_tokens)
@@ -196,7 +209,8 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         first = torch.zeros(B, dtype=torch.long, device=state.h.device)
         state.h = ingest(model, state.policy, prompts, max_new_tokens).repeat_interleave(K, 0)
         ingest(prm, state.prm, prompts, max_new_tokens)
-        state.policy.keep(first), state.prm.keep(first)
+        state.policy.keep(first)
+        state.prm.keep(first)
     results = [Guided([], "", [], state) for _ in prompts]
     budget = torch.minimum(limit - state.policy.lengths, state.policy.lengths.new_tensor(max_new_tokens))   # (B K,)
     alive = torch.arange(B, device=state.h.device)
@@ -204,11 +218,13 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         rows = (alive[:, None] * K + torch.arange(K, device=alive.device)).flatten()
         candidates = draw(model, head, state.policy, state.h, rows, masks, budget, temperature=temperature,
                           top_k=top_k, top_p=top_p, generator=generator, feed_last=True)
-        scores = prm.guide(score_candidates(prm, state.prm, candidates, rows), guide, boundary).view(-1, K)
+        scores = prm.guide(score_candidates(prm, state.prm, candidates, rows), guide, named).view(-1, K)
         if not bool(scores.isfinite().all()):
-            raise InputError(f"step {len(results[int(alive[0])].steps) + 1}: the PRM's scores are not finite: {scores.tolist()}")
+            number = len(results[int(alive[0])].steps) + 1
+            raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
         winners = scores.argmax(-1)                                                       # (G,)
-        state.policy.keep(winners, alive), state.prm.keep(winners, alive)
+        state.policy.keep(winners, alive)
+        state.prm.keep(winners, alive)
         state.h[rows] = state.h[alive * K + winners].repeat_interleave(K, 0)
         alive = commit(model, results, candidates, scores.tolist(), winners.tolist(), alive, budget, K)
     for result in results:
@@ -258,6 +274,19 @@ def parse_weights(text, names, option="--weights", default=0.0):
     return list(weights.values())
 
 
+def find_prm(run, guide):
+    """The PRM of a run that has the output `guide`: RUN/prm, or with one PRM per objective RUN/prm_<guide>."""
+    single = os.path.join(run, f"prm_{guide}")
+    if guide == "unified" and not os.path.isdir(os.path.join(run, "prm")):
+        raise InputError(f"{run}: no unified PRM here; guide by an objective that has one (prm_<objective>)")
+    return load_prm(single if os.path.isdir(single) else os.path.join(run, "prm"))
+
+
+def domain_mix(heads, domain):
+    """Uniform weights over the heads of one domain; a model with a single head has nothing to mix."""
+    return [float(len(heads) == 1 or h in domain_objectives(domain, OBJECTIVES)) for h in heads]
+
+
 def show_step(tokenizer, number, step):
     """Print one step's candidates with their scores, the winner marked."""
     print(f"step {number}")
@@ -272,7 +301,8 @@ def main(argv=None):
     parser.add_argument("--prompt", help="the user's message; without it, lines from standard input are a conversation")
     parser.add_argument("--policy", default="mah_dpo", help="which model of the run answers (default mah_dpo)")
     parser.add_argument("--weights", help="mix of heads, NAME=NUMBER,...; default: the guide's domain, uniform")
-    parser.add_argument("--guide", default=None, help="objective that guides, or 'unified'; default: the first objective")
+    parser.add_argument("--guide", default=None,
+                        help="objective that guides, or 'unified'; default: that of the heaviest head, else the first")
     parser.add_argument("--k", type=int, default=5, help="candidates per step")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=None, help="default: the run's own")
@@ -281,17 +311,13 @@ def main(argv=None):
     config = read_json(os.path.join(args.run, "config.json"))
     model = load_hf(os.path.join(args.run, args.policy))
     objectives = model.config.objectives
-    guide = args.guide or config["objectives"][0]
+    weights = parse_weights(args.weights, objectives) if args.weights is not None else None
+    heaviest = objectives[max(range(len(objectives)), key=weights.__getitem__)] if weights else None
+    leading = next(o for o in (args.guide, heaviest, config["objectives"][0]) if o in OBJECTIVES)
+    guide = args.guide or leading
     if guide != "unified" and guide not in OBJECTIVES:
         raise InputError(f"--guide: unknown objective {guide!r}; choose unified or one of {', '.join(OBJECTIVES)}")
-    single = os.path.join(args.run, f"prm_{guide}")
-    prm = load_prm(single if os.path.isdir(single) else os.path.join(args.run, "prm"))
-    weights = parse_weights(args.weights, objectives) if args.weights else None
-    leading = guide if guide in OBJECTIVES else \
-        objectives[max(range(len(objectives)), key=weights.__getitem__)] if weights else config["objectives"][0]
-    if weights is None:
-        mine = domain_objectives(OBJECTIVES[leading].domain, [o for o in objectives if o in OBJECTIVES])
-        weights = [float(not mine or o in mine) for o in objectives]
+    prm, weights = find_prm(args.run, guide), weights or domain_mix(objectives, OBJECTIVES[leading].domain)
     generator, result = torch.Generator().manual_seed(args.seed), None
     temperature = config["temperature"] if args.temperature is None else args.temperature
     for line in [args.prompt] if args.prompt is not None else sys.stdin:

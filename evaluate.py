@@ -4,8 +4,9 @@
 
 A row is a policy (base, sft, sft_greedy, the baselines, mah_dpo, each head alone), a mix of heads, and perhaps a guide;
 a column is an objective's noise-free score, averaged over test prompts that no stage has seen, with its standard error.
-All rows see the same prompts and students, and start from the same random seed. KL is the policy's distance from SFT in nats per token on its
-own samples: methods should be compared at equal distance. Results go to results.json, results.md and pareto.svg.
+All rows see the same prompts and students, and start from the same random seed. KL is the policy's distance from SFT in
+nats per token on its own samples: methods should be compared at equal distance. Results go to results.json, results.md
+and pareto.svg.
 """
 import argparse
 import math
@@ -19,10 +20,9 @@ from tqdm import tqdm
 
 from data import DOMAINS, OBJECTIVES, Dice, InputError, domain_objectives, pad, read_json, response_mask, run_command
 from data import write_json, write_text
-from decode import generate, guided_decode
+from decode import domain_mix, find_prm, generate, guided_decode
 from mah_dpo import dpo_loss, log_ratio_margin, soup
-from model import GPT, load_hf
-from prm import load_prm
+from model import load_hf, pick_device
 
 
 def seed_of(seed, *what):
@@ -72,7 +72,7 @@ def plain_responder(model, world, weights, temperature, generator, progress=None
                                temperature=temperature, generator=generator, progress=progress)
 
 
-def guided_responder(model, prm, world, weights, guide, temperature, generator, K=5, batch=128):
+def guided_responder(model, prm, world, weights, guide, temperature, generator, K=5, batch=256):
     """Like plain_responder, guided; both caches go on from turn to turn, one state per batch of conversations."""
     states = {}
 
@@ -113,15 +113,22 @@ def kl_per_token(model, head, reference, conversations, pad_id):
     return summary([statistics.fmean(found[i:i + turns]) for i in range(0, len(found), turns)])
 
 
-# ------------------------------------------------------------------------------------------------ policies and rows
+# -- policies and rows
+
+def average(models):
+    """The uniform DPO soup of single-objective policies, as a model."""
+    mixed = models[0].with_heads(models[0].config.objectives)
+    mixed.load_state_dict(soup([m.state_dict() for m in models], [1.0] * len(models)))
+    return mixed.eval()
+
 
 class Bench:
     """The models of one run directory, and the measuring of one row of the table."""
 
-    def __init__(self, run):
+    def __init__(self, run, device=None):
         self.run, self.config = run, read_json(os.path.join(run, "config.json"))
         self.objectives, self.seed = self.config["objectives"], self.config["seed"]
-        self.device, self.loaded = self.config["device"], {}
+        self.device, self.loaded, self.guides = pick_device(device or self.config["device"]), {}, {}
         self.sft = self.model("sft")
         self.tokenizer = self.sft.tokenizer
         self.domains = list(dict.fromkeys(OBJECTIVES[o].domain for o in self.objectives))
@@ -132,24 +139,9 @@ class Bench:
         return self.loaded[name]
 
     def prm(self, guide):
-        single = os.path.join(self.run, f"prm_{guide}")
-        path = single if os.path.isdir(single) else os.path.join(self.run, "prm")
-        if path not in self.loaded:
-            self.loaded[path] = load_prm(path).to(self.device).eval() if os.path.isdir(path) else None
-        return self.loaded[path]
-
-    def soup(self, names):
-        """The uniform average of the single-objective DPO policies of `names`."""
-        models = [self.model(f"dpo_{n}") for n in names]
-        mixed = GPT(models[0].config).to(self.device)
-        mixed.load_state_dict(soup([m.state_dict() for m in models], [1.0] * len(models)))
-        mixed.tokenizer = self.tokenizer
-        return mixed
-
-    def weights(self, model, names):
-        """Uniform mix of the heads `names`; a model with one head has nothing to mix."""
-        heads = model.config.objectives
-        return [1.0] if len(heads) == 1 else [float(h in names) for h in heads]
+        if guide not in self.guides:
+            self.guides[guide] = find_prm(self.run, guide).to(self.device).eval()
+        return self.guides[guide]
 
     def row(self, policy, model, domain, weights, guide=None, temperature=None):
         """Measure one row on the domain's test prompts -> an entry of results.json."""
@@ -174,15 +166,15 @@ class Bench:
         """All rows of one domain's table as (policy, model, weights, guide, temperature)."""
         names = domain_objectives(domain, self.objectives)
         one, mah = [1.0], self.model("mah_dpo")
-        mix = self.weights(mah, names)
+        mix = domain_mix(mah.config.objectives, domain)
         yield from (("base", self.model("base"), one, None, None), ("sft", self.sft, one, None, None),
                     ("sft_greedy", self.sft, one, None, 0.0))
         for policy in ("single_head_dpo", "modpo"):
             yield policy, self.model(policy), one, None, None
-        yield "soup", self.soup(names), one, None, None
+        yield "soup", average([self.model(f"dpo_{n}") for n in names]), one, None, None
         yield "mah_dpo", mah, mix, None, None
         for name in names:
-            yield f"mah_dpo:{name}", mah, self.weights(mah, [name]), None, None
+            yield f"mah_dpo:{name}", mah, [float(h == name) for h in mah.config.objectives], None, None
         for policy, model, weights in (("sft", self.sft, one), ("mah_dpo", mah, mix)):
             for guide in [*names, *(["unified"] if self.config["prm"] == "unified" else [])]:
                 yield policy, model, weights, guide, None
@@ -196,7 +188,7 @@ class Bench:
             yield "mah_dpo", mah, weights, None, None
 
 
-# ------------------------------------------------------------------------------------------------- preference pairs
+# -- preference pairs
 
 def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
     """Held-out metrics of one policy per objective. loss, margin, reward_accuracy compare with the reference;
@@ -215,7 +207,7 @@ def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ output
+# -- output
 
 def cell(metric):
     """mean ± standard error, or a dash where the row has no such metric."""
@@ -254,42 +246,48 @@ def report(results, sweeps, config):
 
 
 def pareto_svg(results, sweeps, objectives):
-    """One panel per domain: the sweep as a line, every other policy as a labelled point, first against second objective."""
-    panels, size, out = list(dict.fromkeys(r["domain"] for r in sweeps)), 420, []
-    for number, domain in enumerate(panels):
-        x_name, y_name = domain_objectives(domain, objectives)[:2]
-        points = [(r["metrics"][x_name]["mean"], r["metrics"][y_name]["mean"], r) for r in results if r["domain"] == domain]
-        line = [(r["metrics"][x_name]["mean"], r["metrics"][y_name]["mean"]) for r in sweeps if r["domain"] == domain]
-        xs, ys = zip(*[(x, y) for x, y, _ in points], *line)
-        place = lambda v, values, a, b: a + (b - a) * (v - min(values)) / ((max(values) - min(values)) or 1)
-        X = lambda v: number * size + place(v, xs, 70, size - 40)
-        Y = lambda v: place(v, ys, 370, 40)
-        out.append(f'<path d="M{number * size + 60} 25V380H{(number + 1) * size - 20}" class="axis"/>')
-        out += [f'<text x="{X(v):.0f}" y="396" text-anchor="middle">{v:.2f}</text>' for v in (min(xs), max(xs))]
-        out += [f'<text x="{number * size + 54}" y="{Y(v) + 4:.0f}" text-anchor="end">{v:.2f}</text>' for v in (min(ys), max(ys))]
-        out.append(f'<text x="{number * size + 230}" y="414" text-anchor="middle">{x_name}</text>')
-        out.append(f'<text x="{number * size + 64}" y="18">{y_name} ({domain})</text>')
-        out.append('<polyline class="sweep" points="' + " ".join(f"{X(x):.1f},{Y(y):.1f}" for x, y in line) + '"/>')
-        for x, y, r in points:
-            label = r["policy"] + (f" + {r['guide']}" if r["guide"] else "")
-            kind = "guided" if r["guide"] else "policy"
-            out.append(f'<circle class="{kind}" cx="{X(x):.1f}" cy="{Y(y):.1f}" r="4"><title>{label}: {x:.3f}, {y:.3f}</title>'
-                       f'</circle><text x="{X(x) + 6:.1f}" y="{Y(y) + 3:.1f}" class="label">{label}</text>')
+    """One panel per domain: the sweep as a line, every other row as a labelled point, first against second objective."""
+    panels = list(dict.fromkeys(r["domain"] for r in sweeps))
+    drawn = [panel([r for r in results if r["domain"] == d], [r for r in sweeps if r["domain"] == d],
+                   domain_objectives(d, objectives)[:2]) for d in panels]
     style = ("text{font:11px sans-serif;fill:#333}.label{font-size:8px}.axis{stroke:#888;fill:none}"
              ".sweep{stroke:#0a7;stroke-width:2;fill:none}.policy{fill:#06c}.guided{fill:#c50}"
              "@media(prefers-color-scheme:dark){text{fill:#ddd}svg{background:#111}}")
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(1, len(panels)) * size} 425">'
-            f"<style>{style}</style>{''.join(out)}</svg>\n")
+    placed = "".join(f'<g transform="translate({480 * i} 0)">{text}</g>' for i, text in enumerate(drawn))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {480 * max(1, len(panels))} 430">'
+            f"<style>{style}</style>{placed}</svg>\n")
 
 
-def evaluate(run, pair_rows):
-    """Measure every row of a run, print the tables, write results.json, results.md and pareto.svg."""
-    bench, results, sweeps = Bench(run), [], []
+def panel(rows, mixes, names):
+    """One panel of 480 x 430: axes with their ranges, the sweep's line, a circle with label and tooltip for each row."""
+    at = lambda r: [r["metrics"][n]["mean"] for n in names]
+    xs, ys = zip(*map(at, rows + mixes))
+    place = lambda v, values, a, b: a + (b - a) * (v - min(values)) / ((max(values) - min(values)) or 1)
+    X, Y = (lambda v: place(v, xs, 70, 360)), (lambda v: place(v, ys, 370, 40))
+    out = ['<path d="M60 25V380H460" class="axis"/>', f'<text x="230" y="414" text-anchor="middle">{names[0]}</text>',
+           f'<text x="64" y="18">{names[1]}</text>']
+    out += [f'<text x="{X(v):.0f}" y="396" text-anchor="middle">{v:.2f}</text>' for v in (min(xs), max(xs))]
+    out += [f'<text x="54" y="{Y(v) + 4:.0f}" text-anchor="end">{v:.2f}</text>' for v in (min(ys), max(ys))]
+    line = " ".join(f"{X(x):.1f},{Y(y):.1f}" for x, y in map(at, mixes))
+    out.append(f'<polyline class="sweep" points="{line}"/>')
+    for r in rows:
+        x, y = at(r)
+        label = r["policy"] + (f" + {r['guide']}" if r["guide"] else "")
+        out.append(f'<circle class="{"guided" if r["guide"] else "policy"}" cx="{X(x):.1f}" cy="{Y(y):.1f}" r="4">'
+                   f'<title>{label}: {x:.3f}, {y:.3f}</title></circle>'
+                   f'<text x="{X(x) + 6:.1f}" y="{Y(y) + 3:.1f}" class="label">{label}</text>')
+    return "".join(out)
+
+
+def evaluate(run, pair_rows, device=None):
+    """Measure every row of a run, print the tables, write results.md, pareto.svg and, last, results.json. device: default
+    the run's own."""
+    bench, results, sweeps = Bench(run, device), [], []
     if not bench.config["data"]:
         jobs = [(d, job, results) for d in bench.domains for job in bench.jobs(d)] + \
             [(d, job, sweeps) for d in bench.domains for job in bench.sweep(d)]
-        for domain, (policy, model, weights, guide, temperature), into in tqdm(jobs, desc="tables", unit="row", disable=None):
-            into.append(bench.row(policy, model, domain, weights, guide, temperature))
+        for domain, (policy, model, *how), into in tqdm(jobs, desc="tables", unit="row", disable=None):
+            into.append(bench.row(policy, model, domain, *how))
     results += pair_rows
     text = report(results, sweeps, bench.config)
     write_text(os.path.join(run, "results.md"), text)
@@ -302,11 +300,12 @@ def evaluate(run, pair_rows):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run directory written by train.py")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps (default: the run's own)")
     args = parser.parse_args(argv)
     if not os.path.isfile(os.path.join(args.run, "results.json")):
         raise InputError(f"{args.run}: not a finished run (no results.json); finish it with train.py --resume {args.run}")
     old = read_json(os.path.join(args.run, "results.json"))
-    evaluate(args.run, [r for r in old if r["domain"].startswith("pairs:")])
+    evaluate(args.run, [r for r in old if r["domain"].startswith("pairs:")], args.device)
 
 
 if __name__ == "__main__":

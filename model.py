@@ -91,8 +91,10 @@ class KVCache:
         return new
 
     def keep(self, winners, groups=None):
-        """Commit one candidate per group of K rows: winners (G,) candidate index, groups (G,) default all. All rows of a
-        group become its winner. Only what was written since the last fork or keep is copied: the rest is equal."""
+        """Commit one candidate per group of K rows: winners (G,) candidate index, or one number; groups (G,) default all.
+        All rows of a group become its winner. Only what was written since the last fork or keep is copied: the rest is
+        equal already."""
+        winners = torch.as_tensor(winners, device=self.lengths.device).reshape(-1)
         groups = torch.arange(len(winners), device=self.lengths.device) if groups is None else groups
         rows = (groups[:, None] * self.K + torch.arange(self.K, device=groups.device)).flatten()   # (G K,)
         source = (groups * self.K + winners).repeat_interleave(self.K)                    # (G K,)
@@ -110,14 +112,15 @@ class KVCache:
             self.v = [F.pad(v, (0, 0, 0, 0, 0, more)) for v in self.v]
 
     def rollback(self, lengths):
-        """Forget every row's tokens beyond lengths (rows,)."""
-        self.lengths = torch.minimum(self.lengths, lengths)
+        """Forget every row's tokens beyond lengths (rows,), or one number for all rows."""
+        self.lengths = torch.minimum(self.lengths, torch.as_tensor(lengths, device=self.lengths.device))
         self.base = torch.minimum(self.base, self.lengths)
         self.high = int(self.lengths.max())
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding, the two halves of a head as (real, imaginary). x (B, T, n, hd); cos, sin (B, T, 1, hd/2)."""
+    """Rotary position embedding, the two halves of a head as real and imaginary parts. x (B, T, n, hd); cos and sin
+    (B, T, 1, hd/2)."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -199,6 +202,8 @@ class GPT(nn.Module):
         With a cache: the tokens follow what its rows (`rows` (B,), default all) hold, and are added to it; after a
         ragged batch, cache.rollback(true lengths)."""
         B, T = ids.shape
+        if cache is None and T > self.config.max_len:
+            raise ValueError(f"{T} tokens do not fit the context of {self.config.max_len}")
         t = torch.arange(T, device=ids.device)
         if cache is None:
             positions, mask = t[None], None                                               # (1, T)
@@ -266,7 +271,7 @@ class GPT(nn.Module):
         return new
 
 
-# ----------------------------------------------------------------------------------------------------- safetensors
+# -- safetensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
@@ -353,7 +358,7 @@ def save_safetensors(tensors, path):
     os.replace(f"{path}.tmp", path)
 
 
-# --------------------------------------------------------------------------------- Hugging Face directories in and out
+# -- Hugging Face directories in and out
 
 # Our tensor -> theirs, concatenated along dim 0 where several (fused projections). {i} is the layer.
 LLAMA = {
@@ -383,7 +388,7 @@ def read_config(directory):
     c = read_json(path)
     if not isinstance(c, dict):
         raise InputError(f"{path}: {type(c).__name__}, not an object")
-    arch = (c.get("architectures") or ["?"])[0]
+    arch = c.get("architectures")
     if c.get("model_type") != "llama":
         raise InputError(f"{path}: architecture {arch} (model_type {c.get('model_type')}) is not read; Llama family only")
     odd = {k: c[k] for k in ("rope_scaling", "sliding_window", "logit_scale") if c.get(k)}
@@ -391,6 +396,8 @@ def read_config(directory):
         raise InputError(f"{path}: not computed here: {odd or c['hidden_act']}")
     try:
         rope = c.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not computed here")
         config = GPTConfig(
             vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
             n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"], d_model=c["hidden_size"],
@@ -507,6 +514,17 @@ def save_directory(directory, tensors, model, **extra):
         extra |= {f"{kind}_token_id": getattr(model.tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
     save_safetensors(tensors, os.path.join(directory, "model.safetensors"))
     write_json(os.path.join(directory, "config.json"), hf_config(model.config, **extra))
+
+
+def pick_device(name):
+    """"auto" -> cuda, mps or cpu, whichever is there; a name is checked. InputError if it is not available."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name}: not available here ({str(e).splitlines()[0]})") from None
+    return name
 
 
 if __name__ == "__main__":

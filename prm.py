@@ -142,7 +142,7 @@ def pair_scores(prm, pairs):
         matches = matching_steps(x.chosen, x.rejected, tokenizer.step_ends(x.chosen, boundary),
                                  tokenizer.step_ends(x.rejected, boundary))
         at += [(i, len(x.prompt) + c, i + n, len(x.prompt) + r) for c, r in matches]
-    at = torch.tensor(at, device=device)
+    at = torch.tensor(at, dtype=torch.long, device=device).view(-1, 4)
     return scores[at[:, 0], at[:, 1]], scores[at[:, 2], at[:, 3]]
 
 
@@ -173,5 +173,6 @@ def load_prm(directory):
 
 if __name__ == "__main__":
     # A solution of three steps, the second wrong; two rollouts from each prefix, gamma = 0.9.
-    r, n, z = torch.tensor([1., 0., 1.]), torch.tensor([[3, 4], [3, 3], [3, 3]]), torch.tensor([[1., 1.], [0., 1.], [0., 0.]])
+    r, n = torch.tensor([1., 0., 1.]), torch.tensor([[3, 4], [3, 3], [3, 3]])
+    z = torch.tensor([[1., 1.], [0., 1.], [0., 0.]])
     print("V_t =", [round(v, 3) for v in hindsight_targets(r, n, z, 0.9).tolist()], "(1 + (.81 + .729)/2, 0 + .9/2, 1 + 0)")

@@ -33,10 +33,10 @@ from data import (DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, do
                   read_json, read_jsonl, read_preferences, read_steps, run_command, select_objectives, split_of,
                   write_json, write_text)
 from decode import generate, parse_weights
-from evaluate import converse, evaluate, pair_metrics_rows, plain_responder, seed_of
+from evaluate import average, converse, evaluate, pair_metrics_rows, plain_responder, seed_of
 from mah_dpo import (Pair, balanced_mean, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pair_batch,
                      pair_logps, pair_metrics, policy_logps)
-from model import GPT, GPTConfig, load_hf, load_safetensors, save_hf, save_safetensors
+from model import GPT, GPTConfig, load_hf, load_safetensors, pick_device, save_hf, save_safetensors
 from prm import (PRM, Labelled, bradley_terry_loss, hindsight_targets, majority_labels, pair_scores, save_prm, step_loss,
                  step_scores)
 
@@ -73,7 +73,7 @@ class Config:
     prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains by their number (and 8 pairs each)")
     prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
     prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
-    dpo_steps: int = option(120, "steps of every preference-trained policy", fast=6)
+    dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
     dpo_pairs: int = option(8, "pairs per objective and step")
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
     dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
@@ -107,18 +107,7 @@ class Run:
             f.write("".join(json.dumps({"stage": stage} | row) + "\n" for row in rows))
 
 
-def pick_device(name):
-    """"auto" -> cuda, mps or cpu, whichever is there; a name is checked. InputError if it is not available."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {name}: not available here ({str(e).splitlines()[0]})") from None
-    return name
-
-
-# ------------------------------------------------------------------------------------------------- 1, 2: base and SFT
+# -- 1, 2: base and SFT
 
 def chat_example(tokenizer, messages):
     """A conversation -> (ids, mask): mask is True on the assistant's tokens, end of turn included."""
@@ -132,7 +121,8 @@ def chat_example(tokenizer, messages):
 
 
 def language_model(run, stage, model, examples, steps, lr, batch_size=64):
-    """Next-token training on the masked tokens of (ids, mask) examples; batches of similar length, cosine schedule."""
+    """Next-token training on the masked tokens of (ids, mask) examples; batches of similar length, cosine schedule.
+    -> rows for the log."""
     generator, log, steps = run.generator(stage), [], capped(steps, len(examples) / batch_size, run.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     batches, pad_id = [], model.tokenizer.pad_id
@@ -158,7 +148,7 @@ def language_model(run, stage, model, examples, steps, lr, batch_size=64):
         if step % 10 == 0 or step == steps - 1:
             log.append({"step": step, "loss": loss.item()})
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    run.log(stage, log)
+    return log
 
 
 def capped(steps, steps_per_epoch, config):
@@ -192,8 +182,9 @@ def train_base(run):
             examples.append((ids, [True] * len(ids)))
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab), run.generator("base", "weights")).to(run.device)
     model.tokenizer = tokenizer
-    language_model(run, "base", model, examples, run.config.base_steps, run.config.base_lr)
+    log = language_model(run, "base", model, examples, run.config.base_steps, run.config.base_lr)
     save_hf(model, run.file("base"), weights=0)
+    run.log("base", log)
 
 
 def train_sft(run):
@@ -207,11 +198,16 @@ def train_sft(run):
         for world in (DOMAINS[d] for d in run.domains):
             for problem in world.problems("train", min(2500, 25 * config.sft_steps), dice):
                 examples.append(chat_example(model.tokenizer, world.conversation(problem, dice, careful=True)))
-    language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, batch_size=32 if config.data else 64)
+        longest = max(len(ids) for ids, _ in examples)
+        if longest > model.config.max_len:
+            raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short for the embedded "
+                             f"worlds, whose conversations reach {longest} in its vocabulary")
+    log = language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, batch_size=32 if config.data else 64)
     save_hf(model, run.file("sft"), weights=0)
+    run.log("sft", log)
 
 
-# --------------------------------------------------------------------------------------------------------- 3: samples
+# -- 3: samples
 
 def write_rows(path, rows):
     """Dataclass objects -> JSONL."""
@@ -224,8 +220,9 @@ def read_rows(path, kind):
 
 
 def read_real_pairs(run, model):
-    """DIR/<objective>.jsonl for every objective -> (train pairs, dev pairs, number of rows dropped because they are longer
-    than the context). An objective with nothing left to train on or to hold out is an error."""
+    """DIR/<objective>.jsonl for every objective -> (train pairs, dev pairs, number of rows dropped: longer than the context,
+    or with responses that this vocabulary cannot tell apart). An objective with nothing left to train on or to hold out is
+    an error."""
     tokenizer, found, n_dropped = model.tokenizer, [], 0
     respond = lambda text: tokenizer.encode(text) + [tokenizer.eos_id]
     for name in run.objectives:
@@ -234,7 +231,8 @@ def read_real_pairs(run, model):
         for p in read_preferences(path, name):
             split = "train" if split_of(json.dumps(p.prompt)) == "train" else "dev"
             pair = Pair(name, tokenizer.encode_chat(p.prompt), respond(p.chosen), respond(p.rejected), split)
-            if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= model.config.max_len:
+            longest, shortest = max(len(pair.chosen), len(pair.rejected)), min(len(pair.chosen), len(pair.rejected))
+            if len(pair.prompt) + longest <= model.config.max_len and shortest > 1 and pair.chosen != pair.rejected:
                 kept.append(pair)
             else:
                 n_dropped += 1
@@ -246,19 +244,22 @@ def read_real_pairs(run, model):
 
 
 def read_real_labels(run, model):
-    """DIR/<objective>.steps.jsonl, where it exists -> Labelled rows."""
-    rows = []
+    """DIR/<objective>.steps.jsonl, where it exists -> (Labelled rows, number of rows dropped: longer than the context, or a
+    step without a token of this vocabulary). The last step is closed by EOS, at which guided decoding will score it."""
+    tokenizer, rows, n_dropped = model.tokenizer, [], 0
     for p, name in enumerate(run.objectives):
         path = os.path.join(run.config.data, f"{name}.steps.jsonl")
         for row in read_steps(path) if os.path.exists(path) else ():
-            ids, ends = model.tokenizer.encode_chat(row.prompt), []
-            for step in row.steps:
-                ids = ids + model.tokenizer.encode(step)
+            ids, ends, steps = tokenizer.encode_chat(row.prompt), [], [tokenizer.encode(s) for s in row.steps]
+            for step in [*steps[:-1], steps[-1] + [tokenizer.eos_id]]:
+                ids = ids + step
                 ends.append(len(ids) - 1)
             targets = [[v if i == p else None for i in range(len(run.objectives))] for v in row.labels]
-            if len(ids) <= model.config.max_len:
+            if all(steps) and len(ids) <= model.config.max_len:
                 rows.append(Labelled(ids, ends, targets, "train" if split_of(json.dumps(row.prompt)) == "train" else "dev"))
-    return rows
+            else:
+                n_dropped += 1
+    return rows, n_dropped
 
 
 def make_samples(run):
@@ -266,10 +267,11 @@ def make_samples(run):
     model = run.load("sft")
     if run.config.data:
         train, dev, _ = read_real_pairs(run, model)
-        pairs, labels = train + dev, read_real_labels(run, model)
+        pairs, (labels, _), judges = train + dev, read_real_labels(run, model), []
     else:
         pairs, labels = [], []
-        cuts = {o: calibrate_judge(run, model, o) for o in run.objectives if OBJECTIVES[o].case == "A"}
+        judges = [calibrate_judge(run, model, o) for o in run.objectives if OBJECTIVES[o].case == "A"]
+        cuts = {row["objective"]: row["threshold"] for row in judges}
         for domain in run.domains:
             for split, share in (("train", 1.0), ("dev", 0.15)):
                 sample_domain(run, model, domain, split, share, cuts, pairs, labels)
@@ -277,9 +279,11 @@ def make_samples(run):
     empty = [o for o, n in counts.items() if n == 0]
     if empty:
         raise InputError(f"no preference pair for {', '.join(empty)}: the samples never differ; raise --n-prompts")
-    tqdm.write("  training pairs: " + ", ".join(f"{o} {n}" for o, n in counts.items()) + f"; labelled sequences: {len(labels)}")
+    shown = ", ".join(f"{o} {n}" for o, n in counts.items())
+    tqdm.write(f"  training pairs: {shown}; labelled sequences: {len(labels)}")
     write_rows(run.file("labels.jsonl"), labels)
     write_rows(run.file("pairs.jsonl"), pairs)
+    run.log("judge", judges)
 
 
 def sample_domain(run, model, domain, split, share, cuts, pairs, labels):
@@ -288,7 +292,8 @@ def sample_domain(run, model, domain, split, share, cuts, pairs, labels):
     names = domain_objectives(domain, run.objectives)
     dice, generator = run.dice("samples", domain, split), run.generator("samples", domain, split)
     problems = world.problems(split, max(8, int(share * config.n_prompts) // world.turns), dice)
-    with tqdm(total=len(problems) * world.turns * (config.n_samples + 1), desc=f"{domain} {split}", unit="sample", disable=None) as bar:
+    total = len(problems) * world.turns * (config.n_samples + 1)
+    with tqdm(total=total, desc=f"{domain} {split}", unit="sample", disable=None) as bar:
         # The contexts to answer: the problems themselves, or every turn of a dialogue played by the SFT policy.
         respond = plain_responder(model, world, 0, config.temperature, generator, bar.update)
         played = converse(world, problems, tokenizer, respond, seed_of(config.seed, "samples", domain, split, "student"))
@@ -313,17 +318,21 @@ def sample_domain(run, model, domain, split, share, cuts, pairs, labels):
 
 
 def calibrate_judge(run, model, name):
-    """Case A: the judge's threshold, fitted on 200 rated development examples. -> threshold (printed and logged)."""
+    """Case A: the judge's threshold, fitted on 200 rated development examples, and the agreement on another 200.
+    -> a row for the log."""
     world, dice, generator = DOMAINS[OBJECTIVES[name].domain], run.dice("judge", name), run.generator("judge", name)
     respond = plain_responder(model, world, 0, run.config.temperature, generator)
-    rated = converse(world, world.problems("dev", 200, dice), model.tokenizer, respond, seed_of(run.config.seed, "judge", name))
+    student = seed_of(run.config.seed, "judge", name)
+    rated = converse(world, world.problems("dev", 400, dice), model.tokenizer, respond, student)
     scores = [c.scores(world, model.tokenizer)[name] for c in rated]
-    threshold, agreement = fit_threshold([judge(s, dice) for s in scores], [s >= ENGAGING for s in scores])
-    share = sum(s >= ENGAGING for s in scores) / len(scores)
-    tqdm.write(f"  {name}: judge's threshold {threshold:.3f}, agreement {agreement:.3f} on 200 rated dev examples "
-               f"(always saying the commoner answer: {max(share, 1 - share):.3f})")
-    run.log("judge", [{"objective": name, "threshold": threshold, "agreement": agreement, "positive": share}])
-    return threshold
+    ratings, gold = [judge(s, dice) for s in scores], [s >= ENGAGING for s in scores]
+    half = len(scores) // 2
+    threshold, fitted = fit_threshold(ratings[:half], gold[:half])
+    agreement = sum((r > threshold) == g for r, g in zip(ratings[half:], gold[half:])) / half
+    share = sum(gold[half:]) / half
+    tqdm.write(f"  {name}: judge's threshold {threshold:.3f}, agreement {fitted:.3f} on the {half} rated dev examples it was "
+               f"fitted on, {agreement:.3f} on {half} others (always the commoner answer: {max(share, 1 - share):.3f})")
+    return {"objective": name, "threshold": threshold, "agreement_fitted": fitted, "agreement": agreement, "positive": share}
 
 
 def label_rollouts(run, model, world, names, split, n, cuts):
@@ -372,7 +381,7 @@ def verdicts(world, problem, tokenizer, name, sets, threshold, dice):
     return majority_labels(torch.tensor([[rate(r) > threshold for r in rollouts] for rollouts in sets]))
 
 
-# ------------------------------------------------------------------------------------------------------------- 4: PRM
+# -- 4: PRM
 
 class Cycle:
     """Draw from a list without replacement, reshuffled when it is used up."""
@@ -441,8 +450,9 @@ def train_prm(run, name, outputs):
         if step % 10 == 0 or step == steps - 1:
             log.append({"step": step, "loss": total})
             bar.set_postfix(loss=f"{total:.3f}")
-    run.log(stage, log + [measure_prm(run, prm, sources["dev"])])
+    log.append(measure_prm(run, prm, sources["dev"]))
     save_prm(prm, run.file(name))
+    run.log(stage, log)
 
 
 @torch.no_grad()
@@ -476,15 +486,16 @@ def measure_prm(run, prm, sources):
     return {"held_out": quality}
 
 
-# -------------------------------------------------------------------------------------------------------- 5: policies
+# -- 5: policies
 
-def reference_logps(run, policy, pairs, head_of):
-    """log-probabilities (N, 2) of all pairs under one policy, computed once and kept in <policy>_logps.safetensors."""
-    path = run.file(f"{policy}_logps.safetensors")
+def reference_logps(run, pairs):
+    """The SFT policy's log-probabilities (N, 2) of all pairs, computed once and kept in sft_logps.safetensors."""
+    path = run.file("sft_logps.safetensors")
     if not os.path.exists(path):
-        model = run.load(policy)
-        with tqdm(total=len(pairs), desc=f"log-probs of {policy}", unit="pair", disable=None) as bar:
-            save_safetensors({"logps": pair_logps(model, pairs, head_of, model.tokenizer.pad_id, progress=bar.update)}, path)
+        model = run.load("sft")
+        with tqdm(total=len(pairs), desc="log-probs of sft", unit="pair", disable=None) as bar:
+            logps = pair_logps(model, pairs, lambda o: 0, model.tokenizer.pad_id, progress=bar.update)
+        save_safetensors({"logps": logps}, path)
     return load_safetensors(path)["logps"]
 
 
@@ -493,15 +504,15 @@ def train_policy(run, name, heads, objectives, margins=None):
     of its own goes through head 0, so this one function is MAH-DPO, single-head DPO, DPO on one objective, and with
     margins (N,) MODPO. Balanced: the same number of pairs of every objective in every step (paper, Sec. 5)."""
     config, pairs = run.config, read_rows(run.file("pairs.jsonl"), Pair)
-    reference = reference_logps(run, "sft", pairs, lambda o: 0)
+    reference = reference_logps(run, pairs)
     model = run.load("sft").with_heads(heads, config.perturbation if len(heads) > 1 else 0.0, run.generator(name, "heads"))
     optimizer = make_optimizer(model, config.dpo_lr_backbone, config.dpo_lr_heads)
     top, log = [g["lr"] for g in optimizer.param_groups], []
     weights = dict(zip(run.objectives, parse_weights(config.alpha, run.objectives, "--alpha", 1.0)))
     alpha = torch.tensor([weights[o] for o in objectives], device=run.device)
     # An objective's pairs come in the same order to every policy, for the same number of steps.
-    cycles = {o: Cycle([i for i, p in enumerate(pairs) if p.objective == o and p.split == "train"], run.generator("pairs", o))
-              for o in run.objectives}
+    mine = lambda o: [i for i, p in enumerate(pairs) if p.objective == o and p.split == "train"]
+    cycles = {o: Cycle(mine(o), run.generator("pairs", o)) for o in run.objectives}
     steps = capped(config.dpo_steps, max(len(c.items) for c in cycles.values()) / config.dpo_pairs, config)
     for step in (bar := tqdm(range(steps), desc=name, unit="step", disable=None)):
         for group, lr in zip(optimizer.param_groups, top):
@@ -539,9 +550,10 @@ def train_policy(run, name, heads, objectives, margins=None):
 
 
 def show_progress(name, objectives, log):
-    """One aligned line per logged step: loss / margin / accuracy of every objective."""
-    if len(objectives) > 1:
-        tqdm.write(f"  {name}: loss margin accuracy on the step's pairs\n" + " " * 8 + " ".join(f"{o:>18}" for o in objectives))
+    """One aligned line per logged step: loss, margin, accuracy of every objective (the soup's members go without)."""
+    if not name.startswith("dpo_"):
+        names = " ".join(f"{o:>18}" for o in objectives)
+        tqdm.write(f"  {name}: loss, margin, accuracy on the step's pairs\n        {names}")
         for row in log:
             cells = [f"{row[o]['loss']:6.3f} {row[o]['margin']:+6.2f} {row[o]['accuracy']:4.2f}" for o in objectives]
             tqdm.write(f"  {row['step']:5d} " + " ".join(f"{c:>18}" for c in cells))
@@ -550,7 +562,7 @@ def show_progress(name, objectives, log):
 def modpo_margins(run, pairs):
     """(N,): for a pair of objective k, sum over the domain's other objectives j of w_j (r_j(y+) - r_j(y-)) with uniform w
     and r_j = beta log(pi_j / pi_ref) by the single-objective DPO policies."""
-    reference = reference_logps(run, "sft", pairs, lambda o: 0)
+    reference = reference_logps(run, pairs)
     margins = torch.zeros(len(pairs))
     for name in run.objectives:
         mates = domain_objectives(OBJECTIVES[name].domain, run.objectives)
@@ -572,19 +584,31 @@ def train_policies(run):
         if not finished(run, name):
             margins = modpo_margins(run, read_rows(run.file("pairs.jsonl"), Pair)) if name == "modpo" else None
             train_policy(run, name, list(heads), wanted, margins)
-    pairs = [p for p in read_rows(run.file("pairs.jsonl"), Pair) if p.split == "dev"]
-    rows, sft = [], run.load("sft")
-    score = lambda model, head_of: pair_logps(model, pairs, head_of, sft.tokenizer.pad_id)
-    reference = score(sft, lambda o: 0)
+    write_json(run.file("pair_metrics.json"), measure_pairs(run))
+
+
+def measure_pairs(run):
+    """Rows of the held-out pairs' table: every policy, each pair under its own head; the soup under its domain's."""
+    pairs = read_rows(run.file("pairs.jsonl"), Pair)
+    dev = [i for i, p in enumerate(pairs) if p.split == "dev"]
+    reference, pairs, rows = reference_logps(run, pairs)[dev], [pairs[i] for i in dev], []
+    measure = lambda name, logps, ref, part: rows.extend(
+        pair_metrics_rows(name, logps, ref, part, run.config.beta, run.config.seed))
     for name in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo"):
         model = run.load(name)
         own = model.config.objectives
-        logps = score(model, lambda o: own.index(o) if o in own else 0)
-        rows += pair_metrics_rows(name, logps, reference, pairs, run.config.beta, run.config.seed)
-    write_json(run.file("pair_metrics.json"), rows)
+        logps = reference if name == "sft" else pair_logps(
+            model, pairs, lambda o: own.index(o) if o in own else 0, model.tokenizer.pad_id)
+        measure(name, logps, reference, pairs)
+    for domain in run.domains:
+        index = [i for i, p in enumerate(pairs) if OBJECTIVES[p.objective].domain == domain]
+        model = average([run.load(f"dpo_{o}") for o in domain_objectives(domain, run.objectives)])
+        part = [pairs[i] for i in index]
+        measure("soup", pair_logps(model, part, lambda o: 0, model.tokenizer.pad_id), reference[index], part)
+    return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ command
+# -- command
 
 def finished(run, name):
     """Is a stage's last file there?"""
@@ -594,7 +618,8 @@ def finished(run, name):
 def stages(run):
     """The stages in order: (title, the file that is there when it is finished, the work)."""
     prms = [("prm", run.objectives)] if run.config.prm == "unified" else [(f"prm_{o}", [o]) for o in run.objectives]
-    yield "base model" + (f" from {run.config.init}" if run.config.init else ", pre-training"), "base", lambda: train_base(run)
+    source = f"from {run.config.init}" if run.config.init else "pre-training"
+    yield f"base model, {source}", "base", lambda: train_base(run)
     yield "supervised fine-tuning", "sft", lambda: train_sft(run)
     yield "samples, judges, rollouts", "pairs.jsonl", lambda: make_samples(run)
     for name, outputs in prms:
@@ -625,14 +650,15 @@ def read_command(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         shown = f"{f.metadata['help']} (default {f.default!r})" if f.default != "" else f.metadata["help"]
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=None, help=shown.replace("%", "%%"))
+        flag, shown = "--" + f.name.replace("_", "-"), shown.replace("%", "%%")
+        parser.add_argument(flag, type=type(f.default), default=None, help=shown)
     parser.add_argument("--fast", action="store_true", help="every stage, small: shows that it works, finds nothing")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run; takes no other option")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run; takes no other option but --device")
     args = vars(parser.parse_args(argv))
     fast, resume = args.pop("fast"), args.pop("resume")
     given = {k: v for k, v in args.items() if v is not None}
-    if resume and (given or fast):
-        raise InputError("--resume goes on with the run's own configuration; give no other option with it")
+    if resume and (set(given) - {"device"} or fast):
+        raise InputError("--resume goes on with the run's own configuration; give no option with it but --device")
     small = {f.name: f.metadata["fast"] for f in fields(Config) if fast and f.metadata["fast"] is not None}
     return Config(**(small | given)), resume
 
@@ -640,10 +666,11 @@ def read_command(argv):
 def check_config(c):
     """InputError for an option out of its range."""
     parse_weights(c.alpha, select_objectives(c.objective), "--alpha", 1.0)
-    low = {"temperature": 1e-6, "beta": 1e-9, "perturbation": 0, "gamma": 0, "n_samples": 2}
+    low = {"temperature": 1e-6, "beta": 1e-9, "perturbation": 0, "gamma": 0, "seed": 0, "n_samples": 2}
     for f in fields(c):
         value = getattr(c, f.name)
-        if type(value) in (int, float) and not low.get(f.name, 1 if type(value) is int and f.name != "seed" else 0) <= value < 2**31:
+        least = low.get(f.name, 1 if type(value) is int else 0)
+        if type(value) in (int, float) and not least <= value < 2**31:
             raise InputError(f"--{f.name.replace('_', '-')} {value} is out of range")
     if c.prm not in ("unified", "each"):
         raise InputError(f"--prm {c.prm}: choose unified or each")
@@ -661,9 +688,10 @@ def check_inputs(run):
         model = load_init(config.init)
         if config.data:
             train, dev, n_dropped = read_real_pairs(run, model)
-            read_real_labels(run, model)
-            print(f"{len(train)} pairs to train on, {len(dev)} held out; {n_dropped} rows longer than the context of "
-                  f"{model.config.max_len} tokens dropped")
+            labels, n_bad = read_real_labels(run, model)
+            print(f"{len(train)} pairs to train on, {len(dev)} held out, {n_dropped} dropped (longer than the context of "
+                  f"{model.config.max_len} tokens, or alike in this vocabulary)"
+                  + (f"; {len(labels)} responses with step labels, {n_bad} dropped" if labels or n_bad else ""))
     for domain in run.domains if not config.data else ():      # a world that is too small for what is asked
         DOMAINS[domain].problems("test", config.n_test, Dice(0))
         DOMAINS[domain].problems("train", max(config.n_prompts, config.n_rollout_prompts), Dice(0))
@@ -676,6 +704,7 @@ def open_run(config, resume):
         unknown = set(saved) - {f.name for f in fields(Config)} - {"objectives"}
         if unknown or "seed" not in saved:
             raise InputError(f"{resume}/config.json: not the configuration of a run ({', '.join(sorted(unknown))})")
+        saved |= {"device": config.device} if config.device != "auto" else {}
         return Run(resume, Config(**{k: v for k, v in saved.items() if k != "objectives"}))
     wanted = config.out or os.path.join("runs", config.objective.replace(",", "+"))
     path, number = wanted, 2

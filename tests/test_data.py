@@ -15,7 +15,7 @@ HARD = ["", " ", "  ", "\n", "\r\n\t", "4 + 5 = 9\nanswer 9", "Zyzzyva 1,000,000
         "café ☃ 你好 👩‍👩‍👧 \u00a0\u2028\u0000\x7f", "<|end|><|pad|> <|user|>", "the the  the\n\nthe", "it's o'clock", "ß" * 9]
 
 
-# ---------------------------------------------------------------------------------------------------- objectives
+# -- objectives
 
 def test_objectives_are_the_papers_in_order():
     """Head index = index in this table: a reordered or renamed row silently swaps heads of saved runs."""
@@ -50,7 +50,7 @@ def test_domain_objectives():
     assert domain_objectives("values", ["truthfulness", "math_accuracy"]) == ["truthfulness"]
 
 
-# ---------------------------------------------------------------------------------------- randomness and splits
+# -- randomness and splits
 
 def test_dice_depend_on_their_seed_only():
     """Draws from global random state: two runs of the same seed would differ."""
@@ -103,7 +103,7 @@ def test_too_many_problems_is_an_error():
         Small().problems("train", len(held) + 1, Dice(0))
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizer
+# -- tokenizer
 
 def test_embedded_covers_every_byte(tokenizer):
     """A byte without a token makes tiktoken panic with a BaseException in the middle of a run."""
@@ -281,7 +281,7 @@ def test_stories_tokenizer_is_the_reference_one(stories):
     chat_prefix_property(tok)
 
 
-# ---------------------------------------------------------------------------------------------------- boundaries
+# -- boundaries
 
 def cut(tokenizer, text, kind):
     """The steps of a text, as texts."""
@@ -316,7 +316,7 @@ def test_end_of_text_ends_a_step(tokenizer):
     assert int(tokenizer.boundary_masks("turn")[0].sum()) == 1
 
 
-# ------------------------------------------------------------------------------------------------------- worlds
+# -- worlds
 
 SUM = Problem("math", "4 ; a + 5 ; b - 2 = ?", {"first": 4, "terms": [("+", 5), ("-", 2)], "answer": 7})
 
@@ -462,7 +462,7 @@ def test_fit_threshold(ratings, gold, cut_, agreement):
     assert fitted == pytest.approx(cut_) and fitted not in ratings
 
 
-# ------------------------------------------------------------------------------------------------------- readers
+# -- readers
 
 GOOD = b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
 
@@ -551,7 +551,7 @@ def test_write_json_leaves_no_half_file(tmp_path):
     assert read_json(str(path)) == {"a": "é"} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-# ------------------------------------------------------------------------------------------------------- batches
+# -- batches
 
 def test_pad_and_response_mask():
     """Padding or prompt tokens that are scored as response (trap 1)."""

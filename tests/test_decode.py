@@ -57,7 +57,7 @@ def fixed_draws(monkeypatch):
         place["round"], place["token"] = place["round"] + 1, 0
         return plain_draw(*args, **kwargs)
 
-    def fake(n, *, generator=None, dtype=torch.float64):
+    def fake(n, *, generator=None, dtype=torch.float64, device=None):
         place["token"] += 1
         return torch.tensor([uniform(place["round"], place["token"] - 1, place["offset"] + r) for r in range(n)], dtype=dtype)
     monkeypatch.setattr(decode, "draw", draw)
@@ -65,7 +65,7 @@ def fixed_draws(monkeypatch):
     return place
 
 
-# ----------------------------------------------------------------------------------------------------------- sampling
+# -- sampling
 
 P = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
 
@@ -134,7 +134,7 @@ def test_sample_never_draws_what_has_no_probability():
             assert sample(logits, torch.tensor([u]), **options).item() in (1, 2)
 
 
-# --------------------------------------------------------------------------------------------------------- generation
+# -- generation
 
 def prompts_of(*lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -210,7 +210,7 @@ def test_generate_stops_at_the_context(toy):
 
 
 @pytest.mark.parametrize("prompts, message", [([[1], []], "prompt 1 is empty"), ([[1], [1] * 50], "prompt 1 has 50 tokens"),
-                                              ([[1] * 60], "prompt 0 has 60 tokens, the context 50")])
+                                              ([[1] * 60], "prompt 0 has 60 tokens, the context has room for 50")])
 def test_generate_refuses_prompts_that_do_not_fit(toy, prompts, message):
     """Prevents: a prompt cut in silence, or a crash deep inside attention."""
     with pytest.raises(InputError, match=message):
@@ -225,7 +225,7 @@ def test_generate_repeats_with_the_generator(toy):
     assert run(1) == first != run(2)
 
 
-# ---------------------------------------------------------------------------------------------- guided: the reference
+# -- guided: the reference
 
 def plain_choice(logits, u, temperature, top_k):
     """One token by the definition: softmax over the top_k, likeliest first, inverse of the distribution function."""
@@ -405,7 +405,7 @@ def test_steps_end_where_the_labels_end(toy, boundary, guide):
         {True, False}
 
 
-# ---------------------------------------------------------------------------------------------------- guided: refusals
+# -- guided: refusals
 
 OPTIONS = dict(boundary="newline", guide="math_accuracy", max_new_tokens=5)
 
@@ -453,7 +453,7 @@ def test_guided_refuses_another_tokenizer(toy):
         guided_decode(policy, small, [[1]], **OPTIONS)
 
 
-@pytest.mark.parametrize("prompts, message", [([[]], "empty"), ([[1] * 48], "48 tokens, the context 48")])
+@pytest.mark.parametrize("prompts, message", [([[]], "empty"), ([[1] * 48], "48 tokens, the context has room for 48")])
 def test_guided_refuses_prompts_that_do_not_fit(toy, prompts, message):
     """Prevents: a prompt that fits the policy but not the PRM."""
     with pytest.raises(InputError, match=message):
@@ -464,7 +464,7 @@ def test_guided_refuses_turns_that_do_not_fit(toy):
     """Prevents: a conversation that outgrows the context, or a state for other conversations."""
     found, = guided_decode(*toy, [[1] * 40], **OPTIONS)
     room = 48 - 40 - len(found.ids)
-    with pytest.raises(InputError, match=f"prompt 0 has {room} tokens, the context {room}"):
+    with pytest.raises(InputError, match=f"prompt 0 has {room} tokens, the context has room for {room}"):
         guided_decode(*toy, [[1] * room], state=found.state, **OPTIONS)
     with pytest.raises(InputError, match="holds 1 conversations, 2"):
         guided_decode(*toy, [[1], [2]], state=found.state, **OPTIONS)
@@ -484,7 +484,7 @@ def test_guided_refuses_an_unknown_guide(toy):
         guided_decode(*toy, [[1]], boundary="newline", guide="honesty", max_new_tokens=5)
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# -- command line
 
 def test_parse_weights():
     """Prevents: weights given to the wrong head; names not mentioned weigh nothing."""
@@ -548,7 +548,7 @@ def test_main_talks_over_several_turns(tiny_run, gpt, capsys, monkeypatch):
 @pytest.mark.parametrize("argv, message", [
     (["--guide", "cleverness"], "unknown objective 'cleverness'"), (["--guide", "honesty"], "no PRM output 'honesty'"),
     (["--weights", "honesty=1"], "no 'honesty' here"), (["--policy", "nothing"], "nothing/config.json: no such file"),
-    (["--prompt", "1 + " * 100], "the context 128; shorten the prompt"), (["--prompt", "x", "--k", "0"], "K must be")])
+    (["--prompt", "1 + " * 100], "room for 128 with the answer; shorten the prompt"), (["--prompt", "x", "--k", "0"], "K must be")])
 def test_main_refuses(tiny_run, argv, message):
     """Prevents: tracebacks, or an answer by another head or guide than the one asked for."""
     with pytest.raises(InputError, match=message):

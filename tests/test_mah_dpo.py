@@ -48,7 +48,7 @@ def slow_logps(model, head, prompt, response):
     return total
 
 
-# -------------------------------------------------------------------------------------------------- log-probabilities
+# -- log-probabilities
 
 def test_response_logps_equal_the_definition(model, rows):
     """Prevents: prompt tokens scored, the last token left out, logits shifted by one, padding scored."""
@@ -98,7 +98,7 @@ def test_policy_logps_each_row_through_its_own_head(model, rows):
     assert policy_logps(model, ids, mask, head).tolist() == pytest.approx(expected, abs=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+# -- losses
 
 PI_C, PI_R, REF_C, REF_R = torch.tensor([[-3.0, -9.0], [-5.0, -4.0], [-4.0, -8.5], [-4.5, -6.0]]).unbind()
 
@@ -205,7 +205,7 @@ def test_training_raises_the_margin(model, pairs):
     assert bool((loss_of(policy, model, pairs, head)[1]["margin"] > 0).all())
 
 
-# ---------------------------------------------------------------------------------------------------------- baselines
+# -- baselines
 
 def test_modpo_hand_value():
     """Prevents: the margin added instead of subtracted, multiplied by w_k, or scaled by beta twice."""

@@ -39,7 +39,7 @@ def no_grad():
         yield
 
 
-# ----------------------------------------------------------------------------------------------------- backbone
+# -- backbone
 
 def test_rotary_positions_by_hand():
     """Rotation by the wrong angle or of interleaved pairs: a real Llama checkpoint turns into noise."""
@@ -100,7 +100,7 @@ def test_unusable_configuration(bad):
         GPTConfig(**({"vocab_size": 23} | bad))
 
 
-# -------------------------------------------------------------------------------------------------------- cache
+# -- cache
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cached_equals_uncached(shape):
@@ -294,7 +294,7 @@ def test_fork_is_a_copy():
     assert close(model(ids[:, 4:], cache), model(ids)[:, 4:])
 
 
-# -------------------------------------------------------------------------------------------------------- heads
+# -- heads
 
 def three_heads(**more):
     return small(objectives=("a", "b", "c"), **more)
@@ -361,7 +361,7 @@ def test_with_heads_noise():
     assert torch.equal(a.embed.weight, model.embed.weight)
 
 
-# -------------------------------------------------------------------------------------------------- safetensors
+# -- safetensors
 
 def every_dtype():
     g = torch.Generator().manual_seed(0)
@@ -488,7 +488,7 @@ def test_safetensors_survive_random_damage(tmp_path):
     assert min(outcomes.values()) > 50, outcomes          # damage in the data is read, damage in the header refused
 
 
-# -------------------------------------------------------------------------------------- Hugging Face directories
+# -- Hugging Face directories
 
 def same_parameters(a, b):
     a, b = dict(a.named_parameters()), dict(b.named_parameters())

@@ -31,7 +31,7 @@ def prm(tokenizer):
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------ labels
+# -- labels
 
 def test_hindsight_hand_values():
     """Prevents: gamma^(n-t) off by one, one n used for all rollouts, rollouts summed instead of averaged, r_t left out."""
@@ -88,7 +88,7 @@ def test_matching_steps_skip_equal_prefixes():
     assert matching_steps([1, 5, 5], [2, 5, 5], [0, 2], [0, 2]) == [(0, 0), (2, 2)]
 
 
-# ------------------------------------------------------------------------------------------------------------ losses
+# -- losses
 
 def test_mse_hand_value_and_mask():
     """Prevents: unlabelled steps in the mean, and a sum where a mean belongs."""
@@ -134,7 +134,7 @@ def test_step_loss_missing_labels_have_no_gradient():
     assert float(step_loss(OUTPUTS, scores, torch.full((4, 3), math.nan))) == 0.0
 
 
-# ------------------------------------------------------------------------------------------------------------ scorer
+# -- scorer
 
 def test_forward_is_linear_relu_linear_per_token(prm):
     """Prevents: an output squashed into [0, 1] (values exceed 1), or scores read from the heads' logits."""
@@ -191,7 +191,7 @@ def test_weights_come_from_the_generator(tokenizer):
     assert not torch.equal(make(3)["0.weight"], make(4)["0.weight"])
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# -- files
 
 def test_save_and_load_bit_exact(prm, tmp_path):
     """Prevents: a reloaded PRM that scores differently, or without its scales, names or tokenizer."""

@@ -49,7 +49,7 @@ def run(tmp_path):
     return Run(str(tmp_path), Config(objective="math,honesty", device="cpu"))
 
 
-# ---------------------------------------------------------------------------------------------------------- examples
+# -- examples
 
 CHAT = [*HELLO, {"role": "assistant", "content": "4 + 5 = 9"}, {"role": "user", "content": "and ?"},
         {"role": "assistant", "content": "answer 7"}]
@@ -70,9 +70,8 @@ def test_language_model_loss_is_the_masked_next_token_loss(run, gpt, tokenizer):
     examples = [chat_example(tokenizer, CHAT), chat_example(tokenizer, CHAT[:2])]
     losses = [-F.log_softmax(gpt.logits(gpt(torch.tensor([ids[:t]])))[0, -1], 0)[ids[t]].item()
               for ids, mask in examples for t in range(len(ids)) if mask[t]]
-    train.language_model(run, "sft", model, examples, 1, 1e-3)
-    logged, = [json.loads(line) for line in open(run.file("log.jsonl"), encoding="utf-8")]
-    assert logged == {"stage": "sft", "step": 0, "loss": pytest.approx(sum(losses) / len(losses), rel=1e-5)}
+    logged, = train.language_model(run, "sft", model, examples, 1, 1e-3)
+    assert logged == {"step": 0, "loss": pytest.approx(sum(losses) / len(losses), rel=1e-5)}
     assert not torch.equal(model.embed.weight, gpt.embed.weight)
 
 
@@ -86,7 +85,7 @@ def test_cycle_draws_each_item_once_per_epoch():
     assert Cycle(["x"], torch.Generator()).take(3) == ["x", "x", "x"]
 
 
-# ---------------------------------------------------------------------------------------------------- labels by hand
+# -- labels by hand
 
 class OneSum(World):
     """A world of one problem with a verifier and a judge that can be checked by eye."""
@@ -165,7 +164,7 @@ def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
         assert good == max(others) and bad == min(others) and good > bad
 
 
-# ------------------------------------------------------------------------------------------------------ PRM training
+# -- PRM training
 
 @pytest.fixture
 def prm(gpt):
@@ -211,7 +210,7 @@ def test_measure_prm_by_hand(run, prm, monkeypatch, capsys):
     assert prm.scale.tolist() == pytest.approx([2.0, math.sqrt(4.5)])
 
 
-# --------------------------------------------------------------------------------------------------- policy training
+# -- policy training
 
 def make_pairs(tokenizer, n=6):
     texts = ["the color is red .", "no idea about the size .", "maybe the job is pilot . ok .", "4 + 5 = 9\nanswer 9"]
@@ -271,7 +270,7 @@ def test_modpo_margins_by_hand(run, gpt, tokenizer, monkeypatch):
     assert train.modpo_margins(run, pairs).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------- measures
+# -- measures
 
 def test_summary_hand_values():
     """Prevents: a population's standard deviation, or one not divided by sqrt(n)."""
@@ -375,7 +374,7 @@ def test_longest_conversations_leave_room(tokenizer):
                 c.answer([tokenizer.encode("ok")[0]] * min(world.max_new_tokens, limit - len(c.ids)), world, tokenizer, dice)
 
 
-# ---------------------------------------------------------------------------------------------------- a whole run
+# -- a whole run
 
 TINY = ["--fast", "--base-steps", "2", "--sft-steps", "2", "--n-prompts", "8", "--n-samples", "3", "--n-rollout-prompts", "8",
         "--prm-steps", "2", "--dpo-steps", "2", "--dpo-pairs", "2", "--n-test", "2", "--device", "cpu"]
@@ -431,7 +430,7 @@ def test_results_have_the_promised_rows(whole):
     sweep = [r["weights"]["helpfulness"] for r in results if r["domain"] == "values" and r["policy"] == "mah_dpo" and not r["guide"]]
     assert sweep == [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     held_out = {(r["policy"], r["domain"]): r["metrics"] for r in results if r["domain"].startswith("pairs:")}
-    assert set(held_out) == {(p, f"pairs:{n}") for p in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo") for n in NAMES}
+    assert set(held_out) == {(p, f"pairs:{n}") for p in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo", "soup") for n in NAMES}
     for n in NAMES:
         assert held_out["sft", f"pairs:{n}"]["loss"]["mean"] == pytest.approx(math.log(2), abs=1e-6)
         assert held_out["sft", f"pairs:{n}"]["margin"]["mean"] == pytest.approx(0, abs=1e-6)
@@ -466,7 +465,7 @@ def test_report_and_picture(whole):
                  "| mah_dpo:honesty", "| unified", "| honesty (", "±"):
         assert part in text
     root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
-    tag = lambda name: root.findall("{http://www.w3.org/2000/svg}" + name)
+    tag = lambda name: root.findall(".//{http://www.w3.org/2000/svg}" + name)
     assert len(tag("polyline")) == 1 and len(tag("polyline")[0].get("points").split()) == 5
     assert len(tag("circle")) == 7 + 2 + 2 * 3
 
@@ -516,8 +515,8 @@ def test_evaluate_command_measures_again(whole, tmp_path, capsys):
 def test_soup_is_the_average_of_the_single_policies(whole):
     """Prevents: a soup with SFT, or with policies of other domains in it."""
     bench = evaluate.Bench(whole)
-    mixed = bench.soup(NAMES[:2]).state_dict()
-    parts = [bench.model(f"dpo_{n}").state_dict() for n in NAMES[:2]]
+    models = [bench.model(f"dpo_{n}") for n in NAMES[:2]]
+    mixed, parts = evaluate.average(models).state_dict(), [m.state_dict() for m in models]
     for k, v in mixed.items():
         torch.testing.assert_close(v, (parts[0][k] + parts[1][k]) / 2, atol=1e-6, rtol=0)
     assert not torch.equal(mixed["heads.0.weight"], parts[0]["heads.0.weight"])
@@ -529,7 +528,7 @@ def test_decode_talks_to_a_finished_run(whole, capsys):
     assert "step 1" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------- real data
+# -- real data
 
 @pytest.fixture(scope="module")
 def checkpoint(gpt, tmp_path_factory):
@@ -567,13 +566,13 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
     out = str(tmp_path / "run")
     train.main(["--objective", "helpfulness,honesty", "--init", checkpoint, "--data", pairs_dir, "--out", out, "--prm", "each", *TINY])
     printed = capsys.readouterr()
-    assert "; 1 rows longer than the context of 128 tokens dropped" in printed.out
+    assert ", 1 dropped (longer than the context of 128 tokens" in printed.out
     rows = read_json(os.path.join(out, "results.json"))
     pairs = [Pair(**r) for r in rows_of(os.path.join(out, "pairs.jsonl"))]
     assert len(pairs) == 48
     dev = {o: sum(p.objective == o and p.split == "dev" for p in pairs) for o in ("helpfulness", "honesty")}
     assert {(r["policy"], r["domain"], r["metrics"]["loss"]["n"]) for r in rows} == \
-        {(p, f"pairs:{o}", n) for p in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo") for o, n in dev.items()}
+        {(p, f"pairs:{o}", n) for p in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo", "soup") for o, n in dev.items()}
     always = {"loss", "margin", "logp_accuracy"}              # the reference has no margin to be right or wrong about
     assert all(set(r["metrics"]) == always | ({"reward_accuracy"} if r["policy"] == "mah_dpo" else set())
                for r in rows if r["policy"] in ("sft", "mah_dpo"))
@@ -610,7 +609,7 @@ def test_one_objective_run(small_worlds, checkpoint, tmp_path, capsys):
     assert "step 1" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------- the command line
+# -- the command line
 
 def test_one_flag_per_field():
     """Prevents: a setting that the command line cannot reach, or that is read as text."""
@@ -657,8 +656,8 @@ def refused(argv, capsys, main=train.main):
     (["--beta", "-1"], "--beta -1.0"), (["--seed", "-1"], "--seed -1"), (["--dpo-lr-heads", "inf"], "--dpo-lr-heads inf"),
     (["--prm", "both"], "choose unified or each"), (["--data", "."], "--data needs --init"),
     (["--init", "nowhere"], "nowhere: no such directory"), (["--device", "abacus"], "--device abacus: not available"),
-    (["--resume", "nowhere"], "nowhere/config.json: no such file"), (["--resume", "x", "--seed", "1"], "no other option"),
-    (["--resume", "x", "--fast"], "no other option")])
+    (["--resume", "nowhere"], "nowhere/config.json: no such file"), (["--resume", "x", "--seed", "1"], "no option with it but --device"),
+    (["--resume", "x", "--fast"], "no option with it but --device")])
 def test_bad_options_are_refused(argv, message, capsys, tmp_path, monkeypatch):
     """Prevents: tracebacks, and half-written run directories, for values that cannot work."""
     monkeypatch.chdir(tmp_path)
