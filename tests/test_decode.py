@@ -571,3 +571,30 @@ def test_main_prefers_the_guides_own_prm(tiny_run, gpt, capsys, tmp_path):
     assert "step 1" in capsys.readouterr().out
     with pytest.raises(InputError, match="prm/config.json: no such file"):
         decode.main([str(tmp_path), "--guide", "math_accuracy", *argv])
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5},
+                                     {"max_new_tokens": 0}])
+def test_sampling_options_without_a_meaning_are_refused(toy, options):
+    """Prevents: top_p = 0 that returns the least likely token, a negative temperature that prefers unlikely ones."""
+    with pytest.raises(InputError, match="need temperature >= 0"):
+        generate(toy[0], [[1, 2]], **({"max_new_tokens": 4} | options))
+    with pytest.raises(InputError, match="need temperature >= 0"):
+        guided_decode(*toy, [[1, 2]], **(OPTIONS | options))
+
+
+def test_a_full_context_is_refused(toy):
+    """Prevents: a limit of 0 read as 'no limit given': garbage at a clamped position instead of an error."""
+    with pytest.raises(InputError, match="room for 0"):
+        decode.check_prompts(toy[0], [[1]], limit=0)
+
+
+def test_generate_without_a_tokenizer_runs_to_its_budget(toy, monkeypatch):
+    """Prevents: a bare checkpoint (random weights, a benchmark) that cannot generate because it has no EOS."""
+    monkeypatch.setattr(toy[0], "tokenizer", None)
+    assert [len(r) for r in generate(toy[0], [[1, 2], [3]], max_new_tokens=7, temperature=0.0)] == [7, 7]
+
+
+def test_parse_weights_defaults():
+    """Prevents: --alpha honesty=2 that silences every objective it does not name."""
+    assert parse_weights("b=2", ["a", "b"], "--alpha", 1.0) == [1.0, 2.0] and parse_weights("b=2", ["a", "b"]) == [0.0, 2.0]

@@ -744,3 +744,30 @@ def test_commands_end_with_one_line_and_code_2(checkpoint, tmp_path):
         assert process.returncode == 2 and message in err
         assert err.count("\n") == 1 and err.startswith("error: ") and out == ""
     assert os.listdir(tmp_path) == ["honesty.jsonl"]
+
+
+def test_objectives_that_cannot_be_trained_are_refused(run, gpt, monkeypatch):
+    """Prevents: an endless loop over an objective whose only pairs were held out."""
+    run.objectives, run.domains = ["helpfulness"], ["values"]
+    held_out = Pair("helpfulness", [1], [2], [3], "dev")
+    monkeypatch.setattr(run, "load", lambda name: gpt, raising=False)
+    monkeypatch.setattr(train, "sample_domain", lambda *args: args[-2].append(held_out))
+    with pytest.raises(InputError, match="no preference pair for helpfulness"):
+        train.make_samples(run)
+    with pytest.raises(AssertionError):
+        Cycle([], torch.Generator())
+
+
+def test_alpha_weighs_objectives():
+    """Prevents: an --alpha that is accepted and changes nothing, or names an objective that the run does not have."""
+    config, _ = read_command(["--objective", "values", "--alpha", "honesty=2"])
+    train.check_config(config)
+    with pytest.raises(InputError, match="--alpha: no 'math_accuracy'"):
+        train.check_config(read_command(["--objective", "values", "--alpha", "math_accuracy=2"])[0])
+
+
+def test_policies_see_the_same_pairs(whole):
+    """Prevents: baselines that train on other pairs, or another order of them, than MAH-DPO: an unpaired comparison."""
+    run = Run(whole, Config(**{k: v for k, v in read_json(os.path.join(whole, "config.json")).items() if k != "objectives"}))
+    draws = [Cycle(list(range(20)), run.generator("pairs", o)).take(30) for o in ("honesty", "honesty", "helpfulness")]
+    assert draws[0] == draws[1] != draws[2]
