@@ -21,10 +21,6 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, fields
 
-# Read when torch loads OpenMP. By default its threads spin at every barrier, and one busy neighbour on a small machine
-# then slows training many times over; a bounded spin costs nothing on a quiet one.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
