@@ -296,6 +296,7 @@ def show_step(tokenizer, number, step):
 
 
 def main(argv=None):
+    """The command line: guided answers of a finished run, every candidate shown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run directory written by train.py")
     parser.add_argument("--prompt", help="the user's message; without it, lines from standard input are a conversation")

@@ -298,6 +298,7 @@ def evaluate(run, pair_rows, device=None):
 
 
 def main(argv=None):
+    """The command line: measure a finished run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run directory written by train.py")
     parser.add_argument("--device", help="auto, cpu, cuda or mps (default: the run's own)")

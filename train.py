@@ -51,7 +51,7 @@ class Config:
     seed: int = option(0, "every random draw of the run derives from it")
     device: str = option("auto", "auto, cpu, cuda or mps")
     prm: str = option("unified", "unified: one PRM with an output per objective; each: one PRM per objective")
-    temperature: float = option(0.7, "for samples, rollouts, candidates and tables (chosen on dev prompts; paper: 1.0)")
+    temperature: float = option(0.7, "for samples, rollouts, candidates and tables (the paper's is 1.0)")
     beta: float = option(0.1, "strength of the tie to the reference policy in DPO")
     alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 where not named)")
     gamma: float = option(0.9, "discount per step in hindsight targets")
@@ -717,6 +717,7 @@ def open_run(config, resume):
 
 
 def main(argv=None):
+    """The command line: a new run, or an unfinished one."""
     config, resume = read_command(argv)
     check_config(config)
     run_stages(open_run(config, resume))
