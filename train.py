@@ -353,7 +353,7 @@ def label_rollouts(run, model, world, names, split, n, cuts):
     rows = []
     for i, (problem, prompt, response) in enumerate(zip(problems, prompts, responses)):
         sets = [completed.get((i, e), [response] * config.rollouts) for e in ends[i]]
-        steps = [tokenizer.decode(response[a + 1:b + 1]) for a, b in zip([-1, *ends[i]], ends[i])]
+        steps = step_texts(tokenizer, response, world.boundary)
         targets = {name: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if case[name] == "verifiable" else
                           verdicts(world, problem, tokenizer, name, sets, cuts[name], dice)).tolist() for name in case}
         rows.append(Labelled(prompt + response, [len(prompt) + e for e in ends[i]],
@@ -362,10 +362,15 @@ def label_rollouts(run, model, world, names, split, n, cuts):
     return rows
 
 
+def step_texts(tokenizer, ids, boundary):
+    """Response ids -> the text of every step."""
+    ends = tokenizer.step_ends(ids, boundary)
+    return [tokenizer.decode(ids[a + 1:b + 1]) for a, b in zip([-1, *ends], ends)]
+
+
 def hindsight(world, problem, tokenizer, steps, sets, gamma):
     """The verifiable case: verify the response's steps and every rollout's end, then hindsight_targets."""
-    texts = [[[tokenizer.decode(r[a + 1:b + 1]) for a, b in zip([-1, *e], e)] for r in rollouts
-              for e in [tokenizer.step_ends(r, world.boundary)]] for rollouts in sets]
+    texts = [[step_texts(tokenizer, r, world.boundary) for r in rollouts] for rollouts in sets]
     z = torch.tensor([[world.verify(problem, t)[0] for t in row] for row in texts])
     n = torch.tensor([[len(t) for t in row] for row in texts])
     return hindsight_targets(torch.tensor(world.verify(problem, steps)[1]), n, z, gamma)
