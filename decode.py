@@ -17,6 +17,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +69,10 @@ def ingest(net, cache, prompts, max_new_tokens):
     rows = torch.arange(0, len(cache.lengths), cache.K, device=cache.lengths.device)
     backbone = getattr(net, "backbone", net)
     ids, n = pad(prompts, 0, backbone.embed.weight.device)
-    # Padded candidates may stick out behind a row that is already long: hence room for twice the new tokens.
-    cache.reserve(cache.high + ids.shape[1] + 2 * min(max_new_tokens, backbone.config.max_len))
+    # Padded candidates may stick out behind a row that is already long: hence room for twice the new tokens. Markers
+    # behind the steps, one token each at worst, come on top.
+    room = 3 if getattr(net, "marker", None) is not None else 2
+    cache.reserve(cache.high + ids.shape[1] + room * min(max_new_tokens, backbone.config.max_len))
     lengths = cache.lengths.clone()
     lengths[rows] += n
     out = net(ids, cache, rows)
@@ -170,8 +173,9 @@ def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
     if K < 1:
         raise InputError(f"K must be at least 1, not {K}")
     prm.guide(prm.scale, guide, boundary if isinstance(boundary, str) else None)   # refuses a guide that the PRM lacks
-    a, b = model.tokenizer, prm.backbone.tokenizer
-    if (a and b and a.pieces != b.pieces) or model.config.vocab_size != prm.backbone.config.vocab_size:
+    # Vocabularies may be padded to different sizes; what counts is that the PRM reads every id as the policy means it.
+    known = [net.tokenizer.pieces if net.tokenizer else [b""] * net.config.vocab_size for net in (model, prm.backbone)]
+    if any(a != b for a, b in zip_longest(*known, fillvalue=b"")):
         raise InputError("policy and PRM have different tokenizers; the PRM must read the policy's own ids")
     limit = min(model.config.max_len, prm.backbone.config.max_len)
     held = state.policy.lengths[::state.policy.K].tolist() if state else [0] * len(prompts)
@@ -233,13 +237,18 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
 
 
 def score_candidates(prm, cache, candidates, rows):
-    """Feed each candidate's tokens (and nothing else) to the PRM -> scores at each candidate's last token (n, P)."""
+    """Feed each candidate's tokens to the PRM -> scores at each candidate's last token (n, P). A PRM with a marker gets it
+    behind the step, before EOS, and is read there."""
+    at = torch.tensor([len(c) - 1 for c in candidates], device=rows.device)
+    if prm.marker is not None:
+        at = at + torch.tensor([c[-1] != prm.backbone.tokenizer.eos_id for c in candidates], device=rows.device)
+        candidates = [c[:i] + [prm.marker] + c[i:] for c, i in zip(candidates, at.tolist())]
     ids, n = pad(candidates, 0, rows.device)
     lengths = cache.lengths.clone()
     lengths[rows] += n
     scores = prm(ids, cache, rows)                                                        # (n, T, P)
     cache.rollback(lengths)
-    return scores[torch.arange(len(n), device=n.device), n - 1]
+    return scores[torch.arange(len(n), device=n.device), at]
 
 
 def commit(model, results, candidates, scores, winners, alive, budget, K):

@@ -37,22 +37,30 @@ class GPTConfig:
     position: str = "rope"         # rope | learned
     norm: str = "rms"              # rms | layer
     mlp: str = "swiglu"            # swiglu | gelu
-    attn_bias: bool = False        # bias on q, k, v and the attention's output
+    attn_bias: bool = False        # bias on q, k and v
+    out_bias: bool = False         # bias on the attention's output
     mlp_bias: bool = False
+    qk_norm: bool = False          # RMSNorm of every query and key (Qwen3)
     rope_theta: float = 10000.0
+    rope_scaling: dict = None      # llama3's stretching of the slow rotations to a longer context
     norm_eps: float = 1e-5
     objectives: tuple = ("policy",)  # names of the heads; head index = index here
     init_std: float = 0.05           # of the linear maps; embeddings start at 0.5 (small models learn faster so)
+    hf: dict = None                  # config.json of the checkpoint that this came from, written back by save_hf
 
     def __post_init__(self):
         self.objectives = tuple(self.objectives)
         sizes = self.vocab_size, self.n_layer, self.n_head, self.n_kv_head, self.d_model, self.d_ff, self.max_len
-        if not all(type(n) is int and n > 0 for n in sizes):
-            raise ValueError(f"unusable model configuration: {self}")
+        if not all(type(n) is int and 0 < n < 2**31 for n in sizes) or self.max_len > 2**22:
+            raise ValueError("unusable model configuration: sizes must be positive whole numbers (context up to 4 million), "
+                             f"not {sizes}")
         self.head_dim = self.head_dim or self.d_model // self.n_head
-        if self.n_head % self.n_kv_head or self.position not in ("rope", "learned") \
+        if self.n_head % self.n_kv_head or self.head_dim % 2 or self.position not in ("rope", "learned") \
                 or self.norm not in ("rms", "layer") or self.mlp not in ("swiglu", "gelu"):
-            raise ValueError(f"unusable model configuration: {self}")
+            raise ValueError(f"unusable model configuration: {self.n_head} heads of {self.head_dim} channels on "
+                             f"{self.n_kv_head}, {self.position}, {self.norm}, {self.mlp}")
+        if not all(0 < x < math.inf for x in (self.rope_theta, self.norm_eps)):
+            raise ValueError(f"unusable model configuration: rope_theta {self.rope_theta} and norm_eps {self.norm_eps}")
 
 
 class KVCache:
@@ -118,6 +126,18 @@ class KVCache:
         self.high = int(self.lengths.max())
 
 
+def rope_frequencies(c):
+    """Angle per position of every pair of channels (hd/2,) in float64: theta^(-2i/hd). llama3's scaling divides the slow
+    ones by `factor` (a turn longer than the original context), keeps the fast ones, and goes over between the two."""
+    f = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    if c.rope_scaling:
+        s = c.rope_scaling
+        turns = s["original_max_position_embeddings"] * f / (2 * math.pi)                 # within the original context
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        f = f * keep + f / s["factor"] * (1 - keep)
+    return f
+
+
 def rotate(x, cos, sin):
     """Rotary position embedding, the two halves of a head as real and imaginary parts. x (B, T, n, hd); cos and sin
     (B, T, 1, hd/2)."""
@@ -130,12 +150,15 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv, self.hd, self.layer = c.n_head, c.n_kv_head, c.head_dim, layer
         self.qkv = nn.Linear(c.d_model, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.attn_bias)
-        self.out = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.attn_bias)
+        self.out = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None for _ in "qk")
 
     def forward(self, x, rope, cache, rows, positions, mask):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.hd)
         qk, v = qkv[:, :, :-self.n_kv], qkv[:, :, -self.n_kv:]
+        if self.q_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, :, :self.n_head]), self.k_norm(qk[:, :, self.n_head:])), 2)
         if rope is not None:
             qk = rotate(qk, *rope)
         q, k = qk[:, :, :self.n_head].transpose(1, 2), qk[:, :, self.n_head:]             # (B, n_head, T, hd)
@@ -185,17 +208,30 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = (nn.RMSNorm if c.norm == "rms" else nn.LayerNorm)(c.d_model, eps=c.norm_eps)
         self.heads = nn.ModuleList(nn.Linear(c.d_model, c.vocab_size, bias=False) for _ in c.objectives)
-        if c.position == "rope":
-            frequency = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).double() / c.head_dim)
-            angle = torch.outer(torch.arange(c.max_len).double(), frequency)              # (max_len, hd/2)
-            self.register_buffer("cos", angle.cos().float(), persistent=False)
-            self.register_buffer("sin", angle.sin().float(), persistent=False)
+        self.make_rope()
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 std = 0.5 if "embed" in name or "positions" in name else c.init_std
                 nn.init.normal_(p, std=std, generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+
+    def make_rope(self):
+        """The cosine and sine tables (max_len, hd/2) of rotary positions."""
+        if self.config.position == "rope":
+            angle = torch.outer(torch.arange(self.config.max_len, dtype=torch.float64), rope_frequencies(self.config))
+            self.register_buffer("cos", angle.cos().float(), persistent=False)
+            self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    @classmethod
+    def from_state(cls, config, state, tokenizer):
+        """A model made of these very tensors: nothing is allocated or drawn only to be overwritten."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(state, assign=True)
+        model.make_rope()
+        model.tokenizer = tokenizer
+        return model.to(model.embed.weight)
 
     def forward(self, ids, cache=None, rows=None):
         """ids (B, T) -> h (B, T, d). Without a cache: rows start at position 0, padded on the right if ragged.
@@ -260,15 +296,11 @@ class GPT(nn.Module):
     def with_heads(self, objectives, std=0.0, generator=None):
         """A copy of this model with one copy of head 0 per objective, each plus Gaussian noise of `std`. The copies are
         untied: neither the embedding nor head 0 is touched (the published code perturbs both by accident)."""
-        new = GPT(GPTConfig(**(vars(self.config) | {"objectives": tuple(objectives)})))
-        new.to(self.embed.weight)
-        new.tokenizer = self.tokenizer
-        with torch.no_grad():
-            new.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("heads.")}, strict=False)
-            for head in new.heads:
-                noise = torch.randn(head.weight.shape, generator=generator) * std
-                head.weight.copy_(self.heads[0].weight + noise.to(self.heads[0].weight))
-        return new
+        state = {k: v.detach().clone() for k, v in self.state_dict().items() if not k.startswith("heads.")}
+        for i in range(len(objectives)):
+            noise = torch.randn(self.heads[0].weight.shape, generator=generator) * std
+            state[f"heads.{i}.weight"] = self.heads[0].weight.detach() + noise.to(self.heads[0].weight)
+        return GPT.from_state(GPTConfig(**vars(self.config) | {"objectives": tuple(objectives)}), state, self.tokenizer)
 
 
 # -- safetensors
@@ -277,11 +309,11 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def load_safetensors(path):
-    """File -> dict name -> tensor, memory-mapped: nothing is read before it is used. The file is untrusted: any lie in
-    its header (length, offsets, dtype, shape) is a InputError that names the file and the tensor.
+def read_header(path):
+    """The tensors of a safetensors file: dict name -> (dtype, shape, first byte, last byte + 1), in the file's bytes.
 
-    Layout: 8 bytes little-endian header length n, n bytes JSON {name: {dtype, shape, data_offsets}}, then the data."""
+    The file is untrusted: any lie in its header (length, offsets, dtype, shape) is an InputError that names the file and
+    the tensor. Layout: 8 bytes little-endian header length n, n bytes JSON {name: {dtype, shape, data_offsets}}, data."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; a checkpoint needs it")
     size = os.path.getsize(path)
@@ -294,27 +326,19 @@ def load_safetensors(path):
             header = json.loads(f.read(n).decode("utf-8"), object_pairs_hook=no_duplicates)
         except (ValueError, RecursionError) as e:
             raise InputError(f"{path}: broken safetensors header: {e}") from None
-        if not isinstance(header, dict):
-            raise InputError(f"{path}: safetensors header is not an object")
-        header.pop("__metadata__", None)
-        spans = sorted((check_entry(path, name, entry, size - 8 - n), name) for name, entry in header.items())
-        end = 0
-        for (start, stop), name in spans:
-            if start != end:
-                raise InputError(f"{path}: tensor {name!r} starts at byte {start} of the data, expected {end}")
-            end = stop
-        if end != size - 8 - n:
-            raise InputError(f"{path}: the tensors end at byte {end} of the data, the file at {size - 8 - n}")
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {}
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: safetensors header is not an object")
+    header.pop("__metadata__", None)
+    spans = sorted((check_entry(path, name, entry, size - 8 - n), name) for name, entry in header.items())
+    end = 0
     for (start, stop), name in spans:
-        dtype, shape = DTYPES[header[name]["dtype"]], header[name]["shape"]
-        flat = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=8 + n + start) if stop > start \
-            else torch.empty(0, dtype=torch.uint8)
-        # torch wants aligned views; the format does not promise them, so an odd offset costs a copy.
-        aligned = (8 + n + start) % dtype.itemsize == 0
-        tensors[name] = (flat if aligned else flat.clone()).view(dtype).view(shape)
-    return tensors
+        if start != end:
+            raise InputError(f"{path}: tensor {name!r} starts at byte {start} of the data, expected {end}")
+        end = stop
+    if end != size - 8 - n:
+        raise InputError(f"{path}: the tensors end at byte {end} of the data, the file at {size - 8 - n}")
+    return {name: (DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]), 8 + n + start, 8 + n + stop)
+            for (start, stop), name in spans}
 
 
 def no_duplicates(pairs):
@@ -326,10 +350,10 @@ def no_duplicates(pairs):
 
 def check_entry(path, name, entry, size):
     """One header entry -> its (start, stop) in the data. InputError unless dtype, shape and bytes agree."""
-    ints = lambda v: isinstance(v, list) and all(type(i) is int and 0 <= i < 2**48 for i in v)
+    ints = lambda v: isinstance(v, list) and len(v) <= 16 and all(type(i) is int and 0 <= i < 2**48 for i in v)
     if not isinstance(entry, dict) or str(entry.get("dtype")) not in DTYPES:
         raise InputError(f"{path}: tensor {name!r} has dtype {entry.get('dtype') if isinstance(entry, dict) else entry!r}, "
-                        f"known are {', '.join(DTYPES)}")
+                         f"known are {', '.join(DTYPES)}")
     shape, span = entry.get("shape"), entry.get("data_offsets")
     if not ints(shape) or math.prod(i or 1 for i in shape) >= 2**63 or not ints(span) or len(span) != 2 \
             or not span[0] <= span[1] <= size:
@@ -337,6 +361,32 @@ def check_entry(path, name, entry, size):
     if math.prod(shape) * DTYPES[entry["dtype"]].itemsize != span[1] - span[0]:
         raise InputError(f"{path}: tensor {name!r}: shape {shape} of {entry['dtype']} is not {span[1] - span[0]} bytes")
     return tuple(span)
+
+
+def map_file(path, start, stop):
+    """Bytes start..stop of a file as a uint8 tensor, memory-mapped: nothing is read before it is used, and freeing the
+    tensor frees the map."""
+    if stop == start:
+        return torch.empty(0, dtype=torch.uint8)
+    skip = start % mmap.ALLOCATIONGRANULARITY
+    with open(path, "rb") as f:
+        data = mmap.mmap(f.fileno(), stop - start + skip, access=mmap.ACCESS_COPY, offset=start - skip)
+    return torch.frombuffer(data, dtype=torch.uint8, offset=skip)
+
+
+def shaped(flat, dtype, shape):
+    """Raw bytes -> tensor. torch wants aligned views; the format does not promise them: an odd offset costs a copy."""
+    aligned = flat.data_ptr() % dtype.itemsize == 0 and flat.storage_offset() % dtype.itemsize == 0
+    return (flat if aligned else flat.clone()).view(dtype).view(shape)
+
+
+def load_safetensors(path):
+    """File -> dict name -> tensor, memory-mapped. InputError as in read_header."""
+    header = read_header(path)
+    first = min((start for *_, start, _ in header.values()), default=0)
+    data = map_file(path, first, max((stop for *_, stop in header.values()), default=0))
+    return {name: shaped(data[start - first:stop - first], dtype, shape)
+            for name, (dtype, shape, start, stop) in header.items()}
 
 
 def save_safetensors(tensors, path):
@@ -347,7 +397,7 @@ def save_safetensors(tensors, path):
         size = t.numel() * t.element_size()
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
         offset += size
-    text = json.dumps(header).encode()
+    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
     text += b" " * (-len(text) % 8)                       # so that the data starts aligned
     with open(f"{path}.tmp", "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
@@ -360,98 +410,229 @@ def save_safetensors(tensors, path):
 
 # -- Hugging Face directories in and out
 
-# Our tensor -> theirs, concatenated along dim 0 where several (fused projections). {i} is the layer.
+# Our tensor -> theirs, concatenated along dim 0 where several (fused projections). {i} is the layer. Some programs leave
+# the prefix off ("model." or "transformer."): tensors are found with or without.
 LLAMA = {
-    "embed": ["model.embed_tokens"],
-    "layers.{i}.norm1": ["model.layers.{i}.input_layernorm"],
-    "layers.{i}.attn.qkv": ["model.layers.{i}.self_attn.q_proj", "model.layers.{i}.self_attn.k_proj",
-                            "model.layers.{i}.self_attn.v_proj"],
-    "layers.{i}.attn.out": ["model.layers.{i}.self_attn.o_proj"],
-    "layers.{i}.norm2": ["model.layers.{i}.post_attention_layernorm"],
-    "layers.{i}.mlp.up": ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"],
-    "layers.{i}.mlp.down": ["model.layers.{i}.mlp.down_proj"],
-    "norm": ["model.norm"],
+    "embed": ["embed_tokens"],
+    "layers.{i}.norm1": ["layers.{i}.input_layernorm"],
+    "layers.{i}.attn.qkv": ["layers.{i}.self_attn.q_proj", "layers.{i}.self_attn.k_proj", "layers.{i}.self_attn.v_proj"],
+    "layers.{i}.attn.q_norm": ["layers.{i}.self_attn.q_norm"],
+    "layers.{i}.attn.k_norm": ["layers.{i}.self_attn.k_norm"],
+    "layers.{i}.attn.out": ["layers.{i}.self_attn.o_proj"],
+    "layers.{i}.norm2": ["layers.{i}.post_attention_layernorm"],
+    "layers.{i}.mlp.up": ["layers.{i}.mlp.gate_proj", "layers.{i}.mlp.up_proj"],
+    "layers.{i}.mlp.down": ["layers.{i}.mlp.down_proj"],
+    "norm": ["norm"],
 }
+GPT2 = {
+    "embed": ["wte"], "positions": ["wpe"],
+    "layers.{i}.norm1": ["h.{i}.ln_1"], "layers.{i}.attn.qkv": ["h.{i}.attn.c_attn"],
+    "layers.{i}.attn.out": ["h.{i}.attn.c_proj"], "layers.{i}.norm2": ["h.{i}.ln_2"],
+    "layers.{i}.mlp.up": ["h.{i}.mlp.c_fc"], "layers.{i}.mlp.down": ["h.{i}.mlp.c_proj"], "norm": ["ln_f"],
+}
+PREFIX = re.compile(r"^(model|transformer)\.")
+LEFT_BEHIND = re.compile(r".*rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")    # nothing to load
 
 
-def theirs(name):
-    """Our parameter name (backbone only) -> the list of theirs."""
+def is_gpt2(config):
+    """GPT-2 files have names of their own and linear maps stored (in, out)."""
+    return config.position == "learned"
+
+
+def theirs(config, name):
+    """Our backbone parameter's name -> the list of theirs."""
     stem, _, kind = name.rpartition(".")
     layer = re.match(r"layers\.(\d+)\.", stem)
     key = re.sub(r"^layers\.\d+", "layers.{i}", stem)
-    return [f"{t}.{kind}".replace("{i}", layer[1] if layer else "") for t in LLAMA[key]]
+    prefix, table = ("transformer.", GPT2) if is_gpt2(config) else ("model.", LLAMA)
+    return [f"{prefix}{t}.{kind}".replace("{i}", layer[1] if layer else "") for t in table[key]]
+
+
+def rows_of(config, names, n):
+    """How the n rows of a parameter of ours are shared out among their tensors: q, k and v, or equal parts."""
+    heads = config.n_head, config.n_kv_head, config.n_kv_head
+    return [k * config.head_dim for k in heads] if len(names) == 3 else [n // len(names)] * len(names)
+
+
+def transposed(config, name):
+    """Is this parameter of ours stored the other way round (GPT-2's Conv1D)?"""
+    return is_gpt2(config) and name.startswith("layers.") and name.endswith(".weight") and ".norm" not in name
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face directory, in one file or in shards, found by name without prefix, read on demand."""
+
+    def __init__(self, directory):
+        self.path = os.path.join(directory, "model.safetensors")
+        index = os.path.join(directory, "model.safetensors.index.json")
+        self.entries, files = {}, {self.path: None}       # file -> the names that the index expects there
+        if not os.path.exists(self.path) and os.path.exists(index):
+            self.path, files = index, self.read_index(directory, index)
+        self.unused = set()
+        for path, expected in files.items():
+            found = self.add(path, lambda name: PREFIX.sub("", name))
+            missing = set(expected or ()) - found
+            if missing:
+                raise InputError(f"{path}: tensor {min(missing)!r} is missing, which {index} promises")
+
+    def add(self, path, rename):
+        """Take in a safetensors file, its tensors under the names that `rename` gives. -> the names in the file"""
+        header = read_header(path)
+        for name, entry in header.items():
+            if rename(name) in self.entries:
+                raise InputError(f"{path}: tensor {name!r} stands twice in this checkpoint")
+            self.entries[rename(name)] = (path, *entry)
+            self.unused.add(rename(name))
+        return set(header)
+
+    @staticmethod
+    def read_index(directory, index):
+        """model.safetensors.index.json -> {shard's path: names in it}. InputError for a path out of the directory."""
+        found = read_json(index)
+        names = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(names, dict) or not names:
+            raise InputError(f"{index}: no weight_map; it must map every tensor to its file")
+        files = {}
+        for tensor, name in names.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+                raise InputError(f"{index}: tensor {tensor!r} lies in {name!r}; shards are files of this directory, "
+                                 "NAME.safetensors")
+            files.setdefault(os.path.join(directory, name), []).append(tensor)
+        return files
+
+    def entry(self, name):
+        """(file, dtype, shape, first byte, last byte + 1) of a tensor. InputError if it is missing."""
+        if PREFIX.sub("", name) not in self.entries:
+            raise InputError(f"{self.path}: tensor {name!r} is missing")
+        self.unused.discard(PREFIX.sub("", name))
+        return self.entries[PREFIX.sub("", name)]
+
+    def shape(self, name):
+        """The shape of a tensor as it lies in the file. InputError if it is missing."""
+        return self.entry(name)[2]
+
+    def take(self, names, rows, shape, dtype, transpose=False):
+        """The tensors `names`, of rows[i] rows each, as one new tensor of `shape` and `dtype`; the file's pages are let go
+        one tensor after another. InputError if one is missing, or has another shape or no floating-point numbers."""
+        out, row = None, 0
+        for name, n in zip(names, rows):
+            path, kind, held, start, stop = self.entry(name)
+            wanted = (n, *shape[1:])[::-1] if transpose else (n, *shape[1:])
+            if held != wanted or not kind.is_floating_point:
+                raise InputError(f"{path}: tensor {name!r} has shape {held} of {kind}, config.json wants {wanted}")
+            out = torch.empty(shape, dtype=dtype) if out is None else out
+            part = shaped(map_file(path, start, stop), kind, held)
+            out[row:row + n].copy_(part.t() if transpose else part)
+            row += n
+        return out
+
+    def backbone(self, config, dtype):
+        """The backbone's state: our names -> tensors. InputError as in take."""
+        if config.n_layer > len(self.entries):
+            raise InputError(f"{self.path}: {len(self.entries)} tensors are too few for {config.n_layer} layers")
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**vars(config) | {"objectives": ()}))
+        state = {}
+        for name, p in model.named_parameters():
+            names = theirs(config, name)
+            state[name] = self.take(names, rows_of(config, names, len(p)), p.shape, dtype, transposed(config, name))
+        return state
+
+    def finish(self):
+        """InputError for a tensor that nobody took and that does not belong to what other programs leave behind."""
+        left = sorted(n for n in self.unused if not LEFT_BEHIND.fullmatch(n))
+        if left:
+            raise InputError(f"{self.path}: tensor {left[0]!r} is unknown to this architecture")
+
+
+# What a family computes beside plain Llama, as fields of GPTConfig; and whether it ties head and embedding by default.
+FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"attn_bias": True}, "qwen3": {"qk_norm": True},
+            "gpt2": {"position": "learned", "norm": "layer", "mlp": "gelu", "attn_bias": True, "out_bias": True,
+                     "mlp_bias": True}}
+GPT2_FIELDS = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd",
+               "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "rms_norm_eps": "layer_norm_epsilon",
+               "hidden_act": "activation_function"}
+# Fields by whose name one knows that they change the arithmetic: refused unless they are off (or handled below).
+CHANGES = re.compile(r"scal|softcap|multiplier|expert|moe|partial|clip|quantiz|window|layer_types|alibi|residual|cross")
+HANDLED = {"rope_scaling", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "scale_attn_weights"}
 
 
 def read_config(directory):
-    """config.json -> (GPTConfig, the JSON object). InputError names a field that this code does not compute."""
+    """config.json -> GPTConfig; its .hf is the JSON object. InputError names a field that this code does not compute."""
     path = os.path.join(directory, "config.json")
     c = read_json(path)
     if not isinstance(c, dict):
         raise InputError(f"{path}: {type(c).__name__}, not an object")
-    arch = c.get("architectures")
-    if c.get("model_type") != "llama":
-        raise InputError(f"{path}: architecture {arch} (model_type {c.get('model_type')}) is not read; Llama family only")
-    odd = {k: c[k] for k in ("rope_scaling", "sliding_window", "logit_scale") if c.get(k)}
-    if odd or c.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{path}: not computed here: {odd or c['hidden_act']}")
+    family = c.get("model_type")
+    if family not in FAMILIES:
+        raise InputError(f"{path}: architecture {c.get('architectures')} (model_type {family!r}) is not computed here, only "
+                         f"{', '.join(FAMILIES)}")
+    get = lambda key: c.get(GPT2_FIELDS.get(key, key)) if family == "gpt2" else c.get(key)
     try:
-        rope = c.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not computed here")
-        config = GPTConfig(
-            vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
-            n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"], d_model=c["hidden_size"],
-            d_ff=c["intermediate_size"], max_len=c["max_position_embeddings"], head_dim=c.get("head_dim") or 0,
-            attn_bias=bool(c.get("attention_bias")), mlp_bias=bool(c.get("mlp_bias")),
-            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
-            norm_eps=c["rms_norm_eps"], objectives=tuple(c.get("objectives") or ("policy",)))
+        refuse(path, c, family, get("hidden_act"))
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
+        if kind not in ("default", "llama3"):
+            raise InputError(f"{path}: rope_scaling {kind!r} is not computed here, only default and llama3")
+        scaling = {k: float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor",
+                                               "original_max_position_embeddings")} if kind == "llama3" else None
+        for key in ("vocab_size", *GPT2_FIELDS):
+            if get(key) is None and key != "hidden_act" and not (key == "intermediate_size" and family == "gpt2"):
+                raise InputError(f"{path}: field {GPT2_FIELDS.get(key, key) if family == 'gpt2' else key!r} is missing")
+        biased = bool(c.get("attention_bias"))
+        return GPTConfig(**{
+            "vocab_size": c["vocab_size"], "n_layer": get("num_hidden_layers"), "n_head": get("num_attention_heads"),
+            "n_kv_head": c.get("num_key_value_heads") or get("num_attention_heads"), "d_model": get("hidden_size"),
+            "d_ff": get("intermediate_size") or 4 * get("hidden_size"), "max_len": get("max_position_embeddings"),
+            "head_dim": c.get("head_dim") or 0, "attn_bias": biased, "out_bias": biased, "mlp_bias": bool(c.get("mlp_bias")),
+            "rope_theta": float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0), "rope_scaling": scaling,
+            "norm_eps": float(get("rms_norm_eps")), "objectives": tuple(c.get("objectives") or ("policy",)),
+            "hf": c} | FAMILIES[family])
+    except InputError:
+        raise
     except KeyError as e:
         raise InputError(f"{path}: field {e} is missing") from None
-    except (AttributeError, TypeError, ValueError) as e:
+    except (AttributeError, TypeError, ValueError, OverflowError) as e:
         raise InputError(f"{path}: unusable configuration: {e}") from None
-    return config, c
 
 
-def copy_into(parameter, parts, path, names):
-    """parameter <- parts concatenated along dim 0. InputError if a part is missing or the shapes disagree."""
-    for part, name in zip(parts, names):
-        if part is None:
-            raise InputError(f"{path}: tensor {name!r} is missing")
-    shape = (sum(p.shape[0] if p.dim() else 0 for p in parts), *parts[0].shape[1:])
-    if shape != tuple(parameter.shape) or any(p.shape[1:] != parts[0].shape[1:] for p in parts):
-        raise InputError(f"{path}: {' + '.join(names)} has shape {shape}, config.json wants {tuple(parameter.shape)}")
-    row = 0
-    for part in parts:
-        parameter[row:row + len(part)].copy_(part)
-        row += len(part)
+def refuse(path, c, family, activation):
+    """InputError for a field of config.json that changes the arithmetic in a way that this code does not follow."""
+    off = lambda v: v in (None, False, [], {}, "") or type(v) in (int, float) and v == 1
+    odd = {k: v for k, v in c.items() if CHANGES.search(k) and k not in HANDLED and not off(v)}
+    # Qwen's files give a window and say that it is not used; Mistral's has no such switch.
+    window = c.get("sliding_window")
+    used = c.get("use_sliding_window", not family.startswith("qwen"))
+    if window is not None and used and window < c.get("max_position_embeddings", math.inf):
+        odd["sliding_window"] = window
+    if set(c.get("layer_types") or ()) - {"full_attention"}:
+        odd["layer_types"] = sorted(set(c["layer_types"]))
+    if c.get("scale_attn_weights", True) is not True:
+        odd["scale_attn_weights"] = c["scale_attn_weights"]
+    if activation not in {"gpt2": (None, "gelu_new", "gelu_pytorch_tanh")}.get(family, (None, "silu", "swish")):
+        odd["hidden_act"] = activation
+    if odd:
+        raise InputError(f"{path}: {', '.join(f'{k} = {v!r}' for k, v in odd.items())}: not computed here")
 
 
 @torch.no_grad()
-def load_hf(directory, objectives=None):
-    """A Llama-family Hugging Face directory -> GPT in float32.
+def load_hf(directory, objectives=None, dtype=torch.float32):
+    """A Hugging Face directory (families: see FAMILIES) -> GPT in `dtype`.
 
     objectives given: that many exact copies of the checkpoint's head (its lm_head, or its embedding where tied).
     None: the heads that the file holds if save_hf wrote it with heads, else one head."""
-    config, raw = read_config(directory)
-    path = os.path.join(directory, "model.safetensors")
-    tensors = load_safetensors(path)
-    own_heads = objectives is None and raw.get("objectives")
+    config, files = read_config(directory), Checkpoint(directory)
+    own_heads = objectives is None and "objectives" in config.hf
     config.objectives = tuple(objectives) if objectives is not None else config.objectives
-    model, used = GPT(config), set()
-    for name, parameter in model.named_parameters():
-        if name.startswith("heads."):
-            tied = raw.get("tie_word_embeddings") and "lm_head.weight" not in tensors
-            names = [name] if own_heads else ["model.embed_tokens.weight" if tied else "lm_head.weight"]
-        else:
-            names = theirs(name)
-        copy_into(parameter, [tensors.get(n) for n in names], path, names)
-        used.update(names)
-    left = [n for n in tensors if n not in used and n != "lm_head.weight"
-            and not n.startswith("heads.") and not n.endswith("rotary_emb.inv_freq")]
-    if left:
-        raise InputError(f"{path}: tensor {left[0]!r} is unknown to this architecture")
-    model.tokenizer = load_tokenizer(directory, config.vocab_size)
-    return model
+    tied = config.hf.get("tie_word_embeddings", is_gpt2(config))
+    state = files.backbone(config, dtype)
+    for i in range(len(config.objectives)):
+        name = f"heads.{i}.weight" if own_heads else theirs(config, "embed.weight")[0] if tied else "lm_head.weight"
+        state[f"heads.{i}.weight"] = files.take([name], [config.vocab_size], (config.vocab_size, config.d_model), dtype)
+    if not own_heads:
+        files.unused -= {n for n in files.unused if n.startswith("heads.")}
+    files.finish()
+    return GPT.from_state(config, state, load_tokenizer(directory, config.vocab_size))
 
 
 def load_tokenizer(directory, vocab_size):
@@ -473,23 +654,24 @@ def backbone_tensors(model):
     for name, p in model.named_parameters():
         if name.startswith("heads."):
             continue
-        names = theirs(name)
-        rows = [n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)] if len(names) == 3 else \
-            [p.shape[0] // len(names)] * len(names)
-        tensors.update(zip(names, p.detach().split(rows)))
+        names, p = theirs(c, name), p.detach()
+        tensors.update(zip(names, [p.t()] if transposed(c, name) else p.split(rows_of(c, names, len(p)))))
     return tensors
 
 
-def hf_config(c, **extra):
-    """GPTConfig -> the config.json object of a Llama checkpoint. InputError if it is not of that family."""
-    if (c.position, c.norm, c.mlp) != ("rope", "rms", "swiglu"):
-        raise InputError("only RoPE + RMSNorm + SwiGLU models have a Llama checkpoint form")
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size,
-            "hidden_size": c.d_model, "intermediate_size": c.d_ff, "num_hidden_layers": c.n_layer,
-            "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
-            "max_position_embeddings": c.max_len, "hidden_act": "silu", "rms_norm_eps": c.norm_eps,
-            "rope_theta": c.rope_theta, "attention_bias": c.attn_bias, "mlp_bias": c.mlp_bias,
-            "tie_word_embeddings": False, "torch_dtype": "float32"} | extra
+def hf_config(c, dtype=torch.float32, **extra):
+    """GPTConfig -> the object of config.json: what the checkpoint came with, or that of a Llama checkpoint. InputError
+    if it came from nowhere and is not of that family."""
+    kept = {k: v for k, v in (c.hf or {}).items() if k not in ("objectives", "prm_outputs")}
+    if not kept and ((c.position, c.norm, c.mlp) != ("rope", "rms", "swiglu") or c.qk_norm or c.attn_bias != c.out_bias):
+        raise InputError("a model of one's own is saved as a Llama checkpoint: RoPE, RMSNorm, SwiGLU, no norm of queries")
+    own = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size,
+           "hidden_size": c.d_model, "intermediate_size": c.d_ff, "num_hidden_layers": c.n_layer,
+           "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
+           "max_position_embeddings": c.max_len, "hidden_act": "silu", "rms_norm_eps": c.norm_eps,
+           "rope_theta": c.rope_theta, "attention_bias": c.attn_bias, "mlp_bias": c.mlp_bias}
+    return (kept or own) | {"tie_word_embeddings": False,
+                            "dtype" if "dtype" in kept else "torch_dtype": str(dtype).removeprefix("torch.")} | extra
 
 
 def save_hf(model, directory, weights=None):
@@ -511,9 +693,11 @@ def save_directory(directory, tensors, model, **extra):
     os.makedirs(directory, exist_ok=True)
     if model.tokenizer is not None:
         model.tokenizer.save(directory)
-        extra |= {f"{kind}_token_id": getattr(model.tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
+        if model.config.hf is None:
+            extra |= {f"{kind}_token_id": getattr(model.tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
     save_safetensors(tensors, os.path.join(directory, "model.safetensors"))
-    write_json(os.path.join(directory, "config.json"), hf_config(model.config, **extra))
+    dtype = model.embed.weight.dtype
+    write_json(os.path.join(directory, "config.json"), hf_config(model.config, dtype, **extra))
 
 
 def pick_device(name):
@@ -533,4 +717,4 @@ if __name__ == "__main__":
     cache = model.new_cache(1, 16)
     full, parts = model(ids), torch.cat([model(ids[:, :7], cache), model(ids[:, 7:], cache)], 1)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; cached in two pieces against uncached: "
-          f"largest difference {float((full - parts).abs().max()):.1e}")
+          f"largest difference {float((full - parts).detach().abs().max()):.1e}")

@@ -19,8 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import OBJECTIVES, InputError, pad
-from model import (GPT, backbone_tensors, copy_into, load_safetensors, load_tokenizer, read_config, save_directory,
-                   theirs)
+from model import GPT, Checkpoint, backbone_tensors, load_tokenizer, read_config, save_directory
 
 
 class PRM(nn.Module):
@@ -36,6 +35,7 @@ class PRM(nn.Module):
         # Spread of each output over training steps: brings values, logits and preference scores to one unit, so that
         # "unified" guidance may average them.
         self.register_buffer("scale", torch.ones(len(self.outputs)))
+        self.marker = None             # a released PRM may want this token after every step, and is read there
 
     def forward(self, ids, cache=None, rows=None):
         """ids (B, T) -> scores (B, T, P); cache and rows as in GPT.forward."""
@@ -44,7 +44,7 @@ class PRM(nn.Module):
     def guide(self, scores, guide, boundary=None):
         """scores (..., P) -> (...): one output, or for "unified" the mean of the scaled outputs of the domain whose
         steps end at `boundary`. InputError for a guide this PRM does not have."""
-        unified = [n for n in self.outputs if OBJECTIVES[n].boundary == boundary or boundary is None]
+        unified = [n for n in self.outputs if n not in OBJECTIVES or boundary in (None, OBJECTIVES[n].boundary)]
         names = unified if guide == "unified" else [n for n in self.outputs if n == guide]
         if not names:
             raise InputError(f"no PRM output {guide!r} here: this PRM has {', '.join(self.outputs)}, and 'unified'")
@@ -153,21 +153,41 @@ def save_prm(prm, directory):
 
 
 @torch.no_grad()
-def load_prm(directory):
-    """A directory written by save_prm -> PRM. InputError names a missing, unknown or wrongly shaped tensor."""
-    config, raw = read_config(directory)
-    outputs = raw.get("prm_outputs")
-    if not isinstance(outputs, list) or not outputs or not set(outputs) <= set(OBJECTIVES):
-        raise InputError(f"{directory}: config.json names no prm_outputs; this is not a reward model")
+def load_prm(directory, dtype=torch.float32):
+    """A reward model's directory -> PRM. One written by save_prm, or a released one, whose single output is "reward":
+    a classifier (`score.weight`, one or two labels), a Qwen2ForProcessRewardModel (`score.0`, ReLU, `score.2`, read at
+    `<extra_0>` behind every step), or a backbone with an MLP of that form in value_head.safetensors. Of two labels the
+    score is the log-odds of the second. InputError names a missing, unknown or wrongly shaped tensor."""
+    config, files = read_config(directory), Checkpoint(directory)
+    own, kind = config.hf.get("prm_outputs"), str((config.hf.get("architectures") or [""])[0])
+    value_head = os.path.join(directory, "value_head.safetensors")
+    if os.path.exists(value_head):
+        files.add(value_head, lambda name: "score." + ".".join(name.split(".")[-2:]))
+    elif own is None and not kind.endswith(("ForSequenceClassification", "ForProcessRewardModel")):
+        raise InputError(f"{directory}: no reward model: config.json names neither prm_outputs nor an architecture that ends "
+                         "in ForSequenceClassification or ForProcessRewardModel, and there is no value_head.safetensors")
+    if own is not None and not (isinstance(own, list) and own and set(map(str, own)) <= set(OBJECTIVES)):
+        raise InputError(f"{directory}: config.json: prm_outputs {own!r} are not objectives")
     config.objectives = ()
-    prm, path = PRM(GPT(config), outputs), os.path.join(directory, "model.safetensors")
-    tensors = load_safetensors(path)
-    for name, parameter in [*prm.named_parameters(), ("score_scale", prm.scale)]:
-        names = theirs(name.removeprefix("backbone.")) if name.startswith("backbone.") else [name]
-        copy_into(parameter, [tensors.pop(n, None) for n in names], path, names)
-    if tensors:
-        raise InputError(f"{path}: tensor {next(iter(tensors))!r} is unknown to a reward model")
-    prm.backbone.tokenizer = load_tokenizer(directory, config.vocab_size)
+    state = files.backbone(config, dtype)
+    names = ["score.0", "score.2"] if "score.0.weight" in files.entries else ["score"]
+    n = len(own) if own else min(2, files.shape(f"{names[-1]}.weight")[0])                # labels
+    layers = []
+    for name, width in zip(names, [config.d_model, n][-len(names):]):
+        layers.append(nn.Linear(config.d_model, width, bias=f"{name}.bias" in files.entries, dtype=dtype))
+        for key, parameter in layers[-1].named_parameters():
+            parameter.copy_(files.take([f"{name}.{key}"], [len(parameter)], parameter.shape, dtype))
+    if own is None and n == 2:
+        last = layers[-1]
+        last.weight, last.bias = (None if p is None else nn.Parameter(p[1:] - p[:1]) for p in (last.weight, last.bias))
+    prm = PRM(GPT.from_state(config, state, load_tokenizer(directory, config.vocab_size)), own or ["reward"])
+    prm.score = nn.Sequential(layers[0], nn.ReLU(), layers[1]) if len(layers) == 2 else layers[0]
+    prm.scale = files.take(["score_scale"], [n], (n,), dtype) if own else prm.scale
+    files.finish()
+    if kind.endswith("ForProcessRewardModel"):
+        prm.marker = prm.backbone.tokenizer.specials.get("<extra_0>") if prm.backbone.tokenizer else None
+        if prm.marker is None:
+            raise InputError(f"{directory}: a {kind} is read at <extra_0>, which its tokenizer lacks")
     return prm
 
 

@@ -206,7 +206,7 @@ def test_save_and_load_bit_exact(prm, tmp_path):
 def test_load_refuses_a_policy(gpt, tmp_path):
     """Prevents: a policy's directory taken for a reward model, which would score with random weights."""
     save_hf(gpt, tmp_path)
-    with pytest.raises(InputError, match="not a reward model"):
+    with pytest.raises(InputError, match="no reward model"):
         load_prm(tmp_path)
 
 
