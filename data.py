@@ -6,7 +6,8 @@
                  three small worlds written as programs. Each makes problems, flawed demonstrations and noise-free
                  scores; Math also verifies single steps, Tutoring also plays the student. They are small enough for
                  a 0.4 M-parameter model and hard enough that every stage of the method has something to improve.
-    read_*       the same things from real JSONL files
+    read_*       pairs, ratings, labelled steps and questions from real files (DATA_HELP shows their rows)
+    same_answer  do two final answers agree? What verifies real questions
     pad          ragged lists of ids -> one (B, T) tensor
 
 A conversation is a list of {"role": "user" | "assistant", "content": str}. Math and Values have one assistant turn,
@@ -18,6 +19,7 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass, field
+from fractions import Fraction
 from statistics import NormalDist
 
 import tiktoken
@@ -600,88 +602,284 @@ class Steps:
     labels: list
 
 
+@dataclass
+class Question:
+    """A question with its final answer, for the verifier, and the worked solution ("" where the file has none)."""
+    prompt: list
+    answer: str
+    solution: str
+
+
+DATA_HELP = r"""Files of real data hold one JSON object per line, or one JSON list of them. The rows that are read:
+pairs      {"prompt": "Name a fruit.", "chosen": "A pear.", "rejected": "A brick."}
+           {"question": "Tutor: What is 2 + 3?\n\nStudent: 6\n\nTutor:", "chosen": "Count again.", "rejected": "Yes."}
+           {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}
+ratings    {"instruction": "Name a fruit.", "completions": [
+              {"response": "A pear.", "annotations": {"honesty": {"Rating": "5"}, "helpfulness": {"Rating": "4"}}},
+              {"response": "A brick.", "annotations": {"honesty": {"Rating": "1"}, "helpfulness": {"Rating": "N/A"}}}]}
+questions  {"question": "What is 9 + 9?", "answer": "9 + 9 = 18\n#### 18"}
+           {"problem": "Halve 1.", "solution": "It is $\\boxed{\\frac{1}{2}}$."}
+steps      {"prompt": "What is 2 + 3 - 1?", "completions": ["2 + 3 = 5", "5 - 1 = 3"], "labels": [true, false]}
+           {"problem": "What is 2 + 3 - 1?", "steps": ["2 + 3 = 5", "5 - 1 = 3"], "label": 1}  (first wrong step, or -1)
+Prompts and responses are text or lists of {"role", "content"} messages. In a transcript the first word of a paragraph
+is the speaker: Human, User, Student, Assistant or Tutor. Ratings give the best completion against the worst, for each
+objective that is rated. Rows that cannot serve, such as ties, are left out; a row with a fault is an error."""
+
+# What a field is called in published files (the first that a row has is read), and who speaks in their transcripts.
+FIELDS = {"prompt": ("prompt", "question", "instruction", "problem"), "steps": ("steps", "completions"),
+          "answer": ("answer", "final_answer"), "solution": ("solution", "ground_truth")}
+SPEAKERS = {"Human": "user", "User": "user", "Student": "user", "Assistant": "assistant", "Tutor": "assistant"}
+TURN = re.compile(rf"(?:^|\n\r?\n)({'|'.join(SPEAKERS)}):")
+UNANSWERED = {"role": "assistant", "content": ""}            # the turn of a transcript that ends with 'Assistant:'
+
+
+class Unusable(Exception):
+    """A well-formed row that cannot serve, such as a tie: it is skipped, and counted under this reason."""
+
+
 def read_jsonl(path):
-    """Yield (line number, object) of a JSONL file. InputError for a missing file, bad UTF-8, bad JSON, a non-object."""
+    """Yield (where, object) of a JSONL file, line by line, or of a file that is one JSON list. `where` is "file:line"
+    or "file: row number". InputError for a missing file, bad UTF-8, bad JSON, a non-object."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; expected one JSON object per line")
     with open(path, "rb") as f:
+        whole = None                     # is the file one list? The first line that is not blank tells
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
+            where, whole = f"{path}:{number}", whole is None and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
             try:
-                row = json.loads(line.decode("utf-8"))
+                value = json.loads((line + f.read() if whole else line).decode("utf-8-sig"))
             except UnicodeDecodeError as e:
-                raise InputError(f"{path}:{number}: not UTF-8 ({e.reason}); save the file as UTF-8") from None
+                raise InputError(f"{where}: not UTF-8 ({e.reason}); save the file as UTF-8") from None
             except ValueError as e:
-                raise InputError(f"{path}:{number}: not JSON ({e}); write one object per line") from None
+                raise InputError(f"{where}: not JSON ({e}); write one object per line") from None
             except RecursionError:
-                raise InputError(f"{path}:{number}: nested too deeply; write one flat object per line") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: {type(row).__name__}, not an object; write {{\"prompt\": ...}}")
-            yield number, row
+                raise InputError(f"{where}: nested too deeply; write one flat object per line") from None
+            for where, row in ((f"{path}: row {n}", r) for n, r in enumerate(value, 1)) if whole else [(where, value)]:
+                if not isinstance(row, dict):
+                    raise InputError(f"{where}: {type(row).__name__}, not an object; write {{\"prompt\": ...}}")
+                yield where, row
 
 
-def text_field(row, key, where):
-    """row[key] as non-empty text; a list of messages gives its last message's content."""
-    if key not in row:
-        raise InputError(f"{where}: field {key!r} is missing; the row has {', '.join(sorted(row)) or 'no fields'}")
-    value = row[key][-1].get("content") if is_messages(row[key]) else row[key]
+def read_all(path, parse, skipped, kind):
+    """parse(row, where) of every row -> list. Unusable rows are counted by reason in the dict `skipped`, if given."""
+    found, skipped = [], {} if skipped is None else skipped
+    for where, row in read_jsonl(path):
+        try:
+            found.append(parse(row, where))
+        except Unusable as e:
+            skipped[str(e)] = skipped.get(str(e), 0) + 1
+    if not found:
+        reasons = "".join(f"; {n} skipped: {reason}" for reason, n in skipped.items())
+        raise InputError(f"{path}: no rows to use{reasons}; train.py --help shows rows of {kind}")
+    return found
+
+
+def spelling(row, name):
+    """The key under which `row` has the field `name`, or None."""
+    return next((key for key in FIELDS.get(name, (name,)) if key in row), None)
+
+
+def messages_of(value):
+    """A list of messages or a transcript -> [{"role", "content"}], [] if it is neither. What a transcript says before
+    the first speaker is the user's, or a system message if the user speaks first."""
+    if isinstance(value, str):
+        opening, *parts = TURN.split(value)
+        messages = [{"role": SPEAKERS[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
+        if not opening.strip():
+            return messages
+        first = {"role": "system" if messages and messages[0]["role"] == "user" else "user", "content": opening.strip()}
+        return [first] + messages if any(m["role"] == "assistant" for m in messages) else []
+    good = isinstance(value, list) and all(
+        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
+        for m in value)
+    return [{"role": m["role"], "content": m["content"]} for m in value] if good else []
+
+
+def text_field(row, name, where):
+    """The field as non-empty text; a list of messages gives its last message's content."""
+    key = spelling(row, name)
+    if key is None:
+        also, found = ", ".join(FIELDS.get(name, ())[1:]), ", ".join(sorted(row)) or "no fields"
+        raise InputError(f"{where}: field {name!r} is missing" + (f" ({also} would do)" if also else "")
+                         + f"; the row has {found}")
+    messages = [] if isinstance(row[key], str) else messages_of(row[key])
+    value = messages[-1]["content"] if messages else row[key]
     if not isinstance(value, str):
-        raise InputError(f"{where}: {key!r} is {type(row[key]).__name__}; give text or a list of role/content messages")
+        raise InputError(f"{where}: {key!r} is {type(value).__name__}; give text or a list of role/content messages")
     if not value.strip():
         raise InputError(f"{where}: {key!r} is empty; remove the row or fill it in")
     return value
 
 
-def is_messages(value):
-    """Is it a non-empty list of {"role", "content"} messages?"""
-    return isinstance(value, list) and len(value) > 0 and all(
-        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
-        for m in value)
-
-
 def prompt_field(row, where):
-    """row["prompt"] as a list of messages that ends with the user's."""
-    text_field(row, "prompt", where)
-    if isinstance(row["prompt"], str):
-        return [{"role": "user", "content": row["prompt"]}]
-    if row["prompt"][-1]["role"] == "assistant":
+    """The prompt as a list of messages that ends with the user's. Text is one message if it is no transcript."""
+    text, value = text_field(row, "prompt", where), row[spelling(row, "prompt")]
+    messages = messages_of(value)
+    if messages[-1:] == [UNANSWERED]:
+        messages.pop()
+    if messages and messages[-1]["role"] != "assistant":
+        return messages
+    if not isinstance(value, str):
         raise InputError(f"{where}: 'prompt' ends with the assistant's turn; end it with the user's")
-    return [{"role": m["role"], "content": m["content"]} for m in row["prompt"]]
+    return [{"role": "user", "content": text}]
 
 
-def read_preferences(path, objective):
-    """JSONL rows {"prompt", "chosen", "rejected"} (text, or message lists) -> list[Preference]. InputError as file:line."""
-    pairs = []
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        pair = Preference(objective, prompt_field(row, where), text_field(row, "chosen", where),
-                          text_field(row, "rejected", where))
-        if pair.chosen == pair.rejected:
-            raise InputError(f"{where}: 'chosen' equals 'rejected'; a pair must prefer something")
-        pairs.append(pair)
-    if not pairs:
-        raise InputError(f"{path}: no rows; expected {{\"prompt\": ..., \"chosen\": ..., \"rejected\": ...}} lines")
-    return pairs
+def read_pair(row, where, objective):
+    """A row of pairs -> Preference. A response may come as a whole conversation (a transcript if there is no prompt):
+    the last message is the response, what both share before it the prompt."""
+    said, before = [], []
+    for key in ("chosen", "rejected"):
+        text = text_field(row, key, where)
+        messages = [] if isinstance(row[key], str) and spelling(row, "prompt") else messages_of(row[key])
+        if messages[-1:] == [UNANSWERED]:
+            raise Unusable("the transcript ends without a response")
+        if messages and messages[-1]["role"] != "assistant":
+            raise InputError(f"{where}: {key!r} does not end with the assistant's turn; end it with that")
+        if before and messages[:-1] not in ([], before):
+            raise Unusable("chosen and rejected answer different prompts")
+        before = messages[:-1] or before
+        said.append(messages[-1]["content"] if messages else text)
+    # Beside whole conversations a prompt may be their first message only, or hold a system message that they lack.
+    prompt = prompt_field(row, where) if spelling(row, "prompt") or not before else before
+    if before != prompt[len(prompt) - len(before):]:
+        prompt = before if prompt == before[:len(prompt)] else []
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise Unusable("the responses do not answer the prompt")
+    if said[0] == said[1]:
+        raise InputError(f"{where}: 'chosen' equals 'rejected'; a pair must prefer something")
+    return Preference(objective, prompt, *said)
 
 
-def read_steps(path):
-    """JSONL rows {"prompt", "steps": [str], "labels": [number in 0..1]} -> list[Steps]. InputError as file:line."""
-    found = []
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        steps, labels = row.get("steps"), row.get("labels")
+def read_rated(row, where, objective):
+    """A row of rated completions -> Preference: the best against the worst. One rated "N/A" is left out."""
+    rated = []
+    try:
+        for c in row["completions"]:
+            rating = c["annotations"].get(objective, {}).get("Rating", "N/A")
+            if rating not in ("N/A", None) and c["response"].strip():
+                rated.append((float(str(rating)), c["response"]))       # str: true is not a rating
+        if not all(abs(rating) < 1e9 for rating, _ in rated):           # nor is NaN
+            raise ValueError
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise InputError(f"{where}: a completion needs a 'response' and 'annotations', such as "
+                         f"{{\"{objective}\": {{\"Rating\": \"4\"}}}}; \"N/A\" leaves it out") from None
+    (low, worst), (high, best) = (pick(rated, key=lambda r: r[0], default=(0, "")) for pick in (min, max))
+    if low == high or worst == best:
+        raise Unusable(f"no two completions have different ratings of {objective}")
+    return Preference(objective, prompt_field(row, where), best, worst)
+
+
+def read_preferences(path, objective, skipped=None):
+    """Pairs or rated completions (DATA_HELP) -> list[Preference]. `skipped`: see read_all. InputError as file:line."""
+    def parse(row, where):
+        rated = "completions" in row and "chosen" not in row
+        return (read_rated if rated else read_pair)(row, where, objective)
+    return read_all(path, parse, skipped, "pairs and ratings")
+
+
+def read_steps(path, skipped=None):
+    """Labelled steps (DATA_HELP) -> list[Steps]. From a first wrong step on all are wrong. InputError as file:line."""
+    def parse(row, where):
+        key = spelling(row, "steps") or "steps"
+        steps, labels = row.get(key), row.get("labels")
         if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in steps):
-            raise InputError(f"{where}: 'steps' must be a non-empty list of non-empty texts")
+            raise InputError(f"{where}: {key!r} must be a non-empty list of non-empty texts")
+        if "label" in row and "labels" not in row:
+            if type(row["label"]) is not int or not -1 <= row["label"] < len(steps):
+                raise InputError(f"{where}: 'label' must be the first wrong step (0 to {len(steps) - 1}) or -1")
+            labels = [row["label"] == -1 or t < row["label"] for t in range(len(steps))]
         if not isinstance(labels, list) or not all(isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in labels):
             raise InputError(f"{where}: 'labels' must be a list of numbers from 0 to 1")
         if len(steps) != len(labels):
             raise InputError(f"{where}: {len(steps)} steps but {len(labels)} labels; give one label per step")
-        found.append(Steps(prompt_field(row, where), steps, [float(v) for v in labels]))
-    if not found:
-        raise InputError(f"{path}: no rows; expected {{\"prompt\": ..., \"steps\": [...], \"labels\": [...]}} lines")
-    return found
+        return Steps(prompt_field(row, where), steps, [float(v) for v in labels])
+    return read_all(path, parse, skipped, "steps")
 
+
+def read_questions(path, skipped=None):
+    """Questions with a final answer, alone or marked in a solution (DATA_HELP) -> list[Question]."""
+    def parse(row, where):
+        key = spelling(row, "answer") or spelling(row, "solution")
+        value = str(row[key]) if key and type(row[key]) in (int, float) else row.get(key)
+        if value in ("", "nan"):         # published files have answers that nobody could extract
+            raise Unusable("the answer is empty")
+        given = text_field({key: value} if key else row, key or "answer", where)
+        solution = given if marked_answer(given) else ""
+        if spelling(row, "solution"):
+            solution = text_field(row, "solution", where)
+        answer = marked_answer(given) or (given.strip() if key in FIELDS["answer"] else None)
+        if answer is None:
+            raise InputError(f"{where}: {key!r} marks no final answer; end it in '#### 18' or '\\boxed{{18}}'")
+        return Question(prompt_field(row, where), answer, solution)
+    return read_all(path, parse, skipped, "questions")
+
+
+# -- final answers
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+MARKER = re.compile(r"####|^[ \t]*(?-i:A):|\banswer(?:\s*(?:\bis\b|:|=))+|^[ \t]*answer(?=\s+[-$\\\d])", re.I | re.M)
+NUMBER = re.compile(r"\\[dt]?frac\{\d+\}\{\d+\}|(?:(?<![\w)}])-)?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?")
+VALUE = re.compile(r"([-+]?)\s*(?:(\d+)\s+(?=.*/))?(\d+(?:\.\d*)?|\.\d+)(?:\s*/\s*(\d+(?:\.\d+)?))?")
+GROUP = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})+)\}|(\d))"            # an argument of \frac: {anything} or one digit
+AFTER = r"(?:(?<=[\d)}])|(?<=\\pi))\s*"                       # a unit follows a value, and changes it not as these do:
+SCALE = r"(?!\s*(?:hundred|thousand|[mb]illion|dozen|sin|cos|tan|log|exp|sqrt)\b)"
+SIMPLER = [(re.compile(pattern, re.I), new) for pattern, new in [
+    ("\u2212", "-"), (r"\\[dtc]frac", r"\\frac"), (r"\{,\}", ","), (r"\\cdot|\\times", "*"),
+    (r"(?<!\\)\\[!,;:()\[\]]\s*|\\(?:left|right)(?![a-z])|\\displaystyle|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|°|\*\*", ""),
+    (r"(?<!\\)\\(?=\s)", ""), (r"^\s+|[.\s]+$", ""),
+    (AFTER + r"\\(?:text|mbox|mathrm)\s*\{" + SCALE + r"[a-z /.]*\}(?:\^\{?[23]\}?)?$", ""),
+    (AFTER + SCALE + r"(?:[a-z]{3,}|[ckm]m|kg|ft|in|lb|oz|hr|ml|[ap]m)\b[a-z /.]*(?:\^\{?[23]\}?)?$", ""),
+    (r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1"),
+    (r"^\\?[a-z]+\s*(?:=|\\in(?![a-z]))(?!.*=)", ""), (r"^\(([a-z])\)$", r"\1"),          # 'x = 5', choice '(C)'
+    (r"\\?sqrt\s*(?:\((\w+)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"), (r"([_^])\s*(-?\d+|[a-z])", r"\1{\2}"),
+    (r"\\frac" + GROUP + GROUP, lambda m: " {}/{}".format(*(          # \frac{a + b}{2} -> (a + b)/2
+        g if re.fullmatch(r"-?[\w.]+|\\\w+(?:\{\w+\})?", g) else f"({g})" for g in m.groups("") if g))),
+    # 1,000 is one number, but in (1,000) and in '1, 000' the comma separates two.
+    (r"^[^(\[]*$", lambda m: re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda n: n[0].replace(",", ""), m[0]))]]
+
+
+def marked_answer(text):
+    """The answer that a text marks: the last \\boxed{...}, or what follows the last '####', 'A:' or 'answer is'. Or None."""
+    start, depth = max((m.end() for m in BOX.finditer(text)), default=len(text)), 1
+    for m in re.finditer(r"\\.|[{}]", text[start:]):
+        depth += {"{": 1, "}": -1}.get(m[0], 0)
+        if depth == 0:
+            return text[start:start + m.start()].strip() or None
+    start = max((m.end() for m in MARKER.finditer(text)), default=len(text))
+    return re.split(r"\.\s|\n|,? (?:because|since)\s", text[start:].strip(), maxsplit=1)[0].strip(" *.") or None
+
+
+def final_answer(text):
+    """The answer that a response marks, else its last number, else None."""
+    return marked_answer(text) or (NUMBER.findall(text) or [None])[-1]
+
+
+def answer_parts(text):
+    """An answer -> its parts between brackets and commas, in one spelling: numbers as fractions, LaTeX undressed."""
+    if len(text) > 300:      # no final answer is that long: arithmetic on it would only cost time
+        return [text.strip()]
+    for pattern, new in SIMPLER:
+        text = pattern.sub(new, text)
+    parts = []
+    for part in re.split(r"(\\\\|\\[{}]|[,;&()\[\]]|\\(?:begin|end)\{\w+\})", text):
+        m = VALUE.fullmatch(part.strip())
+        if m and (not m[4] or float(m[4])):
+            part = str(int(m[1] + "1") * (int(m[2] or 0) + Fraction(m[3]) / Fraction(m[4] or 1)))
+        elif part != "\\\\":
+            part = re.sub(r"(?<!\d)\s+|\s+(?!\d)|\\(?=[a-z])", "", part)
+        parts.append(part.lower() if re.fullmatch("[A-Za-z]{3,}", part) else part)
+    return parts
+
+
+def same_answer(a, b):
+    """Are two final answers the same? Numbers by exact value (1,000 = 1000.0, 1\\frac12 = 3/2 = 1.5), the rest as text.
+    Units, $, % and degrees do not count (50% = 50, not 0.5); order does. None, for no answer, equals nothing."""
+    return a is not None and b is not None and answer_parts(a) == answer_parts(b)
+
+
+# -- JSON files
 
 def read_json(path):
     """A JSON file -> object. InputError if it is missing or broken."""

@@ -1,4 +1,4 @@
-"""data.py: objectives, tokenizer, worlds, readers, batches. Every docstring states the bug that its test prevents."""
+"""data.py: objectives, tokenizer, worlds, files, batches. Every docstring states the bug that its test prevents."""
 import json
 import re
 import statistics
@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import data
-from data import (DOMAINS, OBJECTIVES, Dice, InputError, Preference, Problem, Steps, Tokenizer, World, believed,
-                  domain_objectives, fit_threshold, judge, pad, read_json, read_preferences, read_steps, response_mask,
-                  right, select_objectives, split_of)
+from data import (DOMAINS, OBJECTIVES, Dice, InputError, Problem, Tokenizer, World, believed, domain_objectives,
+                  fit_threshold, judge, pad, read_json, response_mask, right, select_objectives, split_of)
 
 HARD = ["", " ", "  ", "\n", "\r\n\t", "4 + 5 = 9\nanswer 9", "Zyzzyva 1,000,000.5!?", "aaaaabab 00712 007", "e.g. i.e.",
         "café ☃ 你好 👩‍👩‍👧 \u00a0\u2028\u0000\x7f", "<|end|><|pad|> <|user|>", "the the  the\n\nthe", "it's o'clock", "ß" * 9]
@@ -462,84 +461,7 @@ def test_fit_threshold(ratings, gold, cut_, agreement):
     assert fitted == pytest.approx(cut_) and fitted not in ratings
 
 
-# -- readers
-
-GOOD = b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
-
-
-def with_fields(**changes):
-    row = {"prompt": "p", "chosen": "c", "rejected": "r"} | changes
-    return json.dumps({k: v for k, v in row.items() if v is not ...}).encode()
-
-
-@pytest.mark.parametrize("line, words", [
-    (b'{"prompt": "p", "chosen"', "not JSON"), (b"[1, 2]", "list, not an object"), (b"null", "not an object"),
-    (b'"text"', "not an object"), (b'{"prompt": "\xff"}', "not UTF-8"), (b"[" * 100_000, "nested too deeply"),
-    (b'{"prompt": ' + b"9" * 5000 + b"}", "not JSON"),
-    (with_fields(chosen=...), "'chosen' is missing"), (with_fields(prompt=...), "'prompt' is missing"),
-    (b"{}", "no fields"), (with_fields(rejected=3), "'rejected' is int"), (with_fields(chosen=None), "'chosen' is NoneType"),
-    (with_fields(prompt=[]), "'prompt' is list"), (with_fields(prompt=[{"role": "robot", "content": "x"}]), "'prompt' is list"),
-    (with_fields(prompt=[{"role": "user", "content": 5}]), "'prompt' is list"),
-    (with_fields(prompt=[{"role": ["user"], "content": "x"}]), "'prompt' is list"),
-    (with_fields(chosen=" \n"), "'chosen' is empty"), (with_fields(prompt=""), "'prompt' is empty"),
-    (with_fields(rejected=[{"role": "assistant", "content": ""}]), "'rejected' is empty"),
-    (with_fields(prompt=[{"role": "assistant", "content": "x"}]), "ends with the assistant"),
-    (with_fields(rejected="c"), "'chosen' equals 'rejected'"),
-    (with_fields(chosen=[{"role": "assistant", "content": "r"}]), "'chosen' equals 'rejected'")])
-def test_bad_preference_rows_name_file_and_line(tmp_path, line, words):
-    """A bad row that is skipped, or a traceback that does not say which of ten thousand lines is broken."""
-    path = tmp_path / "honesty.jsonl"
-    path.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
-    with pytest.raises(InputError) as e:
-        read_preferences(str(path), "honesty")
-    assert f"{path}:3: " in str(e.value) and words in str(e.value) and "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("reader", [lambda p: read_preferences(p, "honesty"), read_steps])
-def test_missing_and_empty_files(tmp_path, reader):
-    """An empty file that trains on nothing."""
-    with pytest.raises(InputError, match="no such file"):
-        reader(str(tmp_path / "none.jsonl"))
-    for content in (b"", b"\n \r\n"):
-        (tmp_path / "empty.jsonl").write_bytes(content)
-        with pytest.raises(InputError, match="empty.jsonl: no rows"):
-            reader(str(tmp_path / "empty.jsonl"))
-
-
-def test_good_preference_rows(tmp_path):
-    """Message lists read as one string, other fields carried into the prompt, or spaces of a response stripped."""
-    path = tmp_path / "x.jsonl"
-    chat = [{"role": "system", "content": "s", "id": 1}, {"role": "user", "content": "é\n"}]
-    path.write_bytes(GOOD + b"\n" + with_fields(prompt=chat, chosen=[chat[1], {"role": "assistant", "content": " yes "}],
-                                               rejected=" no", extra=[1]))     # no newline at the end of the file
-    assert read_preferences(str(path), "honesty") == [
-        Preference("honesty", [{"role": "user", "content": "p"}], "c", "r"),
-        Preference("honesty", [{"role": "system", "content": "s"}, {"role": "user", "content": "é\n"}], " yes ", " no")]
-
-
-@pytest.mark.parametrize("row, words", [
-    ({"steps": ["a"]}, "'labels'"), ({"labels": [1]}, "'steps'"), ({"steps": [], "labels": []}, "'steps'"),
-    ({"steps": ["a", ""], "labels": [1, 1]}, "'steps'"), ({"steps": "ab", "labels": [1, 1]}, "'steps'"),
-    ({"steps": ["a"], "labels": [1.5]}, "'labels'"), ({"steps": ["a"], "labels": [float("nan")]}, "'labels'"),
-    ({"steps": ["a"], "labels": ["1"]}, "'labels'"), ({"steps": ["a", "b"], "labels": [1]}, "2 steps but 1 labels"),
-    ({"steps": ["a"], "labels": [1], "prompt": 7}, "'prompt' is int")])
-def test_bad_steps_rows(tmp_path, row, words):
-    """Labels out of range, NaN, or shifted by one against their steps train a PRM on nonsense."""
-    path = tmp_path / "steps.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "steps": ["a"], "labels": [1]}) + "\n" + json.dumps({"prompt": "p"} | row))
-    with pytest.raises(InputError) as e:
-        read_steps(str(path))
-    assert f"{path}:2: " in str(e.value) and words in str(e.value)
-
-
-def test_good_steps_rows(tmp_path):
-    """true/false labels kept as booleans break the loss's arithmetic."""
-    path = tmp_path / "steps.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "steps": ["a\n", "b"], "labels": [True, 0.25]}))
-    rows = read_steps(str(path))
-    assert rows == [Steps([{"role": "user", "content": "p"}], ["a\n", "b"], [1.0, 0.25])]
-    assert [type(v) for v in rows[0].labels] == [float, float]
-
+# -- files
 
 def test_write_json_leaves_no_half_file(tmp_path):
     """A crash while writing leaves half a file under the final name; a left-over .tmp means no rename happened."""
