@@ -17,8 +17,9 @@ import json
 import os
 import re
 import sys
+import unicodedata
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from statistics import NormalDist
 
@@ -105,10 +106,61 @@ class Dice:
 # Words and numbers keep the space before them, as in GPT-2; anything else is cut into single characters.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                 r"|\s+(?!\S)|\s+")
 SPECIALS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>"
                  "{{ m['content'] }}<|end|>{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+# All that a checkpoint may say about its tokenizer; save() writes them as they came.
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+                   "special_tokens_map.json", "chat_template.jinja", "generation_config.json"]
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """How a family of chat templates spells a conversation. <|...|> is a special token, the rest is ordinary text."""
+    turn: str              # a turn of the user or the system, with {role} and {content}
+    answer: str            # what the assistant's answer follows; EOS ends it
+    tail: str = ""         # text behind that EOS; it opens whatever comes next
+    trim: bool = False     # white space around a content is dropped
+    preamble: str = ""     # starts every system message; a conversation without one gets one
+    default: str = ""      # the system message of a conversation that brings none
+
+
+OWN_FORM = ChatForm("<|user|>{content}<|end|>", "<|assistant|>")          # a system message counts as the user's
+PLAIN_FORM = ChatForm("{Role}: {content}\n", "Assistant:")                # for models that never learnt a template
+CHATML_FORM = ChatForm("<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n", "\n")
+LLAMA3_FORM = ChatForm("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
+                       "<|start_header_id|>assistant<|end_header_id|>\n\n", trim=True)
+# What a template (with \\n and " written as newline and ') must say word for word to be of a family: how it spells a
+# turn, and that it ends with the bare head of an answer. Qwen3's empty thoughts are written on demand only.
+ROLE, CONTENT = r"' ?\+ ?message(?:\.role|\['role'\]) ?\+ ?'", r"' ?\+ ?(?:message\.|message\['|)content(?:'\]|)"
+THOUGHTS = r"(?:\{%-? if enable_thinking is defined and enable_thinking is false -?%\}[^%]*\{%-? endif -?%\}\s*)?"
+LAST = r" ?-?\}\}\s*" + THOUGHTS + r"(?:\{%-? endif -?%\}\s*)?$"
+FAMILIES = [
+    (CHATML_FORM, [rf"'<\|im_start\|>{ROLE}\n{CONTENT} ?\+ ?'<\|im_end\|>(?:' ?\+ ?')?\n'",
+                   r"'<\|im_start\|>assistant\n'" + LAST]),
+    (LLAMA3_FORM, [rf"'<\|start_header_id\|>{ROLE}<\|end_header_id\|>\n\n{CONTENT} ?\| ?trim ?\+ ?'<\|eot_id\|>'",
+                   r"'<\|start_header_id\|>assistant<\|end_header_id\|>\n\n'" + LAST])]
+
+
+def chat_form(template, specials):
+    """A checkpoint's chat template (text of Jinja, None or "") -> ChatForm. InputError for one of an unknown family."""
+    if not template or template == CHAT_TEMPLATE:
+        return OWN_FORM if "<|user|>" in specials else PLAIN_FORM
+    text = template.replace("\\n", "\n").replace('"', "'")
+    form = next((f for f, rules in FAMILIES if all(re.search(rule, text) for rule in rules)), None)
+    # The system message that the template makes up is a literal, unlike one that goes on with a variable.
+    literal = re.search(r"<\|im_start\|>system(?:\\n|\n)(?!['\"])(.*?)<\|im_end\|>", template, re.DOTALL)
+    default = literal[1].encode("ascii", "backslashreplace").decode("unicode-escape") if literal else ""
+    missing = [s for s in re.findall(r"<\|\w+\|>", form.turn) if s not in specials] if form else []
+    if form is None or missing or re.search(r"['\"] ?\+|\{\{", default):
+        raise InputError(f"chat_template {template[:80]!r}... " + (f"needs the special token {missing[0]}" if missing else
+                         "is of no family that is written here (ChatML as in Qwen2-3 and SmolLM2, Llama-3 headers)"))
+    dates = re.search(r"'Cutting Knowledge Date: ([^'\n]*)\n'", text), re.search(r"date_string = '([^']*)'", text)
+    preamble = "Cutting Knowledge Date: {}\nToday Date: {}\n\n".format(*(d[1] for d in dates)) if all(dates) else ""
+    return replace(form, default=default, preamble=preamble)
 
 
 def byte_alphabet():
@@ -126,57 +178,198 @@ def ends_step(masks, token, previous, before):
     return always[token] | (stops[token] & ((initials[previous] | (letters[previous] & stops[before])) ^ True))
 
 
+def split_pattern(path, pre):
+    """tokenizer.json's pre_tokenizer -> (pattern whose matches are the pieces to merge, add_prefix_space)."""
+    parts = pre.get("pretokenizers", [pre])
+    kinds, last = [p.get("type") for p in parts], parts[-1]
+    if kinds == ["ByteLevel"] and last.get("use_regex", True):
+        return GPT2_PATTERN, last.get("add_prefix_space", True)
+    if kinds == ["Digits", "ByteLevel"] and last.get("use_regex", True) and last.get("add_prefix_space") is False:
+        # Digits are cut out before the rest is split: they take no space with them, and white space before them stands
+        # at the end of its text, where GPT-2's pattern leaves it whole.
+        digits = r"\p{N}" if parts[0].get("individual_digits") else r"\p{N}+"
+        return GPT2_PATTERN.replace(r" ?\p{N}+", digits).replace(r"(?!\S)", r"(?![^\s\p{N}])"), False
+    if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
+        split = parts[0]
+        if "Regex" in split["pattern"] and split.get("behavior") == "Isolated" and not split.get("invert"):
+            pattern = split["pattern"]["Regex"]  # text between its matches is a piece too, which tiktoken would lose
+            return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+", bool(last.get("add_prefix_space"))
+    raise InputError(f"{path}: pre_tokenizer {json.dumps(pre)[:200]} is not read, only ByteLevel, Digits + ByteLevel, or "
+                     "Split (a Regex, Isolated) + ByteLevel without its own regex")
+
+
+def read_added_tokens(path, spec):
+    """tokenizer.json -> (specials, added, nfc) of Tokenizer."""
+    normalizer, tokens = spec.get("normalizer"), [t for t in spec.get("added_tokens") or [] if t["content"]]
+    normalizers = [] if not normalizer else normalizer.get("normalizers", [normalizer])
+    odd = [f"normalizer {n.get('type')}" for n in normalizers if n.get("type") != "NFC"]
+    odd += [f"added token {t['content']!r} with {flag}" for t in tokens for flag in ("lstrip", "rstrip", "single_word")
+            if t.get(flag)]
+    if odd:
+        raise InputError(f"{path}: {odd[0]} is not read, only the normalizer NFC and added tokens without such flags")
+    specials = {t["content"]: t["id"] for t in tokens if t.get("special", True)}
+    added, nfc = ({}, {}), bool(normalizers)
+    for t in tokens:
+        if t["content"] not in specials:
+            late = bool(t.get("normalized"))
+            added[late][unicodedata.normalize("NFC", t["content"]) if nfc and late else t["content"]] = t["id"]
+    return specials, added, nfc
+
+
+def read_vocabulary(path, model, specials, added):
+    """tokenizer.json's model, specials and added tokens -> (pieces, ranks) of Tokenizer."""
+    odd = [k for k in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
+    odd += ["fuse_unk"] if model.get("fuse_unk") and model.get("unk_token") else []
+    if model.get("type", "BPE") != "BPE" or odd:
+        raise InputError(f"{path}: only byte-level BPE is read, not {model.get('type')} {' '.join(odd)}")
+    to_byte = {c: b for b, c in byte_alphabet().items()}
+    raw = lambda s: bytes(to_byte[c] for c in s)
+    others = {**{t: (i, t.encode()) for tokens in added for t, i in tokens.items()},
+              **{t: (i, b"") for t, i in specials.items()}}
+    vocab = {raw(s): i for s, i in model["vocab"].items() if s not in others}
+    known = [*vocab.values(), *(i for i, _ in others.values())]
+    if not all(type(i) is int and 0 <= i < 1000 + 10 * len(known) for i in known):
+        raise InputError(f"{path}: a token id is not a whole number from 0 to ten times the number of tokens")
+    if len(set(known)) < len(known):
+        raise InputError(f"{path}: two tokens have the same id")
+    pieces = [b""] * (1 + max(known, default=0))
+    for i, piece in [*zip(vocab.values(), vocab), *others.values()]:
+        pieces[i] = piece
+    # Priorities: single bytes first, then results of merges in merge order, then what only a whole word can be.
+    # tiktoken merges any two neighbours whose union has a priority, the reference implementation only pairs on its list.
+    # In vocabularies made by training that is the same: where the one can merge, so can the other.
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    made = [raw(a + b) for a, b in merges if a + b not in specials]
+    lost = next((m for m in made if m not in vocab and m.decode("utf-8", "replace") not in others), None)
+    if lost is not None:
+        raise InputError(f"{path}: a merge makes {lost!r}, which is not in the vocabulary")
+    ordered = [bytes([b]) for b in range(256)] + made
+    if model.get("ignore_merges"):
+        ordered += sorted(vocab, key=vocab.get)
+    return pieces, {piece: i for i, piece in enumerate(dict.fromkeys(ordered))}
+
+
+def opening_token(post):
+    """tokenizer.json's post_processor -> the special token that it puts in front of a text, or None."""
+    for p in post.get("processors", [post]):
+        if p.get("type") == "TemplateProcessing":
+            return p["single"][0].get("SpecialToken", {}).get("id")
+
+
+def two_file_spec(directory, config, merges):
+    """vocab.json and merges.txt, as GPT-2 and Qwen2 ship them -> what their tokenizer.json would say. These files hold
+    no split pattern: the class that tokenizer_config.json names stands for it."""
+    kind = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+    if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer") or merges is None:
+        raise InputError(f"{directory}: " + ("no merges.txt beside vocab.json" if merges is None else
+                         f"the split pattern of {kind} is not known; save it with a tokenizer.json"))
+    vocab, path = read_json(os.path.join(directory, "vocab.json")), os.path.join(directory, "added_tokens.json")
+    tokens = {t["content"]: t | {"id": int(i)} for i, t in (config.get("added_tokens_decoder") or {}).items()}
+    ids = vocab | (read_json(path) if os.path.exists(path) else {})
+    named = [config.get(k) for k in ("bos_token", "eos_token", "unk_token", "pad_token")]
+    named += [*(config.get("additional_special_tokens") or []), "<|endoftext|>"]
+    named = {t["content"] if isinstance(t, dict) else t for t in named if t} & ids.keys()
+    for s in named | (ids.keys() - vocab.keys()):
+        tokens.setdefault(s, {"id": ids[s], "content": s, "special": s in named, "normalized": s not in named})
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated"}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space")), "use_regex": False}
+    qwen, lines = kind == "Qwen2Tokenizer", merges.splitlines()
+    return {"added_tokens": list(tokens.values()), "normalizer": {"type": "NFC"} if qwen else None,
+            "pre_tokenizer": {"pretokenizers": [split, byte_level]} if qwen else byte_level | {"use_regex": True},
+            "model": {"vocab": vocab, "merges": [m for m in lines[merges.startswith("#version"):] if m]}}
+
+
 class Tokenizer:
     """Text <-> token ids. The merging is done by a tiktoken.Encoding built here from a vocabulary.
 
     pieces:   list of bytes by id; b"" for special tokens and unused ids.
     ranks:    dict bytes -> merge priority, all 256 single bytes among them (tiktoken panics on a byte it lacks).
     specials: dict text -> id. Ordinary text never becomes one: only encode_chat writes them.
+    added:    two dicts text -> id of tokens that are cut out of ordinary text before it is merged, the first before
+              and the second after the text is brought to Unicode's NFC (if `nfc` says so).
+    unk_id:   id for bytes that have none; without it they are dropped, as the reference implementation does.
     """
 
-    def __init__(self, pieces, ranks, specials, pattern, eos_id, pad_id, bos_id=None, prefix_space=False):
-        self.pieces, self.ranks, self.specials, self.pattern = pieces, ranks, specials, pattern
+    def __init__(self, pieces, ranks, specials, pattern, eos_id, pad_id, bos_id=None, prefix_space=False,
+                 added=({}, {}), nfc=False, unk_id=None):
+        self.pieces, self.specials, self.pattern, self.nfc = pieces, specials, pattern, nfc
         self.eos_id, self.pad_id, self.bos_id, self.prefix_space = eos_id, pad_id, bos_id, prefix_space
         self.n_vocab, self.files, self.masks = len(pieces), {}, {}
-        self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        ids = {piece: i for i, piece in enumerate(pieces) if piece}
-        # Merge priorities need not be ids, and a byte may have no id at all: such bytes are dropped, as the
-        # reference implementation does for a vocabulary without an unknown token.
-        self.id_of_rank = {rank: ids.get(piece) for piece, rank in ranks.items()}
-        self.same_ids = all(rank == i for rank, i in self.id_of_rank.items())
+        self.form, self.form_error = chat_form(None, specials), None
+        # The longest token wins, as in the reference; in a group, so that split() keeps it.
+        choice = lambda tokens: "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+        self.added = [(tokens, re.compile(f"({choice(tokens)})")) for tokens in added]
+        extra = {i for tokens in added for i in tokens.values()}
+        ids = {pieces[i]: i for i in extra} | {p: i for i, p in enumerate(pieces) if p and i not in extra}
+        # Where ids ascend with the priorities they can serve as priorities, and tiktoken's numbers are the ids. Else a
+        # table translates. Single bytes are merged with nothing, so any number does for them.
+        by_rank = sorted(ranks, key=ranks.get)
+        merged = [ids.get(p, -1) for p in by_rank if len(p) > 1]
+        same = merged == sorted(merged) and all(p in ids for p in ranks)
+        self.ranks = {p: ids[p] if same else rank for rank, p in enumerate(by_rank)}
+        self.id_of_rank = None if same else [ids.get(p, unk_id) for p in by_rank]
+        self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={})
 
     def encode(self, text):
-        """Ordinary text -> ids, without any special token."""
+        """Ordinary text -> ids. The text of a special token is ordinary here; only other added tokens are matched."""
+        ids, ((first, cut_first), (then, cut_then)) = [], self.added
+        for i, part in enumerate(cut_first.split(text) if first else [text]):
+            if i % 2:
+                ids.append(first[part])
+                continue
+            part = unicodedata.normalize("NFC", part) if self.nfc else part
+            for j, piece in enumerate(cut_then.split(part) if then else [part]):
+                ids += [then[piece]] if j % 2 else self.merge(piece)
+        return ids
+
+    def merge(self, text):
+        """Text without added tokens -> ids. InputError where the split pattern fails inside tiktoken, which panics then
+        with a BaseException (half a million blanks in a row do that, or a pattern that matches the empty text)."""
         if self.prefix_space and text and text[0] != " ":
             text = " " + text
-        ids = self.encoding.encode_ordinary(text)
-        return ids if self.same_ids else [i for i in map(self.id_of_rank.get, ids) if i is not None]
+        try:
+            ids = self.encoding.encode_ordinary(text)
+        except BaseException as e:
+            if type(e).__name__ != "PanicException":
+                raise
+            raise InputError(f"the tokenizer's split pattern fails on {text[:40]!r}... of {len(text)} characters; "
+                             "shorten its runs of white space") from None
+        return ids if self.id_of_rank is None else [i for i in map(self.id_of_rank.__getitem__, ids) if i is not None]
 
     def decode(self, ids):
         """ids -> text; special tokens vanish, broken UTF-8 becomes U+FFFD."""
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
 
-    def encode_chat(self, messages, add_generation_prompt=True):
-        """Messages -> ids, ready for the model to go on. Every message is encoded apart from its neighbours (trap:
-        tokens that merge across the border between prompt and response), so a cached conversation never changes."""
-        ids = [self.bos_id] if self.bos_id is not None else []
-        for m in messages:
-            if "<|user|>" in self.specials:
-                # A system message counts as the user's.
-                marker = "<|assistant|>" if m["role"] == "assistant" else "<|user|>"
-                ids += [self.specials[marker], *self.encode(m["content"]), self.eos_id]
-            elif m["role"] == "assistant":
-                ids += self.encode("Assistant:") + self.encode(m["content"]) + [self.eos_id]
-            else:
-                ids += self.encode(f"{m['role'].capitalize()}: {m['content']}\n")
-        if add_generation_prompt:
-            ids += [self.specials["<|assistant|>"]] if "<|user|>" in self.specials else self.encode("Assistant:")
+    def fill(self, markup, role="", content=""):
+        """A piece of a ChatForm -> ids. Role and content are filled in last: they cannot smuggle in a special token."""
+        ids = []
+        for i, part in enumerate(re.split(r"(<\|\w+\|>)", markup)):
+            part = part.replace("{role}", role).replace("{Role}", role.capitalize()).replace("{content}", content)
+            ids += [self.specials[part]] if i % 2 else self.encode(part)
         return ids
+
+    def encode_chat(self, messages, add_generation_prompt=True):
+        """Messages -> ids, ready for the model to go on, as the checkpoint's chat template spells them. An answer is
+        encoded apart from its neighbours (trap: tokens that merge across the border between prompt and response), so a
+        cached conversation never changes. InputError for a template of an unknown family."""
+        if self.form_error:
+            raise InputError(self.form_error)
+        form, ids = self.form, [self.bos_id] if self.bos_id is not None else []
+        if (form.preamble or form.default) and [m["role"] for m in messages[:1]] != ["system"]:
+            messages = [{"role": "system", "content": form.default}, *messages]
+        for m in messages:
+            if m["role"] == "assistant":
+                ids += self.fill(form.answer) + self.encode(m["content"]) + [self.eos_id] + self.fill(form.tail)
+            else:
+                content = m["content"].strip() if form.trim else m["content"]
+                opening = form.preamble if m is messages[0] else ""
+                ids += self.fill(form.turn, m["role"], opening + content)
+        return ids + self.fill(form.answer) if add_generation_prompt else ids
 
     def encode_turn(self, content):
         """A user's next message in a running conversation whose cache ends with the end-of-turn token."""
-        ids = self.encode_chat([{"role": "user", "content": content}])
-        return ids[1:] if self.bos_id is not None else ids
+        content = content.strip() if self.form.trim else content
+        return self.fill(self.form.tail) + self.fill(self.form.turn, "user", content) + self.fill(self.form.answer)
 
     # -- where steps end, as masks over the vocabulary, so that no text is decoded inside a decoding loop
 
@@ -225,60 +418,68 @@ class Tokenizer:
 
     @classmethod
     def from_hf(cls, directory):
-        """tokenizer.json (byte-level BPE) of a Hugging Face directory -> Tokenizer. InputError names what is odd."""
-        path = os.path.join(directory, "tokenizer.json")
-        config_path = os.path.join(directory, "tokenizer_config.json")
-        config = read_json(config_path) if os.path.exists(config_path) else {}
+        """A Hugging Face directory with tokenizer.json, or vocab.json and merges.txt, of a byte-level BPE (GPT-2, Llama-3,
+        Qwen, SmolLM2) -> Tokenizer. InputError names the file and what in it is not read."""
+        files, path = {}, os.path.join(directory, "tokenizer.json")
         try:
-            return cls.from_spec(path, read_json(path), config)
+            for name in TOKENIZER_FILES:
+                if os.path.exists(os.path.join(directory, name)):
+                    with open(os.path.join(directory, name), encoding="utf-8", newline="") as f:
+                        files[name] = f.read()
+            config = {}
+            for name in ("special_tokens_map.json", "tokenizer_config.json"):
+                config |= read_json(os.path.join(directory, name)) if name in files else {}
+            if "chat_template.jinja" in files:
+                config["chat_template"] = files["chat_template.jinja"]
+            if "tokenizer.json" not in files and "vocab.json" in files:
+                path = os.path.join(directory, "vocab.json")
+                spec = two_file_spec(directory, config, files.get("merges.txt"))
+            else:
+                spec = read_json(path)
+            tokenizer = cls.from_spec(path, spec, config)
         except InputError:
             raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as e:
             raise InputError(f"{path}: not a tokenizer file that is read here ({type(e).__name__}: {e})") from None
+        tokenizer.files = files
+        return tokenizer
 
     @classmethod
     def from_spec(cls, path, spec, config):
         """The contents of tokenizer.json and tokenizer_config.json -> Tokenizer; path is for messages."""
-        model, pre = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
-        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or spec.get("normalizer"):
-            raise InputError(f"{path}: only byte-level BPE without a normalizer is read, "
-                             f"not {model.get('type')} with byte_fallback or a normalizer")
-        parts = pre.get("pretokenizers", [pre])
-        split = next((p["pattern"]["Regex"] for p in parts if p.get("type") == "Split"), None)
-        byte_level = [p for p in parts if p.get("type") == "ByteLevel"]
-        if not byte_level or any(p.get("type") not in ("Split", "ByteLevel") for p in parts):
-            raise InputError(f"{path}: pre_tokenizer {pre.get('type')} is not read, only ByteLevel or Split + ByteLevel")
-        to_byte = {c: b for b, c in byte_alphabet().items()}
-        specials = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-        raw = lambda s: bytes(to_byte[c] for c in s)
-        vocab = {raw(s): i for s, i in model["vocab"].items() if s not in specials}
-        known = [*vocab.values(), *specials.values()]
-        if not all(type(i) is int and 0 <= i < 10_000_000 for i in known):
-            raise InputError(f"{path}: a token id is not a whole number from 0 to 10 million")
-        pieces = [b""] * (1 + max(known, default=0))
-        for piece, i in vocab.items():
-            pieces[i] = piece
-        # Priorities: single bytes first, then results of merges in merge order, then what only a whole word can be.
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        ordered = [bytes([b]) for b in range(256)] + [raw(a + b) for a, b in merges]
-        if model.get("ignore_merges"):
-            ordered += sorted(vocab, key=vocab.get)
-        ranks = {piece: i for i, piece in enumerate(dict.fromkeys(ordered))}
-        name = lambda key: (config.get(key) or {}).get("content") if isinstance(config.get(key), dict) else config.get(key)
-        eos = next((specials[s] for s in (name("eos_token"), "<|end|>", "</s>", "<|endoftext|>") if s in specials), None)
+        model, (pattern, prefix_space) = spec["model"], split_pattern(path, spec.get("pre_tokenizer") or {})
+        specials, added, nfc = read_added_tokens(path, spec)
+        pieces, ranks = read_vocabulary(path, model, specials, added)
+        template, problem = config.get("chat_template"), None
+        if isinstance(template, list):           # several templates with names
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        try:
+            form = chat_form(template, specials)
+        except InputError as e:                  # a base model is of use without its template: refused once it is needed
+            form, problem = PLAIN_FORM, f"{path}: {e}"
+        name = lambda key: config[key].get("content") if isinstance(config.get(key), dict) else config.get(key)
+        # What ends a turn in the template ends an answer, whatever a base model's config says of the end of a text.
+        ends = re.findall(r"<\|\w+\|>", form.turn)[-1:] + [name("eos_token"), "<|end|>", "</s>", "<|endoftext|>"]
+        eos = next((specials[s] for s in ends if s in specials), None)
         if eos is None:
             raise InputError(f"{path}: no end-of-text token; name it as eos_token in tokenizer_config.json")
-        pad = specials.get(name("pad_token"), specials.get("<unk>", eos))
-        bos = specials.get(name("bos_token")) if config.get("add_bos_token") else None
-        tokenizer = cls(pieces, ranks, specials, split or GPT2_PATTERN, eos, pad, bos,
-                        prefix_space=any(p.get("add_prefix_space") for p in byte_level))
-        tokenizer.files = {"tokenizer.json": spec} | ({"tokenizer_config.json": config} if config else {})
+        if template:
+            bos = specials.get(name("bos_token")) if "bos_token" in template else None
+        else:
+            bos = specials.get(name("bos_token") if config.get("add_bos_token") else None if "add_bos_token" in config else
+                               opening_token(spec.get("post_processor") or {}))
+        names = [name("pad_token"), "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", *specials]
+        pad = next((specials[s] for s in names if s in specials and specials[s] not in (eos, bos)), eos)
+        tokenizer = cls(pieces, ranks, specials, pattern, eos, pad, bos, prefix_space, added, nfc,
+                        model["vocab"].get(model.get("unk_token")))
+        tokenizer.form, tokenizer.form_error = form, problem
+        tokenizer.encode("a 1\n")               # a pattern that tiktoken cannot run shows now, not in the middle of a run
         return tokenizer
 
     def save(self, directory):
         """Write tokenizer.json and tokenizer_config.json that other programs load (as they came, if they came)."""
         for name, content in self.files.items():
-            write_json(os.path.join(directory, name), content)
+            write_text(os.path.join(directory, name), content)
         if self.files:
             return
         alphabet = byte_alphabet()
@@ -314,10 +515,14 @@ class Tokenizer:
 
 @dataclass
 class Problem:
-    """A first user message and what the world knows about it (never shown to a model)."""
+    """What is asked, a user's message or a list of messages, and what the world knows about it (never shown to a model)."""
     domain: str
     prompt: str
     truth: dict = field(default_factory=dict)
+
+    def messages(self):
+        """A new list of the messages that ask."""
+        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else list(self.prompt)
 
 
 SPLITS = ("train", "train", "train", "train", "train", "train", "train", "train", "dev", "test")
@@ -364,8 +569,13 @@ def believed(a, op, b):
 
 
 class World:
-    """What the three domains share. `turns` assistant turns, each of at most `max_new_tokens` tokens."""
+    """What the worlds share. `turns` assistant turns, each of at most `max_new_tokens` tokens."""
     turns = 1
+
+    @property
+    def objectives(self):
+        """The objectives that this world scores."""
+        return domain_objectives(self.name, OBJECTIVES)
 
     def problems(self, split, n, dice):
         """n distinct problems of one split. InputError if the world is too small for that many."""
@@ -384,7 +594,7 @@ class World:
 
     def conversation(self, problem, dice, careful=False):
         """A whole demonstrated conversation. `careful` demonstrations (SFT) err less than the others (pre-training)."""
-        messages = [{"role": "user", "content": problem.prompt}]
+        messages = problem.messages()
         while messages[-1]["role"] == "user":
             answer = self.demonstrate(problem, messages, dice, careful)
             messages.append({"role": "assistant", "content": answer})
@@ -877,6 +1087,60 @@ def same_answer(a, b):
     """Are two final answers the same? Numbers by exact value (1,000 = 1000.0, 1\\frac12 = 3/2 = 1.5), the rest as text.
     Units, $, % and degrees do not count (50% = 50, not 0.5); order does. None, for no answer, equals nothing."""
     return a is not None and b is not None and answer_parts(a) == answer_parts(b)
+
+
+class Questions(World):
+    """Real questions as a world: a response is right if its final answer is. Its steps are lines; nobody verifies them one
+    by one, so their rewards are 0 and the hindsight targets come from the rollouts' ends alone."""
+    boundary = "newline"
+
+    def __init__(self, path, objective, max_new_tokens, model):
+        """The rows of `path` that leave room for max_new_tokens in the model's context; the others are counted."""
+        self.name, self.objectives, self.max_new_tokens = OBJECTIVES[objective].domain, [objective], max_new_tokens
+        rows, room = read_questions(path), model.config.max_len - max_new_tokens
+        size = lambda text: len(model.tokenizer.encode(text))
+        fits = lambda q: size(q.solution) < max_new_tokens and len(model.tokenizer.encode_chat(q.prompt)) <= room
+        self.rows = {json.dumps(q.prompt): q for q in rows if fits(q)}
+        self.n_dropped = len(rows) - len(self.rows)
+        empty = [split for split, n in self.counts().items() if n == 0]
+        if empty:
+            raise InputError(f"{path}: {len(rows)} questions, {len(self.rows)} fit the context of {model.config.max_len} tokens "
+                             f"with {max_new_tokens} for the answer; none is left for {', '.join(empty)}")
+
+    def counts(self):
+        """Number of questions by split."""
+        return {s: sum(split_of(key) == s for key in self.rows) for s in ("train", "dev", "test")}
+
+    def problems(self, split, n, dice):
+        """n questions of a split in random order, or all that there are."""
+        found = sorted((dice.random(), key) for key in self.rows if split_of(key) == split)[:n]
+        return [Problem(self.name, self.rows[key].prompt, {"question": self.rows[key]}) for _, key in found]
+
+    def conversation(self, problem, dice, careful=False):
+        solution = problem.truth["question"].solution or problem.truth["question"].answer
+        return problem.messages() + [{"role": "assistant", "content": solution}]
+
+    def verify(self, problem, steps):
+        """As Math.verify, but only the final answer is known."""
+        return float(same_answer(final_answer("".join(steps)), problem.truth["question"].answer)), [0.0] * len(steps)
+
+    def scores(self, problem, messages, response):
+        return {self.objectives[0]: self.verify(problem, [response])[0]}
+
+
+def holds_questions(path, objective):
+    """Does the file of a verifiable objective hold questions, not pairs?"""
+    return OBJECTIVES[objective].case == "verifiable" and "chosen" not in next(read_jsonl(path), (0, {"chosen": 0}))[1]
+
+
+def worlds_of(objectives, data, max_new_tokens, model):
+    """domain -> world to sample and to measure in: the embedded worlds of the objectives, or with a directory `data` those
+    of the verifiable objectives whose files hold questions."""
+    if not data:
+        return {OBJECTIVES[o].domain: DOMAINS[OBJECTIVES[o].domain] for o in objectives}
+    files = {o: os.path.join(data, f"{o}.jsonl") for o in objectives}
+    return {OBJECTIVES[o].domain: Questions(path, o, max_new_tokens, model)
+            for o, path in files.items() if holds_questions(path, o)}
 
 
 # -- JSON files
