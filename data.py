@@ -1181,6 +1181,19 @@ def pad(rows, pad_id, device=None):
     return ids.to(device), lengths.to(device)
 
 
+def batches_by_length(lengths, tokens=16384):
+    """Yield lists of indices, shortest first, so that a batch padded to its longest row holds at most `tokens` (or one
+    row): little padding, and memory bounded whatever the lengths."""
+    batch = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[i] > tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def response_mask(prompt_lengths, lengths, width):
     """(B, width) bool: True on response tokens, False on the prompt and on padding."""
     t = torch.arange(width, device=lengths.device)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DOMAINS, OBJECTIVES, Dice, InputError, domain_objectives, pad, read_json, response_mask, run_command
-from data import write_json, write_text
+from data import (DOMAINS, Dice, InputError, batches_by_length, domain_objectives, pad, read_json, response_mask,
+                  run_command, worlds_of, write_json, write_text)
 from decode import domain_mix, find_prm, generate, guided_decode
 from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import load_hf, pick_device
@@ -34,7 +34,7 @@ class Conversation:
     """One dialogue under way: messages for the judges, ids for the model (text never becomes ids again)."""
 
     def __init__(self, problem, tokenizer):
-        self.problem, self.messages = problem, [{"role": "user", "content": problem.prompt}]
+        self.problem, self.messages = problem, problem.messages()
         self.ids = self.new_ids = tokenizer.encode_chat(self.messages)
         self.turns = []                    # (ids before, messages before, response ids) of every assistant turn
 
@@ -99,16 +99,19 @@ def summary(values):
 def kl_per_token(model, head, reference, conversations, pad_id):
     """KL(pi || pi_sft) of the next-token distributions (all tokens, temperature 1), in nats: exact at every position of
     the policy's own samples (drawn at the run's temperature), averaged over each response, then each conversation."""
-    rows, found = [(before, response) for c in conversations for before, _, response in c.turns], []
-    for start in range(0, len(rows), 256):
-        part = rows[start:start + 256]
+    rows = [(before, response) for c in conversations for before, _, response in c.turns]
+    found = [0.0] * len(rows)
+    for index in batches_by_length([len(a) + len(b) for a, b in rows]):
+        part = [rows[i] for i in index]
         ids, lengths = pad([a + b for a, b in part], pad_id, head.device)
         mask = response_mask(torch.tensor([len(a) for a, _ in part], device=head.device), lengths, ids.shape[1])
         r, t = mask[:, 1:].nonzero(as_tuple=True)
         log_pi = F.log_softmax(F.linear(model(ids)[r, t], head).float(), -1)
         log_ref = F.log_softmax(reference.logits(reference(ids)[r, t]).float(), -1)
         kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                                  # (N,)
-        found += (torch.zeros(len(part), device=head.device).index_add(0, r, kl) / mask.sum(1)).tolist()
+        mean = torch.zeros(len(part), device=head.device).index_add(0, r, kl) / mask.sum(1)
+        for i, value in zip(index, mean.tolist()):
+            found[i] = value
     turns = len(found) // len(conversations)
     return summary([statistics.fmean(found[i:i + turns]) for i in range(0, len(found), turns)])
 
@@ -131,7 +134,7 @@ class Bench:
         self.device, self.loaded, self.guides = pick_device(device or self.config["device"]), {}, {}
         self.sft = self.model("sft")
         self.tokenizer = self.sft.tokenizer
-        self.domains = list(dict.fromkeys(OBJECTIVES[o].domain for o in self.objectives))
+        self.worlds = worlds_of(self.objectives, self.config["data"], self.config["max_new_tokens"], self.sft)
 
     def model(self, name):
         if name not in self.loaded:
@@ -145,7 +148,7 @@ class Bench:
 
     def row(self, policy, model, domain, weights, guide=None, temperature=None):
         """Measure one row on the domain's test prompts -> an entry of results.json."""
-        world, name = DOMAINS[domain], policy
+        world, name = self.worlds[domain], policy
         temperature = self.config["temperature"] if temperature is None else temperature
         problems = world.problems("test", self.config["n_test"], Dice(seed_of(self.seed, "test", domain)))
         generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", domain))
@@ -181,7 +184,7 @@ class Bench:
 
     def sweep(self, domain):
         """Mixes of the domain's first two heads from one to the other: (1 - s, s)."""
-        names, mah = domain_objectives(domain, self.objectives)[:2], self.model("mah_dpo")
+        names, mah = [o for o in self.objectives if o in self.worlds[domain].objectives][:2], self.model("mah_dpo")
         for s in (0.0, 0.25, 0.5, 0.75, 1.0) if len(names) == 2 else ():
             weights = [0.0] * len(self.objectives)
             weights[self.objectives.index(names[0])], weights[self.objectives.index(names[1])] = 1 - s, s
@@ -231,7 +234,7 @@ def report(results, sweeps, config):
              f"{config['temperature']}, beta {config['beta']}. Mean ± standard error.\n"]
     for domain in [d for d in DOMAINS if any(r["domain"] == d for r in results)]:
         rows, names = [r for r in results if r["domain"] == domain], domain_objectives(domain, config["objectives"])
-        n = rows[0]["metrics"][names[0]]["n"]
+        n = rows[0]["metrics"]["tokens"]["n"]
         parts.append(table(f"{domain}, {n} test prompts", policy | guide, rows, [*names, "tokens", "kl"]))
         mixes = [r for r in sweeps if r["domain"] == domain]
         if mixes:
@@ -283,11 +286,10 @@ def evaluate(run, pair_rows, device=None):
     """Measure every row of a run, print the tables, write results.md, pareto.svg and, last, results.json. device: default
     the run's own."""
     bench, results, sweeps = Bench(run, device), [], []
-    if not bench.config["data"]:
-        jobs = [(d, job, results) for d in bench.domains for job in bench.jobs(d)] + \
-            [(d, job, sweeps) for d in bench.domains for job in bench.sweep(d)]
-        for domain, (policy, model, *how), into in tqdm(jobs, desc="tables", unit="row", disable=None):
-            into.append(bench.row(policy, model, domain, *how))
+    jobs = [(d, job, results) for d in bench.worlds for job in bench.jobs(d)] + \
+        [(d, job, sweeps) for d in bench.worlds for job in bench.sweep(d)]
+    for domain, (policy, model, *how), into in tqdm(jobs, desc="tables", unit="row", disable=None):
+        into.append(bench.row(policy, model, domain, *how))
     results += pair_rows
     text = report(results, sweeps, bench.config)
     write_text(os.path.join(run, "results.md"), text)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import pad, response_mask
+from data import batches_by_length, pad, response_mask
 
 CHUNK = 4096     # response positions whose logits exist at the same time: bounds memory at CHUNK x V
 
@@ -111,14 +111,13 @@ class Pair:
 
 
 @torch.no_grad()
-def pair_logps(model, pairs, head_of, pad_id, batch=64, progress=None):
+def pair_logps(model, pairs, head_of, pad_id, progress=None, tokens=16384):
     """pairs: objects with objective, prompt, chosen, rejected (ids) -> log-probabilities (N, 2) of chosen and rejected,
-    each pair under the head head_of(objective). Sorted by length inside, so that padding is small."""
+    each pair under the head head_of(objective); `tokens` per batch at most."""
     device = model.embed.weight.device
     out = torch.zeros(len(pairs), 2)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].chosen))
-    for start in range(0, len(pairs), batch):
-        index = order[start:start + batch]
+    # Both rows of a pair count.
+    for index in batches_by_length([2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs], tokens):
         ids, mask = pair_batch([pairs[i] for i in index], pad_id, device)
         head = torch.tensor([head_of(pairs[i].objective) for i in index] * 2, device=device)
         out[index] = policy_logps(model, ids, mask, head).view(2, -1).T.cpu()

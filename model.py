@@ -203,11 +203,15 @@ class GPT(nn.Module):
         super().__init__()
         c = self.config = config
         self.tokenizer = None          # travels with the model: decode.py takes texts and boundaries from it
-        self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.positions = nn.Embedding(c.max_len, c.d_model) if c.position == "learned" else None
+        # Not drawn here, but below: torch takes two seconds to learn how to draw for the meta device.
+        embedding = lambda n: nn.Embedding.from_pretrained(torch.empty(n, c.d_model), freeze=False)
+        self.embed = embedding(c.vocab_size)
+        self.positions = embedding(c.max_len) if c.position == "learned" else None
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = (nn.RMSNorm if c.norm == "rms" else nn.LayerNorm)(c.d_model, eps=c.norm_eps)
         self.heads = nn.ModuleList(nn.Linear(c.d_model, c.vocab_size, bias=False) for _ in c.objectives)
+        if self.embed.weight.is_meta:      # from_state brings the numbers
+            return
         self.make_rope()
         for name, p in self.named_parameters():
             if p.dim() == 2:

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, domain_objectives, fit_threshold, judge, pad,
-                  read_json, read_jsonl, read_preferences, read_steps, run_command, select_objectives, split_of,
-                  write_json, write_text)
+from data import (DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, batches_by_length, domain_objectives,
+                  fit_threshold, holds_questions, judge, pad, read_json, read_jsonl, read_preferences, read_steps,
+                  run_command, select_objectives, split_of, worlds_of, write_json, write_text)
 from decode import generate, parse_weights
 from evaluate import average, converse, evaluate, pair_metrics_rows, plain_responder, seed_of
 from mah_dpo import (Pair, balanced_mean, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pair_batch,
@@ -74,6 +74,7 @@ class Config:
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
     dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
     n_test: int = option(200, "test prompts per domain", fast=12)
+    max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
 
 
 class Run:
@@ -96,6 +97,10 @@ class Run:
 
     def load(self, name):
         return load_hf(self.file(name)).to(self.device)
+
+    def worlds(self, model):
+        """domain -> the world to sample and to measure in: the embedded ones, or those of the questions in --data."""
+        return worlds_of(self.objectives, self.config.data, self.config.max_new_tokens, model)
 
     def log(self, stage, rows):
         """Append a stage's rows to log.jsonl in one write, when it is finished."""
@@ -186,18 +191,15 @@ def train_base(run):
 def train_sft(run):
     """Stage 2: fine-tuning on careful demonstrations, or on the chosen responses of real pairs."""
     model, dice, config = run.load("base"), run.dice("sft", "data"), run.config
-    if config.data:
-        pairs, *_ = read_real_pairs(run, model)
-        examples = [(p.prompt + p.chosen, [False] * len(p.prompt) + [True] * len(p.chosen)) for p in pairs]
-    else:
-        examples = []
-        for world in (DOMAINS[d] for d in run.domains):
-            for problem in world.problems("train", min(2500, 25 * config.sft_steps), dice):
-                examples.append(chat_example(model.tokenizer, world.conversation(problem, dice, careful=True)))
-        longest = max(len(ids) for ids, _ in examples)
-        if longest > model.config.max_len:
-            raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short for the embedded "
-                             f"worlds, whose conversations reach {longest} in its vocabulary")
+    examples = [(p.prompt + p.chosen, [False] * len(p.prompt) + [True] * len(p.chosen))
+                for p in read_real_pairs(run, model)[0]] if config.data else []
+    for world in run.worlds(model).values():
+        for problem in world.problems("train", min(2500, 25 * config.sft_steps), dice):
+            examples.append(chat_example(model.tokenizer, world.conversation(problem, dice, careful=True)))
+    longest = max(len(ids) for ids, _ in examples)
+    if longest > model.config.max_len:
+        raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short for the embedded worlds, "
+                         f"whose conversations reach {longest} in its vocabulary")
     log = language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, batch_size=32 if config.data else 64)
     save_hf(model, run.file("sft"), weights=0)
     run.log("sft", log)
@@ -216,14 +218,15 @@ def read_rows(path, kind):
 
 
 def read_real_pairs(run, model):
-    """DIR/<objective>.jsonl for every objective -> (train pairs, dev pairs, number of rows dropped: longer than the context,
-    or with responses that this vocabulary cannot tell apart). An objective with nothing left to train on or to hold out is
-    an error."""
+    """DIR/<objective>.jsonl for every objective that has pairs there -> (train pairs, dev pairs, number of rows dropped:
+    longer than the context, or with responses that this vocabulary cannot tell apart). An objective with nothing left to
+    train on or to hold out is an error."""
     tokenizer, found, n_dropped = model.tokenizer, [], 0
     respond = lambda text: tokenizer.encode(text) + [tokenizer.eos_id]
     for name in run.objectives:
-        path = os.path.join(run.config.data, f"{name}.jsonl")
-        kept = []
+        path, kept = os.path.join(run.config.data, f"{name}.jsonl"), []
+        if holds_questions(path, name):
+            continue
         for p in read_preferences(path, name):
             split = "train" if split_of(json.dumps(p.prompt)) == "train" else "dev"
             pair = Pair(name, tokenizer.encode_chat(p.prompt), respond(p.chosen), respond(p.rejected), split)
@@ -260,17 +263,17 @@ def read_real_labels(run, model):
 
 def make_samples(run):
     """Stage 3: pairs.jsonl and labels.jsonl."""
-    model = run.load("sft")
+    model, pairs, labels = run.load("sft"), [], []
     if run.config.data:
         train, dev, _ = read_real_pairs(run, model)
-        pairs, (labels, _), judges = train + dev, read_real_labels(run, model), []
-    else:
-        pairs, labels = [], []
-        judges = [calibrate_judge(run, model, o) for o in run.objectives if OBJECTIVES[o].case == "A"]
-        cuts = {row["objective"]: row["threshold"] for row in judges}
-        for domain in run.domains:
-            for split, share in (("train", 1.0), ("dev", 0.15)):
-                sample_domain(run, model, domain, split, share, cuts, pairs, labels)
+        pairs, (labels, _) = train + dev, read_real_labels(run, model)
+    worlds = run.worlds(model)
+    judges = [calibrate_judge(run, model, o) for w in worlds.values() for o in run.objectives
+              if o in w.objectives and OBJECTIVES[o].case == "A"]
+    cuts = {row["objective"]: row["threshold"] for row in judges}
+    for world in worlds.values():
+        for split, share in (("train", 1.0), ("dev", 0.15)):
+            sample_world(run, model, world, split, share, cuts, pairs, labels)
     counts = {o: sum(p.objective == o and p.split == "train" for p in pairs) for o in run.objectives}
     empty = [o for o, n in counts.items() if n == 0]
     if empty:
@@ -282,10 +285,10 @@ def make_samples(run):
     run.log("judge", judges)
 
 
-def sample_domain(run, model, domain, split, share, cuts, pairs, labels):
-    """Sample, judge, pair and label one domain's prompts of one split; cuts: the thresholds of the case A judges."""
-    config, world, tokenizer = run.config, DOMAINS[domain], model.tokenizer
-    names = domain_objectives(domain, run.objectives)
+def sample_world(run, model, world, split, share, cuts, pairs, labels):
+    """Sample, judge, pair and label one world's prompts of one split; cuts: the thresholds of the case A judges."""
+    config, domain, tokenizer = run.config, world.name, model.tokenizer
+    names = [o for o in run.objectives if o in world.objectives]
     dice, generator = run.dice("samples", domain, split), run.generator("samples", domain, split)
     problems = world.problems(split, max(8, int(share * config.n_prompts) // world.turns), dice)
     total = len(problems) * world.turns * (config.n_samples + 1)
@@ -337,7 +340,7 @@ def label_rollouts(run, model, world, names, split, n, cuts):
     dice, generator = run.dice("rollouts", split), run.generator("rollouts", split)
     case = {n: OBJECTIVES[n].case for n in names}
     problems = world.problems(split, n, dice)
-    prompts = [tokenizer.encode_chat([{"role": "user", "content": p.prompt}]) for p in problems]
+    prompts = [tokenizer.encode_chat(p.messages()) for p in problems]
     responses = generate(model, prompts, weights=0, max_new_tokens=world.max_new_tokens, generator=generator,
                          temperature=config.temperature)
     ends = [tokenizer.step_ends(r, world.boundary) for r in responses]
@@ -460,8 +463,9 @@ def train_prm(run, name, outputs):
 def measure_prm(run, prm, sources):
     """Held-out quality of every output, printed; sets prm.scale. For the value model: R^2 beside predict-the-mean (0)."""
     found, quality = {o: [] for o in prm.outputs}, {}
+    batches = lambda items, n: ([items[i] for i in index] for index in batches_by_length([n(x) for x in items]))
     for rows in sources[0]:
-        parts = [step_scores(prm, rows[i:i + 64], run.objectives) for i in range(0, len(rows), 64)]
+        parts = [step_scores(prm, part, run.objectives) for part in batches(rows, lambda r: len(r.ids))]
         scores, targets = (torch.cat(t) for t in zip(*parts))
         for p, name in enumerate(prm.outputs):
             has = ~targets[:, p].isnan()
@@ -474,8 +478,8 @@ def measure_prm(run, prm, sources):
                                  "commoner_label": max(common, 1 - common), "n": len(s)}
             found[name].append(s)
     for pairs in sources[1]:
-        chosen, rejected = (torch.cat(t) for t in zip(*(pair_scores(prm, pairs[i:i + 64])
-                                                        for i in range(0, len(pairs), 64))))
+        both = lambda p: 2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected)))
+        chosen, rejected = (torch.cat(t) for t in zip(*(pair_scores(prm, part) for part in batches(pairs, both))))
         quality[pairs[0].objective] = {"pair_accuracy": float((chosen > rejected).float().mean()), "n": len(chosen)}
         found[pairs[0].objective] += [chosen, rejected]
     for p, name in enumerate(prm.outputs):
@@ -570,7 +574,8 @@ def modpo_margins(run, pairs):
         index = [i for i, p in enumerate(pairs) if p.objective in mates and p.objective != name]
         if index:
             model = run.load(f"dpo_{name}")
-            logps = pair_logps(model, [pairs[i] for i in index], lambda o: 0, model.tokenizer.pad_id)
+            with tqdm(total=len(index), desc=f"rewards by dpo_{name}", unit="pair", disable=None) as bar:
+                logps = pair_logps(model, [pairs[i] for i in index], lambda o: 0, model.tokenizer.pad_id, bar.update)
             rewards = run.config.beta * (logps - reference[index])
             margins[index] += (rewards[:, 0] - rewards[:, 1]) / len(mates)
     return margins
@@ -595,7 +600,8 @@ def measure_pairs(run):
     reference, pairs, rows = reference_logps(run, pairs)[dev], [pairs[i] for i in dev], []
     measure = lambda name, logps, ref, part: rows.extend(
         pair_metrics_rows(name, logps, ref, part, run.config.beta, run.config.seed))
-    for name in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo"):
+    for name in tqdm(("base", "sft", "single_head_dpo", "modpo", "mah_dpo"), desc="held-out pairs", unit="policy",
+                     disable=None):
         model = run.load(name)
         own = model.config.objectives
         logps = reference if name == "sft" else pair_logps(
@@ -693,6 +699,9 @@ def check_inputs(run):
             print(f"{len(train)} pairs to train on, {len(dev)} held out, {n_dropped} dropped (longer than the context of "
                   f"{model.config.max_len} tokens, or alike in this vocabulary)"
                   + (f"; {len(labels)} responses with step labels, {n_bad} dropped" if labels or n_bad else ""))
+            for world in run.worlds(model).values():
+                counts = ", ".join(f"{n} {split}" for split, n in world.counts().items())
+                print(f"questions: {counts}, {world.n_dropped} dropped (too long for the context with an answer)")
     for domain in run.domains if not config.data else ():      # a world that is too small for what is asked
         DOMAINS[domain].problems("test", config.n_test, Dice(0))
         DOMAINS[domain].problems("train", max(config.n_prompts, config.n_rollout_prompts), Dice(0))

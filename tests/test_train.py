@@ -153,7 +153,7 @@ def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", answer)
     monkeypatch.setattr(train, "judge", lambda score, dice: score)
     run.config.n_prompts, run.config.n_samples, pairs, labels = 10, 4, [], []
-    train.sample_domain(run, gpt, "values", "train", 1.0, {}, pairs, labels)
+    train.sample_world(run, gpt, DOMAINS["values"], "train", 1.0, {}, pairs, labels)
     world, dice = DOMAINS["values"], run.dice("samples", "values", "train")
     problems = {tuple(tokenizer.encode_chat([{"role": "user", "content": p.prompt}])): p for p in world.problems("train", 10, dice)}
     assert {p.objective for p in pairs} == {"helpfulness", "honesty"} and labels == []
@@ -204,7 +204,7 @@ def test_measure_prm_by_hand(run, prm, monkeypatch, capsys):
     scores = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [3.0, 5.0]])
     targets = torch.tensor([[1.0, 1.0], [0.0, math.nan], [0.0, 3.0]])
     monkeypatch.setattr(train, "step_scores", lambda prm, rows, objectives: (scores, targets))
-    held_out = train.measure_prm(run, prm, ([["rows"]], []))["held_out"]
+    held_out = train.measure_prm(run, prm, ([[Labelled([0], [0], [[]], "dev")]], []))["held_out"]
     assert held_out["math_accuracy"] == {"r2": pytest.approx(1 - 2.5 / 1.0), "n": 2}
     assert held_out["honesty"] == {"accuracy": pytest.approx(2 / 3), "commoner_label": pytest.approx(2 / 3), "n": 3}
     assert prm.scale.tolist() == pytest.approx([2.0, math.sqrt(4.5)])
@@ -221,7 +221,7 @@ def make_pairs(tokenizer, n=6):
 def test_pair_logps_keep_the_pairs_order(gpt, tokenizer):
     """Prevents: log-probabilities in the order of length, chosen and rejected swapped, another objective's head."""
     pairs = [p for p in make_pairs(tokenizer) if p.objective != "honesty"]
-    found = pair_logps(gpt, pairs, gpt.config.objectives.index, tokenizer.pad_id, batch=5)
+    found = pair_logps(gpt, pairs, gpt.config.objectives.index, tokenizer.pad_id, tokens=200)
     with torch.no_grad():
         for p, row in zip(pairs, found):
             head = gpt.heads[gpt.config.objectives.index(p.objective)].weight
@@ -751,7 +751,7 @@ def test_objectives_that_cannot_be_trained_are_refused(run, gpt, monkeypatch):
     run.objectives, run.domains = ["helpfulness"], ["values"]
     held_out = Pair("helpfulness", [1], [2], [3], "dev")
     monkeypatch.setattr(run, "load", lambda name: gpt, raising=False)
-    monkeypatch.setattr(train, "sample_domain", lambda *args: args[-2].append(held_out))
+    monkeypatch.setattr(train, "sample_world", lambda *args: args[-2].append(held_out))
     with pytest.raises(InputError, match="no preference pair for helpfulness"):
         train.make_samples(run)
     with pytest.raises(AssertionError):
