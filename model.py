@@ -568,7 +568,7 @@ def read_config(directory):
     if not isinstance(c, dict):
         raise InputError(f"{path}: {type(c).__name__}, not an object")
     family = c.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(f"{path}: architecture {c.get('architectures')} (model_type {family!r}) is not computed here, only "
                          f"{', '.join(FAMILIES)}")
     get = lambda key: c.get(GPT2_FIELDS.get(key, key)) if family == "gpt2" else c.get(key)
