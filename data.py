@@ -765,8 +765,8 @@ def read_rated(row, where, objective):
     except (KeyError, TypeError, AttributeError, ValueError):
         raise InputError(f"{where}: a completion needs a 'response' and 'annotations', such as "
                          f"{{\"{objective}\": {{\"Rating\": \"4\"}}}}; \"N/A\" leaves it out") from None
-    (low, worst), (high, best) = (pick(rated, key=lambda r: r[0], default=(0, "")) for pick in (min, max))
-    if low == high or worst == best:
+    worst, best = (pick(rated, key=lambda r: r[0], default=(0, ""))[1] for pick in (min, max))
+    if worst == best:                    # of equal ratings both picks take the first
         raise Unusable(f"no two completions have different ratings of {objective}")
     return Preference(objective, prompt_field(row, where), best, worst)
 
@@ -841,7 +841,7 @@ SIMPLER = [(re.compile(pattern, re.I), new) for pattern, new in [
 
 
 def marked_answer(text):
-    """The answer that a text marks: the last \\boxed{...}, or what follows the last '####', 'A:' or 'answer is'. Or None."""
+    """The answer that a text marks, or None: its last \\boxed{...}, or what follows the last '####', 'A:', 'answer'."""
     start, depth = max((m.end() for m in BOX.finditer(text)), default=len(text)), 1
     for m in re.finditer(r"\\.|[{}]", text[start:]):
         depth += {"{": 1, "}": -1}.get(m[0], 0)
