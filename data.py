@@ -729,7 +729,7 @@ def prompt_field(row, where):
 def read_pair(row, where, objective):
     """A row of pairs -> Preference. A response may come as a whole conversation (a transcript if there is no prompt):
     the last message is the response, what both share before it the prompt."""
-    said, before = [], []
+    said, heads = [], []
     for key in ("chosen", "rejected"):
         text = text_field(row, key, where)
         messages = [] if isinstance(row[key], str) and spelling(row, "prompt") else messages_of(row[key])
@@ -737,10 +737,11 @@ def read_pair(row, where, objective):
             raise Unusable("the transcript ends without a response")
         if messages and messages[-1]["role"] != "assistant":
             raise InputError(f"{where}: {key!r} does not end with the assistant's turn; end it with that")
-        if before and messages[:-1] not in ([], before):
-            raise Unusable("chosen and rejected answer different prompts")
-        before = messages[:-1] or before
+        heads.append(messages[:-1])
         said.append(messages[-1]["content"] if messages else text)
+    if heads[0] != heads[1] and (all(heads) or not spelling(row, "prompt")):
+        raise Unusable("chosen and rejected answer different prompts")
+    before = heads[0] or heads[1]
     # Beside whole conversations a prompt may be their first message only, or hold a system message that they lack.
     prompt = prompt_field(row, where) if spelling(row, "prompt") or not before else before
     if before != prompt[len(prompt) - len(before):]:

@@ -272,8 +272,9 @@ def test_transcripts_that_cannot_serve_are_counted(read):
     good = {"chosen": talk("a", "b"), "rejected": talk("a", "c")}
     found, skipped = read("pairs", good, {"chosen": talk("a", "b", "c", "d"), "rejected": talk("a", "x")},
                           {"chosen": talk("a", "b"), "rejected": talk("a", "")}, good,
-                          {"chosen": talk("a", "b") + "\n\nAssistant: c", "rejected": talk("a", "b") + "\n\nAssistant: d"})
-    assert len(found) == 2 and skipped == {"chosen and rejected answer different prompts": 1,
+                          {"chosen": talk("a", "b") + "\n\nAssistant: c", "rejected": talk("a", "b") + "\n\nAssistant: d"},
+                          {"chosen": "b", "rejected": talk("a", "c")}, {"chosen": talk("a", "c"), "rejected": "b"})
+    assert len(found) == 2 and skipped == {"chosen and rejected answer different prompts": 3,
                                            "the transcript ends without a response": 1,
                                            "the responses do not answer the prompt": 1}
     with pytest.raises(InputError, match="no rows to use; 1 skipped: the transcript ends without"):
