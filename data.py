@@ -939,7 +939,7 @@ def prompt_field(row, where):
 def read_pair(row, where, objective):
     """A row of pairs -> Preference. A response may come as a whole conversation (a transcript if there is no prompt):
     the last message is the response, what both share before it the prompt."""
-    said, before = [], []
+    said, heads = [], []
     for key in ("chosen", "rejected"):
         text = text_field(row, key, where)
         messages = [] if isinstance(row[key], str) and spelling(row, "prompt") else messages_of(row[key])
@@ -947,10 +947,11 @@ def read_pair(row, where, objective):
             raise Unusable("the transcript ends without a response")
         if messages and messages[-1]["role"] != "assistant":
             raise InputError(f"{where}: {key!r} does not end with the assistant's turn; end it with that")
-        if before and messages[:-1] not in ([], before):
-            raise Unusable("chosen and rejected answer different prompts")
-        before = messages[:-1] or before
+        heads.append(messages[:-1])
         said.append(messages[-1]["content"] if messages else text)
+    if heads[0] != heads[1] and (all(heads) or not spelling(row, "prompt")):
+        raise Unusable("chosen and rejected answer different prompts")
+    before = heads[0] or heads[1]
     # Beside whole conversations a prompt may be their first message only, or hold a system message that they lack.
     prompt = prompt_field(row, where) if spelling(row, "prompt") or not before else before
     if before != prompt[len(prompt) - len(before):]:
@@ -975,8 +976,8 @@ def read_rated(row, where, objective):
     except (KeyError, TypeError, AttributeError, ValueError):
         raise InputError(f"{where}: a completion needs a 'response' and 'annotations', such as "
                          f"{{\"{objective}\": {{\"Rating\": \"4\"}}}}; \"N/A\" leaves it out") from None
-    (low, worst), (high, best) = (pick(rated, key=lambda r: r[0], default=(0, "")) for pick in (min, max))
-    if low == high or worst == best:
+    worst, best = (pick(rated, key=lambda r: r[0], default=(0, ""))[1] for pick in (min, max))
+    if worst == best:                    # of equal ratings both picks take the first
         raise Unusable(f"no two completions have different ratings of {objective}")
     return Preference(objective, prompt_field(row, where), best, worst)
 
@@ -1051,7 +1052,7 @@ SIMPLER = [(re.compile(pattern, re.I), new) for pattern, new in [
 
 
 def marked_answer(text):
-    """The answer that a text marks: the last \\boxed{...}, or what follows the last '####', 'A:' or 'answer is'. Or None."""
+    """The answer that a text marks, or None: its last \\boxed{...}, or what follows the last '####', 'A:', 'answer'."""
     start, depth = max((m.end() for m in BOX.finditer(text)), default=len(text)), 1
     for m in re.finditer(r"\\.|[{}]", text[start:]):
         depth += {"{": 1, "}": -1}.get(m[0], 0)

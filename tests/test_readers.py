@@ -272,8 +272,9 @@ def test_transcripts_that_cannot_serve_are_counted(read):
     good = {"chosen": talk("a", "b"), "rejected": talk("a", "c")}
     found, skipped = read("pairs", good, {"chosen": talk("a", "b", "c", "d"), "rejected": talk("a", "x")},
                           {"chosen": talk("a", "b"), "rejected": talk("a", "")}, good,
-                          {"chosen": talk("a", "b") + "\n\nAssistant: c", "rejected": talk("a", "b") + "\n\nAssistant: d"})
-    assert len(found) == 2 and skipped == {"chosen and rejected answer different prompts": 1,
+                          {"chosen": talk("a", "b") + "\n\nAssistant: c", "rejected": talk("a", "b") + "\n\nAssistant: d"},
+                          {"chosen": "b", "rejected": talk("a", "c")}, {"chosen": talk("a", "c"), "rejected": "b"})
+    assert len(found) == 2 and skipped == {"chosen and rejected answer different prompts": 3,
                                            "the transcript ends without a response": 1,
                                            "the responses do not answer the prompt": 1}
     with pytest.raises(InputError, match="no rows to use; 1 skipped: the transcript ends without"):
@@ -348,11 +349,12 @@ def test_spellings_of_questions(read):
     found, skipped = read("questions", {"question": "q", "answer": gsm}, {"problem": "q", "solution": math},
                           {"problem": "q", "solution": math, "answer": "\\frac{\\sqrt{3}}{2}"},
                           {"problem": "q", "final_answer": "x = 5 "}, {"question": "q", "answer": 7},
-                          {"problem": "q", "final_answer": ""}, {"prompt": "q", "ground_truth": "Two.\nA: 2"})
+                          {"problem": "q", "final_answer": ""}, {"question": "q", "answer": float("nan")},
+                          {"prompt": "q", "ground_truth": "Two.\nA: 2"})
     root = "\\frac{\\sqrt{3}}{2}"
     assert found == [Question([USER("q")], *rest) for rest in (
         ("1,000", gsm), (root, math), (root, math), ("x = 5", ""), ("7", ""), ("2", "Two.\nA: 2"))]
-    assert skipped == {"the answer is empty": 1}
+    assert skipped == {"the answer is empty": 2}
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -381,7 +383,8 @@ SAME = [("1,000", "1000", "1000.0", "$1000", "\\$1,000.00", "1{,}000", "1,\\!000
         ("\\frac{11+9a}{20}", "(11+9a)/20"), ("-2, 1", "-2,1"), ("3\\sqrt{2}", "3 \\sqrt2"), ("32\\sqrt{2}",), ("2^{10}", "2^10"),
         ("\\begin{pmatrix} -1/3 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}\\frac{-1}{3}\\\\2.0\\end{pmatrix}"),
         ("10,\\! 111,\\! 100", "10111100"), ("5 million", "5\\text{ million}"), ("2xy", "2 xy"),
-        *((x,) for x in ("(1,200)", "1200", "1, 200", "1,-2", "528", "5", "2", "2k",
+        ("3\\times x", "3 \\cdot x", "3*x"), ("2\\pi", "2pi", "2 \\pi"), ("(1,200)", "(1, 200)"), ("(1200)",),
+        *((x,) for x in ("1200", "1, 200", "1,-2", "528", "5", "2", "2k",
                          "2 sin x", "12", "12 pi i", "[1,2)", "(1,2)", "1/0", "1 2", "2/1/2", "x=1,y=2", "y=1,x=2", "1.0.0", "1e3",
                          "2\\frac{1}{x}", "\\frac{21}{x}", "5\\text{ or }7", "57", "2^{1}0", "\\infty", "-\\infty", "i", "10x",
                          "5:30", "3^2", "\\frac{}{3}", "\\frac", "(1,200]", "x+1", "x-1", ""))]
