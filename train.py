@@ -11,8 +11,8 @@
 
 A stage is a function of the configuration, the seed and the files of earlier stages, and writes its own files last:
 `--resume RUN` skips what is finished and starts the unfinished stage again. --fast runs everything small, to see that
-it works. --data DIR reads real preference pairs from DIR/<objective>.jsonl, rows {"prompt", "chosen", "rejected"}, and
-DIR/<objective>.steps.jsonl, rows {"prompt", "steps", "labels"}, where it exists.
+it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for math_accuracy questions with final answers,
+which are sampled and verified; and DIR/<objective>.steps.jsonl, labelled steps, where it exists.
 """
 import argparse
 import json
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, batches_by_length, domain_objectives,
+from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, batches_by_length, domain_objectives,
                   fit_threshold, holds_questions, judge, pad, read_json, read_jsonl, read_preferences, read_steps,
                   run_command, select_objectives, split_of, worlds_of, write_json, write_text)
 from decode import generate, parse_weights
@@ -59,6 +59,7 @@ class Config:
     base_steps: int = option(800, "pre-training steps of 64 conversations", fast=300)
     base_lr: float = option(3e-3, "peak learning rate of pre-training")
     sft_steps: int = option(120, "SFT steps", fast=10)
+    sft_batch: int = option(64, "conversations per SFT step")
     sft_lr: float = option(3e-4, "SFT learning rate")
     epochs: int = option(8, "most passes over a stage's data, whatever its number of steps (small real data sets)")
     n_prompts: int = option(1000, "prompts per domain whose sampled responses become pairs", fast=60)
@@ -200,7 +201,7 @@ def train_sft(run):
     if longest > model.config.max_len:
         raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short for the embedded worlds, "
                          f"whose conversations reach {longest} in its vocabulary")
-    log = language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, batch_size=32 if config.data else 64)
+    log = language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, config.sft_batch)
     save_hf(model, run.file("sft"), weights=0)
     run.log("sft", log)
 
@@ -218,38 +219,42 @@ def read_rows(path, kind):
 
 
 def read_real_pairs(run, model):
-    """DIR/<objective>.jsonl for every objective that has pairs there -> (train pairs, dev pairs, number of rows dropped:
-    longer than the context, or with responses that this vocabulary cannot tell apart). An objective with nothing left to
-    train on or to hold out is an error."""
-    tokenizer, found, n_dropped = model.tokenizer, [], 0
+    """DIR/<objective>.jsonl for every objective that has pairs there -> (train pairs, dev pairs, {reason: number of rows
+    dropped}). An objective with nothing left to train on or to hold out is an error."""
+    tokenizer, found, dropped = model.tokenizer, [], {}
+    too_long = f"longer than the context of {model.config.max_len} tokens, or alike in this vocabulary"
     respond = lambda text: tokenizer.encode(text) + [tokenizer.eos_id]
     for name in run.objectives:
         path, kept = os.path.join(run.config.data, f"{name}.jsonl"), []
         if holds_questions(path, name):
             continue
-        for p in read_preferences(path, name):
+        for p in read_preferences(path, name, dropped):
             split = "train" if split_of(json.dumps(p.prompt)) == "train" else "dev"
             pair = Pair(name, tokenizer.encode_chat(p.prompt), respond(p.chosen), respond(p.rejected), split)
             longest, shortest = max(len(pair.chosen), len(pair.rejected)), min(len(pair.chosen), len(pair.rejected))
             if len(pair.prompt) + longest <= model.config.max_len and shortest > 1 and pair.chosen != pair.rejected:
                 kept.append(pair)
             else:
-                n_dropped += 1
+                dropped[too_long] = dropped.get(too_long, 0) + 1
         if {p.split for p in kept} != {"train", "dev"}:
             raise InputError(f"{path}: of its rows {len(kept)} fit the context of {model.config.max_len} tokens; pairs to "
                              "train on and to hold out are both needed: add rows, or shorter ones")
         found += kept
-    return [p for p in found if p.split == "train"], [p for p in found if p.split == "dev"], n_dropped
+    return [p for p in found if p.split == "train"], [p for p in found if p.split == "dev"], dropped
 
 
 def read_real_labels(run, model):
     """DIR/<objective>.steps.jsonl, where it exists -> (Labelled rows, number of rows dropped: longer than the context, or a
-    step without a token of this vocabulary). The last step is closed by EOS, at which guided decoding will score it."""
+    step without a token of this vocabulary). A step ends as guided decoding will end it: with a newline where steps are
+    lines, and the last one with EOS."""
     tokenizer, rows, n_dropped = model.tokenizer, [], 0
     for p, name in enumerate(run.objectives):
         path = os.path.join(run.config.data, f"{name}.steps.jsonl")
         for row in read_steps(path) if os.path.exists(path) else ():
-            ids, ends, steps = tokenizer.encode_chat(row.prompt), [], [tokenizer.encode(s) for s in row.steps]
+            texts = row.steps
+            if OBJECTIVES[name].boundary == "newline":
+                texts = [s.rstrip("\n") + "\n" for s in texts[:-1]] + texts[-1:]
+            ids, ends, steps = tokenizer.encode_chat(row.prompt), [], [tokenizer.encode(s) for s in texts]
             for step in [*steps[:-1], steps[-1] + [tokenizer.eos_id]]:
                 ids = ids + step
                 ends.append(len(ids) - 1)
@@ -654,7 +659,7 @@ def run_stages(run):
 
 def read_command(argv):
     """Command line -> (config, directory to resume or None). One flag per field of Config."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         shown = f"{f.metadata['help']} (default {f.default!r})" if f.default != "" else f.metadata["help"]
         flag, shown = "--" + f.name.replace("_", "-"), shown.replace("%", "%%")
@@ -694,14 +699,15 @@ def check_inputs(run):
     if config.init:
         model = load_init(config.init)
         if config.data:
-            train, dev, n_dropped = read_real_pairs(run, model)
+            train, dev, dropped = read_real_pairs(run, model)
             labels, n_bad = read_real_labels(run, model)
-            print(f"{len(train)} pairs to train on, {len(dev)} held out, {n_dropped} dropped (longer than the context of "
-                  f"{model.config.max_len} tokens, or alike in this vocabulary)"
-                  + (f"; {len(labels)} responses with step labels, {n_bad} dropped" if labels or n_bad else ""))
+            print(f"pairs: {len(train)} to train on, {len(dev)} held out"
+                  + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items()))
+            if labels or n_bad:
+                print(f"responses with step labels: {len(labels)}, {n_bad} left out")
             for world in run.worlds(model).values():
                 counts = ", ".join(f"{n} {split}" for split, n in world.counts().items())
-                print(f"questions: {counts}, {world.n_dropped} dropped (too long for the context with an answer)")
+                print(f"questions: {counts}; {world.n_dropped} left out: too long for the context with an answer")
     for domain in run.domains if not config.data else ():      # a world that is too small for what is asked
         DOMAINS[domain].problems("test", config.n_test, Dice(0))
         DOMAINS[domain].problems("train", max(config.n_prompts, config.n_rollout_prompts), Dice(0))

@@ -566,7 +566,7 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
     out = str(tmp_path / "run")
     train.main(["--objective", "helpfulness,honesty", "--init", checkpoint, "--data", pairs_dir, "--out", out, "--prm", "each", *TINY])
     printed = capsys.readouterr()
-    assert ", 1 dropped (longer than the context of 128 tokens" in printed.out
+    assert "; 1 left out: longer than the context of 128 tokens" in printed.out
     rows = read_json(os.path.join(out, "results.json"))
     pairs = [Pair(**r) for r in rows_of(os.path.join(out, "pairs.jsonl"))]
     assert len(pairs) == 48
