@@ -152,20 +152,25 @@ def save_prm(prm, directory):
     save_directory(directory, tensors | {"score_scale": prm.scale}, prm.backbone, prm_outputs=prm.outputs)
 
 
+RELEASED = ("ForSequenceClassification", "ForTokenClassification", "ForProcessRewardModel")
+
+
 @torch.no_grad()
 def load_prm(directory, dtype=torch.float32):
     """A reward model's directory -> PRM. One written by save_prm, or a released one, whose single output is "reward":
-    a classifier (`score.weight`, one or two labels), a Qwen2ForProcessRewardModel (`score.0`, ReLU, `score.2`, read at
-    `<extra_0>` behind every step), or a backbone with an MLP of that form in value_head.safetensors. Of two labels the
-    score is the log-odds of the second. InputError names a missing, unknown or wrongly shaped tensor."""
+    a classifier (`score.weight`, one or two labels), a Qwen2ForProcessRewardModel (`score.0`, ReLU, `score.2`), or a
+    backbone with an MLP of that form in value_head.safetensors; the last two are read at `<extra_0>` behind every step, if
+    the tokenizer has that. Of two labels the score is the log-odds of the second. InputError names a missing, unknown or
+    wrongly shaped tensor."""
     config, files = read_config(directory), Checkpoint(directory)
     own, kind = config.hf.get("prm_outputs"), str((config.hf.get("architectures") or [""])[0])
     value_head = os.path.join(directory, "value_head.safetensors")
-    if os.path.exists(value_head):
+    if os.path.exists(value_head):       # counts more than a classifier's head beside the backbone
+        files.unused -= {"score.weight", "score.bias"}
         files.add(value_head, lambda name: "score." + ".".join(name.split(".")[-2:]))
-    elif own is None and not kind.endswith(("ForSequenceClassification", "ForProcessRewardModel")):
+    elif own is None and not kind.endswith(RELEASED):
         raise InputError(f"{directory}: no reward model: config.json names neither prm_outputs nor an architecture that ends "
-                         "in ForSequenceClassification or ForProcessRewardModel, and there is no value_head.safetensors")
+                         f"in {' or '.join(RELEASED)}, and there is no value_head.safetensors")
     if own is not None and not (isinstance(own, list) and own and set(map(str, own)) <= set(OBJECTIVES)):
         raise InputError(f"{directory}: config.json: prm_outputs {own!r} are not objectives")
     config.objectives = ()
@@ -184,9 +189,9 @@ def load_prm(directory, dtype=torch.float32):
     prm.score = nn.Sequential(layers[0], nn.ReLU(), layers[1]) if len(layers) == 2 else layers[0]
     prm.scale = files.take(["score_scale"], [n], (n,), dtype) if own else prm.scale
     files.finish()
-    if kind.endswith("ForProcessRewardModel"):
+    if os.path.exists(value_head) or kind.endswith("ForProcessRewardModel"):
         prm.marker = prm.backbone.tokenizer.specials.get("<extra_0>") if prm.backbone.tokenizer else None
-        if prm.marker is None:
+        if prm.marker is None and not os.path.exists(value_head):
             raise InputError(f"{directory}: a {kind} is read at <extra_0>, which its tokenizer lacks")
     return prm
 
