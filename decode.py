@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from data import OBJECTIVES, InputError, domain_objectives, ends_step, pad, read_json, run_command
-from model import KVCache, load_hf
+from model import KVCache, linear, load_hf
 from prm import load_prm
 
 
@@ -64,44 +64,63 @@ def check_sampling(max_new_tokens, temperature, top_p):
                          f"{temperature}, {top_p}, {max_new_tokens}")
 
 
-def ingest(net, cache, prompts, max_new_tokens):
-    """Feed new text to the first row of every group; return the hidden states (or scores) at its last token."""
-    rows = torch.arange(0, len(cache.lengths), cache.K, device=cache.lengths.device)
-    backbone = getattr(net, "backbone", net)
-    ids, n = pad(prompts, 0, backbone.embed.weight.device)
-    # Padded candidates may stick out behind a row that is already long: hence room for twice the new tokens. Markers
-    # behind the steps, one token each at worst, come on top.
-    room = 3 if getattr(net, "marker", None) is not None else 2
-    cache.reserve(cache.high + ids.shape[1] + room * min(max_new_tokens, backbone.config.max_len))
-    lengths = cache.lengths.clone()
-    lengths[rows] += n
-    out = net(ids, cache, rows)
-    cache.rollback(lengths)
+def ingest(net, cache, prompts):
+    """Feed new text to one row of every sequence and commit it; return the hidden states (or scores) at its last token."""
+    ids, n = pad(prompts, 0, cache.held.device)
+    out = net(ids, cache, (torch.arange(len(n), device=n.device) * cache.K)[:, None])
+    cache.keep(0, n)
     return out[torch.arange(len(n), device=n.device), n - 1]
 
 
-def draw(model, head, cache, h, rows, masks, limits, *, temperature, top_k, top_p, generator, feed_last):
-    """Sample every row until a boundary token or its limit.
+def alive_rows(done):
+    """done (G, K) -> the rows that go on as a grid (G', m): their sequences, and m, the most of one sequence. Idle places
+    of a grid repeat a row that goes on."""
+    order = done.int().argsort(dim=1, stable=True)                                         # those that go on first
+    order = torch.where(done.gather(1, order), order[:, :1], order)
+    going = (~done).sum(1)
+    groups = going.nonzero()[:, 0]
+    return groups[:, None] * done.shape[1] + order[groups, :int(going.max())]
 
-    head (V, d) folded; h (R, d) hidden state at the last token of every cache row, updated in place; rows (n,) the rows
-    to extend; masks as in Tokenizer.boundary_masks; limits (R,) most new tokens of a row (at least 1).
-    feed_last: also feed the boundary token, so that cache and h are ready to go on. -> list of n id lists."""
-    tokens, count = [], torch.zeros_like(cache.lengths)
-    index, previous = rows, torch.full_like(rows, len(masks[0]) - 1)
-    before = previous
-    while len(rows):
+
+def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, generator, feed_last, groups=None):
+    """Sample every row of the sequences `groups` (default all) until a boundary token or its limit.
+
+    head (V, d) folded; h (G K, d) hidden state at the last token of every row, updated in place; masks as in
+    Tokenizer.boundary_masks; limits (G K,) most new tokens of a row (at least 1). feed_last: also feed the boundary token,
+    so that cache and h are ready to go on. -> list of id lists, one for each row of `groups`"""
+    R, K, device = len(h), cache.K, h.device
+    done = torch.ones(R // K, K, dtype=torch.bool, device=device)
+    done[slice(None) if groups is None else groups] = False
+    wanted, rows = (~done).flatten().nonzero()[:, 0], None if groups is None else alive_rows(done)
+    tokens, count, done = [], torch.zeros_like(limits), done.flatten()
+    previous = before = torch.full_like(limits, len(masks[0]) - 1)
+    while True:
+        index = slice(None) if rows is None else rows.flatten()
         # One draw for every row, also for those that have stopped: a row's tokens do not depend on when others stop.
-        u = torch.rand(len(h), generator=generator, device=generator.device if generator else "cpu").to(h.device)
-        token = sample(F.linear(h[rows], head), u[rows], temperature, top_k, top_p)       # (n,)
-        tokens.append(torch.zeros_like(cache.lengths).index_put((rows,), token))
-        count[rows] += 1
-        stop = ends_step(masks, token, previous, before) | (count[rows] >= limits[rows])
-        if feed_last or not bool(stop.all()):
-            fed = slice(None) if feed_last else ~stop
-            h[rows[fed]] = model(token[fed][:, None], cache, rows[fed])[:, 0]
-        rows, previous, before = rows[~stop], token[~stop], previous[~stop]
-    table = torch.stack(tokens, 1)[index].tolist()
-    return [row[:n] for row, n in zip(table, count[index].tolist())]
+        u = torch.rand(R, generator=generator, device=generator.device if generator else "cpu").to(device)
+        token = torch.zeros_like(limits)
+        token[index] = sample(linear(h[index], head), u[index], temperature, top_k, top_p)
+        tokens.append(token)
+        going = ~done
+        count += going
+        done = done | going & (ends_step(masks, token, previous, before) | (count >= limits))
+        previous, before = token, previous
+        finished = bool(done.all())                        # the one flag per token that the host waits for
+        if finished and not feed_last:
+            break
+        # A CPU drops rows that have stopped; an accelerator feeds them too, so that shapes stay the same.
+        shrink = device.type == "cpu" and not finished and int(done.sum()) > R - len(wanted)
+        if shrink and not feed_last:
+            rows = alive_rows(done.view(-1, K))
+            index = rows.flatten()
+        out = model(token[index][:, None], cache, rows)[:, 0]
+        h[index] = torch.where(going[index][:, None], out, h[index])
+        if finished:
+            break
+        if shrink and feed_last:
+            rows = alive_rows(done.view(-1, K))
+    table, count = torch.stack(tokens, 1)[wanted].tolist(), count[wanted].tolist()
+    return [row[:n] for row, n in zip(table, count)]
 
 
 def stop_masks(model, boundary):
@@ -130,13 +149,12 @@ def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_
     order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, batch_size // samples)
     for start in range(0, len(prompts), size):
         batch = order[start:start + size]                # of similar length, so that little is padded
-        cache = model.new_cache(len(batch), 0)
-        new = cache.lengths.new_tensor([most[i] for i in batch])
-        h = ingest(model, cache, [prompts[i] for i in batch], int(new.max())).repeat_interleave(samples, 0)
-        limits = torch.minimum(model.config.max_len - cache.lengths, new).repeat_interleave(samples)
-        cache = cache.fork(samples) if samples > 1 else cache
-        drawn = draw(model, head, cache, h, torch.arange(len(h), device=h.device), masks, limits, temperature=temperature,
-                     top_k=top_k, top_p=top_p, generator=generator, feed_last=False)
+        cache = model.new_cache(len(batch))
+        h = ingest(model, cache, [prompts[i] for i in batch]).repeat_interleave(samples, 0)
+        new = cache.held.new_tensor([most[i] for i in batch])
+        limits = torch.minimum(model.config.max_len - cache.held, new).repeat_interleave(samples)
+        drawn = draw(model, head, cache.fork(samples), h, masks, limits, temperature=temperature, top_k=top_k, top_p=top_p,
+                     generator=generator, feed_last=False)
         for k, i in enumerate(batch):
             out[i] = drawn[k * samples:(k + 1) * samples]
         if progress is not None:
@@ -178,7 +196,7 @@ def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
     if any(a != b for a, b in zip_longest(*known, fillvalue=b"")):
         raise InputError("policy and PRM have different tokenizers; the PRM must read the policy's own ids")
     limit = min(model.config.max_len, prm.backbone.config.max_len)
-    held = state.policy.lengths[::state.policy.K].tolist() if state else [0] * len(prompts)
+    held = torch.maximum(state.policy.held, state.prm.held).tolist() if state else [0] * len(prompts)
     if len(held) != len(prompts):
         raise InputError(f"the state holds {len(held)} conversations, {len(prompts)} new texts came")
     for prompt, n in zip(prompts, held):
@@ -205,50 +223,48 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
     head, masks, B = model.fold(weights), stop_masks(model, boundary), len(prompts)
     named = boundary if isinstance(boundary, str) else None
     if state is None:        # the prompt is encoded once, by one row per prompt, then forked into K
-        caches = model.new_cache(B, 0), prm.backbone.new_cache(B, 0)
-        h = ingest(model, caches[0], prompts, max_new_tokens)
-        ingest(prm, caches[1], prompts, max_new_tokens)
+        room = min(max_new_tokens, limit)
+        caches = [net.new_cache(B, max(map(len, prompts)) + room) for net in (model, prm.backbone)]
+        h = ingest(model, caches[0], prompts)
+        ingest(prm, caches[1], prompts)
         state = State(caches[0].fork(K), caches[1].fork(K), h.repeat_interleave(K, 0))
-    else:                    # the new words likewise; keep(0) then hands them to the other K - 1 rows
-        first = torch.zeros(B, dtype=torch.long, device=state.h.device)
-        state.h = ingest(model, state.policy, prompts, max_new_tokens).repeat_interleave(K, 0)
-        ingest(prm, state.prm, prompts, max_new_tokens)
-        state.policy.keep(first)
-        state.prm.keep(first)
+    else:
+        state.h = ingest(model, state.policy, prompts).repeat_interleave(K, 0)
+        ingest(prm, state.prm, prompts)
     results = [Guided([], "", [], state) for _ in prompts]
-    budget = torch.minimum(limit - state.policy.lengths, state.policy.lengths.new_tensor(max_new_tokens))   # (B K,)
+    budget = torch.clamp(limit - torch.maximum(state.policy.held, state.prm.held), max=max_new_tokens)      # (B,)
     alive = torch.arange(B, device=state.h.device)
     while len(alive):
-        rows = (alive[:, None] * K + torch.arange(K, device=alive.device)).flatten()
-        candidates = draw(model, head, state.policy, state.h, rows, masks, budget, temperature=temperature,
-                          top_k=top_k, top_p=top_p, generator=generator, feed_last=True)
-        scores = prm.guide(score_candidates(prm, state.prm, candidates, rows), guide, named).view(-1, K)
+        groups = alive if len(alive) < B else None
+        candidates = draw(model, head, state.policy, state.h, masks, budget.repeat_interleave(K), temperature=temperature,
+                          top_k=top_k, top_p=top_p, generator=generator, feed_last=True, groups=groups)
+        scores, fed = score_candidates(prm, state.prm, candidates, groups)
+        scores = prm.guide(scores, guide, named).view(-1, K)
         if not bool(scores.isfinite().all()):
             number = len(results[int(alive[0])].steps) + 1
             raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
         winners = scores.argmax(-1)                                                       # (G,)
-        state.policy.keep(winners, alive)
-        state.prm.keep(winners, alive)
-        state.h[rows] = state.h[alive * K + winners].repeat_interleave(K, 0)
+        chosen = torch.arange(len(alive), device=alive.device) * K + winners              # among the candidates
+        state.policy.keep(winners, torch.tensor([len(c) for c in candidates], device=alive.device)[chosen], groups)
+        state.prm.keep(winners, fed[chosen], groups)
+        state.h.view(B, K, -1)[alive] = state.h[alive * K + winners][:, None].expand(-1, K, -1)
         alive = commit(model, results, candidates, scores.tolist(), winners.tolist(), alive, budget, K)
     for result in results:
         result.text = model.tokenizer.decode(result.ids) if model.tokenizer else ""
     return results
 
 
-def score_candidates(prm, cache, candidates, rows):
-    """Feed each candidate's tokens to the PRM -> scores at each candidate's last token (n, P). A PRM with a marker gets it
-    behind the step, before EOS, and is read there."""
-    at = torch.tensor([len(c) - 1 for c in candidates], device=rows.device)
+def score_candidates(prm, cache, candidates, groups):
+    """Feed each candidate's tokens to the PRM -> scores at each candidate's last token (n, P), and how many tokens each was
+    (n,). A PRM with a marker gets it behind the step, before EOS, and is read there."""
+    device = cache.held.device
+    at = torch.tensor([len(c) - 1 for c in candidates], device=device)
     if prm.marker is not None:
-        at = at + torch.tensor([c[-1] != prm.backbone.tokenizer.eos_id for c in candidates], device=rows.device)
+        at = at + torch.tensor([c[-1] != prm.backbone.tokenizer.eos_id for c in candidates], device=device)
         candidates = [c[:i] + [prm.marker] + c[i:] for c, i in zip(candidates, at.tolist())]
-    ids, n = pad(candidates, 0, rows.device)
-    lengths = cache.lengths.clone()
-    lengths[rows] += n
-    scores = prm(ids, cache, rows)                                                        # (n, T, P)
-    cache.rollback(lengths)
-    return scores[torch.arange(len(n), device=n.device), at]
+    ids, n = pad(candidates, 0, device)
+    rows = None if groups is None else groups[:, None] * cache.K + torch.arange(cache.K, device=device)
+    return prm(ids, cache, rows)[torch.arange(len(n), device=device), at], n
 
 
 def commit(model, results, candidates, scores, winners, alive, budget, K):
@@ -260,8 +276,8 @@ def commit(model, results, candidates, scores, winners, alive, budget, K):
         ids = step.candidates[step.winner]
         results[b].ids += ids
         results[b].steps.append(step)
-        budget[b * K:(b + 1) * K] -= len(ids)
-        if ids[-1] != eos and int(budget[b * K]) > 0:
+        budget[b] -= len(ids)
+        if ids[-1] != eos and int(budget[b]) > 0:
             going.append(b)
     return alive.new_tensor(going)
 

@@ -6,9 +6,10 @@
 
 The backbone is configurable: rotary (RoPE) or learned positions, RMSNorm or LayerNorm, SwiGLU or GELU, grouped-query
 attention, optional biases; that covers GPT-2 to Llama. KVCache is an explicit object, preallocated per layer, passed
-into forward and never hidden in a layer: row b holds the keys and values of its first lengths[b] tokens, and nothing
-beyond that is ever attended to. Checkpoints are Hugging Face directories; safetensors files are read and written here.
+into forward and never hidden in a layer; K candidate rows of one sequence share its prefix and own their steps.
+Checkpoints are Hugging Face directories; safetensors files are read and written here.
 """
+import copy
 import json
 import math
 import mmap
@@ -16,6 +17,7 @@ import os
 import re
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -63,67 +65,150 @@ class GPTConfig:
             raise ValueError(f"unusable model configuration: rope_theta {self.rope_theta} and norm_eps {self.norm_eps}")
 
 
-class KVCache:
-    """Keys and values of every layer for `rows` sequences, at most `max_len` tokens each.
+class View(NamedTuple):
+    """Where the next tokens of some rows go, and what they see; see KVCache.extend."""
+    rows: torch.Tensor          # (n,) rows, None for all
+    groups: torch.Tensor        # (G',) their sequences, None for all
+    m: int                      # rows per sequence here, n = G' m
+    start: int                  # first new place of the step part, the same for all rows
+    end: int                    # places of the step part that are looked at
+    positions: torch.Tensor     # (n, T) positions of the new tokens in their sequences
+    mask: torch.Tensor          # (G', 1, 1, 1, T, P + end) added to the scores; None: every token sees all
 
-    k, v:    per layer, (rows, max_len, n_kv_head, head_dim)
-    lengths: (rows,) tokens held by each row. Slots beyond a row's length may hold stale values: the attention mask is
-             built from positions, so they are never seen, and the next tokens overwrite them.
+
+class KVCache:
+    """Keys and values of every layer, for G sequences of which each is continued by K rows (candidates; at first K = 1).
+
+    k, v:            per layer (G, n_kv, P, hd), the prefix: stored once for the K rows of a sequence
+    step_k, step_v:  per layer (G K, n_kv, S, hd), what each row has added since the last keep, `own` tokens
+    held:            (G,) tokens in each prefix; `lengths` = held + own. Places beyond hold stale values that no mask shows.
+
+    So memory grows as prefix + K x step, and committing a candidate copies its step and nothing else. Rows may drop out
+    of a step, but all that are fed have been fed from its beginning: one number, `own`, is every row's place.
     """
 
-    def __init__(self, config, rows, max_len, device=None, dtype=None):
-        shape = (rows, max_len, config.n_kv_head, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.base = self.lengths.clone()   # length at the last fork or keep: where the candidates begin to differ
-        self.high = 0                      # no row is longer than this; kept on the host so that nothing has to wait
-        self.K = 1                         # rows per group, see fork
+    def __init__(self, config, sequences, max_len=0, device=None, dtype=None):
+        """max_len: tokens for which there is room from the start; more is made when needed."""
+        self.shape, self.n_layer = (config.n_kv_head, config.head_dim), config.n_layer
+        self.options = {"device": device, "dtype": dtype}
+        self.held = torch.zeros(sequences, dtype=torch.long, device=device)
+        self.high = 0                  # the longest prefix, known to the host so that nothing has to wait for a device
+        self.k, self.v, self.K = self.empty(sequences, 0), self.empty(sequences, 0), 1
+        self.new_step(max_len)
 
-    def append(self, layer, k, v, rows, positions):
-        """Write k, v (n, T, n_kv, hd) of cache rows `rows` (n,), or of all where None, at `positions` (n, T); return all
-        keys and values that these rows hold, (n, n_kv, high, hd)."""
-        index = torch.arange(len(k), device=k.device) if rows is None else rows
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[index[:, None], positions] = new
-        read = lambda store: (store[:, :self.high] if rows is None else store[rows, :self.high]).transpose(1, 2)
-        return read(self.k[layer]), read(self.v[layer])
+    def empty(self, rows, n):
+        return [torch.zeros(rows, self.shape[0], n, self.shape[1], **self.options) for _ in range(self.n_layer)]
+
+    def new_step(self, n=0):
+        self.step_k, self.step_v = (self.empty(len(self.held) * self.K, n) for _ in "kv")
+        self.own = self.fed = 0
+
+    @property
+    def lengths(self):
+        """(G,) tokens of every sequence, the running step included."""
+        return self.held + self.own
+
+    def extend(self, rows, T):
+        """Make room for T more tokens in rows: (G', m), m rows of each of G' sequences; None is all. -> View"""
+        G = len(self.held)
+        if rows is not None and self.own and rows.numel() > self.fed:
+            raise ValueError("a row that dropped out cannot go on before the next keep")
+        groups, m = (None, self.K) if rows is None else (rows[:, 0] // self.K, rows.shape[1])
+        self.fed = G * self.K if rows is None else rows.numel()
+        start, self.own = self.own, self.own + T
+        room = self.step_k[0].shape[2]
+        if self.own > room:
+            more = max(self.own, 2 * room, 32) - room
+            self.step_k, self.step_v = ([F.pad(s, (0, 0, 0, more)) for s in part] for part in (self.step_k, self.step_v))
+        device = self.held.device
+        # A CPU looks at what is there; an accelerator at all places, so that shapes stay the same from token to token.
+        end = self.own if device.type == "cpu" else self.step_k[0].shape[2]
+        held, t = self.held if groups is None else self.held[groups], torch.arange(T, device=device)
+        positions = ((held + start)[:, None] + t).repeat_interleave(m, 0)                 # (n, T)
+        mask = None
+        if T > 1 or device.type != "cpu" or bool((held != self.high).any()):
+            prefix = torch.arange(self.high, device=device) < held[:, None]               # (G', P)
+            step = torch.arange(end, device=device) <= start + t[:, None]                 # (T, end)
+            seen = torch.cat((prefix[:, None].expand(-1, T, -1), step.expand(len(held), -1, -1)), -1)
+            mask = torch.zeros(seen.shape, **self.options).masked_fill(~seen, -math.inf)[:, None, None, None]
+        return View(None if rows is None else rows.flatten(), groups, m, start, end, positions, mask)
+
+    def append(self, layer, view, k, v):
+        """Write k, v (n, T, n_kv, hd) of the rows of `view`. -> what they look at: prefix keys and values (G', n_kv, P, hd),
+        and those of their own step (n, n_kv, end, hd)."""
+        found = []
+        for prefix, step, new in ((self.k[layer], self.step_k[layer], k), (self.v[layer], self.step_v[layer], v)):
+            new, places = new.transpose(1, 2), slice(view.start, view.start + k.shape[1])
+            if view.rows is None:
+                step[:, :, places] = new
+            else:
+                step[view.rows, :, places] = new
+            found.append(((prefix if view.groups is None else prefix[view.groups])[:, :, :self.high],
+                          (step if view.rows is None else step[view.rows])[:, :, :view.end]))
+        return found
 
     def fork(self, K):
-        """A cache in which every row stands K times (row b -> rows bK .. bK+K-1), for K candidate continuations."""
-        new = object.__new__(KVCache)
-        new.k = [k.repeat_interleave(K, 0) for k in self.k]
-        new.v = [v.repeat_interleave(K, 0) for v in self.v]
-        new.lengths = self.lengths.repeat_interleave(K)
-        new.base, new.high, new.K = new.lengths.clone(), self.high, K
+        """A cache whose sequences are each continued by K rows: sequence g by rows gK .. gK+K-1. The prefix is shared, not
+        copied; the cache that is forked is not to be used any more."""
+        if self.own:
+            self.keep(0)
+        new = copy.copy(self)
+        new.held, new.K = self.held.clone(), K
+        new.new_step()
         return new
 
-    def keep(self, winners, groups=None):
-        """Commit one candidate per group of K rows: winners (G,) candidate index, or one number; groups (G,) default all.
-        All rows of a group become its winner. Only what was written since the last fork or keep is copied: the rest is
-        equal already."""
-        winners = torch.as_tensor(winners, device=self.lengths.device).reshape(-1)
-        groups = torch.arange(len(winners), device=self.lengths.device) if groups is None else groups
-        rows = (groups[:, None] * self.K + torch.arange(self.K, device=groups.device)).flatten()   # (G K,)
-        source = (groups * self.K + winners).repeat_interleave(self.K)                    # (G K,)
-        start, end = int(self.base[rows].min()), int(self.lengths[source].max())
-        for store in (*self.k, *self.v):
-            store[rows, start:end] = store[source, start:end]
-        self.lengths[rows] = self.lengths[source]
-        self.base[rows], self.high = self.lengths[rows], int(self.lengths.max())
-
-    def reserve(self, max_len):
-        """Make room for rows of max_len tokens; what is held stays."""
-        more = max_len - self.k[0].shape[1]
-        if more > 0:
-            self.k = [F.pad(k, (0, 0, 0, 0, 0, more)) for k in self.k]
-            self.v = [F.pad(v, (0, 0, 0, 0, 0, more)) for v in self.v]
+    def keep(self, winners, counts=None, groups=None):
+        """Commit one row of each sequence: the first counts (G',) tokens of its step (default all) go into the prefix, which
+        all K rows share; every other step is forgotten. winners (G',) in 0..K-1, or one number; groups (G',) default all."""
+        device, everyone = self.held.device, groups is None
+        groups = torch.arange(len(self.held), device=device) if everyone else groups
+        counts = torch.full_like(groups, self.own) if counts is None else torch.as_tensor(counts, device=device)
+        source = groups * self.K + torch.as_tensor(winners, device=device)
+        if everyone and self.K == 1 and self.high == 0:       # the step part of an unforked cache becomes the prefix
+            self.k, self.v = self.step_k, self.step_v
+        else:
+            at = self.held[groups][:, None] + torch.arange(int(counts.max()), device=device)         # (G', C)
+            more = int(at.max()) + 1 - self.k[0].shape[2] if at.numel() else 0
+            for prefix, step in ((self.k, self.step_k), (self.v, self.step_v)):
+                for i in range(self.n_layer):
+                    if more > 0:
+                        prefix[i] = F.pad(prefix[i], (0, 0, 0, more + 64))
+                    prefix[i][groups[:, None], :, at] = step[i][source, :, :at.shape[1]].transpose(1, 2)
+        self.held[groups] += counts
+        self.high, self.own, self.fed = int(self.held.max()), 0, 0
+        if self.k[0] is self.step_k[0]:
+            self.new_step()
 
     def rollback(self, lengths):
-        """Forget every row's tokens beyond lengths (rows,), or one number for all rows."""
-        self.lengths = torch.minimum(self.lengths, torch.as_tensor(lengths, device=self.lengths.device))
-        self.base = torch.minimum(self.base, self.lengths)
-        self.high = int(self.lengths.max())
+        """Forget tokens: of an unforked cache every sequence's beyond lengths (G,), or one number; of a forked one the
+        running step too, of which nothing was committed."""
+        if self.K == 1 and self.own:
+            self.keep(0)
+        self.held = torch.minimum(self.held, torch.as_tensor(lengths, device=self.held.device))
+        self.high, self.own, self.fed = int(self.held.max()), 0, 0
+
+    def nbytes(self):
+        """Bytes that the cache holds."""
+        return sum(t.nbytes for part in (self.k, self.v, self.step_k, self.step_v) for t in part)
+
+
+def attend(q, prefix_k, step_k, prefix_v, step_v, mask):
+    """Attention of m rows per sequence over the prefix that they share and the steps of their own: one softmax over both
+    scores. q (n, T, n_head, hd); prefix (G', n_kv, P, hd); step (n, n_kv, S, hd); mask as in View -> (n, T, n_head hd).
+
+    The rows of a sequence stand side by side as queries of one product, so that the prefix is read once for all."""
+    (G, n_kv, P, hd), (n, T, n_head, _) = prefix_k.shape, q.shape
+    m, g = n // G, n_head // n_kv
+    by_row = lambda x: x.transpose(1, 2).reshape(n * n_kv, g * T, -1)                     # rows apart, from (G, n_kv, m, g T, .)
+    q = (q * hd ** -0.5).view(G, m, T, n_kv, g, hd).permute(0, 3, 1, 4, 2, 5).reshape(G, n_kv, m, g * T, hd)
+    s = torch.cat((torch.bmm(q.reshape(G * n_kv, m * g * T, hd), prefix_k.flatten(0, 1).mT).view(G, n_kv, m, g * T, P),
+                   torch.bmm(by_row(q), step_k.flatten(0, 1).mT).view(G, m, n_kv, g * T, -1).transpose(1, 2)), -1)
+    if mask is not None:
+        s = (s.view(G, n_kv, m, g, T, -1) + mask).view(s.shape)
+    p = s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)      # (G, n_kv, m, g T, P + S)
+    o = torch.bmm(p[..., :P].reshape(G * n_kv, m * g * T, P), prefix_v.flatten(0, 1)).view(G, n_kv, m, g * T, hd)
+    o = o + torch.bmm(by_row(p[..., P:]), step_v.flatten(0, 1)).view(G, m, n_kv, g * T, hd).transpose(1, 2)
+    return o.reshape(G, n_kv, m, g, T, hd).permute(0, 2, 4, 1, 3, 5).reshape(n, T, n_head * hd)
 
 
 def rope_frequencies(c):
@@ -145,15 +230,32 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def linear(x, W, bias=None):
+    """x W^T + bias, as F.linear. For a few rows in float32 torch's kernel keeps one core busy; the same product as a batch
+    over blocks of W (views, no copies) keeps all of them busy, and decoding is nothing but such products."""
+    n, blocks = x.numel() // W.shape[1], 8
+    if n > 8 or W.numel() < 2**16 or W.shape[0] % blocks or x.dtype != torch.float32 or x.device.type != "cpu" \
+            or torch.is_grad_enabled():
+        return F.linear(x, W, bias)
+    W = W.view(blocks, -1, W.shape[1])
+    y = torch.bmm(x.reshape(1, n, -1).expand(blocks, -1, -1), W.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.n_head, self.n_kv, self.hd, self.layer = c.n_head, c.n_kv_head, c.head_dim, layer
-        self.qkv = nn.Linear(c.d_model, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.attn_bias)
-        self.out = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
+        self.qkv = Linear(c.d_model, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.attn_bias)
+        self.out = Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None for _ in "qk")
 
-    def forward(self, x, rope, cache, rows, positions, mask):
+    def forward(self, x, rope, cache, view):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.hd)
         qk, v = qkv[:, :, :-self.n_kv], qkv[:, :, -self.n_kv:]
@@ -161,20 +263,23 @@ class Attention(nn.Module):
             qk = torch.cat((self.q_norm(qk[:, :, :self.n_head]), self.k_norm(qk[:, :, self.n_head:])), 2)
         if rope is not None:
             qk = rotate(qk, *rope)
-        q, k = qk[:, :, :self.n_head].transpose(1, 2), qk[:, :, self.n_head:]             # (B, n_head, T, hd)
-        k, v = (k.transpose(1, 2), v.transpose(1, 2)) if cache is None else cache.append(self.layer, k, v, rows, positions)
-        # No cache: plain causal attention. With one, several tokens may follow a past, where is_causal would align the
-        # triangle with the wrong corner: the mask comes from positions instead.
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.out(o.transpose(1, 2).reshape(B, T, -1))
+        q, k = qk[:, :, :self.n_head], qk[:, :, self.n_head:]                             # (B, T, n, hd)
+        if cache is not None:
+            seen = cache.append(self.layer, view, k, v)
+        if cache is None or view.start == 0 and cache.high == 0:                          # no past: plain causal attention
+            o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+                                               enable_gqa=True).transpose(1, 2).reshape(B, T, -1)
+        else:       # after a past is_causal would align the triangle with the wrong corner: the mask comes from positions
+            o = attend(q, *seen[0], *seen[1], view.mask)
+        return self.out(o)
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.gated = c.mlp == "swiglu"
-        self.up = nn.Linear(c.d_model, c.d_ff * (2 if self.gated else 1), bias=c.mlp_bias)  # SwiGLU: gate, then up
-        self.down = nn.Linear(c.d_ff, c.d_model, bias=c.mlp_bias)
+        self.up = Linear(c.d_model, c.d_ff * (2 if self.gated else 1), bias=c.mlp_bias)  # SwiGLU: gate, then up
+        self.down = Linear(c.d_ff, c.d_model, bias=c.mlp_bias)
 
     def forward(self, x):
         x = self.up(x)
@@ -239,35 +344,28 @@ class GPT(nn.Module):
 
     def forward(self, ids, cache=None, rows=None):
         """ids (B, T) -> h (B, T, d). Without a cache: rows start at position 0, padded on the right if ragged.
-        With a cache: the tokens follow what its rows (`rows` (B,), default all) hold, and are added to it; after a
-        ragged batch, cache.rollback(true lengths)."""
-        B, T = ids.shape
+        With a cache: the tokens follow what its rows hold (`rows` as in KVCache.extend, default all), and are added to it;
+        after a ragged batch, cache.rollback(true lengths) or cache.keep with them."""
+        T, view = ids.shape[1], None
         if cache is None and T > self.config.max_len:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.max_len}")
-        t = torch.arange(T, device=ids.device)
         if cache is None:
-            positions, mask = t[None], None                                               # (1, T)
+            positions = torch.arange(T, device=ids.device)[None]                          # (1, T)
         else:
-            rows = torch.arange(B, device=ids.device) if rows is None else rows
-            positions = cache.lengths[rows][:, None] + t                                  # (B, T)
-            cache.high = min(cache.high + T, cache.k[0].shape[1])
-            mask = torch.arange(cache.high, device=ids.device) <= positions[:, None, :, None]   # (B, 1, T, high)
+            view = cache.extend(rows, T)
+            positions = view.positions                                                    # (B, T)
         x = self.embed(ids)
         inside = positions.clamp(max=self.config.max_len - 1)    # padding may stick out of the context; nobody reads it
         if self.positions is not None:
             x, rope = x + self.positions(inside), None
         else:
             rope = self.cos[inside][:, :, None], self.sin[inside][:, :, None]             # (B or 1, T, 1, hd/2)
-        # All rows in order can be read where they lie; a subset, or another order, costs a copy.
-        whole = cache is not None and B == len(cache.lengths) and bool((rows.diff() > 0).all())
         for layer in self.layers:
-            x = layer(x, rope, cache, None if whole else rows, positions, mask)
-        if cache is not None:
-            cache.lengths[rows] += T
+            x = layer(x, rope, cache, view)
         return self.norm(x)
 
-    def new_cache(self, rows, max_len):
-        return KVCache(self.config, rows, max_len, self.embed.weight.device, self.embed.weight.dtype)
+    def new_cache(self, sequences, max_len=0):
+        return KVCache(self.config, sequences, max_len, self.embed.weight.device, self.embed.weight.dtype)
 
     def weights(self, weights):
         """Head index, objective name or (H,) non-negative numbers -> (H,) tensor that sums to 1. InputError else."""
@@ -295,7 +393,7 @@ class GPT(nn.Module):
 
     def logits(self, h, weights=0):
         """h (..., d) -> (..., V) of one head or of a mix of heads."""
-        return F.linear(h, self.fold(weights))
+        return linear(h, self.fold(weights))
 
     def with_heads(self, objectives, std=0.0, generator=None):
         """A copy of this model with one copy of head 0 per objective, each plus Gaussian noise of `std`. The copies are
