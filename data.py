@@ -152,11 +152,11 @@ def chat_form(template, specials):
     # The system message that the template makes up is a literal, unlike one that goes on with a variable.
     literal = re.search(r"<\|im_start\|>system(?:\\n|\n)(?!['\"])(.*?)<\|im_end\|>", template, re.DOTALL)
     default = literal[1].encode("ascii", "backslashreplace").decode("unicode-escape") if literal else ""
+    dates = re.search(r"'Cutting Knowledge Date: ([^'\n]*)\n'", text), re.search(r"date_string = '([^']*)'", text)
     missing = [s for s in re.findall(r"<\|\w+\|>", form.turn) if s not in specials] if form else []
-    if form is None or missing or re.search(r"['\"] ?\+|\{\{", default):
+    if form is None or missing or re.search(r"['\"] ?\+|\{\{", default) or ("Date" in text and not all(dates)):
         raise InputError(f"chat_template {template[:80]!r}... " + (f"needs the special token {missing[0]}" if missing else
                          "is of no family that is written here (ChatML as in Qwen2-3 and SmolLM2, Llama-3 headers)"))
-    dates = re.search(r"'Cutting Knowledge Date: ([^'\n]*)\n'", text), re.search(r"date_string = '([^']*)'", text)
     preamble = "Cutting Knowledge Date: {}\nToday Date: {}\n\n".format(*(d[1] for d in dates)) if all(dates) else ""
     return replace(form, default=default, preamble=preamble)
 
@@ -285,7 +285,7 @@ class Tokenizer:
     specials: dict text -> id. Ordinary text never becomes one: only encode_chat writes them.
     added:    two dicts text -> id of tokens that are cut out of ordinary text before it is merged, the first before
               and the second after the text is brought to Unicode's NFC (if `nfc` says so).
-    unk_id:   id for bytes that have none; without it they are dropped, as the reference implementation does.
+    unk_id:   id for bytes that have none; without it they vanish, as in the reference implementation.
     """
 
     def __init__(self, pieces, ranks, specials, pattern, eos_id, pad_id, bos_id=None, prefix_space=False,
@@ -299,13 +299,17 @@ class Tokenizer:
         self.added = [(tokens, re.compile(f"({choice(tokens)})")) for tokens in added]
         extra = {i for tokens in added for i in tokens.values()}
         ids = {pieces[i]: i for i in extra} | {p: i for i, p in enumerate(pieces) if p and i not in extra}
-        # Where ids ascend with the priorities they can serve as priorities, and tiktoken's numbers are the ids. Else a
-        # table translates. Single bytes are merged with nothing, so any number does for them.
+        # A byte without an id gets a number past the vocabulary: seeing it, merge() takes the slower way.
+        lost = [bytes([b]) for b in range(256) if bytes([b]) not in ids]
+        self.lost, self.first_lost = b"".join(lost) if unk_id is None else b"", len(pieces)
+        ids |= {b: len(pieces) + i if unk_id is None else unk_id for i, b in enumerate(lost)}
+        # Where ids ascend with the priorities they serve as priorities, and tiktoken's numbers are the ids. Else a table
+        # translates. Single bytes are merged with nothing, so any number does for them.
         by_rank = sorted(ranks, key=ranks.get)
-        merged = [ids.get(p, -1) for p in by_rank if len(p) > 1]
-        same = merged == sorted(merged) and all(p in ids for p in ranks)
+        merged = [ids[p] for p in by_rank if len(p) > 1]
+        same = merged == sorted(merged) and (unk_id is None or not lost)
         self.ranks = {p: ids[p] if same else rank for rank, p in enumerate(by_rank)}
-        self.id_of_rank = None if same else [ids.get(p, unk_id) for p in by_rank]
+        self.id_of_rank = None if same else [ids[p] for p in by_rank]
         self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={})
 
     def encode(self, text):
@@ -332,7 +336,27 @@ class Tokenizer:
                 raise
             raise InputError(f"the tokenizer's split pattern fails on {text[:40]!r}... of {len(text)} characters; "
                              "shorten its runs of white space") from None
-        return ids if self.id_of_rank is None else [i for i in map(self.id_of_rank.__getitem__, ids) if i is not None]
+        if self.id_of_rank is not None:
+            ids = [self.id_of_rank[i] for i in ids]
+        return self.merge_known(text) if self.lost and max(ids, default=0) >= self.first_lost else ids
+
+    def merge_known(self, text):
+        """Text with bytes that have no token -> ids. In the reference such bytes vanish after the split and before the
+        merging, so that their neighbours merge. tiktoken does not tell where it splits: a pattern that can only match
+        at the start asks for one piece after the other."""
+        first = tiktoken.Encoding("first", pat_str=rf"\A(?:{self.pattern})", special_tokens={},
+                                  mergeable_ranks={bytes([b]): b for b in range(256)})
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")     # lone surrogates, as in tiktoken
+        ids, start, width = [], 0, 64
+        while start < len(text):
+            piece = bytes(first.encode_ordinary(text[start:start + width]))
+            length = len(piece.decode())
+            if 2 * length > width and start + width < len(text):
+                width *= 2                       # the piece may go on, or depend on what follows
+                continue
+            known, start, width = piece.translate(None, self.lost), start + length, 64
+            ids += self.encoding._encode_single_piece(known) if known else []
+        return ids if self.id_of_rank is None else [self.id_of_rank[i] for i in ids]
 
     def decode(self, ids):
         """ids -> text; special tokens vanish, broken UTF-8 becomes U+FFFD."""
@@ -375,13 +399,13 @@ class Tokenizer:
         """-> four masks (V + 1,) bool for ends_step: tokens that always end a step (EOS, and but for `turn` what holds
         a newline); sentence stops; initials and numbers; bare letters. Index V stands for "no token before"."""
         masks = torch.zeros(4, self.n_vocab + 1, dtype=torch.bool)
-        for i, piece in enumerate(self.pieces):
-            text = piece.decode("utf-8", errors="replace")
-            masks[0, i] = kind != "turn" and "\n" in text
-            if kind == "sentence":
-                masks[1, i] = text.rstrip("\"')").endswith((".", "!", "?"))
-                masks[2, i] = bool(re.fullmatch(r".*[0-9]|\s[b-zB-HJ-Z]", text))
-                masks[3, i] = bool(re.fullmatch(r"[A-Za-z]", text))
+        texts = [piece.decode("utf-8", errors="replace") for piece in self.pieces]
+        rows = [[kind != "turn" and "\n" in t for t in texts]]
+        if kind == "sentence":
+            rows += [[t.rstrip("\"')").endswith((".", "!", "?")) for t in texts],
+                     [re.fullmatch(r".*[0-9]|\s[b-zB-HJ-Z]", t) is not None for t in texts],
+                     [re.fullmatch(r"[A-Za-z]", t) is not None for t in texts]]
+        masks[:len(rows), :-1] = torch.tensor(rows)          # one by one takes seconds for 150,000 tokens
         masks[0, self.eos_id] = True
         return tuple(masks)
 
@@ -471,7 +495,10 @@ class Tokenizer:
         tokenizer = cls(pieces, ranks, specials, pattern, eos, pad, bos, prefix_space, added, nfc,
                         model["vocab"].get(model.get("unk_token")))
         tokenizer.form, tokenizer.form_error = form, problem
-        tokenizer.encode("a 1\n")               # a pattern that tiktoken cannot run shows now, not in the middle of a run
+        try:
+            tokenizer.encode("a 1\n")           # a pattern that tiktoken cannot run shows now, not in the middle of a run
+        except InputError as e:
+            raise InputError(f"{path}: {e}") from None
         return tokenizer
 
     def save(self, directory):
