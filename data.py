@@ -240,9 +240,6 @@ def read_vocabulary(path, model, specials, added):
     # In vocabularies made by training that is the same: where the one can merge, so can the other.
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     made = [raw(a + b) for a, b in merges if a + b not in specials]
-    lost = next((m for m in made if m not in vocab and m.decode("utf-8", "replace") not in others), None)
-    if lost is not None:
-        raise InputError(f"{path}: a merge makes {lost!r}, which is not in the vocabulary")
     ordered = [bytes([b]) for b in range(256)] + made
     if model.get("ignore_merges"):
         ordered += sorted(vocab, key=vocab.get)
