@@ -307,6 +307,8 @@ class Tokenizer:
     def encode(self, text):
         """Ordinary text -> ids. The text of a special token is ordinary here; only other added tokens are matched."""
         ids, ((first, cut_first), (then, cut_then)) = [], self.added
+        if not (first or then or self.nfc):
+            return self.merge(text)              # spares a copy of a long list
         for i, part in enumerate(cut_first.split(text) if first else [text]):
             if i % 2:
                 ids.append(first[part])
