@@ -133,32 +133,34 @@ PLAIN_FORM = ChatForm("{Role}: {content}\n", "Assistant:")                # for 
 CHATML_FORM = ChatForm("<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n", "\n")
 LLAMA3_FORM = ChatForm("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
                        "<|start_header_id|>assistant<|end_header_id|>\n\n", trim=True)
-# What a template (with \\n and " written as newline and ') must say word for word to be of a family: how it spells a
-# turn, and that it ends with the bare head of an answer. Qwen3's empty thoughts are written on demand only.
-ROLE, CONTENT = r"' ?\+ ?message(?:\.role|\['role'\]) ?\+ ?'", r"' ?\+ ?(?:message\.|message\['|)content(?:'\]|)"
-THOUGHTS = r"(?:\{%-? if enable_thinking is defined and enable_thinking is false -?%\}[^%]*\{%-? endif -?%\}\s*)?"
-LAST = r" ?-?\}\}\s*" + THOUGHTS + r"(?:\{%-? endif -?%\}\s*)?$"
-FAMILIES = [
-    (CHATML_FORM, [rf"'<\|im_start\|>{ROLE}\n{CONTENT} ?\+ ?'<\|im_end\|>(?:' ?\+ ?')?\n'",
-                   r"'<\|im_start\|>assistant\n'" + LAST]),
-    (LLAMA3_FORM, [rf"'<\|start_header_id\|>{ROLE}<\|end_header_id\|>\n\n{CONTENT} ?\| ?trim ?\+ ?'<\|eot_id\|>'",
-                   r"'<\|start_header_id\|>assistant<\|end_header_id\|>\n\n'" + LAST])]
+# How a template spells {role} and {content}, and how it must end: with the bare head of an answer (Qwen3's empty
+# thoughts are written on demand only).
+ROLE, CONTENT = r"' ?\+ ?message(?:\.role|\['role'\]) ?\+ ?'", r"' ?\+ ?(?:message\.|message\['|)content(?:'\])?"
+LAST = (r"' ?-?\}\}\s*(?:\{%-? if enable_thinking is defined and enable_thinking is false -?%\}[^%]*"
+        r"\{%-? endif -?%\}\s*)?(?:\{%-? endif -?%\}\s*)?$")
 
 
 def chat_form(template, specials):
     """A checkpoint's chat template (text of Jinja, None or "") -> ChatForm. InputError for one of an unknown family."""
     if not template or template == CHAT_TEMPLATE:
         return OWN_FORM if "<|user|>" in specials else PLAIN_FORM
-    text = template.replace("\\n", "\n").replace('"', "'")
-    form = next((f for f, rules in FAMILIES if all(re.search(rule, text) for rule in rules)), None)
+    text = re.sub(r"' ?\+ ?'", "", template.replace("\\n", "\n").replace('"', "'"))     # 'a' + 'b' is 'ab'
+    for form in (CHATML_FORM, LLAMA3_FORM):
+        content = CONTENT + (r" ?\| ?trim" if form.trim else "") + r" ?\+ ?'"
+        turn = re.escape(form.turn).replace(r"\{role\}", ROLE).replace(r"\{content\}", content)
+        if re.search(f"'{turn}'", text) and re.search(f"'{re.escape(form.answer)}{LAST}", text):
+            break
+    else:
+        form = None
     # The system message that the template makes up is a literal, unlike one that goes on with a variable.
     literal = re.search(r"<\|im_start\|>system(?:\\n|\n)(?!['\"])(.*?)<\|im_end\|>", template, re.DOTALL)
     default = literal[1].encode("ascii", "backslashreplace").decode("unicode-escape") if literal else ""
-    missing = [s for s in re.findall(r"<\|\w+\|>", form.turn) if s not in specials] if form else []
-    if form is None or missing or re.search(r"['\"] ?\+|\{\{", default):
-        raise InputError(f"chat_template {template[:80]!r}... " + (f"needs the special token {missing[0]}" if missing else
-                         "is of no family that is written here (ChatML as in Qwen2-3 and SmolLM2, Llama-3 headers)"))
     dates = re.search(r"'Cutting Knowledge Date: ([^'\n]*)\n'", text), re.search(r"date_string = '([^']*)'", text)
+    missing = [s for s in re.findall(r"<\|\w+\|>", form.turn) if s not in specials] if form else []
+    if form is None or missing or re.search(r"['\"] ?\+|\{\{", default) or ("Today Date" in text and not all(dates)):
+        why = f"needs the special token {missing[0]}" if missing else \
+            "is of no family that is written here (ChatML as in Qwen2-3 and SmolLM2, Llama-3 headers)"
+        raise InputError(f"chat_template {template[:80]!r}... {why}")
     preamble = "Cutting Knowledge Date: {}\nToday Date: {}\n\n".format(*(d[1] for d in dates)) if all(dates) else ""
     return replace(form, default=default, preamble=preamble)
 
@@ -194,8 +196,8 @@ def split_pattern(path, pre):
         if "Regex" in split["pattern"] and split.get("behavior") == "Isolated" and not split.get("invert"):
             pattern = split["pattern"]["Regex"]  # text between its matches is a piece too, which tiktoken would lose
             return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+", bool(last.get("add_prefix_space"))
-    raise InputError(f"{path}: pre_tokenizer {json.dumps(pre)[:200]} is not read, only ByteLevel, Digits + ByteLevel, or "
-                     "Split (a Regex, Isolated) + ByteLevel without its own regex")
+    raise InputError(f"{path}: pre_tokenizer {json.dumps(pre)[:200]} is not read, only ByteLevel, Digits + ByteLevel, "
+                     "or Split (a Regex, Isolated) + ByteLevel without its own regex")
 
 
 def read_added_tokens(path, spec):
@@ -236,30 +238,20 @@ def read_vocabulary(path, model, specials, added):
     for i, piece in [*zip(vocab.values(), vocab), *others.values()]:
         pieces[i] = piece
     # Priorities: single bytes first, then results of merges in merge order, then what only a whole word can be.
-    # tiktoken merges any two neighbours whose union has a priority, the reference implementation only pairs on its list.
+    # tiktoken merges any two neighbours whose union has a priority, the reference only pairs on its list.
     # In vocabularies made by training that is the same: where the one can merge, so can the other.
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     made = [raw(a + b) for a, b in merges if a + b not in specials]
-    lost = next((m for m in made if m not in vocab and m.decode("utf-8", "replace") not in others), None)
-    if lost is not None:
-        raise InputError(f"{path}: a merge makes {lost!r}, which is not in the vocabulary")
     ordered = [bytes([b]) for b in range(256)] + made
     if model.get("ignore_merges"):
         ordered += sorted(vocab, key=vocab.get)
     return pieces, {piece: i for i, piece in enumerate(dict.fromkeys(ordered))}
 
 
-def opening_token(post):
-    """tokenizer.json's post_processor -> the special token that it puts in front of a text, or None."""
-    for p in post.get("processors", [post]):
-        if p.get("type") == "TemplateProcessing":
-            return p["single"][0].get("SpecialToken", {}).get("id")
-
-
 def two_file_spec(directory, config, merges):
     """vocab.json and merges.txt, as GPT-2 and Qwen2 ship them -> what their tokenizer.json would say. These files hold
     no split pattern: the class that tokenizer_config.json names stands for it."""
-    kind = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+    kind = (config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
     if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer") or merges is None:
         raise InputError(f"{directory}: " + ("no merges.txt beside vocab.json" if merges is None else
                          f"the split pattern of {kind} is not known; save it with a tokenizer.json"))
@@ -287,7 +279,7 @@ class Tokenizer:
     specials: dict text -> id. Ordinary text never becomes one: only encode_chat writes them.
     added:    two dicts text -> id of tokens that are cut out of ordinary text before it is merged, the first before
               and the second after the text is brought to Unicode's NFC (if `nfc` says so).
-    unk_id:   id for bytes that have none; without it they are dropped, as the reference implementation does.
+    unk_id:   id for bytes that have none; without it they vanish, as in the reference implementation.
     """
 
     def __init__(self, pieces, ranks, specials, pattern, eos_id, pad_id, bos_id=None, prefix_space=False,
@@ -301,18 +293,24 @@ class Tokenizer:
         self.added = [(tokens, re.compile(f"({choice(tokens)})")) for tokens in added]
         extra = {i for tokens in added for i in tokens.values()}
         ids = {pieces[i]: i for i in extra} | {p: i for i, p in enumerate(pieces) if p and i not in extra}
-        # Where ids ascend with the priorities they can serve as priorities, and tiktoken's numbers are the ids. Else a
-        # table translates. Single bytes are merged with nothing, so any number does for them.
+        # A byte without an id gets a number past the vocabulary: seeing it, merge() takes the slower way.
+        lost = [bytes([b]) for b in range(256) if bytes([b]) not in ids]
+        self.lost, self.first_lost = b"".join(lost) if unk_id is None else b"", len(pieces)
+        ids |= {b: len(pieces) + i if unk_id is None else unk_id for i, b in enumerate(lost)}
+        # Where ids ascend with the priorities they serve as priorities: tiktoken's numbers are the ids. Else a table
+        # translates. Single bytes are merged with nothing, so any number does for them.
         by_rank = sorted(ranks, key=ranks.get)
-        merged = [ids.get(p, -1) for p in by_rank if len(p) > 1]
-        same = merged == sorted(merged) and all(p in ids for p in ranks)
+        merged = [ids[p] for p in by_rank if len(p) > 1]
+        same = merged == sorted(merged) and (unk_id is None or not lost)
         self.ranks = {p: ids[p] if same else rank for rank, p in enumerate(by_rank)}
-        self.id_of_rank = None if same else [ids.get(p, unk_id) for p in by_rank]
+        self.id_of_rank = None if same else [ids[p] for p in by_rank]
         self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={})
 
     def encode(self, text):
         """Ordinary text -> ids. The text of a special token is ordinary here; only other added tokens are matched."""
         ids, ((first, cut_first), (then, cut_then)) = [], self.added
+        if not (first or then or self.nfc):
+            return self.merge(text)              # spares a copy of a long list
         for i, part in enumerate(cut_first.split(text) if first else [text]):
             if i % 2:
                 ids.append(first[part])
@@ -334,7 +332,27 @@ class Tokenizer:
                 raise
             raise InputError(f"the tokenizer's split pattern fails on {text[:40]!r}... of {len(text)} characters; "
                              "shorten its runs of white space") from None
-        return ids if self.id_of_rank is None else [i for i in map(self.id_of_rank.__getitem__, ids) if i is not None]
+        if self.id_of_rank is not None:
+            ids = [self.id_of_rank[i] for i in ids]
+        return self.merge_known(text) if self.lost and max(ids, default=0) >= self.first_lost else ids
+
+    def merge_known(self, text):
+        """Text with bytes that have no token -> ids. In the reference such bytes vanish after the split and before the
+        merging, so that their neighbours merge. tiktoken does not tell where it splits: a pattern that can only match
+        at the start asks for one piece after the other."""
+        first = tiktoken.Encoding("first", pat_str=rf"\A(?:{self.pattern})", special_tokens={},
+                                  mergeable_ranks={bytes([b]): b for b in range(256)})
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")     # lone surrogates, as in tiktoken
+        ids, start, width = [], 0, 64
+        while start < len(text):
+            piece = bytes(first.encode_ordinary(text[start:start + width]))
+            length = len(piece.decode())
+            if 2 * length > width and start + width < len(text):
+                width *= 2                       # the piece may go on, or depend on what follows
+                continue
+            known, start, width = piece.translate(None, self.lost), start + length, 64
+            ids += self.encoding._encode_single_piece(known) if known else []
+        return ids if self.id_of_rank is None else [self.id_of_rank[i] for i in ids]
 
     def decode(self, ids):
         """ids -> text; special tokens vanish, broken UTF-8 becomes U+FFFD."""
@@ -377,13 +395,13 @@ class Tokenizer:
         """-> four masks (V + 1,) bool for ends_step: tokens that always end a step (EOS, and but for `turn` what holds
         a newline); sentence stops; initials and numbers; bare letters. Index V stands for "no token before"."""
         masks = torch.zeros(4, self.n_vocab + 1, dtype=torch.bool)
-        for i, piece in enumerate(self.pieces):
-            text = piece.decode("utf-8", errors="replace")
-            masks[0, i] = kind != "turn" and "\n" in text
-            if kind == "sentence":
-                masks[1, i] = text.rstrip("\"')").endswith((".", "!", "?"))
-                masks[2, i] = bool(re.fullmatch(r".*[0-9]|\s[b-zB-HJ-Z]", text))
-                masks[3, i] = bool(re.fullmatch(r"[A-Za-z]", text))
+        texts = [piece.decode("utf-8", errors="replace") for piece in self.pieces]
+        rows = [[kind != "turn" and "\n" in t for t in texts]]
+        if kind == "sentence":
+            rows += [[t.rstrip("\"')").endswith((".", "!", "?")) for t in texts],
+                     [re.fullmatch(r".*[0-9]|\s[b-zB-HJ-Z]", t) is not None for t in texts],
+                     [re.fullmatch(r"[A-Za-z]", t) is not None for t in texts]]
+        masks[:len(rows), :-1] = torch.tensor(rows)          # one by one takes seconds for 150,000 tokens
         masks[0, self.eos_id] = True
         return tuple(masks)
 
@@ -418,8 +436,8 @@ class Tokenizer:
 
     @classmethod
     def from_hf(cls, directory):
-        """A Hugging Face directory with tokenizer.json, or vocab.json and merges.txt, of a byte-level BPE (GPT-2, Llama-3,
-        Qwen, SmolLM2) -> Tokenizer. InputError names the file and what in it is not read."""
+        """A Hugging Face directory with tokenizer.json, or vocab.json and merges.txt, of a byte-level BPE (GPT-2,
+        Llama-3, Qwen, SmolLM2) -> Tokenizer. InputError names the file and what in it is not read."""
         files, path = {}, os.path.join(directory, "tokenizer.json")
         try:
             for name in TOKENIZER_FILES:
@@ -455,7 +473,7 @@ class Tokenizer:
             template = next((t["template"] for t in template if t["name"] == "default"), None)
         try:
             form = chat_form(template, specials)
-        except InputError as e:                  # a base model is of use without its template: refused once it is needed
+        except InputError as e:                  # encode() works without a template: refused once it is needed
             form, problem = PLAIN_FORM, f"{path}: {e}"
         name = lambda key: config[key].get("content") if isinstance(config.get(key), dict) else config.get(key)
         # What ends a turn in the template ends an answer, whatever a base model's config says of the end of a text.
@@ -463,17 +481,23 @@ class Tokenizer:
         eos = next((specials[s] for s in ends if s in specials), None)
         if eos is None:
             raise InputError(f"{path}: no end-of-text token; name it as eos_token in tokenizer_config.json")
-        if template:
-            bos = specials.get(name("bos_token")) if "bos_token" in template else None
-        else:
-            bos = specials.get(name("bos_token") if config.get("add_bos_token") else None if "add_bos_token" in config else
-                               opening_token(spec.get("post_processor") or {}))
+        # A template says itself whether BOS comes first; for plain text the config does, or else the post_processor.
+        post = spec.get("post_processor") or {}
+        first = [p["single"][0] for p in post.get("processors", [post]) if p.get("type") == "TemplateProcessing"]
+        bos = name("bos_token")
+        if not ("bos_token" in template if template else config.get("add_bos_token")):
+            known = template or "add_bos_token" in config or not first
+            bos = None if known else first[0].get("SpecialToken", {}).get("id")
+        bos = specials.get(bos)
         names = [name("pad_token"), "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", *specials]
         pad = next((specials[s] for s in names if s in specials and specials[s] not in (eos, bos)), eos)
         tokenizer = cls(pieces, ranks, specials, pattern, eos, pad, bos, prefix_space, added, nfc,
                         model["vocab"].get(model.get("unk_token")))
         tokenizer.form, tokenizer.form_error = form, problem
-        tokenizer.encode("a 1\n")               # a pattern that tiktoken cannot run shows now, not in the middle of a run
+        try:
+            tokenizer.encode("a 1\n")           # a pattern that tiktoken cannot run shows now, not in a long run
+        except InputError as e:
+            raise InputError(f"{path}: {e}") from None
         return tokenizer
 
     def save(self, directory):

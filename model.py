@@ -739,11 +739,11 @@ def load_hf(directory, objectives=None, dtype=torch.float32):
 
 def load_tokenizer(directory, vocab_size):
     """The directory's tokenizer, padded to the model's vocabulary; None where it has none."""
-    if not os.path.exists(os.path.join(directory, "tokenizer.json")):
+    if not any(os.path.exists(os.path.join(directory, name)) for name in ("tokenizer.json", "vocab.json")):
         return None
     tokenizer = Tokenizer.from_hf(directory)
     if tokenizer.n_vocab > vocab_size:
-        raise InputError(f"{directory}: tokenizer.json has ids up to {tokenizer.n_vocab - 1}, the model {vocab_size}")
+        raise InputError(f"{directory}: its tokenizer has ids up to {tokenizer.n_vocab - 1}, the model {vocab_size}")
     tokenizer.pieces += [b""] * (vocab_size - tokenizer.n_vocab)
     tokenizer.n_vocab = vocab_size
     return tokenizer

@@ -168,7 +168,7 @@ def load_init(directory):
     """The checkpoint given by --init, which must bring its tokenizer."""
     model = load_hf(directory)
     if model.tokenizer is None:
-        raise InputError(f"{directory}: tokenizer.json is missing; a base model needs its tokenizer")
+        raise InputError(f"{directory}: tokenizer.json, or vocab.json and merges.txt, is missing; a base model needs one")
     return model
 
 
