@@ -110,11 +110,11 @@ class KVCache:
 
     def extend(self, rows, T):
         """Make room for T more tokens in rows: (G', m), m rows of each of G' sequences; None is all. -> View"""
-        G = len(self.held)
-        if rows is not None and self.own and rows.numel() > self.fed:
+        fed = len(self.held) * self.K if rows is None else rows.numel()
+        if self.own and fed > self.fed:
             raise ValueError("a row that dropped out cannot go on before the next keep")
         groups, m = (None, self.K) if rows is None else (rows[:, 0] // self.K, rows.shape[1])
-        self.fed = G * self.K if rows is None else rows.numel()
+        self.fed = fed
         start, self.own = self.own, self.own + T
         room = self.step_k[0].shape[2]
         if self.own > room:
@@ -231,14 +231,18 @@ def rotate(x, cos, sin):
 
 
 def linear(x, W, bias=None):
-    """x W^T + bias, as F.linear. For a few rows in float32 torch's kernel keeps one core busy; the same product as a batch
-    over blocks of W (views, no copies) keeps all of them busy, and decoding is nothing but such products."""
-    n, blocks = x.numel() // W.shape[1], 8
-    if n > 8 or W.numel() < 2**16 or W.shape[0] % blocks or x.dtype != torch.float32 or x.device.type != "cpu" \
-            or torch.is_grad_enabled():
+    """x W^T + bias, as F.linear. For a few rows in float32 on a CPU torch's kernel keeps one core busy; the same product as a
+    batch over blocks of W (views, no copies) keeps all of them busy, the fewest rows best as W x^T. Decoding is nothing but
+    such products."""
+    (N, K), n = W.shape, x.numel() // W.shape[1]
+    if n > 96 or N * K < 2**16 or N % 16 or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x, W, bias)
-    W = W.view(blocks, -1, W.shape[1])
-    y = torch.bmm(x.reshape(1, n, -1).expand(blocks, -1, -1), W.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
+    blocks, x2 = W.view(16, N // 16, K), x.reshape(n, K)
+    if n == 1 or n <= 8 and N >= K:
+        y = torch.bmm(blocks, x2.t().expand(16, K, n)).view(N, n).t()
+    else:
+        y = torch.bmm(x2.expand(16, n, K), blocks.mT).transpose(0, 1)
+    y = y.reshape(*x.shape[:-1], N)
     return y if bias is None else y + bias
 
 
