@@ -329,6 +329,7 @@ def main(argv=None):
     parser.add_argument("--weights", help="mix of heads, NAME=NUMBER,...; default: the guide's domain, uniform")
     parser.add_argument("--guide", default=None,
                         help="objective that guides, or 'unified'; default: that of the heaviest head, else the first")
+    parser.add_argument("--prm", help="directory of a reward model from elsewhere that guides instead of the run's own")
     parser.add_argument("--k", type=int, default=5, help="candidates per step")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=None, help="default: the run's own")
@@ -340,10 +341,11 @@ def main(argv=None):
     weights = parse_weights(args.weights, objectives) if args.weights is not None else None
     heaviest = objectives[max(range(len(objectives)), key=weights.__getitem__)] if weights else None
     leading = next(o for o in (args.guide, heaviest, config["objectives"][0]) if o in OBJECTIVES)
-    guide = args.guide or leading
-    if guide != "unified" and guide not in OBJECTIVES:
+    guide = args.guide or ("unified" if args.prm else leading)
+    if guide != "unified" and guide not in OBJECTIVES and not args.prm:
         raise InputError(f"--guide: unknown objective {guide!r}; choose unified or one of {', '.join(OBJECTIVES)}")
-    prm, weights = find_prm(args.run, guide), weights or domain_mix(objectives, OBJECTIVES[leading].domain)
+    prm = load_prm(args.prm) if args.prm else find_prm(args.run, guide)
+    weights = weights or domain_mix(objectives, OBJECTIVES[leading].domain)
     generator, result = torch.Generator().manual_seed(args.seed), None
     temperature = config["temperature"] if args.temperature is None else args.temperature
     for line in [args.prompt] if args.prompt is not None else sys.stdin:

@@ -1,6 +1,7 @@
 """evaluate.py: what each stage bought, measured on test prompts. Before: decode.py; next: train.py.
 
     python evaluate.py RUN            measure every policy of a run directory again and rewrite its tables
+    python evaluate.py DIR --timing   what guided decoding costs with the model in DIR: re-encoding, cached, and as done here
 
 A row is a policy (base, sft, sft_greedy, the baselines, mah_dpo, each head alone), a mix of heads, and perhaps a guide;
 a column is an objective's noise-free score, averaged over test prompts that no stage has seen, with its standard error.
@@ -9,9 +10,11 @@ nats per token on its own samples: methods should be compared at equal distance.
 and pareto.svg.
 """
 import argparse
+import copy
 import math
 import os
 import statistics
+import time
 import zlib
 
 import torch
@@ -20,9 +23,10 @@ from tqdm import tqdm
 
 from data import (DOMAINS, Dice, InputError, batches_by_length, domain_objectives, pad, read_json, response_mask,
                   run_command, worlds_of, write_json, write_text)
-from decode import domain_mix, find_prm, generate, guided_decode
+from decode import domain_mix, draw, find_prm, generate, guided_decode, ingest, score_candidates
 from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import load_hf, pick_device
+from prm import PRM, load_prm
 
 
 def seed_of(seed, *what):
@@ -299,12 +303,131 @@ def evaluate(run, pair_rows, device=None):
     return results
 
 
+# -- timings
+
+class Counted:
+    """Counts the tokens fed to a model while it is open."""
+
+    def __init__(self, net):
+        self.tokens = 0
+        self.handle = net.register_forward_hook(self.count)
+
+    def count(self, net, args, output):
+        self.tokens += args[0].numel()
+
+
+def plain_options(model):
+    """Keywords of `draw` for timing: no boundary but the limit, the usual sampling, a fixed seed."""
+    masks = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool, device=model.embed.weight.device)
+    return {"masks": list(masks), "temperature": 1.0, "top_k": 50, "top_p": 1.0, "feed_last": True,
+            "generator": torch.Generator().manual_seed(0)}
+
+
+def steps_carried(model, prm, prompt, K, S, N):
+    """This project's way, S steps of N tokens: both caches carried on. -> bytes of both caches"""
+    options, head = plain_options(model), model.fold(0)
+    caches = [net.new_cache(1, len(prompt) + S * N) for net in (model, prm.backbone)]
+    h = ingest(model, caches[0], [prompt]).repeat_interleave(K, 0)
+    ingest(prm, caches[1], [prompt])
+    policy, judge = (cache.fork(K) for cache in caches)
+    for _ in range(S):
+        drawn = draw(model, head, policy, h, limits=policy.held.new_full((K,), N), **options)
+        scores, fed = score_candidates(prm, judge, drawn, None)
+        winner, size = int(scores[:, 0].argmax()), policy.nbytes() + judge.nbytes()
+        policy.keep(winner)
+        judge.keep(winner, fed[winner:winner + 1])
+        h[:] = h[winner].clone()
+    return size
+
+
+def steps_one_by_one(model, prm, prompt, K, S, N):
+    """As published: a cache is carried, but candidates are drawn one after another from copies of it, and the PRM reads
+    prompt and steps again for every candidate."""
+    options, head = plain_options(model), model.fold(0)
+    running, text = model.new_cache(1, len(prompt) + S * N), list(prompt)
+    state = ingest(model, running, [prompt])
+    for _ in range(S):
+        tried = []
+        for _ in range(K):
+            cache, h = copy.deepcopy(running), state.clone()
+            ids, = draw(model, head, cache, h, limits=cache.held.new_full((1,), N), **options)
+            tried.append((float(prm(torch.tensor([text + ids], device=h.device))[0, -1, 0]), ids, cache, h))
+        _, ids, running, state = max(tried, key=lambda t: t[0])
+        running.keep(0)
+        text += ids
+    return K * running.nbytes()
+
+
+def steps_encoded_again(model, prm, prompt, K, S, N):
+    """The plain way: every step encodes prompt and text anew, for K rows at once, and so does the PRM."""
+    options, head, text = plain_options(model), model.fold(0), list(prompt)
+    for _ in range(S):
+        cache = model.new_cache(K, len(text) + N)
+        h = ingest(model, cache, [text] * K)
+        drawn = draw(model, head, cache, h, limits=cache.held.new_full((K,), N), **options)
+        scores = prm(torch.tensor([text + ids for ids in drawn], device=h.device))[:, -1, 0]
+        text += drawn[int(scores.argmax())]
+    return cache.nbytes()
+
+
+@torch.no_grad()
+def timing(directory, S=2, N=16):
+    """Print the cost of guided decoding (S steps of N tokens) with the model of a run or of a Hugging Face directory, its
+    PRM a run's own or one with random weights on the same backbone; and one-token decoding beside the memory's speed."""
+    run = os.path.isdir(os.path.join(directory, "mah_dpo"))
+    model = load_hf(os.path.join(directory, "mah_dpo") if run else directory).eval()
+    prm = load_prm(os.path.join(directory, "prm")) if os.path.isdir(os.path.join(directory, "prm")) else \
+        PRM(model.with_heads(()), ["reward"], torch.Generator().manual_seed(0))
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size / 1e6:.1f} M parameters, {torch.get_num_threads()} threads, torch {torch.__version__}; {S} steps of {N} tokens")
+    methods = {"re-encoding": steps_encoded_again, "cached, one by one": steps_one_by_one, "carried (here)": steps_carried}
+    generator, rows = torch.Generator().manual_seed(0), []
+    for prefix in (128, 512, 2048):
+        if prefix + S * N > model.config.max_len:
+            print(f"a prefix of {prefix} does not fit the context of {model.config.max_len}: left out")
+            continue
+        prompt = torch.randint(0, model.config.vocab_size, (prefix,), generator=generator).tolist()
+        for K in tqdm((1, 2, 5, 10), desc=f"prefix {prefix}", unit="K", disable=None):
+            for name, work in methods.items():
+                work(model, prm, prompt, K, 1, 2)                                         # warm up
+                counts = Counted(model), Counted(prm.backbone)
+                start = time.perf_counter()
+                held = work(model, prm, prompt, K, S, N)
+                seconds = time.perf_counter() - start
+                for c in counts:
+                    c.handle.remove()
+                rows.append([prefix, K, name, f"{seconds:.2f}", f"{K * S * N / seconds:.0f}", "", f"{held / 1e6:.1f}",
+                             *(c.tokens for c in counts), seconds])
+            for row in rows[-3:]:
+                row[5] = f"{row[-1] / rows[-1][-1]:.1f}"
+    head = ["prefix", "K", "method", "seconds", "tokens/s", "x here", "cache MB", "fed to policy", "fed to PRM"]
+    print("\n".join("| " + " | ".join(map(str, line[:9])) + " |" for line in [head, ["---"] * 9, *rows]))
+    prompt, n = prompt[:64], 64
+    for _ in range(2):                                                                    # the first warms up
+        start = time.perf_counter()
+        generate(model, [prompt], max_new_tokens=n, temperature=0)
+        per_token = (time.perf_counter() - start) / n
+    source = torch.ones(64 * 2**20)
+    target, speed = torch.empty_like(source), 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        speed = max(speed, 2 * source.nbytes / (time.perf_counter() - start))
+    read = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith(("heads.", "embed", "positions")))
+    read += model.heads[0].weight.nbytes
+    print(f"one token: {1e3 * per_token:.2f} ms; reading the {read / 1e6:.0f} MB of weights at the {speed / 1e9:.0f} GB/s of a copy "
+          f"takes {1e3 * read / speed:.2f} ms, {read / speed / per_token:.0%} of that")
+
+
 def main(argv=None):
     """The command line: measure a finished run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run directory written by train.py")
     parser.add_argument("--device", help="auto, cpu, cuda or mps (default: the run's own)")
+    parser.add_argument("--timing", action="store_true", help="time guided decoding instead; `run` may be any checkpoint")
     args = parser.parse_args(argv)
+    if args.timing:
+        return timing(args.run)
     if not os.path.isfile(os.path.join(args.run, "results.json")):
         raise InputError(f"{args.run}: not a finished run (no results.json); finish it with train.py --resume {args.run}")
     old = read_json(os.path.join(args.run, "results.json"))
