@@ -10,11 +10,12 @@ computes them once. Baselines: single-head DPO (H = 1), MODPO (one policy per w,
 DPO soup (one policy per objective, parameters averaged).
 """
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from data import batches_by_length, pad, response_mask
+from data import batches_by_length, pad
 
 CHUNK = 4096     # response positions whose logits exist at the same time: bounds memory at CHUNK x V
 
@@ -34,14 +35,47 @@ def response_logps(h, W, ids, mask):
     return total
 
 
-def policy_logps(model, ids, mask, head):
-    """One forward of the backbone for rows of several objectives; row b is scored by head[b] alone -> (B,)."""
-    h, parts, order = model(ids), [], []
+class Packed(NamedTuple):
+    """n pairs as one row each, prompt + chosen + rejected: the prompt is encoded once, the responses do not see each other,
+    and both start at the prompt's length. The 2n responses (all chosen, then all rejected) are read from it as rows
+    "last prompt token, response"; their first token is predicted by the last PROMPT state."""
+    ids: torch.Tensor           # (n, T)
+    positions: torch.Tensor     # (n, T)
+    mask: torch.Tensor          # (n, 1, T, T), added to the scores
+    take: torch.Tensor          # (2n, R + 1) places in the packed row
+    responses: torch.Tensor     # (2n, R + 1) their ids
+    scored: torch.Tensor        # (2n, R + 1) bool, True on response tokens
+
+
+def pack(pairs, pad_id, device):
+    """Objects with prompt, chosen, rejected (ids) -> Packed."""
+    ids, _ = pad([p.prompt + p.chosen + p.rejected for p in pairs], pad_id, device)
+    sizes = torch.tensor([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs], device=device)
+    n, c, r = sizes.T[:, :, None]                                                         # (n, 1) each
+    t = torch.arange(ids.shape[1], device=device)
+    part = (t >= n).int() + (t >= n + c).int() + (t >= n + c + r).int()                   # prompt, chosen, rejected, padding
+    positions = torch.where(part >= 2, t - c, t)
+    seen = (t <= t[:, None]) & ((part[:, None] == 0) | (part[:, None] == part[:, :, None]))                # (n, T, T)
+    mask = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)[:, None]
+    length = torch.cat((c, r))                                                            # (2n, 1)
+    j = torch.arange(1 + int(length.max()), device=device)
+    start = torch.cat((n, n + c))                                                         # where the response stands
+    take = torch.where(j == 0, torch.cat((n, n)) - 1, start + j - 1).clamp(max=len(t) - 1)
+    rows = torch.arange(len(pairs), device=device).repeat(2)[:, None]
+    return Packed(ids, positions, mask, take, ids[rows, take], (j > 0) & (j <= length))
+
+
+def policy_logps(model, packed, head):
+    """One forward of the backbone for pairs of several objectives; pair b is scored by head[b] (n,) alone -> (2, n):
+    log-probabilities of chosen and rejected."""
+    h = model(packed.ids, packing=(packed.positions, packed.mask.to(model.embed.weight.dtype)))
+    head, parts, order = head.repeat(2), [], []
+    h = h[torch.arange(len(packed.ids), device=h.device).repeat(2)[:, None], packed.take]                 # (2n, R + 1, d)
     for i in head.unique().tolist():
         rows = (head == i).nonzero()[:, 0]
-        parts.append(response_logps(h[rows], model.heads[i].weight, ids[rows], mask[rows]))
+        parts.append(response_logps(h[rows], model.heads[i].weight, packed.responses[rows], packed.scored[rows]))
         order.append(rows)
-    return torch.cat(parts)[torch.cat(order).argsort()]
+    return torch.cat(parts)[torch.cat(order).argsort()].view(2, -1)
 
 
 def log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected):
@@ -58,27 +92,29 @@ def modpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, margin, w_k, be
     """MODPO (B,): -log sigmoid( (beta Delta - margin) / w_k ), for pairs of objective k.
 
     margin (B,) = sum_{j != k} w_j (r_j(y+) - r_j(y-)), the other objectives' rewards r_j = beta log(pi_j / pi_ref) by
-    their single-objective DPO policies; w_k >= 0.1, since dividing by less makes the loss explode (paper, Sec. 5)."""
-    if w_k < 0.1:
+    their single-objective DPO policies; w_k a number or (B,), at least 0.1, since dividing by less makes the loss explode
+    (paper, Sec. 5)."""
+    if not bool((torch.as_tensor(w_k) >= 0.1).all()):
         raise ValueError(f"MODPO needs w_k >= 0.1, not {w_k}")
     delta = log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected)
     return -F.logsigmoid((beta * delta - margin) / w_k)
 
 
-def balanced_mean(losses, head, alpha):
+def balanced_mean(losses, head, alpha, count=None):
     """sum_i alpha_i * mean of the losses (B,) of objective i -> scalar. An objective absent from the batch adds
-    nothing, and the others are not reweighted for it."""
+    nothing, and the others are not reweighted for it. count (H,): pairs of every objective in the whole batch, if these
+    are only some of them: then the parts' results add up to that of the whole."""
     one_hot = F.one_hot(head, len(alpha)).to(losses.dtype)                                # (B, H)
-    count = one_hot.sum(0)
+    count = one_hot.sum(0) if count is None else count
     return (alpha * (losses @ one_hot) / count.clamp(min=1)).sum()
 
 
-def mah_dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, alpha, beta):
-    """The MAH-DPO loss. head (B,): each pair's objective; alpha (H,): weights of the objectives.
+def mah_dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, alpha, beta, count=None):
+    """The MAH-DPO loss. head (B,): each pair's objective; alpha (H,): weights of the objectives; count: see balanced_mean.
     -> scalar, {"loss", "margin", "accuracy"}: per objective (H,), NaN where it has no pair in the batch. The margin is
     beta Delta, the accuracy the share of pairs with Delta > 0."""
     losses = dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta)
-    return balanced_mean(losses, head, alpha), pair_metrics(
+    return balanced_mean(losses, head, alpha, count), pair_metrics(
         losses, log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected), head, len(alpha), beta)
 
 
@@ -109,6 +145,10 @@ class Pair:
     rejected: list
     split: str
 
+    def __len__(self):
+        """Tokens of the packed pair."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
 
 @torch.no_grad()
 def pair_logps(model, pairs, head_of, pad_id, progress=None, tokens=16384):
@@ -116,22 +156,12 @@ def pair_logps(model, pairs, head_of, pad_id, progress=None, tokens=16384):
     each pair under the head head_of(objective); `tokens` per batch at most."""
     device = model.embed.weight.device
     out = torch.zeros(len(pairs), 2)
-    # Both rows of a pair count.
-    for index in batches_by_length([2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs], tokens):
-        ids, mask = pair_batch([pairs[i] for i in index], pad_id, device)
-        head = torch.tensor([head_of(pairs[i].objective) for i in index] * 2, device=device)
-        out[index] = policy_logps(model, ids, mask, head).view(2, -1).T.cpu()
+    for index in batches_by_length([len(p) for p in pairs], tokens):
+        head = torch.tensor([head_of(pairs[i].objective) for i in index], device=device)
+        out[index] = policy_logps(model, pack([pairs[i] for i in index], pad_id, device), head).T.float().cpu()
         if progress is not None:
             progress(len(index))
     return out
-
-
-def pair_batch(pairs, pad_id, device):
-    """-> ids, mask (2n, T): the chosen of all pairs, then the rejected; mask is True on response tokens."""
-    rows = [p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs]
-    ids, lengths = pad(rows, pad_id, device)
-    prompts = torch.tensor([len(p.prompt) for p in pairs] * 2, device=device)
-    return ids, response_mask(prompts, lengths, ids.shape[1])
 
 
 def make_optimizer(model, lr_backbone, lr_heads):

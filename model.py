@@ -259,7 +259,7 @@ class Attention(nn.Module):
         self.out = Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None for _ in "qk")
 
-    def forward(self, x, rope, cache, view):
+    def forward(self, x, rope, cache, view, mask):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.hd)
         qk, v = qkv[:, :, :-self.n_kv], qkv[:, :, -self.n_kv:]
@@ -271,8 +271,8 @@ class Attention(nn.Module):
         if cache is not None:
             seen = cache.append(self.layer, view, k, v)
         if cache is None or view.start == 0 and cache.high == 0:                          # no past: plain causal attention
-            o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                               enable_gqa=True).transpose(1, 2).reshape(B, T, -1)
+            o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
+                                               is_causal=mask is None, enable_gqa=True).transpose(1, 2).reshape(B, T, -1)
         else:       # after a past is_causal would align the triangle with the wrong corner: the mask comes from positions
             o = attend(q, *seen[0], *seen[1], view.mask)
         return self.out(o)
@@ -346,14 +346,17 @@ class GPT(nn.Module):
         model.tokenizer = tokenizer
         return model.to(model.embed.weight)
 
-    def forward(self, ids, cache=None, rows=None):
+    def forward(self, ids, cache=None, rows=None, packing=None):
         """ids (B, T) -> h (B, T, d). Without a cache: rows start at position 0, padded on the right if ragged.
         With a cache: the tokens follow what its rows hold (`rows` as in KVCache.extend, default all), and are added to it;
-        after a ragged batch, cache.rollback(true lengths) or cache.keep with them."""
-        T, view = ids.shape[1], None
-        if cache is None and T > self.config.max_len:
-            raise ValueError(f"{T} tokens do not fit the context of {self.config.max_len}")
-        if cache is None:
+        after a ragged batch, cache.rollback(true lengths) or cache.keep with them.
+        packing: positions (B, T) and a mask (B, 1, T, T), added to the scores, of rows that hold several texts."""
+        T, view, mask = ids.shape[1], None, None
+        if packing is not None:
+            positions, mask = packing
+        elif cache is None:
+            if T > self.config.max_len:
+                raise ValueError(f"{T} tokens do not fit the context of {self.config.max_len}")
             positions = torch.arange(T, device=ids.device)[None]                          # (1, T)
         else:
             view = cache.extend(rows, T)
@@ -365,7 +368,7 @@ class GPT(nn.Module):
         else:
             rope = self.cos[inside][:, :, None], self.sin[inside][:, :, None]             # (B or 1, T, 1, hd/2)
         for layer in self.layers:
-            x = layer(x, rope, cache, view)
+            x = layer(x, rope, cache, view, mask)
         return self.norm(x)
 
     def new_cache(self, sequences, max_len=0):

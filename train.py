@@ -30,8 +30,8 @@ from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, To
                   run_command, select_objectives, split_of, worlds_of, write_json, write_text)
 from decode import generate, parse_weights
 from evaluate import average, converse, evaluate, pair_metrics_rows, plain_responder, seed_of
-from mah_dpo import (Pair, balanced_mean, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pair_batch,
-                     pair_logps, pair_metrics, policy_logps)
+from mah_dpo import (Pair, balanced_mean, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps,
+                     pair_metrics, policy_logps)
 from model import GPT, GPTConfig, load_hf, load_safetensors, pick_device, save_hf, save_safetensors
 from prm import (PRM, Labelled, bradley_terry_loss, hindsight_targets, majority_labels, pair_scores, save_prm, step_loss,
                  step_scores)
@@ -483,8 +483,7 @@ def measure_prm(run, prm, sources):
                                  "commoner_label": max(common, 1 - common), "n": len(s)}
             found[name].append(s)
     for pairs in sources[1]:
-        both = lambda p: 2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected)))
-        chosen, rejected = (torch.cat(t) for t in zip(*(pair_scores(prm, part) for part in batches(pairs, both))))
+        chosen, rejected = (torch.cat(t) for t in zip(*(pair_scores(prm, part) for part in batches(pairs, len))))
         quality[pairs[0].objective] = {"pair_accuracy": float((chosen > rejected).float().mean()), "n": len(chosen)}
         found[pairs[0].objective] += [chosen, rejected]
     for p, name in enumerate(prm.outputs):
@@ -520,6 +519,8 @@ def train_policy(run, name, heads, objectives, margins=None):
     top, log = [g["lr"] for g in optimizer.param_groups], []
     weights = dict(zip(run.objectives, parse_weights(config.alpha, run.objectives, "--alpha", 1.0)))
     alpha = torch.tensor([weights[o] for o in objectives], device=run.device)
+    domain = lambda o: OBJECTIVES[o].domain
+    w_k = torch.tensor([1 / sum(domain(o) == domain(k) for o in objectives) for k in objectives], device=run.device)
     # An objective's pairs come in the same order to every policy, for the same number of steps.
     mine = lambda o: [i for i, p in enumerate(pairs) if p.objective == o and p.split == "train"]
     cycles = {o: Cycle(mine(o), run.generator("pairs", o)) for o in run.objectives}
@@ -528,26 +529,25 @@ def train_policy(run, name, heads, objectives, margins=None):
         for group, lr in zip(optimizer.param_groups, top):
             group["lr"] = lr * min(1.0, (step + 1) / 20)
         optimizer.zero_grad()
-        metrics = torch.full((3, len(objectives)), math.nan)
-        for domain in dict.fromkeys(OBJECTIVES[o].domain for o in objectives):       # one micro-batch per domain
-            index = [i for o in domain_objectives(domain, objectives) for i in cycles[o].take(config.dpo_pairs)]
-            batch = [pairs[i] for i in index]
-            ids, mask = pair_batch(batch, model.tokenizer.pad_id, run.device)
-            head = torch.tensor([heads.index(p.objective) if p.objective in heads else 0 for p in batch] * 2)
-            pi = policy_logps(model, ids, mask, head.to(run.device)).view(2, -1)
-            ref = reference[index].T.to(run.device)
-            which = torch.tensor([objectives.index(p.objective) for p in batch], device=run.device)
+        index = [i for o in objectives for i in cycles[o].take(config.dpo_pairs)]
+        count, found = torch.full((len(objectives),), config.dpo_pairs, device=run.device), []
+        for part in batches_by_length([len(pairs[i]) for i in index]):                    # gradients add up exactly
+            part = [index[k] for k in part]
+            batch = [pairs[i] for i in part]
+            head, which = (torch.tensor([names.index(p.objective) if p.objective in names else 0 for p in batch],
+                                        device=run.device) for names in (heads, objectives))
+            pi = policy_logps(model, pack(batch, model.tokenizer.pad_id, run.device), head)
+            ref = reference[part].T.to(run.device)
             if margins is None:
-                loss, found = mah_dpo_loss(*pi, *ref, which, alpha, config.beta)
+                loss, metrics = mah_dpo_loss(*pi, *ref, which, alpha, config.beta, count)
             else:
-                w_k = 1 / len(domain_objectives(domain, objectives))
-                losses = modpo_loss(*pi, *ref, margins[index].to(run.device), w_k, config.beta)
-                loss = balanced_mean(losses, which, alpha)
-                found = pair_metrics(losses, log_ratio_margin(*pi, *ref), which, len(objectives), config.beta)
-            check_finite(loss, f"{name} ({domain})", step)
+                losses = modpo_loss(*pi, *ref, margins[part].to(run.device), w_k[which], config.beta)
+                loss = balanced_mean(losses, which, alpha, count)
+                metrics = pair_metrics(losses, log_ratio_margin(*pi, *ref), which, len(objectives), config.beta)
+            check_finite(loss, name, step)
             loss.backward()
-            new = torch.stack([found[k] for k in ("loss", "margin", "accuracy")]).cpu()
-            metrics = torch.where(new.isnan(), metrics, new)
+            found.append((metrics, which.bincount(minlength=len(objectives))))
+        metrics = merge_metrics(found)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
         if step % 20 == 0 or step == steps - 1:
@@ -557,6 +557,13 @@ def train_policy(run, name, heads, objectives, margins=None):
     show_progress(name, objectives, log)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
+
+
+def merge_metrics(found):
+    """[(metrics, pairs per objective (H,))] of the parts of a batch -> loss, margin, accuracy (3, H) of the whole."""
+    n = torch.stack([count for _, count in found])                                        # (parts, H)
+    return torch.stack([(torch.stack([m[key] for m, _ in found]).nan_to_num() * n).sum(0) / n.sum(0)
+                        for key in ("loss", "margin", "accuracy")]).cpu()
 
 
 def show_progress(name, objectives, log):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import mah_dpo
 from data import pad, response_mask
-from mah_dpo import (balanced_mean, dpo_loss, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pair_metrics,
-                     policy_logps, response_logps, soup)
+from mah_dpo import (Pair, balanced_mean, dpo_loss, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pack,
+                     pair_logps, pair_metrics, policy_logps, response_logps, soup)
 from model import GPT, GPTConfig
 
 NAMES = ("math_accuracy", "math_engagement", "honesty")
@@ -90,12 +90,50 @@ def test_response_logps_sum_in_float32():
     assert float(found) == pytest.approx(float(exact), rel=1e-5)
 
 
-def test_policy_logps_each_row_through_its_own_head(model, rows):
-    """Prevents: pairs scored by another objective's head, and rows returned in the order of their heads."""
-    ids, mask = batch(rows)
-    head = torch.tensor([2, 0, 1, 0, 2, 1])
-    expected = [slow_logps(model, i, *row) for i, row in zip(head.tolist(), rows)]
-    assert policy_logps(model, ids, mask, head).tolist() == pytest.approx(expected, abs=1e-9)
+def packed(triples, pad_id=0):
+    return pack([Pair("honesty", *t, "train") for t in triples], pad_id, "cpu")
+
+
+def test_packed_pairs_each_through_its_own_head(model, pairs):
+    """Prevents: responses that see each other, positions that do not restart, a first token predicted by anything but the
+    last prompt token (trap 8), pairs scored by another objective's head, results in the order of their heads."""
+    head = torch.tensor([2, 0, 1, 0, 2, 1, 0])
+    found = policy_logps(model, packed(pairs), head)
+    expected = [[slow_logps(model, i, x, y) for i, (x, *ys) in zip(head.tolist(), pairs) for y in [ys[side]]] for side in (0, 1)]
+    assert found[0].tolist() == pytest.approx(expected[0], abs=1e-9)
+    assert found[1].tolist() == pytest.approx(expected[1], abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [{}, {"position": "learned", "norm": "layer", "mlp": "gelu"}, {"n_kv_head": 2}])
+def test_packing_changes_no_gradient(shape, pairs):
+    """Prevents: a shared prompt that gets the gradient of one response only, or padding that gets any."""
+    config = dict(n_layer=2, n_head=2, n_kv_head=1, d_model=12, d_ff=16, max_len=32, init_std=0.3, objectives=NAMES) | shape
+    plain = GPT(GPTConfig(23, **config), torch.Generator().manual_seed(5)).double()
+    other, head = copy.deepcopy(plain), torch.tensor([0, 0, 1, 1, 2, 2, 2])
+    weight = torch.linspace(-1, 1, 14, dtype=torch.float64)
+    (policy_logps(other, packed(pairs, pad_id=7), head).flatten() * weight).sum().backward()
+    for i, (x, *ys) in enumerate(pairs):
+        for side, y in enumerate(ys):
+            ids, mask = batch([(x, y)])
+            (response_logps(plain(ids), plain.heads[int(head[i])].weight, ids, mask)[0] * weight[7 * side + i]).backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), other.named_parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=1e-9, msg=name)
+
+
+def test_a_packed_row_may_be_longer_than_the_context(model):
+    """Prevents: pairs refused because prompt and both responses together exceed what each response alone does not."""
+    x, y, z = [1] * 10, [2] * 20, [3] * 21
+    found = policy_logps(model, packed([(x, y, z)]), torch.tensor([0]))                   # 51 tokens, context 32
+    assert found.flatten().tolist() == pytest.approx([slow_logps(model, 0, x, y), slow_logps(model, 0, x, z)], abs=1e-9)
+
+
+def test_pair_logps_in_batches_of_any_size(model, pairs):
+    """Prevents: log-probabilities in the order of length instead of the pairs'."""
+    items = [Pair(NAMES[i % 3], *p, "train") for i, p in enumerate(pairs)]
+    whole = pair_logps(model, items, NAMES.index, 0)
+    for tokens in (1, 40):
+        assert torch.allclose(pair_logps(model, items, NAMES.index, 0, tokens=tokens), whole, atol=1e-6)
+    assert whole[0].tolist() == pytest.approx([slow_logps(model, 0, pairs[0][0], y) for y in pairs[0][1:]], abs=1e-5)
 
 
 # -- losses
@@ -136,24 +174,24 @@ def test_balanced_mean_does_not_reweight_absent_objectives():
     assert float(balanced_mean(losses[:2], torch.tensor([0, 0]), alpha)) == pytest.approx(2, abs=1e-6)
 
 
-def loss_of(model, reference, pairs, head):
+def loss_of(model, reference, pairs, head, count=None):
     """MAH-DPO loss of (prompt, chosen, rejected) triples in float64."""
-    ids, mask = batch([(x, c) for x, c, _ in pairs] + [(x, r) for x, _, r in pairs])
-    pi = policy_logps(model, ids, mask, head.repeat(2)).view(2, -1)
+    pi = policy_logps(model, packed(pairs), head)
     with torch.no_grad():
-        ref = policy_logps(reference, ids, mask, torch.zeros_like(head).repeat(2)).view(2, -1)
-    return mah_dpo_loss(*pi, *ref, head, torch.ones(len(model.heads), dtype=pi.dtype), 0.1)
+        ref = policy_logps(reference, packed(pairs), torch.zeros_like(head))
+    return mah_dpo_loss(*pi, *ref, head, torch.ones(len(model.heads), dtype=pi.dtype), 0.1, count)
 
 
 @pytest.fixture(scope="module")
 def pairs(rows):
-    return [(rows[i][0], rows[i][1], rows[j][1]) for i, j in ((0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0))]
+    """Ragged triples; the last has a prompt of one token."""
+    return [(rows[i][0], rows[i][1], rows[j][1]) for i, j in ((0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), (2, 0))]
 
 
 def test_exact_copies_start_at_ln2(model, pairs):
     """Prevents: any difference between how policy and reference are scored: exact copies lose exactly ln 2 each."""
     copies = model.with_heads(NAMES)
-    loss, metrics = loss_of(copies, model, pairs, torch.tensor([0, 1, 2, 0, 1, 2]))
+    loss, metrics = loss_of(copies, model, pairs, torch.tensor([0, 1, 2, 0, 1, 2, 0]))
     assert metrics["loss"].tolist() == pytest.approx([math.log(2)] * 3, abs=1e-12)
     assert metrics["margin"].tolist() == pytest.approx([0.0] * 3, abs=1e-12)
     assert float(loss.detach()) == pytest.approx(3 * math.log(2), abs=1e-12)
@@ -166,7 +204,7 @@ def test_idle_head_is_left_alone(model, pairs):
     optimizer = make_optimizer(policy, 1e-3, 1e-2)
     for _ in range(2):
         optimizer.zero_grad()
-        loss_of(policy, model, pairs, torch.tensor([0, 2, 0, 2, 0, 2]))[0].backward()
+        loss_of(policy, model, pairs, torch.tensor([0, 2, 0, 2, 0, 2, 0]))[0].backward()
         assert policy.heads[1].weight.grad is None
         optimizer.step()
     moved = {k for k, v in policy.state_dict().items() if not torch.equal(v, before[k])}
@@ -184,19 +222,19 @@ def test_one_pair_touches_its_head_and_the_backbone(model, pairs):
 
 
 def test_accumulation_equals_the_full_batch(model, pairs):
-    """Prevents: micro-batches (one per domain) whose gradients do not add up to those of the whole batch."""
-    head = torch.tensor([0, 0, 1, 1, 2, 2])
+    """Prevents: micro-batches, with objectives split between them, whose gradients do not add up to the whole batch's."""
+    head = torch.tensor([0, 0, 1, 1, 2, 2, 2])
     full, parts = model.with_heads(NAMES), model.with_heads(NAMES)
     loss_of(full, model, pairs, head)[0].backward()
-    for part in (slice(0, 4), slice(4, 6)):
-        loss_of(parts, model, pairs[part], head[part])[0].backward()
+    for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
+        loss_of(parts, model, pairs[part], head[part], head.bincount())[0].backward()
     for a, b in zip(full.parameters(), parts.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=0)
 
 
 def test_training_raises_the_margin(model, pairs):
     """Prevents: descending the wrong way: after a step every objective's margin is positive."""
-    policy, head = model.with_heads(NAMES), torch.tensor([0, 1, 2, 0, 1, 2])
+    policy, head = model.with_heads(NAMES), torch.tensor([0, 1, 2, 0, 1, 2, 0])
     optimizer = make_optimizer(policy, 1e-4, 1e-2)
     for _ in range(5):
         optimizer.zero_grad()
@@ -223,8 +261,9 @@ def test_modpo_is_dpo_without_margin():
 def test_modpo_refuses_small_weights():
     """Prevents: a division by a tiny w_k, which makes the loss explode."""
     modpo_loss(PI_C, PI_R, REF_C, REF_R, torch.zeros(2), 0.1, 0.1)
-    with pytest.raises(ValueError, match="w_k >= 0.1"):
-        modpo_loss(PI_C, PI_R, REF_C, REF_R, torch.zeros(2), 0.09, 0.1)
+    for w_k in (0.09, torch.tensor([0.5, 0.09])):
+        with pytest.raises(ValueError, match="w_k >= 0.1"):
+            modpo_loss(PI_C, PI_R, REF_C, REF_R, torch.zeros(2), w_k, 0.1)
 
 
 def test_soup_is_the_weighted_average():
