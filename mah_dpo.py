@@ -30,8 +30,7 @@ def response_logps(h, W, ids, mask):
     total = torch.zeros(len(ids), dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
     for r, s in zip(row.split(CHUNK), t.split(CHUNK)):
         logits = F.linear(h[r, s], W).to(total.dtype)                                     # (n, V)
-        logps = logits.gather(1, ids[r, s + 1][:, None])[:, 0] - logits.logsumexp(1)
-        total = total.index_add(0, r, logps)
+        total = total.index_add(0, r, -F.cross_entropy(logits, ids[r, s + 1], reduction="none"))
     return total
 
 
@@ -174,7 +173,7 @@ def make_optimizer(model, lr_backbone, lr_heads):
     backbone = [p for p in model.parameters() if id(p) not in known]
     return torch.optim.AdamW([{"params": backbone, "lr": lr_backbone, "name": "backbone"},
                               {"params": heads, "lr": lr_heads, "name": "heads"}],
-                             betas=(0.9, 0.99), weight_decay=0.0)
+                             betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """train.py and evaluate.py: the stages' parts by hand, a tiny whole run from the command line, mistakes of the user."""
+import collections
 import copy
 import json
 import math
@@ -241,15 +242,18 @@ def test_train_policy_sends_each_pair_through_its_own_head(run, gpt, tokenizer, 
     train.write_rows(run.file("pairs.jsonl"), pairs)
     run.config.dpo_steps, run.config.dpo_pairs, run.config.perturbation, seen = 2, 3, 0.0, []
     plain = train.policy_logps
-    monkeypatch.setattr(train, "policy_logps", lambda model, ids, mask, head: seen.append((ids, mask, head)) or plain(model, ids, mask, head))
+    monkeypatch.setattr(train, "policy_logps", lambda model, packed, head: seen.append((packed, head)) or plain(model, packed, head))
+    batches = train.batches_by_length
+    monkeypatch.setattr(train, "batches_by_length", lambda lengths: batches(lengths, tokens=150))     # several parts a step
     train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
     owner = {tuple(p.chosen): p.objective for p in pairs}
-    for ids, mask, head in seen:
-        rows = len(ids) // 2
-        names = [owner[tuple(ids[b][mask[b]].tolist())] for b in range(rows)]
-        assert head.tolist() == [run.objectives.index(n) for n in names] * 2
-        assert all(names.count(n) == 3 for n in set(names))
-    assert len(seen) == 4                                                # two domains, two steps
+    counts = collections.Counter()
+    for packed, head in seen:
+        chosen = zip(packed.responses[:len(head)], packed.scored[:len(head)])
+        names = [owner[tuple(ids[mask].tolist())] for ids, mask in chosen]
+        assert head.tolist() == [run.objectives.index(n) for n in names]
+        counts.update(names)
+    assert len(seen) > 2 and counts == {o: 2 * 3 for o in run.objectives}       # two steps
     first = json.loads(open(run.file("log.jsonl"), encoding="utf-8").readline())
     assert all(first[o]["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(first[o]["margin"]) < 1e-4 for o in run.objectives)
     trained, sft = load_hf(run.file("mah_dpo")), load_hf(run.file("sft"))
