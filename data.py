@@ -1121,7 +1121,7 @@ class Questions(World):
 
     def __init__(self, path, objective, max_new_tokens, model):
         """The rows of `path` that leave room for max_new_tokens in the model's context; the others are counted."""
-        self.name, self.objectives, self.max_new_tokens = OBJECTIVES[objective].domain, [objective], max_new_tokens
+        self.name, self.objective, self.max_new_tokens = OBJECTIVES[objective].domain, objective, max_new_tokens
         rows, room = read_questions(path), model.config.max_len - max_new_tokens
         size = lambda text: len(model.tokenizer.encode(text))
         fits = lambda q: size(q.solution) < max_new_tokens and len(model.tokenizer.encode_chat(q.prompt)) <= room
@@ -1131,6 +1131,10 @@ class Questions(World):
         if empty:
             raise InputError(f"{path}: {len(rows)} questions, {len(self.rows)} fit the context of {model.config.max_len} tokens "
                              f"with {max_new_tokens} for the answer; none is left for {', '.join(empty)}")
+
+    @property
+    def objectives(self):
+        return [self.objective]
 
     def counts(self):
         """Number of questions by split."""
@@ -1150,7 +1154,7 @@ class Questions(World):
         return float(same_answer(final_answer("".join(steps)), problem.truth["question"].answer)), [0.0] * len(steps)
 
     def scores(self, problem, messages, response):
-        return {self.objectives[0]: self.verify(problem, [response])[0]}
+        return {self.objective: self.verify(problem, [response])[0]}
 
 
 def holds_questions(path, objective):
