@@ -1120,11 +1120,12 @@ class Questions(World):
     boundary = "newline"
 
     def __init__(self, path, objective, max_new_tokens, model):
-        """The rows of `path` that leave room for max_new_tokens in the model's context; the others are counted."""
+        """The rows of `path` that fit the model's context with their solution and with max_new_tokens; the others are
+        counted."""
         self.name, self.objective, self.max_new_tokens = OBJECTIVES[objective].domain, objective, max_new_tokens
-        rows, room = read_questions(path), model.config.max_len - max_new_tokens
-        size = lambda text: len(model.tokenizer.encode(text))
-        fits = lambda q: size(q.solution) < max_new_tokens and len(model.tokenizer.encode_chat(q.prompt)) <= room
+        rows, encode = read_questions(path), model.tokenizer.encode
+        fits = lambda q: len(model.tokenizer.encode_chat(q.prompt)) + max(max_new_tokens, len(encode(q.solution)) + 1) \
+            <= model.config.max_len
         self.rows = {json.dumps(q.prompt): q for q in rows if fits(q)}
         self.n_dropped = len(rows) - len(self.rows)
         empty = [split for split, n in self.counts().items() if n == 0]
