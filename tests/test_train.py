@@ -775,3 +775,32 @@ def test_policies_see_the_same_pairs(whole):
     run = Run(whole, Config(**{k: v for k, v in read_json(os.path.join(whole, "config.json")).items() if k != "objectives"}))
     draws = [Cycle(list(range(20)), run.generator("pairs", o)).take(30) for o in ("honesty", "honesty", "helpfulness")]
     assert draws[0] == draws[1] != draws[2]
+
+
+# -- real questions
+
+def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsys):
+    """Prevents: questions that are sampled but never verified, a value model without rollouts, tables of training questions,
+    a row left out in silence."""
+    base, rows_dir = str(tmp_path / "base"), tmp_path / "data"
+    save_hf(gpt.with_heads(["policy"]), base, weights=0)
+    rows_dir.mkdir()
+    rows = [{"question": f"{a} + {b} = ?", "answer": f"a {a} + {b} = {a + b}\n#### {a + b if a % 2 else 7}"} for a in range(9) for b in range(9)]
+    write_lines(rows_dir / "math_accuracy.jsonl", rows + [{"question": "4 " * 200, "answer": "#### 1"}])
+    write_lines(rows_dir / "math_engagement.jsonl", [{"prompt": f"go {i}", "chosen": "nice work so far !", "rejected": "no"} for i in range(30)])
+    out = str(tmp_path / "run")
+    train.main(["--objective", "math", "--init", base, "--data", str(rows_dir), "--out", out, "--max-new-tokens", "24", *TINY,
+                "--sft-steps", "150", "--sft-lr", "3e-3", "--n-prompts", "40", "--n-samples", "4", "--epochs", "200"])
+    printed = capsys.readouterr().out
+    assert "pairs: " in printed and "1 left out: too long" in printed and "train, " in printed
+    pairs, labels = train.read_rows(f"{out}/pairs.jsonl", Pair), train.read_rows(f"{out}/labels.jsonl", Labelled)
+    answers = {tuple(tokenizer.encode_chat([{"role": "user", "content": r["question"]}])): r["answer"].split()[-1] for r in rows}
+    mine = [p for p in pairs if p.objective == "math_accuracy"]
+    right = lambda p, ids: data.same_answer(data.final_answer(tokenizer.decode(ids)), answers[tuple(p.prompt)])
+    assert mine and all(right(p, p.chosen) and not right(p, p.rejected) for p in mine)
+    assert {r.split for r in labels} == {"train", "dev"} and all(0 <= t[0] <= 1 and t[1] is None for r in labels for t in r.targets)
+    results = json.loads(open(f"{out}/results.json", encoding="utf-8").read())
+    tables = [r for r in results if r["domain"] == "math"]
+    assert {(r["policy"], r["guide"]) for r in tables} >= {("sft", None), ("sft", "math_accuracy"), ("mah_dpo", "math_accuracy")}
+    assert all(set(r["metrics"]) <= {"math_accuracy", "tokens", "kl"} and 0 <= r["metrics"]["math_accuracy"]["mean"] <= 1 for r in tables)
+    assert {r["metrics"]["math_accuracy"]["n"] for r in tables} == {2}
