@@ -110,19 +110,21 @@ def balanced_mean(losses, head, alpha, count=None):
 
 def mah_dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, alpha, beta, count=None):
     """The MAH-DPO loss. head (B,): each pair's objective; alpha (H,): weights of the objectives; count: see balanced_mean.
-    -> scalar, {"loss", "margin", "accuracy"}: per objective (H,), NaN where it has no pair in the batch. The margin is
-    beta Delta, the accuracy the share of pairs with Delta > 0."""
+    -> scalar, metrics as in pair_metrics."""
     losses = dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta)
     return balanced_mean(losses, head, alpha, count), pair_metrics(
-        losses, log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected), head, len(alpha), beta)
+        losses, pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, len(alpha), beta)
 
 
 @torch.no_grad()
-def pair_metrics(losses, delta, head, H, beta):
-    """Per objective (H,): mean loss, margin beta Delta, and share of pairs with Delta > 0; NaN where it has no pair."""
+def pair_metrics(losses, pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, H, beta):
+    """Per objective (H,), NaN where it has no pair: the mean of the losses (B,); margin, beta Delta; accuracy, the share of
+    pairs with Delta > 0; and how far the log-probabilities of chosen and rejected have moved from the reference's."""
     one_hot = F.one_hot(head, H).to(losses.dtype)
-    mean = lambda values: (values @ one_hot) / one_hot.sum(0)                             # 0 / 0 = NaN: no such pair
-    return {"loss": mean(losses), "margin": mean(beta * delta), "accuracy": mean((delta > 0).to(losses.dtype))}
+    mean = lambda values: (values.to(losses.dtype) @ one_hot) / one_hot.sum(0)            # 0 / 0 = NaN: no such pair
+    delta = log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected)
+    return {"loss": mean(losses), "margin": mean(beta * delta), "accuracy": mean(delta > 0),
+            "chosen": mean(pi_chosen - ref_chosen), "rejected": mean(pi_rejected - ref_rejected)}
 
 
 def soup(state_dicts, weights):

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data import InputError, Tokenizer, read_json, write_json
 
@@ -271,6 +272,7 @@ class Attention(nn.Module):
         if cache is not None:
             seen = cache.append(self.layer, view, k, v)
         if cache is None or view.start == 0 and cache.high == 0:                          # no past: plain causal attention
+            mask = None if mask is None else mask.to(q.dtype)                             # under autocast q may be bfloat16
             o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
                                                is_causal=mask is None, enable_gqa=True).transpose(1, 2).reshape(B, T, -1)
         else:       # after a past is_causal would align the triangle with the wrong corner: the mask comes from positions
@@ -312,6 +314,7 @@ class GPT(nn.Module):
         super().__init__()
         c = self.config = config
         self.tokenizer = None          # travels with the model: decode.py takes texts and boundaries from it
+        self.grad_checkpoint = False   # train.py sets it
         # Not drawn here, but below: torch takes two seconds to learn how to draw for the meta device.
         embedding = lambda n: nn.Embedding.from_pretrained(torch.empty(n, c.d_model), freeze=False)
         self.embed = embedding(c.vocab_size)
@@ -368,7 +371,10 @@ class GPT(nn.Module):
         else:
             rope = self.cos[inside][:, :, None], self.sin[inside][:, :, None]             # (B or 1, T, 1, hd/2)
         for layer in self.layers:
-            x = layer(x, rope, cache, view, mask)
+            if self.grad_checkpoint and torch.is_grad_enabled():   # keep x alone, compute the rest again in backward
+                x = checkpoint(layer, x, rope, cache, view, mask, use_reentrant=False)
+            else:
+                x = layer(x, rope, cache, view, mask)
         return self.norm(x)
 
     def new_cache(self, sequences, max_len=0):

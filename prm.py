@@ -129,7 +129,7 @@ def step_scores(prm, rows, objectives):
     at = torch.tensor([(i, e) for i, r in enumerate(rows) for e in r.ends], device=device)
     column = [objectives.index(o) for o in prm.outputs]
     targets = torch.tensor([[math.nan if t[c] is None else t[c] for c in column] for r in rows for t in r.targets])
-    return prm(ids)[at[:, 0], at[:, 1]], targets.to(device)
+    return prm(ids)[at[:, 0], at[:, 1]].float(), targets.to(device)
 
 
 def pair_scores(prm, pairs):
@@ -137,7 +137,7 @@ def pair_scores(prm, pairs):
     p, tokenizer, n = prm.outputs.index(pairs[0].objective), prm.backbone.tokenizer, len(pairs)
     boundary, device = OBJECTIVES[pairs[0].objective].boundary, prm.scale.device
     ids, _ = pad([x.prompt + x.chosen for x in pairs] + [x.prompt + x.rejected for x in pairs], tokenizer.pad_id, device)
-    scores, at = prm(ids)[..., p], []
+    scores, at = prm(ids)[..., p].float(), []
     for i, x in enumerate(pairs):
         matches = matching_steps(x.chosen, x.rejected, tokenizer.step_ends(x.chosen, boundary),
                                  tokenizer.step_ends(x.rejected, boundary))

@@ -18,6 +18,8 @@ import argparse
 import json
 import math
 import os
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 
@@ -30,8 +32,8 @@ from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, To
                   run_command, select_objectives, split_of, worlds_of, write_json, write_text)
 from decode import generate, parse_weights
 from evaluate import average, converse, evaluate, pair_metrics_rows, plain_responder, seed_of
-from mah_dpo import (Pair, balanced_mean, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps,
-                     pair_metrics, policy_logps)
+from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps, pair_metrics,
+                     policy_logps)
 from model import GPT, GPTConfig, load_hf, load_safetensors, pick_device, save_hf, save_safetensors
 from prm import (PRM, Labelled, bradley_terry_loss, hindsight_targets, majority_labels, pair_scores, save_prm, step_loss,
                  step_scores)
@@ -50,6 +52,8 @@ class Config:
     data: str = option("", "directory of <objective>.jsonl files with real preference pairs (needs --init)")
     seed: int = option(0, "every random draw of the run derives from it")
     device: str = option("auto", "auto, cpu, cuda or mps")
+    dtype: str = option("fp32", "fp32, or bf16: training computes in bfloat16 (autocast), weights and losses stay in fp32")
+    grad_checkpoint: bool = option(False, "training recomputes each block in backward: less memory, a third more time")
     prm: str = option("unified", "unified: one PRM with an output per objective; each: one PRM per objective")
     temperature: float = option(0.7, "for samples, rollouts, candidates and tables (the paper's is 1.0)")
     beta: float = option(0.1, "strength of the tie to the reference policy in DPO")
@@ -97,16 +101,24 @@ class Run:
         return Dice(seed_of(self.config.seed, *what))
 
     def load(self, name):
-        return load_hf(self.file(name)).to(self.device)
+        """A trained model of this run, ready to train on."""
+        model = load_hf(self.file(name)).to(self.device)
+        model.grad_checkpoint = self.config.grad_checkpoint
+        return model
+
+    def autocast(self):
+        """The context in which training computes."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.config.dtype == "bf16")
 
     def worlds(self, model):
         """domain -> the world to sample and to measure in: the embedded ones, or those of the questions in --data."""
         return worlds_of(self.objectives, self.config.data, self.config.max_new_tokens, model)
 
     def log(self, stage, rows):
-        """Append a stage's rows to log.jsonl in one write, when it is finished."""
-        with open(self.file("log.jsonl"), "a", encoding="utf-8") as f:
-            f.write("".join(json.dumps({"stage": stage} | row) + "\n" for row in rows))
+        """Put a stage's rows into log.jsonl when it is finished; what an interrupted attempt left of it is replaced."""
+        path = self.file("log.jsonl")
+        kept = [row for _, row in read_jsonl(path) if row["stage"] != stage] if os.path.exists(path) else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in [*kept, *({"stage": stage} | row for row in rows)]))
 
 
 # -- 1, 2: base and SFT
@@ -141,7 +153,8 @@ def language_model(run, stage, model, examples, steps, lr, batch_size=64):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 40) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
         r, t = mask[:, 1:].nonzero(as_tuple=True)
-        loss = F.cross_entropy(model.logits(model(ids)[r, t]).float(), ids[r, t + 1])
+        with run.autocast():
+            loss = F.cross_entropy(model.logits(model(ids)[r, t]).float(), ids[r, t + 1])
         check_finite(loss, stage, step)
         optimizer.zero_grad()
         loss.backward()
@@ -158,10 +171,11 @@ def capped(steps, steps_per_epoch, config):
     return min(steps, max(1, math.ceil(config.epochs * steps_per_epoch)))
 
 
-def check_finite(loss, stage, step):
-    """InputError that names stage and step if the loss is not a finite number."""
-    if not bool(loss.isfinite()):
-        raise InputError(f"{stage}, step {step}: the loss is {loss.item()}; lower the learning rate of this stage")
+def check_finite(value, stage, step, what="loss"):
+    """InputError that names stage and step if a loss or a gradient's norm is not a finite number."""
+    if not bool(value.isfinite()):
+        raise InputError(f"{stage}, step {step}: the {what} is {value.item()}; nothing of this stage was written. Lower its "
+                         "learning rate, or look at its data")
 
 
 def load_init(directory):
@@ -446,11 +460,12 @@ def train_prm(run, name, outputs):
         for cycle in (*rows, *pairs):           # one backward per source: gradients add up, padding stays small
             labelled = cycle in rows
             batch = cycle.take(max(1, config.prm_batch * len(cycle.items) // n_labelled) if labelled else 8)
-            if labelled:
-                loss = step_loss(prm.outputs, *step_scores(prm, batch, run.objectives))
-            else:
-                chosen, rejected = pair_scores(prm, batch)
-                loss = bradley_terry_loss(chosen, rejected, torch.ones_like(chosen))
+            with run.autocast():
+                if labelled:
+                    loss = step_loss(prm.outputs, *step_scores(prm, batch, run.objectives))
+                else:
+                    chosen, rejected = pair_scores(prm, batch)
+                    loss = bradley_terry_loss(chosen, rejected, torch.ones_like(chosen))
             check_finite(loss, stage, step)
             loss.backward()
             total += loss.item()
@@ -536,34 +551,38 @@ def train_policy(run, name, heads, objectives, margins=None):
             batch = [pairs[i] for i in part]
             head, which = (torch.tensor([names.index(p.objective) if p.objective in names else 0 for p in batch],
                                         device=run.device) for names in (heads, objectives))
-            pi = policy_logps(model, pack(batch, model.tokenizer.pad_id, run.device), head)
+            with run.autocast():
+                pi = policy_logps(model, pack(batch, model.tokenizer.pad_id, run.device), head)
             ref = reference[part].T.to(run.device)
             if margins is None:
                 loss, metrics = mah_dpo_loss(*pi, *ref, which, alpha, config.beta, count)
             else:
                 losses = modpo_loss(*pi, *ref, margins[part].to(run.device), w_k[which], config.beta)
                 loss = balanced_mean(losses, which, alpha, count)
-                metrics = pair_metrics(losses, log_ratio_margin(*pi, *ref), which, len(objectives), config.beta)
-            check_finite(loss, name, step)
+                metrics = pair_metrics(losses, *pi, *ref, which, len(objectives), config.beta)
+            if not bool(loss.isfinite()):
+                bad = sorted({(pairs[i].objective, i + 1) for i, ok in zip(part, pi.isfinite().all(0)) if not ok})
+                check_finite(loss, f"{name}: pairs of pairs.jsonl by line {bad or 'all'}", step)
             loss.backward()
             found.append((metrics, which.bincount(minlength=len(objectives))))
-        metrics = merge_metrics(found)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        check_finite(norm, name, step, "norm of the gradient")
         optimizer.step()
         if step % 20 == 0 or step == steps - 1:
-            log.append({"step": step} | {o: dict(zip(("loss", "margin", "accuracy"), m)) for o, m in
-                                         zip(objectives, metrics.T.tolist())})
-            bar.set_postfix(loss=f"{float(metrics[0].mean()):.3f}")
+            each = dict(zip(objectives, merge_metrics(found)))
+            log.append({"step": step, "gradient_norm": norm.item()} | each)
+            bar.set_postfix(loss=f"{sum(m['loss'] for m in each.values()) / len(each):.3f}")
     show_progress(name, objectives, log)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
 
 
 def merge_metrics(found):
-    """[(metrics, pairs per objective (H,))] of the parts of a batch -> loss, margin, accuracy (3, H) of the whole."""
+    """[(metrics, pairs per objective (H,))] of the parts of a batch -> H dicts: the metrics of the whole."""
     n = torch.stack([count for _, count in found])                                        # (parts, H)
-    return torch.stack([(torch.stack([m[key] for m, _ in found]).nan_to_num() * n).sum(0) / n.sum(0)
-                        for key in ("loss", "margin", "accuracy")]).cpu()
+    mean = lambda key: ((torch.stack([m[key] for m, _ in found]).nan_to_num() * n).sum(0) / n.sum(0)).tolist()
+    columns = {key: mean(key) for key in found[0][0]}
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def show_progress(name, objectives, log):
@@ -670,13 +689,14 @@ def read_command(argv):
     for f in fields(Config):
         shown = f"{f.metadata['help']} (default {f.default!r})" if f.default != "" else f.metadata["help"]
         flag, shown = "--" + f.name.replace("_", "-"), shown.replace("%", "%%")
-        parser.add_argument(flag, type=type(f.default), default=None, help=shown)
+        kind = {"action": "store_const", "const": True} if f.type is bool else {"type": type(f.default)}
+        parser.add_argument(flag, default=None, help=shown, **kind)
     parser.add_argument("--fast", action="store_true", help="every stage, small: shows that it works, finds nothing")
     parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run; takes no other option but --device")
     args = vars(parser.parse_args(argv))
     fast, resume = args.pop("fast"), args.pop("resume")
     given = {k: v for k, v in args.items() if v is not None}
-    if resume and (set(given) - {"device"} or fast):
+    if resume and (set(given) - {"device"} or fast) and os.path.exists(os.path.join(resume, "config.json")):
         raise InputError("--resume goes on with the run's own configuration; give no option with it but --device")
     small = {f.name: f.metadata["fast"] for f in fields(Config) if fast and f.metadata["fast"] is not None}
     return Config(**(small | given)), resume
@@ -691,8 +711,9 @@ def check_config(c):
         least = low.get(f.name, 1 if type(value) is int else 0)
         if type(value) in (int, float) and not least <= value < 2**31:
             raise InputError(f"--{f.name.replace('_', '-')} {value} is out of range")
-    if c.prm not in ("unified", "each"):
-        raise InputError(f"--prm {c.prm}: choose unified or each")
+    for name, known in (("prm", ("unified", "each")), ("dtype", ("fp32", "bf16"))):
+        if getattr(c, name) not in known:
+            raise InputError(f"--{name} {getattr(c, name)}: choose {' or '.join(known)}")
     if c.data and not c.init:
         raise InputError("--data needs --init: the embedded model knows only its own small worlds")
     for path in filter(None, (c.data, c.init)):
@@ -721,7 +742,11 @@ def check_inputs(run):
 
 
 def open_run(config, resume):
-    """The run directory of a new run (never one that exists), or of an old one, with its configuration."""
+    """The run directory of a new run (never one that exists, unless it is empty and resumed), or of an old one, with its
+    configuration."""
+    if resume and os.path.isdir(resume) and not os.listdir(resume):
+        config.out, resume = resume, None                  # stopped before anything was written: start it
+        os.rmdir(config.out)
     if resume:
         saved = read_json(os.path.join(resume, "config.json"))
         unknown = set(saved) - {f.name for f in fields(Config)} - {"objectives"}
@@ -747,7 +772,13 @@ def main(argv=None):
     """The command line: a new run, or an unfinished one."""
     config, resume = read_command(argv)
     check_config(config)
-    run_stages(open_run(config, resume))
+    run = open_run(config, resume)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)          # a batch system's request to stop, as Ctrl-C
+    try:
+        run_stages(run)
+    except KeyboardInterrupt:
+        print(f"\nstopped; finished stages are kept. Go on with: python train.py --resume {run.path}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

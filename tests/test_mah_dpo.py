@@ -163,7 +163,7 @@ def test_mah_dpo_loss_hand_value_and_metrics():
 
 def test_metrics_count_a_tie_as_wrong():
     """Prevents: an untrained policy (Delta = 0 everywhere) reported as perfectly accurate."""
-    metrics = pair_metrics(torch.ones(2), torch.zeros(2), torch.tensor([0, 0]), 1, 0.1)
+    metrics = pair_metrics(torch.ones(2), *torch.zeros(4, 2), torch.tensor([0, 0]), 1, 0.1)
     assert metrics["accuracy"].tolist() == [0.0] and metrics["margin"].tolist() == [0.0]
 
 

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 import xml.etree.ElementTree as ElementTree
 from dataclasses import fields
@@ -501,8 +503,38 @@ def test_resume_repeats_only_what_is_missing(whole, tmp_path, capsys):
     assert capsys.readouterr().out.count("finished before") == 3        # base, sft, samples
     assert read_json(os.path.join(copied, "results.json")) == read_json(os.path.join(whole, "results.json"))
     assert weights_of(copied) == weights_of(whole)
-    trained = [r["stage"] for r in rows_of(os.path.join(copied, "log.jsonl"))[len(rows_of(os.path.join(whole, "log.jsonl"))):]]
-    assert set(trained) == {"prm", "mah_dpo", "dpo_honesty"}
+    by_stage = lambda run: sorted(json.dumps(r) for r in rows_of(os.path.join(run, "log.jsonl")))
+    assert by_stage(copied) == by_stage(whole)                          # nothing twice, nothing lost
+
+
+def test_resume_starts_an_empty_directory(whole, tmp_path, capsys):
+    """Prevents: a command that was killed before it wrote anything and cannot be taken up by its own --resume."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    train.main(["--objective", ",".join(NAMES), "--resume", str(empty), *TINY])
+    assert weights_of(str(empty)) == weights_of(whole)
+
+
+def test_a_stop_says_how_to_go_on(whole, tmp_path, capsys, monkeypatch):
+    """Prevents: Ctrl-C or SIGTERM that end in a traceback, or leave a run which --resume cannot finish."""
+    copied = str(tmp_path / "copied")
+    shutil.copytree(whole, copied)
+    for name in ("results.json", "pair_metrics.json", "modpo/config.json"):
+        os.remove(os.path.join(copied, name))
+    plain = train.train_policy
+
+    def stop(run, name, *args):
+        run.log(name, [{"half": "done"}])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    monkeypatch.setattr(train, "train_policy", stop)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--resume", copied])
+    assert stopped.value.code == 130 and f"python train.py --resume {copied}" in capsys.readouterr().err
+    monkeypatch.setattr(train, "train_policy", plain)
+    train.main(["--resume", copied])
+    assert weights_of(copied) == weights_of(whole)
+    assert open(os.path.join(copied, "log.jsonl")).read() == open(os.path.join(whole, "log.jsonl")).read()
 
 
 def test_evaluate_command_measures_again(whole, tmp_path, capsys):
@@ -619,7 +651,7 @@ def test_one_flag_per_field():
     """Prevents: a setting that the command line cannot reach, or that is read as text."""
     for f in fields(Config):
         value = {"objective": "math", "prm": "each"}.get(f.name, type(f.default)(3))
-        config, resume = read_command(["--" + f.name.replace("_", "-"), str(value)])
+        config, resume = read_command(["--" + f.name.replace("_", "-"), *([] if type(f.default) is bool else [str(value)])])
         assert getattr(config, f.name) == value and type(getattr(config, f.name)) is type(f.default) and resume is None
         assert all(getattr(config, g.name) == g.default for g in fields(Config) if g is not f)
 
@@ -660,8 +692,7 @@ def refused(argv, capsys, main=train.main):
     (["--beta", "-1"], "--beta -1.0"), (["--seed", "-1"], "--seed -1"), (["--dpo-lr-heads", "inf"], "--dpo-lr-heads inf"),
     (["--prm", "both"], "choose unified or each"), (["--data", "."], "--data needs --init"),
     (["--init", "nowhere"], "nowhere: no such directory"), (["--device", "abacus"], "--device abacus: not available"),
-    (["--resume", "nowhere"], "nowhere/config.json: no such file"), (["--resume", "x", "--seed", "1"], "no option with it but --device"),
-    (["--resume", "x", "--fast"], "no option with it but --device")])
+    (["--resume", "nowhere"], "nowhere/config.json: no such file"), (["--dtype", "fp8"], "choose fp32 or bf16")])
 def test_bad_options_are_refused(argv, message, capsys, tmp_path, monkeypatch):
     """Prevents: tracebacks, and half-written run directories, for values that cannot work."""
     monkeypatch.chdir(tmp_path)
@@ -671,8 +702,10 @@ def test_bad_options_are_refused(argv, message, capsys, tmp_path, monkeypatch):
 
 
 def test_resume_refuses_what_is_no_run(capsys, checkpoint, tmp_path):
-    """Prevents: --resume on a model's directory, which has a config.json too."""
+    """Prevents: --resume on a model's directory, which has a config.json too; or with options that it would ignore."""
     assert "not the configuration of a run" in refused(["--resume", checkpoint], capsys)
+    for option in (["--seed", "1"], ["--fast"]):
+        assert "no option with it but --device" in refused(["--resume", checkpoint, *option], capsys)
 
 
 @pytest.mark.parametrize("rows, message", [
@@ -730,7 +763,7 @@ def test_default_names_follow_the_objective(tmp_path, monkeypatch):
 
 def test_diverged_training_is_named(capsys):
     """Prevents: NaN weights that are saved, and found out in the tables."""
-    with pytest.raises(InputError, match="sft, step 3: the loss is nan; lower the learning rate"):
+    with pytest.raises(InputError, match="sft, step 3: the loss is nan; nothing of this stage was written"):
         train.check_finite(torch.tensor(math.nan), "sft", 3)
     train.check_finite(torch.tensor(1.0), "sft", 3)
 
