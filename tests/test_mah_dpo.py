@@ -120,6 +120,29 @@ def test_packing_changes_no_gradient(shape, pairs):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=1e-9, msg=name)
 
 
+def test_checkpointing_changes_no_gradient(model, pairs):
+    """Prevents: blocks that are recomputed with another mask, positions or inputs than in the forward pass."""
+    other, head = copy.deepcopy(model), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    other.grad_checkpoint = True
+    for m in (model, other):
+        policy_logps(m, packed(pairs), head).sum().backward()
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=0)
+
+
+def test_bfloat16_keeps_losses_and_weights_in_float32(model, pairs):
+    """Prevents: log-probabilities summed, or weights stored, in bfloat16, where a DPO margin is lost in rounding; a mask of
+    another type than the queries."""
+    model, head = model.float(), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    exact = policy_logps(model, packed(pairs), head)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = policy_logps(model, packed(pairs), head)
+    assert found.dtype == torch.float32 and not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, atol=0.2, rtol=0.02)
+    found.sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
 def test_a_packed_row_may_be_longer_than_the_context(model):
     """Prevents: pairs refused because prompt and both responses together exceed what each response alone does not."""
     x, y, z = [1] * 10, [2] * 20, [3] * 21
