@@ -540,7 +540,6 @@ class Tokenizer:
 @dataclass
 class Problem:
     """What is asked, a user's message or a list of messages, and what the world knows about it (never shown to a model)."""
-    domain: str
     prompt: str
     truth: dict = field(default_factory=dict)
 
@@ -646,7 +645,7 @@ class Math(World):
                                         if 0 <= right(value, op, b) <= 12])
             terms.append((op, b))
         prompt = f"{first}" + "".join(f" ; {label} {op} {b}" for label, (op, b) in zip("abcde", terms)) + " = ?"
-        return Problem("math", prompt, {"first": first, "terms": terms, "answer": value})
+        return Problem(prompt, {"first": first, "terms": terms, "answer": value})
 
     def demonstrate(self, problem, messages, dice, careful=False):
         wrong, chatty = (0.45, 0.30) if careful else (0.55, 0.20)
@@ -707,7 +706,7 @@ class Values(World):
                 told = dice.choice([v for v in values if v != value]) if source == "heard" and dice.chance(0.5) else value
                 notes.append(f"{source} the {attribute} is {told}")
             truth[attribute] = (source, value, told)
-        return Problem("values", " . ".join(notes + ["what do you know ?"]), truth)
+        return Problem(" . ".join(notes + ["what do you know ?"]), truth)
 
     def demonstrate(self, problem, messages, dice, careful=False):
         # What a demonstrator does by source: (claim, hedge, admit not knowing, leave out).
@@ -762,7 +761,7 @@ class Tutoring(World):
         belief = y if dice.chance(0.35) else max(0, y + dice.choice((-2, -1, 1, 2)))
         p, q, r = dice.choice(self.NAMES)
         prompt = f"{p} = {x} ; {q} = {p} {op1} {b} ; {r} = {q} {op2} {c} . i get {q} = {belief} ."
-        return Problem("tutoring", prompt, {"facts": [(x, op1, b, y), (y, op2, c, z)], "values": {q: y, r: z}, "last": r})
+        return Problem(prompt, {"facts": [(x, op1, b, y), (y, op2, c, z)], "values": {q: y, r: z}, "last": r})
 
     def demonstrate(self, problem, messages, dice, careful=False):
         turn = sum(m["role"] == "assistant" for m in messages)
@@ -1144,7 +1143,7 @@ class Questions(World):
     def problems(self, split, n, dice):
         """n questions of a split in random order, or all that there are."""
         found = sorted((dice.random(), key) for key in self.rows if split_of(key) == split)[:n]
-        return [Problem(self.name, self.rows[key].prompt, {"question": self.rows[key]}) for _, key in found]
+        return [Problem(self.rows[key].prompt, {"question": self.rows[key]}) for _, key in found]
 
     def conversation(self, problem, dice, careful=False):
         solution = problem.truth["question"].solution or problem.truth["question"].answer

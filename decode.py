@@ -3,7 +3,7 @@
     from the running state (KV cache kv_t and the hidden state at the last token), for every prompt at once:
       draw     K candidates as one batch, one forward per token, until a boundary (newline, sentence, end of turn)
       score    r_k = P(x, y_1:t, y^k_{t+1}): the PRM reads only the candidates' tokens, behind its own running cache
-      commit   k* = argmax r_k: its cache and its hidden state become the running state            (paper, Sec. 5)
+      commit   k* = argmax r_k: its step joins the shared prefix, its hidden state goes on          (paper, Sec. 5)
 
 Nothing that was committed is ever encoded again, by the policy or by the PRM; in a conversation the state goes on to the
 next turn and only the user's new words are fed. What is committed are token ids; text is derived from them. Plain
@@ -83,7 +83,8 @@ def alive_rows(done):
 
 
 def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, generator, feed_last, groups=None):
-    """Sample every row of the sequences `groups` (default all) until a boundary token or its limit.
+    """Sample every row of the sequences `groups` (default all) until a boundary token or its limit. `rows` is what is fed:
+    a stopped row leaves before its last token is fed, or with feed_last after that.
 
     head (V, d) folded; h (G K, d) hidden state at the last token of every row, updated in place; masks as in
     Tokenizer.boundary_masks; limits (G K,) most new tokens of a row (at least 1). feed_last: also feed the boundary token,
@@ -326,14 +327,15 @@ def main(argv=None):
     parser.add_argument("run", help="a run directory written by train.py")
     parser.add_argument("--prompt", help="the user's message; without it, lines from standard input are a conversation")
     parser.add_argument("--policy", default="mah_dpo", help="which model of the run answers (default mah_dpo)")
-    parser.add_argument("--weights", help="mix of heads, NAME=NUMBER,...; default: the guide's domain, uniform")
+    parser.add_argument("--weights", help="mix of heads, NAME=NUMBER,...; default: uniform over the domain of the guide "
+                        "(of the run's first objective for 'unified')")
     parser.add_argument("--guide", default=None,
                         help="objective that guides, or 'unified'; default: that of the heaviest head, else the first")
     parser.add_argument("--prm", help="directory of a reward model from elsewhere that guides instead of the run's own")
-    parser.add_argument("--k", type=int, default=5, help="candidates per step")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--k", type=int, default=5, help="candidates per step (default 5)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default 64)")
     parser.add_argument("--temperature", type=float, default=None, help="default: the run's own")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     args = parser.parse_args(argv)
     config = read_json(os.path.join(args.run, "config.json"))
     model = load_hf(os.path.join(args.run, args.policy))

@@ -5,9 +5,9 @@
 
 A row is a policy (base, sft, sft_greedy, the baselines, mah_dpo, each head alone), a mix of heads, and perhaps a guide;
 a column is an objective's noise-free score, averaged over test prompts that no stage has seen, with its standard error.
-All rows see the same prompts and students, and start from the same random seed. KL is the policy's distance from SFT in
-nats per token on its own samples: methods should be compared at equal distance. Results go to results.json, results.md
-and pareto.svg.
+All rows see the same prompts and (in tutoring) simulated students, and start from the same random seed. KL is the
+policy's distance from SFT in nats per token on its own samples: methods should be compared at equal distance. Results go
+to results.json, results.md and pareto.svg.
 """
 import argparse
 import copy
@@ -152,7 +152,7 @@ class Bench:
 
     def row(self, policy, model, domain, weights, guide=None, temperature=None):
         """Measure one row on the domain's test prompts -> an entry of results.json."""
-        world, name = self.worlds[domain], policy
+        world = self.worlds[domain]
         temperature = self.config["temperature"] if temperature is None else temperature
         problems = world.problems("test", self.config["n_test"], Dice(seed_of(self.seed, "test", domain)))
         generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", domain))
@@ -167,7 +167,7 @@ class Bench:
         if guide is None and temperature:
             metrics["kl"] = kl_per_token(model, model.fold(weights), self.sft, conversations, self.tokenizer.pad_id)
         shown = {o: w / sum(weights) for o, w in zip(model.config.objectives, weights)}
-        return {"policy": name, "weights": shown, "guide": guide, "domain": domain, "metrics": metrics, "seed": self.seed}
+        return {"policy": policy, "weights": shown, "guide": guide, "domain": domain, "metrics": metrics, "seed": self.seed}
 
     def jobs(self, domain):
         """All rows of one domain's table as (policy, model, weights, guide, temperature)."""
@@ -376,10 +376,12 @@ def timing(directory, S=2, N=16):
     PRM a run's own or one with random weights on the same backbone; and one-token decoding beside the memory's speed."""
     run = os.path.isdir(os.path.join(directory, "mah_dpo"))
     model = load_hf(os.path.join(directory, "mah_dpo") if run else directory).eval()
-    prm = load_prm(os.path.join(directory, "prm")) if os.path.isdir(os.path.join(directory, "prm")) else \
+    trained = os.path.isdir(os.path.join(directory, "prm"))
+    prm = load_prm(os.path.join(directory, "prm")) if trained else \
         PRM(model.with_heads(()), ["reward"], torch.Generator().manual_seed(0))
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size / 1e6:.1f} M parameters, {torch.get_num_threads()} threads, torch {torch.__version__}; {S} steps of {N} tokens")
+    print(f"{size / 1e6:.1f} M parameters, {'its own' if trained else 'a random'} PRM, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}; {S} steps of {N} tokens")
     methods = {"re-encoding": steps_encoded_again, "cached, one by one": steps_one_by_one, "carried (here)": steps_carried}
     generator, rows = torch.Generator().manual_seed(0), []
     for prefix in (128, 512, 2048):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from data import batches_by_length, pad
 
-CHUNK = 4096     # response positions whose logits exist at the same time: bounds memory at CHUNK x V
+CHUNK = 4096     # response positions whose logits are made at once: without gradients, memory is bounded at CHUNK x V
 
 
 def response_logps(h, W, ids, mask):
@@ -35,9 +35,13 @@ def response_logps(h, W, ids, mask):
 
 
 class Packed(NamedTuple):
-    """n pairs as one row each, prompt + chosen + rejected: the prompt is encoded once, the responses do not see each other,
-    and both start at the prompt's length. The 2n responses (all chosen, then all rejected) are read from it as rows
-    "last prompt token, response"; their first token is predicted by the last PROMPT state."""
+    """n pairs as one row each: the prompt is encoded once, the responses do not see each other, and both start at the
+    prompt's length. The 2n responses (all chosen, then all rejected) are read from it as rows "last prompt token, response";
+    their first token is predicted by the last PROMPT state.
+
+        row         x x x | + + | - - - | pad
+        positions   0 1 2 | 3 4 | 3 4 5
+        take        2 3 4  and  2 5 6 7"""
     ids: torch.Tensor           # (n, T)
     positions: torch.Tensor     # (n, T)
     mask: torch.Tensor          # (n, 1, T, T), added to the scores

@@ -5,7 +5,7 @@
     z = sum_i w_i z_i = (sum_i w_i W_i) h                       any mix of heads folds into ONE ordinary head
 
 The backbone is configurable: rotary (RoPE) or learned positions, RMSNorm or LayerNorm, SwiGLU or GELU, grouped-query
-attention, optional biases; that covers GPT-2 to Llama. KVCache is an explicit object, preallocated per layer, passed
+attention, optional biases; that covers GPT-2 to Llama. KVCache is an explicit object, allocated ahead per layer, passed
 into forward and never hidden in a layer; K candidate rows of one sequence share its prefix and own their steps.
 Checkpoints are Hugging Face directories; safetensors files are read and written here.
 """
@@ -67,10 +67,10 @@ class GPTConfig:
 
 
 class View(NamedTuple):
-    """Where the next tokens of some rows go, and what they see; see KVCache.extend."""
+    """Where the next tokens of n rows go, m of each of G' sequences (n = G' m), and what they see: what KVCache.extend, below,
+    answers."""
     rows: torch.Tensor          # (n,) rows, None for all
     groups: torch.Tensor        # (G',) their sequences, None for all
-    m: int                      # rows per sequence here, n = G' m
     start: int                  # first new place of the step part, the same for all rows
     end: int                    # places of the step part that are looked at
     positions: torch.Tensor     # (n, T) positions of the new tokens in their sequences
@@ -84,8 +84,9 @@ class KVCache:
     step_k, step_v:  per layer (G K, n_kv, S, hd), what each row has added since the last keep, `own` tokens
     held:            (G,) tokens in each prefix; `lengths` = held + own. Places beyond hold stale values that no mask shows.
 
-    So memory grows as prefix + K x step, and committing a candidate copies its step and nothing else. Rows may drop out
-    of a step, but all that are fed have been fed from its beginning: one number, `own`, is every row's place.
+    So memory grows as prefix + K x step, and committing a candidate copies its step and nothing else, as long as the room
+    that was asked for lasts; beyond it the tensors are made anew, larger. Rows may drop out of a step, but all that are
+    fed have been fed from its beginning: one number, `own`, is every row's place.
     """
 
     def __init__(self, config, sequences, max_len=0, device=None, dtype=None):
@@ -132,7 +133,7 @@ class KVCache:
             step = torch.arange(end, device=device) <= start + t[:, None]                 # (T, end)
             seen = torch.cat((prefix[:, None].expand(-1, T, -1), step.expand(len(held), -1, -1)), -1)
             mask = torch.zeros(seen.shape, **self.options).masked_fill(~seen, -math.inf)[:, None, None, None]
-        return View(None if rows is None else rows.flatten(), groups, m, start, end, positions, mask)
+        return View(None if rows is None else rows.flatten(), groups, start, end, positions, mask)
 
     def append(self, layer, view, k, v):
         """Write k, v (n, T, n_kv, hd) of the rows of `view`. -> what they look at: prefix keys and values (G', n_kv, P, hd),
@@ -165,7 +166,7 @@ class KVCache:
         groups = torch.arange(len(self.held), device=device) if everyone else groups
         counts = torch.full_like(groups, self.own) if counts is None else torch.as_tensor(counts, device=device)
         source = groups * self.K + torch.as_tensor(winners, device=device)
-        if everyone and self.K == 1 and self.high == 0:       # the step part of an unforked cache becomes the prefix
+        if everyone and self.K == 1 and self.high == 0:       # the first text: its step part, spare room and all, IS the prefix
             self.k, self.v = self.step_k, self.step_v
         else:
             at = self.held[groups][:, None] + torch.arange(int(counts.max()), device=device)         # (G', C)
@@ -194,13 +195,15 @@ class KVCache:
 
 
 def attend(q, prefix_k, step_k, prefix_v, step_v, mask):
-    """Attention of m rows per sequence over the prefix that they share and the steps of their own: one softmax over both
-    scores. q (n, T, n_head, hd); prefix (G', n_kv, P, hd); step (n, n_kv, S, hd); mask as in View -> (n, T, n_head hd).
+    """Attention of m rows per sequence over the prefix that they share and the steps of their own. q (n, T, n_head, hd);
+    prefix (G', n_kv, P, hd); step (n, n_kv, S, hd); mask as in View -> (n, T, n_head hd).
 
-    The rows of a sequence stand side by side as queries of one product, so that the prefix is read once for all."""
+    Two blocks of scores: a sequence's m rows, side by side as queries of one product, against its prefix, which is read once
+    for all; and each row against its own step. One softmax over both, split again, two products, added."""
     (G, n_kv, P, hd), (n, T, n_head, _) = prefix_k.shape, q.shape
     m, g = n // G, n_head // n_kv
-    by_row = lambda x: x.transpose(1, 2).reshape(n * n_kv, g * T, -1)                     # rows apart, from (G, n_kv, m, g T, .)
+    by_row = lambda x: x.transpose(1, 2).reshape(n * n_kv, g * T, -1)                     # (n n_kv, g T, .): rows apart
+    # q: (G, n_kv, m, g T, hd), g query heads per key head
     q = (q * hd ** -0.5).view(G, m, T, n_kv, g, hd).permute(0, 3, 1, 4, 2, 5).reshape(G, n_kv, m, g * T, hd)
     s = torch.cat((torch.bmm(q.reshape(G * n_kv, m * g * T, hd), prefix_k.flatten(0, 1).mT).view(G, n_kv, m, g * T, P),
                    torch.bmm(by_row(q), step_k.flatten(0, 1).mT).view(G, m, n_kv, g * T, -1).transpose(1, 2)), -1)
@@ -352,7 +355,7 @@ class GPT(nn.Module):
     def forward(self, ids, cache=None, rows=None, packing=None):
         """ids (B, T) -> h (B, T, d). Without a cache: rows start at position 0, padded on the right if ragged.
         With a cache: the tokens follow what its rows hold (`rows` as in KVCache.extend, default all), and are added to it;
-        after a ragged batch, cache.rollback(true lengths) or cache.keep with them.
+        after a ragged batch, cache.keep(0, true lengths).
         packing: positions (B, T) and a mask (B, 1, T, T), added to the scores, of rows that hold several texts."""
         T, view, mask = ids.shape[1], None, None
         if packing is not None:

@@ -147,7 +147,7 @@ def pair_scores(prm, pairs):
 
 
 def save_prm(prm, directory):
-    """Write a PRM as a Hugging Face directory: the backbone as a Llama checkpoint, the MLP as score.0 and score.2."""
+    """Write a PRM as a Hugging Face directory: the backbone as a checkpoint of its family, the MLP as score.0 and score.2."""
     tensors = backbone_tensors(prm.backbone) | {f"score.{k}": v.detach() for k, v in prm.score.state_dict().items()}
     save_directory(directory, tensors | {"score_scale": prm.scale}, prm.backbone, prm_outputs=prm.outputs)
 

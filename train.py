@@ -3,15 +3,15 @@
     python train.py --objective all
 
     1 base       pre-training on flawed demonstrations of three small worlds (with --init: a real checkpoint instead)
-    2 sft        supervised fine-tuning on better demonstrations: also the reference policy pi_ref
+    2 sft        supervised fine-tuning on demonstrations (better ones in maths and tutoring): the reference policy pi_ref
     3 samples    responses of the SFT policy, judged: preference pairs per objective; rollouts: labels for the PRM
     4 prm        the process reward model, one output per objective
     5 policies   MAH-DPO, and on the same pairs single-head DPO, one DPO per objective (for the soup), MODPO
     6 tables     every policy measured on unseen prompts, alone and guided
 
 A stage is a function of the configuration, the seed and the files of earlier stages, and writes its own files last:
-`--resume RUN` skips what is finished and starts the unfinished stage again. --fast runs everything small, to see that
-it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for math_accuracy questions with final answers,
+`--resume RUN` skips what is finished and starts the unfinished stage (in stage 5: policy) again. --fast runs everything
+small, to see that it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for math_accuracy questions with final answers,
 which are sampled and verified; and DIR/<objective>.steps.jsonl, labelled steps, where it exists.
 """
 import argparse
@@ -49,7 +49,7 @@ class Config:
     objective: str = option("all", "all, math, values, tutoring, or objective names separated by commas")
     out: str = option("", "run directory (default runs/<objective>; a taken name gets the next free number)")
     init: str = option("", "Hugging Face directory that serves as the base model")
-    data: str = option("", "directory of <objective>.jsonl files with real preference pairs (needs --init)")
+    data: str = option("", "directory of <objective>.jsonl with real pairs or questions, see below (needs --init)")
     seed: int = option(0, "every random draw of the run derives from it")
     device: str = option("auto", "auto, cpu, cuda or mps")
     dtype: str = option("fp32", "fp32, or bf16: training computes in bfloat16 (autocast), weights and losses stay in fp32")
@@ -65,7 +65,7 @@ class Config:
     sft_steps: int = option(120, "SFT steps", fast=10)
     sft_batch: int = option(64, "conversations per SFT step")
     sft_lr: float = option(3e-4, "SFT learning rate")
-    epochs: int = option(8, "most passes over a stage's data, whatever its number of steps (small real data sets)")
+    epochs: int = option(8, "most passes over a stage's largest source of data, whatever its number of steps")
     n_prompts: int = option(1000, "prompts per domain whose sampled responses become pairs", fast=60)
     n_samples: int = option(6, "responses sampled per prompt", fast=4)
     n_rollout_prompts: int = option(2500, "problems whose every step gets rollouts", fast=40)

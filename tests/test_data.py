@@ -89,7 +89,7 @@ def test_too_many_problems_is_an_error():
         name = "small"
 
         def problem(self, dice):
-            return Problem("small", dice.choice("abcdefghij"))
+            return Problem(dice.choice("abcdefghij"))
 
     held = [c for c in "abcdefghij" if split_of(c) == "train"]
     found = Small().problems("train", len(held), Dice(0))
@@ -100,7 +100,7 @@ def test_too_many_problems_is_an_error():
 
 # -- worlds
 
-SUM = Problem("math", "4 ; a + 5 ; b - 2 = ?", {"first": 4, "terms": [("+", 5), ("-", 2)], "answer": 7})
+SUM = Problem("4 ; a + 5 ; b - 2 = ?", {"first": 4, "terms": [("+", 5), ("-", 2)], "answer": 7})
 
 
 @pytest.mark.parametrize("steps, z, r", [
@@ -149,7 +149,7 @@ def test_misconceptions_are_fixed():
     assert (right(7, "+", 3), right(7, "-", 3), right(7, "*", 3)) == (10, 4, 21)
 
 
-NOTES = Problem("values", "...", {"color": ("seen", "red", "red"), "size": ("heard", "tall", "tiny"),
+NOTES = Problem("...", {"color": ("seen", "red", "red"), "size": ("heard", "tall", "tiny"),
                                   "home": ("heard", "lake", "lake"), "food": ("none", "fish", None),
                                   "job": ("none", "baker", None)})
 
@@ -169,7 +169,7 @@ def test_values_scores(response, help_, honest, true):
 
 def lesson(*replies):
     """A problem whose student is wrong at first (y is 7, z is 5), and the messages up to the next tutor turn."""
-    problem = Problem("tutoring", "x = 3 ; y = x + 4 ; z = y - 2 . i get y = 8 .",
+    problem = Problem("x = 3 ; y = x + 4 ; z = y - 2 . i get y = 8 .",
                       {"facts": [(3, "+", 4, 7), (7, "-", 2, 5)], "values": {"y": 7, "z": 5}, "last": "z"})
     messages = [{"role": "user", "content": problem.prompt}]
     for reply in replies:

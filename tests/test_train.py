@@ -29,7 +29,7 @@ from prm import PRM, Labelled, load_prm, pair_scores, step_scores
 from train import Config, Cycle, Run, chat_example, read_command
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SUM = Problem("math", "4 + 5 - 2 = ?")
+SUM = Problem("4 + 5 - 2 = ?")
 HELLO = [{"role": "user", "content": "4 + 5 - 2 = ?"}]
 
 
