@@ -430,9 +430,29 @@ class Tokenizer:
                 for m in domain.conversation(domain.problem(dice), dice):
                     words.update(w.encode() for w in re.findall(PATTERN, m["content"]))
         pieces = [bytes([b]) for b in range(256)] + sorted(w for w in words if len(w) > 1)
-        ranks = {p: i for i, p in enumerate(pieces)}
+        known, alphabet = set(pieces), byte_alphabet()
+        shown = lambda piece: "".join(alphabet[b] for b in piece)
+        # tiktoken merges any two neighbours whose union is a token: the same as listing every split of every token.
+        merges = [[shown(p[:i]), shown(p[i:])] for p in pieces for i in range(1, len(p)) if p[:i] in known and p[i:] in known]
         specials = {s: len(pieces) + i for i, s in enumerate(SPECIALS)}
-        return cls(pieces + [b""] * len(SPECIALS), ranks, specials, PATTERN, specials["<|end|>"], specials["<|pad|>"])
+        spec = {
+            "version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [dict(id=i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                                  special=True) for s, i in specials.items()],
+            "normalizer": None, "post_processor": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                      "vocab": {shown(p): i for i, p in enumerate(pieces)} | specials, "merges": merges}}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|pad|>",
+                  "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
+        tokenizer = cls.from_spec("the embedded tokenizer", spec, config)
+        tokenizer.files = {name: json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+                           for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config))}
+        return tokenizer
 
     @classmethod
     def from_hf(cls, directory):
@@ -501,38 +521,9 @@ class Tokenizer:
         return tokenizer
 
     def save(self, directory):
-        """Write tokenizer.json and tokenizer_config.json that other programs load (as they came, if they came)."""
+        """Write the files that it came from, as they came, for other programs to load."""
         for name, content in self.files.items():
             write_text(os.path.join(directory, name), content)
-        if self.files:
-            return
-        alphabet = byte_alphabet()
-        shown = lambda piece: "".join(alphabet[b] for b in piece)
-        # tiktoken merges any two neighbours whose union is a token: the same as listing every split of every token.
-        by_rank = sorted(self.ranks, key=self.ranks.get)
-        merges = [[shown(p[:i]), shown(p[i:])] for p in by_rank for i in range(1, len(p))
-                  if p[:i] in self.ranks and p[i:] in self.ranks]
-        write_json(os.path.join(directory, "tokenizer.json"), {
-            "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [dict(id=i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False,
-                                  special=True) for s, i in self.specials.items()],
-            "normalizer": None, "post_processor": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": self.prefix_space, "trim_offsets": True, "use_regex": False}]},
-            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                      "vocab": {shown(p): i for i, p in enumerate(self.pieces) if p} | self.specials,
-                      "merges": merges}})
-        text_of = {i: s for s, i in self.specials.items()}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": text_of[self.eos_id],
-                  "pad_token": text_of.get(self.pad_id), "clean_up_tokenization_spaces": False}
-        if self.bos_id is not None:
-            config |= {"add_bos_token": True, "bos_token": text_of[self.bos_id]}
-        if "<|user|>" in self.specials:
-            config["chat_template"] = CHAT_TEMPLATE
-        write_json(os.path.join(directory, "tokenizer_config.json"), config)
 
 
 # -- three worlds as programs
