@@ -115,7 +115,8 @@ class Run:
         return worlds_of(self.objectives, self.config.data, self.config.max_new_tokens, model)
 
     def log(self, stage, rows):
-        """Put a stage's rows into log.jsonl when it is finished; what an interrupted attempt left of it is replaced."""
+        """Put a stage's rows into log.jsonl, before the file that says it is finished (a kill between the two would lose
+        them); what an interrupted attempt left of it is replaced."""
         path = self.file("log.jsonl")
         kept = [row for _, row in read_jsonl(path) if row["stage"] != stage] if os.path.exists(path) else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in [*kept, *({"stage": stage} | row for row in rows)]))
@@ -199,8 +200,8 @@ def train_base(run):
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab), run.generator("base", "weights")).to(run.device)
     model.tokenizer = tokenizer
     log = language_model(run, "base", model, examples, run.config.base_steps, run.config.base_lr)
-    save_hf(model, run.file("base"), weights=0)
     run.log("base", log)
+    save_hf(model, run.file("base"), weights=0)
 
 
 def train_sft(run):
@@ -216,8 +217,8 @@ def train_sft(run):
         raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short for the embedded worlds, "
                          f"whose conversations reach {longest} in its vocabulary")
     log = language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, config.sft_batch)
-    save_hf(model, run.file("sft"), weights=0)
     run.log("sft", log)
+    save_hf(model, run.file("sft"), weights=0)
 
 
 # -- 3: samples
@@ -300,8 +301,8 @@ def make_samples(run):
     shown = ", ".join(f"{o} {n}" for o, n in counts.items())
     tqdm.write(f"  training pairs: {shown}; labelled sequences: {len(labels)}")
     write_rows(run.file("labels.jsonl"), labels)
-    write_rows(run.file("pairs.jsonl"), pairs)
     run.log("judge", judges)
+    write_rows(run.file("pairs.jsonl"), pairs)
 
 
 def sample_world(run, model, world, split, share, cuts, pairs, labels):
@@ -475,8 +476,8 @@ def train_prm(run, name, outputs):
             log.append({"step": step, "loss": total})
             bar.set_postfix(loss=f"{total:.3f}")
     log.append(measure_prm(run, prm, sources["dev"]))
-    save_prm(prm, run.file(name))
     run.log(stage, log)
+    save_prm(prm, run.file(name))
 
 
 @torch.no_grad()

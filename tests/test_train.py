@@ -507,6 +507,23 @@ def test_resume_repeats_only_what_is_missing(whole, tmp_path, capsys):
     assert by_stage(copied) == by_stage(whole)                          # nothing twice, nothing lost
 
 
+def test_the_log_is_written_before_the_file_that_says_finished(whole, tmp_path, monkeypatch):
+    """Prevents: a kill -9 right after a stage's last file, whose rows of log.jsonl then never come."""
+    copied, late, plain = str(tmp_path / "copied"), [], Run.log
+    shutil.copytree(whole, copied)
+    last = {"base": "base/config.json", "sft": "sft/config.json", "judge": "pairs.jsonl", "prm": "prm/config.json"}
+    for name in last.values():
+        os.remove(os.path.join(copied, name))
+
+    def watch(run, stage, rows):
+        if os.path.exists(run.file(last.pop(stage))):
+            late.append(stage)
+        plain(run, stage, rows)
+    monkeypatch.setattr(Run, "log", watch)
+    train.main(["--resume", copied])
+    assert not last and not late
+
+
 def test_resume_starts_an_empty_directory(whole, tmp_path, capsys):
     """Prevents: a command that was killed before it wrote anything and cannot be taken up by its own --resume."""
     empty = tmp_path / "empty"
