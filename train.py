@@ -206,7 +206,17 @@ def train_base(run):
 
 def train_sft(run):
     """Stage 2: fine-tuning on careful demonstrations, or on the chosen responses of real pairs."""
-    model, dice, config = run.load("base"), run.dice("sft", "data"), run.config
+    model, config = run.load("base"), run.config
+    examples = sft_examples(run, model)
+    log = language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, config.sft_batch)
+    run.log("sft", log)
+    save_hf(model, run.file("sft"), weights=0)
+
+
+def sft_examples(run, model):
+    """Stage 2's (ids, mask): careful demonstrations, or the chosen responses of real pairs. InputError if one is longer
+    than the context."""
+    dice, config = run.dice("sft", "data"), run.config
     examples = [(p.prompt + p.chosen, [False] * len(p.prompt) + [True] * len(p.chosen))
                 for p in read_real_pairs(run, model)[0]] if config.data else []
     for world in run.worlds(model).values():
@@ -216,9 +226,7 @@ def train_sft(run):
     if longest > model.config.max_len:
         raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short for the embedded worlds, "
                          f"whose conversations reach {longest} in its vocabulary")
-    log = language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, config.sft_batch)
-    run.log("sft", log)
-    save_hf(model, run.file("sft"), weights=0)
+    return examples
 
 
 # -- 3: samples
@@ -740,6 +748,8 @@ def check_inputs(run):
     for domain in run.domains if not config.data else ():      # a world that is too small for what is asked
         DOMAINS[domain].problems("test", config.n_test, Dice(0))
         DOMAINS[domain].problems("train", max(config.n_prompts, config.n_rollout_prompts), Dice(0))
+    if config.init and not config.data:
+        sft_examples(run, model)               # a context that is too short, a chat template that is not read
 
 
 def open_run(config, resume):

@@ -760,6 +760,19 @@ def test_incomplete_checkpoints_leave_nothing_behind(missing, with_data, capsys,
     assert not os.path.exists(out)
 
 
+@pytest.mark.parametrize("name, change, words", [
+    ("config.json", {"max_position_embeddings": 40}, "a context of 40 tokens is too short"),
+    ("tokenizer_config.json", {"chat_template": "{{ odd }}"}, "chat_template '{{ odd }}'")])
+def test_unfit_checkpoints_leave_nothing_behind(name, change, words, capsys, checkpoint, tmp_path):
+    """Prevents: an --init without --data that is refused in stage 2, with a run directory left that never can go on."""
+    unfit, out = str(tmp_path / "unfit"), str(tmp_path / "out")
+    shutil.copytree(checkpoint, unfit)
+    path = os.path.join(unfit, name)
+    data.write_json(path, read_json(path) | change)
+    assert words in refused(["--objective", "honesty", "--init", unfit, "--fast", "--out", out], capsys)
+    assert not os.path.exists(out)
+
+
 def test_a_taken_name_gets_the_next_number(tmp_path, capsys):
     """Prevents: a new run that overwrites an old one."""
     out = tmp_path / "run"
