@@ -305,7 +305,8 @@ def make_samples(run):
     counts = {o: sum(p.objective == o and p.split == "train" for p in pairs) for o in run.objectives}
     empty = [o for o, n in counts.items() if n == 0]
     if empty:
-        raise InputError(f"no preference pair for {', '.join(empty)}: the samples never differ; raise --n-prompts")
+        raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled answers of different scores (all "
+                         "wrong, or all right); raise --n-samples or --n-prompts, or give a better --init")
     shown = ", ".join(f"{o} {n}" for o, n in counts.items())
     tqdm.write(f"  training pairs: {shown}; labelled sequences: {len(labels)}")
     write_rows(run.file("labels.jsonl"), labels)
