@@ -706,6 +706,8 @@ def read_command(argv):
     args = vars(parser.parse_args(argv))
     fast, resume = args.pop("fast"), args.pop("resume")
     given = {k: v for k, v in args.items() if v is not None}
+    if resume == "":                            # an empty variable of a script must not start a new run
+        raise InputError("--resume needs the directory of a run")
     if resume and (set(given) - {"device"} or fast) and os.path.exists(os.path.join(resume, "config.json")):
         raise InputError("--resume goes on with the run's own configuration; give no option with it but --device")
     small = {f.name: f.metadata["fast"] for f in fields(Config) if fast and f.metadata["fast"] is not None}

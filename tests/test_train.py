@@ -524,6 +524,13 @@ def test_the_log_is_written_before_the_file_that_says_finished(whole, tmp_path, 
     assert not last and not late
 
 
+def test_resume_of_nothing_starts_nothing(capsys, tmp_path, monkeypatch):
+    """Prevents: --resume "$RUN" with an empty variable, which trains a new run with default options for minutes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "open_run", lambda *args: pytest.fail("a run was opened"))
+    assert "--resume needs the directory of a run" in refused(["--resume", ""], capsys)
+
+
 def test_resume_starts_an_empty_directory(whole, tmp_path, capsys):
     """Prevents: a command that was killed before it wrote anything and cannot be taken up by its own --resume."""
     empty = tmp_path / "empty"
