@@ -37,7 +37,8 @@ def run_command(main):
         main()
     except BrokenPipeError:
         os._exit(0)                      # `| head` has read enough; flushing again would only complain
-    except (InputError, OSError) as e:   # OSError: no such directory, no right to write, disk full
+    # OSError: no such directory, no right to write, disk full; UnicodeError: a terminal or a pipe in another encoding
+    except (InputError, OSError, UnicodeError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

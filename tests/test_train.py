@@ -1,6 +1,7 @@
 """train.py and evaluate.py: the stages' parts by hand, a tiny whole run from the command line, mistakes of the user."""
 import collections
 import copy
+import io
 import json
 import math
 import os
@@ -570,6 +571,12 @@ def test_evaluate_command_measures_again(whole, tmp_path, capsys):
     assert read_json(os.path.join(copied, "results.json")) == read_json(os.path.join(whole, "results.json"))
     assert "not a finished run" in refused([str(tmp_path)], capsys, evaluate.main)
     assert "config.json: no such file" in refused([str(tmp_path)], capsys, decode.main)
+
+
+def test_standard_input_in_another_encoding(whole, monkeypatch, capsys):
+    """Prevents: a traceback for a conversation that is piped in as Latin-1 where the locale says UTF-8."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert "can't decode byte 0xe9" in refused([whole], capsys, decode.main)
 
 
 def test_soup_is_the_average_of_the_single_policies(whole):
