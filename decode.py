@@ -59,8 +59,9 @@ def check_prompts(model, prompts, limit=None):
 
 def check_sampling(max_new_tokens, temperature, top_p):
     """InputError for sampling options without a meaning."""
-    if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise InputError("need temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, not "
+    # Logits divided by next to nothing overflow, and what is drawn from NaN is noise.
+    if not (temperature == 0 or temperature >= 1e-6) or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise InputError("need temperature >= 0 (1e-6 if not 0), 0 < top_p <= 1 and max_new_tokens >= 1, not "
                          f"{temperature}, {top_p}, {max_new_tokens}")
 
 
@@ -337,6 +338,8 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=None, help="default: the run's own")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2**31:
+        raise InputError(f"--seed {args.seed} is out of range")
     config = read_json(os.path.join(args.run, "config.json"))
     model = load_hf(os.path.join(args.run, args.policy))
     objectives = model.config.objectives

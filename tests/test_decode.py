@@ -573,10 +573,11 @@ def test_main_prefers_the_guides_own_prm(tiny_run, gpt, capsys, tmp_path):
         decode.main([str(tmp_path), "--guide", "math_accuracy", *argv])
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5},
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": 1e-40}, {"top_p": 0.0}, {"top_p": 1.5},
                                      {"max_new_tokens": 0}])
 def test_sampling_options_without_a_meaning_are_refused(toy, options):
-    """Prevents: top_p = 0 that returns the least likely token, a negative temperature that prefers unlikely ones."""
+    """Prevents: top_p = 0 that returns the least likely token, a negative temperature that prefers unlikely ones, a
+    tiny one whose quotients overflow, so that NaN decides."""
     with pytest.raises(InputError, match="need temperature >= 0"):
         generate(toy[0], [[1, 2]], **({"max_new_tokens": 4} | options))
     with pytest.raises(InputError, match="need temperature >= 0"):

@@ -573,6 +573,12 @@ def test_evaluate_command_measures_again(whole, tmp_path, capsys):
     assert "config.json: no such file" in refused([str(tmp_path)], capsys, decode.main)
 
 
+@pytest.mark.parametrize("seed", ["-1", "1" + "0" * 30])
+def test_decode_refuses_a_seed_out_of_range(whole, seed, capsys):
+    """Prevents: torch's traceback for a seed that overflows."""
+    assert f"--seed {seed} is out of range" in refused([whole, "--prompt", "hi", "--seed", seed], capsys, decode.main)
+
+
 def test_standard_input_in_another_encoding(whole, monkeypatch, capsys):
     """Prevents: a traceback for a conversation that is piped in as Latin-1 where the locale says UTF-8."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
