@@ -301,6 +301,15 @@ def parse_weights(text, names, option="--weights", default=0.0):
     return list(weights.values())
 
 
+def read_run(run):
+    """The configuration of a run directory. InputError if its config.json is that of something else."""
+    path = os.path.join(run, "config.json")
+    config = read_json(path)
+    if not isinstance(config, dict) or not {"objectives", "temperature"} <= config.keys():
+        raise InputError(f"{path}: not the configuration of a run")
+    return config
+
+
 def find_prm(run, guide):
     """The PRM of a run that has the output `guide`: RUN/prm, or with one PRM per objective RUN/prm_<guide>."""
     single = os.path.join(run, f"prm_{guide}")
@@ -340,7 +349,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**31:
         raise InputError(f"--seed {args.seed} is out of range")
-    config = read_json(os.path.join(args.run, "config.json"))
+    config = read_run(args.run)
     model = load_hf(os.path.join(args.run, args.policy))
     objectives = model.config.objectives
     weights = parse_weights(args.weights, objectives) if args.weights is not None else None

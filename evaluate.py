@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import (DOMAINS, Dice, InputError, batches_by_length, domain_objectives, pad, read_json, response_mask,
                   run_command, worlds_of, write_json, write_text)
-from decode import domain_mix, draw, find_prm, generate, guided_decode, ingest, score_candidates
+from decode import domain_mix, draw, find_prm, generate, guided_decode, ingest, read_run, score_candidates
 from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import load_hf, pick_device
 from prm import PRM, load_prm
@@ -133,7 +133,7 @@ class Bench:
     """The models of one run directory, and the measuring of one row of the table."""
 
     def __init__(self, run, device=None):
-        self.run, self.config = run, read_json(os.path.join(run, "config.json"))
+        self.run, self.config = run, read_run(run)
         self.objectives, self.seed = self.config["objectives"], self.config["seed"]
         self.device, self.loaded, self.guides = pick_device(device or self.config["device"]), {}, {}
         self.sft = self.model("sft")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, batches_by_length, domain_objectives,
                   fit_threshold, holds_questions, judge, pad, read_json, read_jsonl, read_preferences, read_steps,
                   run_command, select_objectives, split_of, worlds_of, write_json, write_text)
-from decode import generate, parse_weights
+from decode import generate, parse_weights, read_run
 from evaluate import average, converse, evaluate, pair_metrics_rows, plain_responder, seed_of
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps, pair_metrics,
                      policy_logps)
@@ -762,9 +762,9 @@ def open_run(config, resume):
         config.out, resume = resume, None                  # stopped before anything was written: start it
         os.rmdir(config.out)
     if resume:
-        saved = read_json(os.path.join(resume, "config.json"))
+        saved = read_run(resume)
         unknown = set(saved) - {f.name for f in fields(Config)} - {"objectives"}
-        if unknown or "seed" not in saved:
+        if unknown:
             raise InputError(f"{resume}/config.json: not the configuration of a run ({', '.join(sorted(unknown))})")
         saved |= {"device": config.device} if config.device != "auto" else {}
         return Run(resume, Config(**{k: v for k, v in saved.items() if k != "objectives"}))

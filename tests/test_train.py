@@ -532,6 +532,15 @@ def test_resume_of_nothing_starts_nothing(capsys, tmp_path, monkeypatch):
     assert "--resume needs the directory of a run" in refused(["--resume", ""], capsys)
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "{}", "[{}]"])
+def test_a_foreign_config_is_no_run(content, capsys, tmp_path):
+    """Prevents: tracebacks of all three commands for a directory whose config.json is valid JSON but no run's."""
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "results.json").write_text("[]")
+    for argv, main in ((["--resume", str(tmp_path)], train.main), ([str(tmp_path)], evaluate.main), ([str(tmp_path)], decode.main)):
+        assert "config.json: not the configuration of a run" in refused(argv, capsys, main)
+
+
 def test_resume_starts_an_empty_directory(whole, tmp_path, capsys):
     """Prevents: a command that was killed before it wrote anything and cannot be taken up by its own --resume."""
     empty = tmp_path / "empty"
