@@ -823,7 +823,7 @@ def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).tolist()             # read back: a "meta" device computes nothing
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {name}: not available here ({str(e).splitlines()[0]})") from None
     return name

@@ -737,7 +737,7 @@ def refused(argv, capsys, main=train.main):
     (["--temperature", "nan"], "--temperature nan"), (["--n-samples", "1"], "--n-samples 1"), (["--dpo-steps", "0"], "--dpo-steps 0"),
     (["--beta", "-1"], "--beta -1.0"), (["--seed", "-1"], "--seed -1"), (["--dpo-lr-heads", "inf"], "--dpo-lr-heads inf"),
     (["--prm", "both"], "choose unified or each"), (["--data", "."], "--data needs --init"),
-    (["--init", "nowhere"], "nowhere: no such directory"), (["--device", "abacus"], "--device abacus: not available"),
+    (["--init", "nowhere"], "nowhere: no such directory"), (["--device", "abacus"], "--device abacus: not available"), (["--device", "meta"], "--device meta: not available"),
     (["--resume", "nowhere"], "nowhere/config.json: no such file"), (["--dtype", "fp8"], "choose fp32 or bf16")])
 def test_bad_options_are_refused(argv, message, capsys, tmp_path, monkeypatch):
     """Prevents: tracebacks, and half-written run directories, for values that cannot work."""
