@@ -379,14 +379,14 @@ def timing(directory, S=2, N=16):
     trained = os.path.isdir(os.path.join(directory, "prm"))
     prm = load_prm(os.path.join(directory, "prm")) if trained else \
         PRM(model.with_heads(()), ["reward"], torch.Generator().manual_seed(0))
-    size = sum(p.numel() for p in model.parameters())
+    size, room = sum(p.numel() for p in model.parameters()), min(model.config.max_len, prm.backbone.config.max_len)
     print(f"{size / 1e6:.1f} M parameters, {'its own' if trained else 'a random'} PRM, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}; {S} steps of {N} tokens")
     methods = {"re-encoding": steps_encoded_again, "cached, one by one": steps_one_by_one, "carried (here)": steps_carried}
     generator, rows = torch.Generator().manual_seed(0), []
     for prefix in (128, 512, 2048):
-        if prefix + S * N > model.config.max_len:
-            print(f"a prefix of {prefix} does not fit the context of {model.config.max_len}: left out")
+        if prefix + S * N > room:
+            print(f"a prefix of {prefix} does not fit the context of {room}: left out")
             continue
         prompt = torch.randint(0, model.config.vocab_size, (prefix,), generator=generator).tolist()
         for K in tqdm((1, 2, 5, 10), desc=f"prefix {prefix}", unit="K", disable=None):
@@ -404,11 +404,11 @@ def timing(directory, S=2, N=16):
                 row[5] = f"{row[-1] / rows[-1][-1]:.1f}"
     head = ["prefix", "K", "method", "seconds", "tokens/s", "x here", "cache MB", "fed to policy", "fed to PRM"]
     print("\n".join("| " + " | ".join(map(str, line[:9])) + " |" for line in [head, ["---"] * 9, *rows]))
-    prompt, n = prompt[:64], 64
+    prompt = torch.randint(0, model.config.vocab_size, (min(64, room // 2),), generator=generator).tolist()
     for _ in range(2):                                                                    # the first warms up
         start = time.perf_counter()
-        generate(model, [prompt], max_new_tokens=n, temperature=0)
-        per_token = (time.perf_counter() - start) / n
+        drawn, = generate(model, [prompt], max_new_tokens=64, temperature=0)              # fewer tokens if it ends itself
+        per_token = (time.perf_counter() - start) / len(drawn)
     source = torch.ones(64 * 2**20)
     target, speed = torch.empty_like(source), 0.0
     for _ in range(5):

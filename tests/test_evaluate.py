@@ -1,4 +1,7 @@
 """evaluate.py: the timings. Every docstring states the bug that its test prevents. (The tables are tested with train.py.)"""
+import re
+import time
+
 import pytest
 import torch
 
@@ -23,6 +26,23 @@ def test_timing_counts_what_each_way_feeds(tmp_path, capsys):
         assert fed[K, "carried (here)"] == (P + K * S * N, P + K * S * N)
         assert fed[K, "cached, one by one"] == (P + K * S * N, K * (P + N + P + 2 * N))
         assert fed[K, "re-encoding"] == (K * (P + N + P + 2 * N), K * (P + N + P + 2 * N))
+
+
+def test_timing_of_a_short_context(tmp_path, capsys):
+    """A traceback for a model that no prefix fits: it still has a speed of one token."""
+    config = GPTConfig(23, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=40)
+    save_hf(GPT(config, torch.Generator().manual_seed(0)), str(tmp_path), weights=0)
+    evaluate.main([str(tmp_path), "--timing"])
+    assert capsys.readouterr().out.count("does not fit the context of 40") == 3
+
+
+def test_one_token_is_timed_by_the_tokens_drawn(tmp_path, capsys, monkeypatch):
+    """A speed 64 times too good from a model that ends its answer at once."""
+    config = GPTConfig(23, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=40)
+    save_hf(GPT(config, torch.Generator().manual_seed(0)), str(tmp_path), weights=0)
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **options: time.sleep(0.05) or [[0]])
+    evaluate.main([str(tmp_path), "--timing"])
+    assert float(re.search(r"one token: ([0-9.]+) ms", capsys.readouterr().out)[1]) >= 50
 
 
 def test_timing_needs_a_checkpoint(tmp_path):
