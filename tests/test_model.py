@@ -95,9 +95,9 @@ def test_initialisation_depends_on_its_generator_only():
 
 
 @pytest.mark.parametrize("bad", [{"n_kv_head": 3}, {"position": "alibi"}, {"norm": "batch"}, {"mlp": "relu"}, {"n_layer": 0},
-                                 {"d_model": "96"}, {"vocab_size": -1}])
+                                 {"d_model": "96"}, {"vocab_size": -1}, {"head_dim": 24.0}, {"head_dim": -2}])
 def test_unusable_configuration(bad):
-    """A misspelt option that silently means the other choice."""
+    """A misspelt option that silently means the other choice; a --init whose config.json ends in a traceback."""
     with pytest.raises(ValueError, match="unusable model configuration"):
         GPTConfig(**({"vocab_size": 23} | bad))
 
