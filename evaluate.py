@@ -371,14 +371,15 @@ def steps_encoded_again(model, prm, prompt, K, S, N):
 
 
 @torch.no_grad()
-def timing(directory, S=2, N=16):
+def timing(directory, device, S=2, N=16):
     """Print the cost of guided decoding (S steps of N tokens) with the model of a run or of a Hugging Face directory, its
     PRM a run's own or one with random weights on the same backbone; and one-token decoding beside the memory's speed."""
     run = os.path.isdir(os.path.join(directory, "mah_dpo"))
-    model = load_hf(os.path.join(directory, "mah_dpo") if run else directory).eval()
+    model = load_hf(os.path.join(directory, "mah_dpo") if run else directory).to(device).eval()
     trained = os.path.isdir(os.path.join(directory, "prm"))
     prm = load_prm(os.path.join(directory, "prm")) if trained else \
         PRM(model.with_heads(()), ["reward"], torch.Generator().manual_seed(0))
+    prm.to(device)
     size, room = sum(p.numel() for p in model.parameters()), min(model.config.max_len, prm.backbone.config.max_len)
     print(f"{size / 1e6:.1f} M parameters, {'its own' if trained else 'a random'} PRM, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}; {S} steps of {N} tokens")
@@ -409,7 +410,7 @@ def timing(directory, S=2, N=16):
         start = time.perf_counter()
         drawn, = generate(model, [prompt], max_new_tokens=64, temperature=0)              # fewer tokens if it ends itself
         per_token = (time.perf_counter() - start) / len(drawn)
-    source = torch.ones(64 * 2**20)
+    source = torch.ones(64 * 2**20, device=device)
     target, speed = torch.empty_like(source), 0.0
     for _ in range(5):
         start = time.perf_counter()
@@ -429,7 +430,7 @@ def main(argv=None):
     parser.add_argument("--timing", action="store_true", help="time guided decoding instead; `run` may be any checkpoint")
     args = parser.parse_args(argv)
     if args.timing:
-        return timing(args.run)
+        return timing(args.run, pick_device(args.device or "auto"))
     if not os.path.isfile(os.path.join(args.run, "results.json")):
         raise InputError(f"{args.run}: not a finished run (no results.json); finish it with train.py --resume {args.run}")
     old = read_json(os.path.join(args.run, "results.json"))
