@@ -523,11 +523,12 @@ def measure_prm(run, prm, sources):
 # -- 5: policies
 
 def reference_logps(run, pairs):
-    """The SFT policy's log-probabilities (N, 2) of all pairs, computed once and kept in sft_logps.safetensors."""
+    """The SFT policy's log-probabilities (N, 2) of all pairs, computed once, in the precision that the policies train in, and
+    kept in sft_logps.safetensors."""
     path = run.file("sft_logps.safetensors")
     if not os.path.exists(path):
         model = run.load("sft")
-        with tqdm(total=len(pairs), desc="log-probs of sft", unit="pair", disable=None) as bar:
+        with run.autocast(), tqdm(total=len(pairs), desc="log-probs of sft", unit="pair", disable=None) as bar:
             logps = pair_logps(model, pairs, lambda o: 0, model.tokenizer.pad_id, progress=bar.update)
         save_safetensors({"logps": logps}, path)
     return load_safetensors(path)["logps"]
@@ -615,7 +616,7 @@ def modpo_margins(run, pairs):
         index = [i for i, p in enumerate(pairs) if p.objective in mates and p.objective != name]
         if index:
             model = run.load(f"dpo_{name}")
-            with tqdm(total=len(index), desc=f"rewards by dpo_{name}", unit="pair", disable=None) as bar:
+            with run.autocast(), tqdm(total=len(index), desc=f"rewards by dpo_{name}", unit="pair", disable=None) as bar:
                 logps = pair_logps(model, [pairs[i] for i in index], lambda o: 0, model.tokenizer.pad_id, bar.update)
             rewards = run.config.beta * (logps - reference[index])
             margins[index] += (rewards[:, 0] - rewards[:, 1]) / len(mates)
@@ -631,7 +632,8 @@ def train_policies(run):
         if not finished(run, name):
             margins = modpo_margins(run, read_rows(run.file("pairs.jsonl"), Pair)) if name == "modpo" else None
             train_policy(run, name, list(heads), wanted, margins)
-    write_json(run.file("pair_metrics.json"), measure_pairs(run))
+    with run.autocast():            # as the reference's log-probabilities were computed
+        write_json(run.file("pair_metrics.json"), measure_pairs(run))
 
 
 def measure_pairs(run):

@@ -896,3 +896,18 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     assert {(r["policy"], r["guide"]) for r in tables} >= {("sft", None), ("sft", "math_accuracy"), ("mah_dpo", "math_accuracy")}
     assert all(set(r["metrics"]) <= {"math_accuracy", "tokens", "kl"} and 0 <= r["metrics"]["math_accuracy"]["mean"] <= 1 for r in tables)
     assert {r["metrics"]["math_accuracy"]["n"] for r in tables} == {2}
+
+
+def test_bf16_starts_at_ln2(whole, tmp_path):
+    """Prevents: a reference in another precision than the policy's, whose rounding looks like a margin before training."""
+    copied = str(tmp_path / "copied")
+    shutil.copytree(whole, copied)
+    for name in ("results.json", "pair_metrics.json", "sft_logps.safetensors"):
+        os.remove(os.path.join(copied, name))
+    for name in ("mah_dpo", "single_head_dpo", "modpo"):
+        shutil.rmtree(os.path.join(copied, name))
+    config = read_json(os.path.join(copied, "config.json"))
+    json.dump(config | {"dtype": "bf16", "perturbation": 0.0}, open(os.path.join(copied, "config.json"), "w"))
+    train.main(["--resume", copied])
+    first = next(r for r in rows_of(os.path.join(copied, "log.jsonl")) if r["stage"] == "mah_dpo")
+    assert all(abs(first[o]["margin"]) < 5e-3 and first[o]["loss"] == pytest.approx(math.log(2), abs=3e-3) for o in NAMES)
