@@ -69,8 +69,8 @@ class GPTConfig:
 class View(NamedTuple):
     """Where the next tokens of n rows go, m of each of G' sequences (n = G' m), and what they see: what KVCache.extend, below,
     answers."""
-    rows: torch.Tensor          # (n,) rows, None for all
-    groups: torch.Tensor        # (G',) their sequences, None for all
+    rows: torch.Tensor          # (n,) rows, or slice(None) for all
+    groups: torch.Tensor        # (G',) their sequences, or slice(None) for all
     start: int                  # first new place of the step part, the same for all rows
     end: int                    # places of the step part that are looked at
     positions: torch.Tensor     # (n, T) positions of the new tokens in their sequences
@@ -115,7 +115,8 @@ class KVCache:
         fed = len(self.held) * self.K if rows is None else rows.numel()
         if self.own and fed > self.fed:
             raise ValueError("a row that dropped out cannot go on before the next keep")
-        groups, m = (None, self.K) if rows is None else (rows[:, 0] // self.K, rows.shape[1])
+        # slice(None), for all, is a view where a tensor of indices is a copy.
+        groups, m = (slice(None), self.K) if rows is None else (rows[:, 0] // self.K, rows.shape[1])
         self.fed = fed
         start, self.own = self.own, self.own + T
         room = self.step_k[0].shape[2]
@@ -125,7 +126,7 @@ class KVCache:
         device = self.held.device
         # A CPU looks at what is there; an accelerator at all places, so that shapes stay the same from token to token.
         end = self.own if device.type == "cpu" else self.step_k[0].shape[2]
-        held, t = self.held if groups is None else self.held[groups], torch.arange(T, device=device)
+        held, t = self.held[groups], torch.arange(T, device=device)
         positions = ((held + start)[:, None] + t).repeat_interleave(m, 0)                 # (n, T)
         mask = None
         if T > 1 or device.type != "cpu" or bool((held != self.high).any()):
@@ -133,25 +134,20 @@ class KVCache:
             step = torch.arange(end, device=device) <= start + t[:, None]                 # (T, end)
             seen = torch.cat((prefix[:, None].expand(-1, T, -1), step.expand(len(held), -1, -1)), -1)
             mask = torch.zeros(seen.shape, **self.options).masked_fill(~seen, -math.inf)[:, None, None, None]
-        return View(None if rows is None else rows.flatten(), groups, start, end, positions, mask)
+        return View(slice(None) if rows is None else rows.flatten(), groups, start, end, positions, mask)
 
     def append(self, layer, view, k, v):
         """Write k, v (n, T, n_kv, hd) of the rows of `view`. -> what they look at: prefix keys and values (G', n_kv, P, hd),
         and those of their own step (n, n_kv, end, hd)."""
-        found = []
+        found, places = [], slice(view.start, view.start + k.shape[1])
         for prefix, step, new in ((self.k[layer], self.step_k[layer], k), (self.v[layer], self.step_v[layer], v)):
-            new, places = new.transpose(1, 2), slice(view.start, view.start + k.shape[1])
-            if view.rows is None:
-                step[:, :, places] = new
-            else:
-                step[view.rows, :, places] = new
-            found.append(((prefix if view.groups is None else prefix[view.groups])[:, :, :self.high],
-                          (step if view.rows is None else step[view.rows])[:, :, :view.end]))
+            step[view.rows, :, places] = new.transpose(1, 2)
+            found.append((prefix[view.groups][:, :, :self.high], step[view.rows][:, :, :view.end]))
         return found
 
     def fork(self, K):
         """A cache whose sequences are each continued by K rows: sequence g by rows gK .. gK+K-1. The prefix is shared, not
-        copied; the cache that is forked is not to be used any more."""
+        copied: of a cache and its forks only one may keep anything."""
         if self.own:
             self.keep(0)
         new = copy.copy(self)
@@ -624,10 +620,6 @@ class Checkpoint:
             raise InputError(f"{self.path}: tensor {name!r} is missing")
         self.unused.discard(PREFIX.sub("", name))
         return self.entries[PREFIX.sub("", name)]
-
-    def shape(self, name):
-        """The shape of a tensor as it lies in the file. InputError if it is missing."""
-        return self.entry(name)[2]
 
     def take(self, names, rows, shape, dtype, transpose=False):
         """The tensors `names`, of rows[i] rows each, as one new tensor of `shape` and `dtype`; the file's pages are let go

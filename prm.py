@@ -176,7 +176,7 @@ def load_prm(directory, dtype=torch.float32):
     config.objectives = ()
     state = files.backbone(config, dtype)
     names = ["score.0", "score.2"] if "score.0.weight" in files.entries else ["score"]
-    n = len(own) if own else min(2, files.shape(f"{names[-1]}.weight")[0])                # labels
+    n = len(own) if own else min(2, files.entry(f"{names[-1]}.weight")[2][0])             # labels
     layers = []
     for name, width in zip(names, [config.d_model, n][-len(names):]):
         layers.append(nn.Linear(config.d_model, width, bias=f"{name}.bias" in files.entries, dtype=dtype))
