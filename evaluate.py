@@ -25,7 +25,7 @@ from data import (DOMAINS, Dice, InputError, batches_by_length, domain_objective
                   run_command, worlds_of, write_json, write_text)
 from decode import domain_mix, draw, find_prm, generate, guided_decode, ingest, read_run, score_candidates
 from mah_dpo import dpo_loss, log_ratio_margin, soup
-from model import load_hf, pick_device
+from model import linear, load_hf, pick_device
 from prm import PRM, load_prm
 
 
@@ -110,7 +110,7 @@ def kl_per_token(model, head, reference, conversations, pad_id):
         ids, lengths = pad([a + b for a, b in part], pad_id, head.device)
         mask = response_mask(torch.tensor([len(a) for a, _ in part], device=head.device), lengths, ids.shape[1])
         r, t = mask[:, 1:].nonzero(as_tuple=True)
-        log_pi = F.log_softmax(F.linear(model(ids)[r, t], head).float(), -1)
+        log_pi = F.log_softmax(linear(model(ids)[r, t], head).float(), -1)
         log_ref = F.log_softmax(reference.logits(reference(ids)[r, t]).float(), -1)
         kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                                  # (N,)
         mean = torch.zeros(len(part), device=head.device).index_add(0, r, kl) / mask.sum(1)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from data import batches_by_length, pad
+from model import linear
 
 CHUNK = 4096     # response positions whose logits are made at once: without gradients, memory is bounded at CHUNK x V
 
@@ -29,7 +30,7 @@ def response_logps(h, W, ids, mask):
     row, t = mask[:, 1:].nonzero(as_tuple=True)                                           # (N,) response positions
     total = torch.zeros(len(ids), dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
     for r, s in zip(row.split(CHUNK), t.split(CHUNK)):
-        logits = F.linear(h[r, s], W).to(total.dtype)                                     # (n, V)
+        logits = linear(h[r, s], W).to(total.dtype)                                       # (n, V)
         total = total.index_add(0, r, -F.cross_entropy(logits, ids[r, s + 1], reduction="none"))
     return total
 

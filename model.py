@@ -69,41 +69,33 @@ class GPTConfig:
 class View(NamedTuple):
     """Where the next tokens of n rows go, m of each of G' sequences (n = G' m), and what they see: what KVCache.extend, below,
     answers."""
-    rows: torch.Tensor          # (n,) rows, or slice(None) for all
-    groups: torch.Tensor        # (G',) their sequences, or slice(None) for all
-    start: int                  # first new place of the step part, the same for all rows
-    end: int                    # places of the step part that are looked at
+    groups: torch.Tensor        # (G',) the sequences, or slice(None) for all
+    places: torch.Tensor        # (G', m, T) where the new tokens go, or a slice if these are all rows
+    length: int                 # places that are looked at
     positions: torch.Tensor     # (n, T) positions of the new tokens in their sequences
-    mask: torch.Tensor          # (G', 1, 1, 1, T, P + end) added to the scores; None: every token sees all
+    mask: torch.Tensor          # (G', 1, m T g, length) added to the scores, g query heads per key; None: every token sees all
 
 
 class KVCache:
     """Keys and values of every layer, for G sequences of which each is continued by K rows (candidates; at first K = 1).
 
-    k, v:            per layer (G, n_kv, P, hd), the prefix: stored once for the K rows of a sequence
-    step_k, step_v:  per layer (G K, n_kv, S, hd), what each row has added since the last keep, `own` tokens
-    held:            (G,) tokens in each prefix; `lengths` = held + own. Places beyond hold stale values that no mask shows.
+    k, v:     per layer (G, n_kv, room, hd). The prefix stands once for all K rows; behind it, in the running step, the K rows
+              take turns:      x x x x x . | a0 b0 c0 a1 b1 c1 ...        (K = 3; . a stale place, which no mask shows)
+    held:     (G,) tokens in each prefix;  high: the longest of them, where the steps begin
+    own:      tokens of every row in the running step; `lengths` = held + own
 
-    So memory grows as prefix + K x step, and committing a candidate copies its step and nothing else, as long as the room
-    that was asked for lasts; beyond it the tensors are made anew, larger. Rows may drop out of a step, but all that are
-    fed have been fed from its beginning: one number, `own`, is every row's place.
+    So memory grows as prefix + K x step, one attention product serves all rows of a sequence, and committing a candidate
+    moves its step and nothing else, as long as the room that was asked for lasts; beyond it the tensors are made anew,
+    larger. Rows may drop out of a step, but all that are fed have been fed from its beginning.
     """
 
     def __init__(self, config, sequences, max_len=0, device=None, dtype=None):
         """max_len: tokens for which there is room from the start; more is made when needed."""
-        self.shape, self.n_layer = (config.n_kv_head, config.head_dim), config.n_layer
-        self.options = {"device": device, "dtype": dtype}
+        self.per_key, self.K = config.n_head // config.n_kv_head, 1
         self.held = torch.zeros(sequences, dtype=torch.long, device=device)
-        self.high = 0                  # the longest prefix, known to the host so that nothing has to wait for a device
-        self.k, self.v, self.K = self.empty(sequences, 0), self.empty(sequences, 0), 1
-        self.new_step(max_len)
-
-    def empty(self, rows, n):
-        return [torch.zeros(rows, self.shape[0], n, self.shape[1], **self.options) for _ in range(self.n_layer)]
-
-    def new_step(self, n=0):
-        self.step_k, self.step_v = (self.empty(len(self.held) * self.K, n) for _ in "kv")
-        self.own = self.fed = 0
+        self.high = self.own = self.fed = 0     # known to the host, so that nothing has to wait for a device
+        self.k, self.v = ([torch.zeros(sequences, config.n_kv_head, max_len, config.head_dim, device=device, dtype=dtype)
+                           for _ in range(config.n_layer)] for _ in "kv")
 
     @property
     def lengths(self):
@@ -112,70 +104,68 @@ class KVCache:
 
     def extend(self, rows, T):
         """Make room for T more tokens in rows: (G', m), m rows of each of G' sequences; None is all. -> View"""
-        fed = len(self.held) * self.K if rows is None else rows.numel()
+        K, device = self.K, self.held.device
+        fed = len(self.held) * K if rows is None else rows.numel()
         if self.own and fed > self.fed:
             raise ValueError("a row that dropped out cannot go on before the next keep")
-        # slice(None), for all, is a view where a tensor of indices is a copy.
-        groups, m = (slice(None), self.K) if rows is None else (rows[:, 0] // self.K, rows.shape[1])
-        self.fed = fed
-        start, self.own = self.own, self.own + T
-        room = self.step_k[0].shape[2]
-        if self.own > room:
-            more = max(self.own, 2 * room, 32) - room
-            self.step_k, self.step_v = ([F.pad(s, (0, 0, 0, more)) for s in part] for part in (self.step_k, self.step_v))
-        device = self.held.device
+        groups = slice(None) if rows is None else rows[:, 0] // K
+        if rows is not None and device.type == "cpu" and torch.equal(groups, torch.arange(len(self.held))):
+            groups = slice(None)       # of all, in order: a view where a tensor of indices would be a copy
+        start, self.own, self.fed = self.own, self.own + T, fed
+        end, room = self.high + self.own * K, self.k[0].shape[2]
+        if end > room:
+            more = max(end - room, room // 4, 16 * K)
+            self.k, self.v = ([F.pad(x, (0, 0, 0, more)) for x in part] for part in (self.k, self.v))
+        k = (torch.arange(K, device=device)[None] if rows is None else rows % K)[:, :, None]               # (G' or 1, m, 1)
+        t = start + torch.arange(T, device=device)
+        held, (_, m, _) = self.held[groups], k.shape
+        places = slice(self.high + start * K, end) if rows is None else self.high + t * K + k
+        positions = (held[:, None] + t).repeat_interleave(m, 0)                                            # (n, T)
         # A CPU looks at what is there; an accelerator at all places, so that shapes stay the same from token to token.
-        end = self.own if device.type == "cpu" else self.step_k[0].shape[2]
-        held, t = self.held[groups], torch.arange(T, device=device)
-        positions = ((held + start)[:, None] + t).repeat_interleave(m, 0)                 # (n, T)
-        mask = None
-        if T > 1 or device.type != "cpu" or bool((held != self.high).any()):
-            prefix = torch.arange(self.high, device=device) < held[:, None]               # (G', P)
-            step = torch.arange(end, device=device) <= start + t[:, None]                 # (T, end)
-            seen = torch.cat((prefix[:, None].expand(-1, T, -1), step.expand(len(held), -1, -1)), -1)
-            mask = torch.zeros(seen.shape, **self.options).masked_fill(~seen, -math.inf)[:, None, None, None]
-        return View(slice(None) if rows is None else rows.flatten(), groups, start, end, positions, mask)
+        length, mask = end if device.type == "cpu" else self.k[0].shape[2], None
+        if K > 1 or T > 1 or device.type != "cpu" or bool((held != self.high).any()):
+            p = torch.arange(length, device=device)
+            turn, time = (p - self.high) % K, (p - self.high) // K
+            step = (p >= self.high) & (turn == k[..., None]) & (time <= t[:, None])                        # (G' or 1, m, T, .)
+            seen = ((p < held[:, None, None, None]) | step).flatten(1, 2).repeat_interleave(self.per_key, 1)[:, None]
+            mask = torch.zeros(seen.shape, device=device, dtype=self.k[0].dtype).masked_fill(~seen, -math.inf)
+        return View(groups, places, length, positions, mask)
 
     def append(self, layer, view, k, v):
-        """Write k, v (n, T, n_kv, hd) of the rows of `view`. -> what they look at: prefix keys and values (G', n_kv, P, hd),
-        and those of their own step (n, n_kv, end, hd)."""
-        found, places = [], slice(view.start, view.start + k.shape[1])
-        for prefix, step, new in ((self.k[layer], self.step_k[layer], k), (self.v[layer], self.step_v[layer], v)):
-            step[view.rows, :, places] = new.transpose(1, 2)
-            found.append((prefix[view.groups][:, :, :self.high], step[view.rows][:, :, :view.end]))
+        """Write k, v (n, T, n_kv, hd) of the rows of `view`. -> keys and values that they look at, (G', n_kv, length, hd)."""
+        found = []
+        for old, new in ((self.k[layer], k), (self.v[layer], v)):
+            n, T, n_kv, hd = new.shape
+            if isinstance(view.places, slice):
+                old[:, :, view.places].unflatten(2, (T, -1)).copy_(new.view(len(old), -1, T, n_kv, hd).permute(0, 3, 2, 1, 4))
+            else:
+                g = torch.arange(len(old), device=old.device)[view.groups]
+                old[g[:, None, None], :, view.places] = new.view(len(g), -1, T, n_kv, hd)
+            found.append(old[view.groups][:, :, :view.length])
         return found
 
     def fork(self, K):
         """A cache whose sequences are each continued by K rows: sequence g by rows gK .. gK+K-1. The prefix is shared, not
-        copied: of a cache and its forks only one may keep anything."""
+        copied: of a cache and its forks only one may be fed."""
         if self.own:
             self.keep(0)
         new = copy.copy(self)
-        new.held, new.K = self.held.clone(), K
-        new.new_step()
+        new.held, new.K, new.k, new.v = self.held.clone(), K, [*self.k], [*self.v]
         return new
 
     def keep(self, winners, counts=None, groups=None):
         """Commit one row of each sequence: the first counts (G',) tokens of its step (default all) go into the prefix, which
         all K rows share; every other step is forgotten. winners (G',) in 0..K-1, or one number; groups (G',) default all."""
-        device, everyone = self.held.device, groups is None
-        groups = torch.arange(len(self.held), device=device) if everyone else groups
+        device = self.held.device
+        groups = torch.arange(len(self.held), device=device) if groups is None else groups
         counts = torch.full_like(groups, self.own) if counts is None else torch.as_tensor(counts, device=device)
-        source = groups * self.K + torch.as_tensor(winners, device=device)
-        if everyone and self.K == 1 and self.high == 0:       # the first text: its step part, spare room and all, IS the prefix
-            self.k, self.v = self.step_k, self.step_v
-        else:
-            at = self.held[groups][:, None] + torch.arange(int(counts.max()), device=device)         # (G', C)
-            more = int(at.max()) + 1 - self.k[0].shape[2] if at.numel() else 0
-            for prefix, step in ((self.k, self.step_k), (self.v, self.step_v)):
-                for i in range(self.n_layer):
-                    if more > 0:
-                        prefix[i] = F.pad(prefix[i], (0, 0, 0, more + 64))
-                    prefix[i][groups[:, None], :, at] = step[i][source, :, :at.shape[1]].transpose(1, 2)
+        if self.K > 1 or self.high > 0:             # else the step of the first text stands where the prefix belongs
+            t = torch.arange(int(counts.max()), device=device)
+            source = self.high + t * self.K + torch.as_tensor(winners, device=device).expand(len(groups))[:, None]  # (G', C)
+            for x in (*self.k, *self.v):            # what lies behind a row's count is overwritten, or never shown
+                x[groups[:, None], :, self.held[groups][:, None] + t] = x[groups[:, None], :, source]
         self.held[groups] += counts
         self.high, self.own, self.fed = int(self.held.max()), 0, 0
-        if self.k[0] is self.step_k[0]:
-            self.new_step()
 
     def rollback(self, lengths):
         """Forget tokens: of an unforked cache every sequence's beyond lengths (G,), or one number; of a forked one the
@@ -187,28 +177,7 @@ class KVCache:
 
     def nbytes(self):
         """Bytes that the cache holds."""
-        return sum(t.nbytes for part in (self.k, self.v, self.step_k, self.step_v) for t in part)
-
-
-def attend(q, prefix_k, step_k, prefix_v, step_v, mask):
-    """Attention of m rows per sequence over the prefix that they share and the steps of their own. q (n, T, n_head, hd);
-    prefix (G', n_kv, P, hd); step (n, n_kv, S, hd); mask as in View -> (n, T, n_head hd).
-
-    Two blocks of scores: a sequence's m rows, side by side as queries of one product, against its prefix, which is read once
-    for all; and each row against its own step. One softmax over both, split again, two products, added."""
-    (G, n_kv, P, hd), (n, T, n_head, _) = prefix_k.shape, q.shape
-    m, g = n // G, n_head // n_kv
-    by_row = lambda x: x.transpose(1, 2).reshape(n * n_kv, g * T, -1)                     # (n n_kv, g T, .): rows apart
-    # q: (G, n_kv, m, g T, hd), g query heads per key head
-    q = (q * hd ** -0.5).view(G, m, T, n_kv, g, hd).permute(0, 3, 1, 4, 2, 5).reshape(G, n_kv, m, g * T, hd)
-    s = torch.cat((torch.bmm(q.reshape(G * n_kv, m * g * T, hd), prefix_k.flatten(0, 1).mT).view(G, n_kv, m, g * T, P),
-                   torch.bmm(by_row(q), step_k.flatten(0, 1).mT).view(G, m, n_kv, g * T, -1).transpose(1, 2)), -1)
-    if mask is not None:
-        s = (s.view(G, n_kv, m, g, T, -1) + mask).view(s.shape)
-    p = s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)      # (G, n_kv, m, g T, P + S)
-    o = torch.bmm(p[..., :P].reshape(G * n_kv, m * g * T, P), prefix_v.flatten(0, 1)).view(G, n_kv, m, g * T, hd)
-    o = o + torch.bmm(by_row(p[..., P:]), step_v.flatten(0, 1)).view(G, m, n_kv, g * T, hd).transpose(1, 2)
-    return o.reshape(G, n_kv, m, g, T, hd).permute(0, 2, 4, 1, 3, 5).reshape(n, T, n_head * hd)
+        return sum(x.nbytes for x in (*self.k, *self.v))
 
 
 def rope_frequencies(c):
@@ -231,17 +200,24 @@ def rotate(x, cos, sin):
 
 
 def linear(x, W, bias=None):
-    """x W^T + bias, as F.linear. For a few rows in float32 on a CPU torch's kernel keeps one core busy; the same product as a
-    batch over blocks of W (views, no copies) keeps all of them busy, the fewest rows best as W x^T. Decoding is nothing but
-    such products."""
+    """x W^T + bias, as F.linear, by the fastest public way that torch has for float32 on a CPU. F.linear there leaves cores
+    idle when x has few rows and, on processors of some makers, half of every core always; the same product is
+
+        up to 8 rows        a batch of products with blocks of W: views, no copies, all cores busy. Decoding is nothing else
+        up to 200           a 1 x 1 convolution of W, the image (one pixel per row of W), with the rows of x as filters
+        more, or training   the other way round, x being the image and W the filters: convolutions have kernels of their own
+    """
     (N, K), n = W.shape, x.numel() // W.shape[1]
-    if n > 96 or N * K < 2**16 or N % 16 or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
+    decoding = n < 200 and N * K >= 2**16 and N % 16 == 0 and not torch.is_grad_enabled()
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not (decoding or n * N * K >= 2**25):
         return F.linear(x, W, bias)
-    blocks, x2 = W.view(16, N // 16, K), x.reshape(n, K)
-    if n == 1 or n <= 8 and N >= K:
-        y = torch.bmm(blocks, x2.t().expand(16, K, n)).view(N, n).t()
+    x2, image = x.reshape(n, K), lambda rows: rows.view(1, -1, 1, K).permute(0, 3, 1, 2)   # (1, K, rows, 1), channels last
+    if not decoding:
+        return F.conv2d(image(x2), W[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], N)
+    if n > 8 or n > 4 and N < K:
+        y = F.conv2d(image(W), x2[:, :, None, None]).view(n, N)
     else:
-        y = torch.bmm(x2.expand(16, n, K), blocks.mT).transpose(0, 1)
+        y = torch.bmm(W.view(16, N // 16, K), x2.t().expand(16, K, n)).view(N, n).t()
     y = y.reshape(*x.shape[:-1], N)
     return y if bias is None else y + bias
 
@@ -269,14 +245,18 @@ class Attention(nn.Module):
             qk = rotate(qk, *rope)
         q, k = qk[:, :, :self.n_head], qk[:, :, self.n_head:]                             # (B, T, n, hd)
         if cache is not None:
-            seen = cache.append(self.layer, view, k, v)
-        if cache is None or view.start == 0 and cache.high == 0:                          # no past: plain causal attention
+            keys, values = cache.append(self.layer, view, k, v)                           # (G', n_kv, length, hd)
+        if cache is None or cache.high == 0 and cache.own == T and cache.K == 1:          # no past: plain causal attention
             mask = None if mask is None else mask.to(q.dtype)                             # under autocast q may be bfloat16
             o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
-                                               is_causal=mask is None, enable_gqa=True).transpose(1, 2).reshape(B, T, -1)
-        else:       # after a past is_causal would align the triangle with the wrong corner: the mask comes from positions
-            o = attend(q, *seen[0], *seen[1], view.mask)
-        return self.out(o)
+                                               is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+        else:
+            # After a past is_causal would align the triangle with the wrong corner: the mask comes from positions. All query
+            # heads of one key head, of all rows of a sequence, stand side by side, so that keys are read once for all.
+            G, n_kv = keys.shape[:2]
+            q = q.reshape(G, -1, n_kv, self.n_head // n_kv, self.hd).transpose(1, 2)      # (G', n_kv, m T, g, hd)
+            o = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, view.mask).view(q.shape).transpose(1, 2)
+        return self.out(o.reshape(B, T, -1))
 
 
 class MLP(nn.Module):

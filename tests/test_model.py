@@ -254,13 +254,15 @@ def test_the_prefix_is_stored_once():
     per_token = 2 * model.config.n_layer * model.config.n_kv_head * model.config.head_dim * 4
     assert cache.nbytes() == before == 2 * 40 * per_token                        # room for 2 x 40 tokens, whatever K
     model(tokens(10, 3, seed=1), cache)
-    assert cache.nbytes() == before + 10 * 32 * per_token                       # steps: room for 32 tokens a row
+    assert cache.nbytes() == before                                             # 20 + 5 x 3 places of 40
     marked = [t.clone() for t in (*cache.k, *cache.v)]
     cache.keep(torch.tensor([4, 0]), torch.tensor([3, 2]))
     assert [t.data_ptr() for t in (*cache.k, *cache.v)] == stores               # nothing was moved,
     for old, new in zip(marked, (*cache.k, *cache.v)):                            # and only the steps' places were written
         changed = (old != new).any(-1).any(1)
         assert not changed[:, :20].any() and not changed[:, 23:].any() and changed[0, 20:23].all() and changed[1, 20:22].all()
+    model(tokens(10, 6, seed=1), cache)
+    assert cache.nbytes() <= 2 * (23 + 5 * 16) * per_token                      # prefix + K x step, and not K x prefix
 
 
 def test_keep_in_some_groups_leaves_the_others():
