@@ -136,7 +136,7 @@ def stop_masks(model, boundary):
     return [m.to(model.embed.weight.device) for m in boundary]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None, samples=1,
              batch_size=512, progress=None):
     """prompts (list of id lists, ragged) -> list of id lists, each up to and including EOS, or max_new_tokens long (a
@@ -211,7 +211,7 @@ def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
     return K, limit
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unified", max_new_tokens, temperature=1.0,
                   top_k=50, top_p=1.0, generator=None, state=None):
     """PRM-guided best-of-K (paper, Sec. 5) for B ragged prompts at once -> list of B Guided.

@@ -193,10 +193,10 @@ def rope_frequencies(c):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding, the two halves of a head as real and imaginary parts. x (B, T, n, hd); cos and sin
-    (B, T, 1, hd/2)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    """Rotary position embedding. The two halves of a head are real and imaginary parts, (a, b) (cos + i sin) =
+    (a cos - b sin, b cos + a sin): x times cos, plus the halves exchanged times (-sin, sin). x (B, T, n, hd); cos and sin
+    (B, T, 1, hd) as in GPT.make_rope."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def linear(x, W, bias=None):
@@ -204,8 +204,9 @@ def linear(x, W, bias=None):
     idle when x has few rows and, on processors of some makers, half of every core always; the same product is
 
         up to 8 rows        a batch of products with blocks of W: views, no copies, all cores busy. Decoding is nothing else
-        up to 200           a 1 x 1 convolution of W, the image (one pixel per row of W), with the rows of x as filters
-        more, or training   the other way round, x being the image and W the filters: convolutions have kernels of their own
+        up to 200           a 1 x 1 convolution of W, the image (one pixel per row of W), with the rows of x as filters:
+                            torch has other kernels for convolutions, which use all of a core on every processor
+        more, or training   the other way round, x being the image and W the filters
     """
     (N, K), n = W.shape, x.numel() // W.shape[1]
     decoding = n < 200 and N * K >= 2**16 and N % 16 == 0 and not torch.is_grad_enabled()
@@ -214,8 +215,10 @@ def linear(x, W, bias=None):
     x2, image = x.reshape(n, K), lambda rows: rows.view(1, -1, 1, K).permute(0, 3, 1, 2)   # (1, K, rows, 1), channels last
     if not decoding:
         return F.conv2d(image(x2), W[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], N)
-    if n > 8 or n > 4 and N < K:
+    if n > 8:
         y = F.conv2d(image(W), x2[:, :, None, None]).view(n, N)
+    elif n > 1 and N < K:
+        y = torch.bmm(x2.expand(16, n, K), W.view(16, N // 16, K).mT).transpose(0, 1)
     else:
         y = torch.bmm(W.view(16, N // 16, K), x2.t().expand(16, K, n)).view(N, n).t()
     y = y.reshape(*x.shape[:-1], N)
@@ -312,11 +315,11 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def make_rope(self):
-        """The cosine and sine tables (max_len, hd/2) of rotary positions."""
+        """The cosine and sine tables (max_len, hd) of rotary positions, for both halves of a head."""
         if self.config.position == "rope":
             angle = torch.outer(torch.arange(self.config.max_len, dtype=torch.float64), rope_frequencies(self.config))
-            self.register_buffer("cos", angle.cos().float(), persistent=False)
-            self.register_buffer("sin", angle.sin().float(), persistent=False)
+            self.register_buffer("cos", angle.cos().repeat(1, 2).float(), persistent=False)
+            self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), 1).float(), persistent=False)
 
     @classmethod
     def from_state(cls, config, state, tokenizer):
@@ -348,7 +351,7 @@ class GPT(nn.Module):
         if self.positions is not None:
             x, rope = x + self.positions(inside), None
         else:
-            rope = self.cos[inside][:, :, None], self.sin[inside][:, :, None]             # (B or 1, T, 1, hd/2)
+            rope = self.cos[inside][:, :, None], self.sin[inside][:, :, None]             # (B or 1, T, 1, hd)
         for layer in self.layers:
             if self.grad_checkpoint and torch.is_grad_enabled():   # keep x alone, compute the rest again in backward
                 x = checkpoint(layer, x, rope, cache, view, mask, use_reentrant=False)
