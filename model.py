@@ -130,20 +130,9 @@ class KVCache:
         positions = ((held + start)[:, None] + t).repeat_interleave(m, 0)                 # (n, T)
         mask = None
         if T > 1 or device.type != "cpu" or bool((held != self.high).any()):
-            prefix = torch.arange(self.high, device=device) < held[:, None]               # (G', P)
-            step = torch.arange(end, device=device) <= start + t[:, None]                 # (T, end)
-            seen = torch.cat((prefix[:, None].expand(-1, T, -1), step.expand(len(held), -1, -1)), -1)
+            seen = visible(held, self.high, start, T, end)
             mask = torch.zeros(seen.shape, **self.options).masked_fill(~seen, -math.inf)[:, None, None, None]
         return View(slice(None) if rows is None else rows.flatten(), groups, start, end, positions, mask)
-
-    def append(self, layer, view, k, v):
-        """Write k, v (n, T, n_kv, hd) of the rows of `view`. -> what they look at: prefix keys and values (G', n_kv, P, hd),
-        and those of their own step (n, n_kv, end, hd)."""
-        found, places = [], slice(view.start, view.start + k.shape[1])
-        for prefix, step, new in ((self.k[layer], self.step_k[layer], k), (self.v[layer], self.step_v[layer], v)):
-            step[view.rows, :, places] = new.transpose(1, 2)
-            found.append((prefix[view.groups][:, :, :self.high], step[view.rows][:, :, :view.end]))
-        return found
 
     def fork(self, K):
         """A cache whose sequences are each continued by K rows: sequence g by rows gK .. gK+K-1. The prefix is shared, not
@@ -154,6 +143,16 @@ class KVCache:
         new.held, new.K = self.held.clone(), K
         new.new_step()
         return new
+
+    # --- exercise 8: KVCache.append, keep and rollback (6 points) ---
+    def append(self, layer, view, k, v):
+        """Write k, v (n, T, n_kv, hd) of the rows of `view`. -> what they look at: prefix keys and values (G', n_kv, P, hd),
+        and those of their own step (n, n_kv, end, hd)."""
+        found, places = [], slice(view.start, view.start + k.shape[1])
+        for prefix, step, new in ((self.k[layer], self.step_k[layer], k), (self.v[layer], self.step_v[layer], v)):
+            step[view.rows, :, places] = new.transpose(1, 2)
+            found.append((prefix[view.groups][:, :, :self.high], step[view.rows][:, :, :view.end]))
+        return found
 
     def keep(self, winners, counts=None, groups=None):
         """Commit one row of each sequence: the first counts (G',) tokens of its step (default all) go into the prefix, which
@@ -184,10 +183,24 @@ class KVCache:
             self.keep(0)
         self.held = torch.minimum(self.held, torch.as_tensor(lengths, device=self.held.device))
         self.high, self.own, self.fed = int(self.held.max()), 0, 0
+    # --- end of exercise 8 ---
 
     def nbytes(self):
         """Bytes that the cache holds."""
         return sum(t.nbytes for part in (self.k, self.v, self.step_k, self.step_v) for t in part)
+
+
+# --- exercise 9: visible (3 points) ---
+def visible(held, P, start, T, end):
+    """Which places T new tokens of G' sequences see: (G', T, P + end) bool.
+
+    First come P places of the prefixes: of those sequence g has filled held[g] (G',), the others hold nothing that is its own.
+    Then come `end` places of the running step: new token i stands at place start + i and sees all up to its own."""
+    prefix = torch.arange(P, device=held.device) < held[:, None]                          # (G', P)
+    at = start + torch.arange(T, device=held.device)
+    step = torch.arange(end, device=held.device) <= at[:, None]                           # (T, end)
+    return torch.cat((prefix[:, None].expand(-1, T, -1), step.expand(len(held), -1, -1)), -1)
+# --- end of exercise 9 ---
 
 
 def attend(q, prefix_k, step_k, prefix_v, step_v, mask):
@@ -395,6 +408,7 @@ class GPT(nn.Module):
             raise InputError(f"weights must be {H} non-negative numbers with a positive sum, not {w.tolist()}")
         return w / w.sum()
 
+    # --- exercise 13: GPT.fold (2 points) ---
     def fold(self, weights):
         """The mix of heads as one matrix (V, d) = sum_i w_i W_i (paper, Sec. 5): H heads decode at the price of one."""
         w = self.weights(weights)
@@ -402,6 +416,7 @@ class GPT(nn.Module):
         if len(used) == 1:
             return self.heads[used[0]].weight
         return sum(w[i] * self.heads[i].weight for i in used)
+    # --- end of exercise 13 ---
 
     def logits(self, h, weights=0):
         """h (..., d) -> (..., V) of one head or of a mix of heads."""
@@ -423,6 +438,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
+# --- exercise 14: read_header (5 points) ---
 def read_header(path):
     """The tensors of a safetensors file: dict name -> (dtype, shape, first byte, last byte + 1), in the file's bytes.
 
@@ -453,6 +469,7 @@ def read_header(path):
         raise InputError(f"{path}: the tensors end at byte {end} of the data, the file at {size - 8 - n}")
     return {name: (DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]), 8 + n + start, 8 + n + stop)
             for (start, stop), name in spans}
+# --- end of exercise 14 ---
 
 
 def no_duplicates(pairs):
