@@ -10,6 +10,7 @@ import pytest
 
 from tests.grade import Pupil, submitted
 from tests.make_assignment import FILES, HOME, between, left_out, make_assignment, read, read_exercises
+from tests.mutants import MUTANTS, mutated, plant
 
 EXERCISES = read_exercises()
 
@@ -178,3 +179,24 @@ def test_a_submission_that_hangs_is_stopped():
         with pytest.raises(RuntimeError, match="did not answer in time"):
             pupil.call("dpo_loss", (), {})
     assert pupil.process.returncode is not None and not os.path.exists(pupil.directory)
+
+
+# -- planted bugs
+
+def test_bugs_can_be_planted():
+    """An edit of the code after which a bug cannot be planted any more, or whose test is gone: `--killers` runs them all, elsewhere."""
+    assert len(MUTANTS) >= 60 and {m.file for m in MUTANTS} == set(FILES)
+    for m in MUTANTS:
+        compile(mutated(m), m.file, "exec")              # raises where the old text does not stand there exactly once
+        file, name = m.killer.split("::")
+        assert re.search(rf"^def {name}\(", read(HOME, os.path.join("tests", file)), re.M), m.killer
+        assert m.hint.endswith(".") and m.file not in m.hint
+
+
+def test_a_planted_bug_is_not_told(tmp_path, capsys):
+    """A copy that says where its bug is, or has none, or several."""
+    for n in (1, len(MUTANTS)):
+        plant(n, str(tmp_path / str(n)))
+        differ = [f for f in FILES if read(tmp_path / str(n), f) != read(HOME, f)]
+        assert differ == [MUTANTS[n - 1].file] and not os.path.exists(tmp_path / str(n) / "tests" / "mutants.py")
+        assert MUTANTS[n - 1].hint in (printed := capsys.readouterr().out) and MUTANTS[n - 1].file not in printed
