@@ -173,12 +173,14 @@ def byte_alphabet():
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(odd)}
 
 
+# --- exercise 11: ends_step (2 points) ---
 def ends_step(masks, token, previous, before):
     """Does a step end with `token`, given the two tokens of the step before it? Works on ids and lists of bool as on
     tensors of ids and bool masks (see Tokenizer.boundary_masks). A stop does not end a sentence after a number or an
     initial ('3.14', 'e.'), nor after a bare letter that itself follows a stop (the 'g' of 'e.g.')."""
     always, stops, initials, letters = masks
     return always[token] | (stops[token] & ((initials[previous] | (letters[previous] & stops[before])) ^ True))
+# --- end of exercise 11 ---
 
 
 def split_pattern(path, pre):

@@ -27,6 +27,7 @@ from model import KVCache, linear, load_hf
 from prm import load_prm
 
 
+# --- exercise 10: sample (3 points) ---
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Draw one token per row by inverting the distribution function at u.
 
@@ -44,6 +45,7 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     index = torch.searchsorted(cdf, (u.to(cdf) * cdf[:, -1])[:, None], right=True)
     index = index.clamp(max=p.shape[-1] - 1)
     return (index if order is None else order.gather(-1, index))[:, 0]
+# --- end of exercise 10 ---
 
 
 def check_prompts(model, prompts, limit=None):
@@ -245,11 +247,7 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         if not bool(scores.isfinite().all()):
             number = len(results[int(alive[0])].steps) + 1
             raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
-        winners = scores.argmax(-1)                                                       # (G,)
-        chosen = torch.arange(len(alive), device=alive.device) * K + winners              # among the candidates
-        state.policy.keep(winners, torch.tensor([len(c) for c in candidates], device=alive.device)[chosen], groups)
-        state.prm.keep(winners, fed[chosen], groups)
-        state.h.view(B, K, -1)[alive] = state.h[alive * K + winners][:, None].expand(-1, K, -1)
+        winners = promote(state, scores, torch.tensor([len(c) for c in candidates], device=alive.device), fed, alive)
         alive = commit(model, results, candidates, scores.tolist(), winners.tolist(), alive, budget, K)
     for result in results:
         result.text = model.tokenizer.decode(result.ids) if model.tokenizer else ""
@@ -267,6 +265,22 @@ def score_candidates(prm, cache, candidates, groups):
     ids, n = pad(candidates, 0, device)
     rows = None if groups is None else groups[:, None] * cache.K + torch.arange(cache.K, device=device)
     return prm(ids, cache, rows)[torch.arange(len(n), device=device), at], n
+
+
+# --- exercise 12: promote (4 points) ---
+def promote(state, scores, drawn, fed, alive):
+    """The best candidate of every sequence goes on (paper, Sec. 5): both caches keep its step, all K rows its hidden state.
+
+    scores (G', K) of the candidates of the sequences `alive` (G',), some of the G that `state` (State, changed in place)
+    holds; its h is (G K, d), candidate k of sequence g at row gK + k. drawn, fed (G' K,): how many tokens of each
+    candidate the policy's and the PRM's cache were fed. -> winners (G',), k* = argmax_k r_k"""
+    K, winners = scores.shape[1], scores.argmax(-1)
+    chosen = torch.arange(len(alive), device=alive.device) * K + winners                  # among the G' K candidates
+    state.policy.keep(winners, drawn[chosen], alive)
+    state.prm.keep(winners, fed[chosen], alive)
+    state.h.view(-1, K, state.h.shape[-1])[alive] = state.h[alive * K + winners][:, None]
+    return winners
+# --- end of exercise 12 ---
 
 
 def commit(model, results, candidates, scores, winners, alive, budget, K):

@@ -21,6 +21,7 @@ from model import linear
 CHUNK = 4096     # response positions whose logits are made at once: without gradients, memory is bounded at CHUNK x V
 
 
+# --- exercise 1: response_logps (3 points) ---
 def response_logps(h, W, ids, mask):
     """Sum of log-probabilities of the response tokens of each row.
 
@@ -33,6 +34,7 @@ def response_logps(h, W, ids, mask):
         logits = linear(h[r, s], W).to(total.dtype)                                       # (n, V)
         total = total.index_add(0, r, -F.cross_entropy(logits, ids[r, s + 1], reduction="none"))
     return total
+# --- end of exercise 1 ---
 
 
 class Packed(NamedTuple):
@@ -87,11 +89,14 @@ def log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected):
     return (pi_chosen - ref_chosen) - (pi_rejected - ref_rejected)
 
 
+# --- exercise 2: dpo_loss (1 point) ---
 def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
     """-log sigmoid(beta Delta) (B,); every argument (B,) a sum of log-probabilities. ln 2 where policy = reference."""
     return -F.logsigmoid(beta * log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected))
+# --- end of exercise 2 ---
 
 
+# --- exercise 4: modpo_loss (2 points) ---
 def modpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, margin, w_k, beta):
     """MODPO (B,): -log sigmoid( (beta Delta - margin) / w_k ), for pairs of objective k.
 
@@ -102,8 +107,10 @@ def modpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, margin, w_k, be
         raise ValueError(f"MODPO needs w_k >= 0.1, not {w_k}")
     delta = log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected)
     return -F.logsigmoid((beta * delta - margin) / w_k)
+# --- end of exercise 4 ---
 
 
+# --- exercise 3: mah_dpo_loss (3 points) ---
 def balanced_mean(losses, head, alpha, count=None):
     """sum_i alpha_i * mean of the losses (B,) of objective i -> scalar. An objective absent from the batch adds
     nothing, and the others are not reweighted for it. count (H,): pairs of every objective in the whole batch, if these
@@ -119,6 +126,7 @@ def mah_dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, alpha, 
     losses = dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta)
     return balanced_mean(losses, head, alpha, count), pair_metrics(
         losses, pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, len(alpha), beta)
+# --- end of exercise 3 ---
 
 
 @torch.no_grad()

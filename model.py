@@ -116,21 +116,28 @@ class KVCache:
         if end > room:
             more = max(end - room, room // 4, 16 * K)
             self.k, self.v = ([F.pad(x, (0, 0, 0, more)) for x in part] for part in (self.k, self.v))
-        k = (torch.arange(K, device=device)[None] if rows is None else rows % K)[:, :, None]               # (G' or 1, m, 1)
+        k = (torch.arange(K, device=device)[None] if rows is None else rows % K)                           # (G' or 1, m)
         t = start + torch.arange(T, device=device)
-        held, (_, m, _) = self.held[groups], k.shape
-        places = slice(self.high + start * K, end) if rows is None else self.high + t * K + k
-        positions = (held[:, None] + t).repeat_interleave(m, 0)                                            # (n, T)
+        held = self.held[groups]
+        places = slice(self.high + start * K, end) if rows is None else self.high + t * K + k[..., None]
+        positions = (held[:, None] + t).repeat_interleave(k.shape[1], 0)                                   # (n, T)
         # A CPU looks at what is there; an accelerator at all places, so that shapes stay the same from token to token.
         length, mask = end if device.type == "cpu" else self.k[0].shape[2], None
         if K > 1 or T > 1 or device.type != "cpu" or bool((held != self.high).any()):
-            p = torch.arange(length, device=device)
-            turn, time = (p - self.high) % K, (p - self.high) // K
-            step = (p >= self.high) & (turn == k[..., None]) & (time <= t[:, None])                        # (G' or 1, m, T, .)
-            seen = ((p < held[:, None, None, None]) | step).flatten(1, 2).repeat_interleave(self.per_key, 1)[:, None]
+            seen = visible(held, self.high, K, k, t, length).flatten(1, 2).repeat_interleave(self.per_key, 1)[:, None]
             mask = torch.zeros(seen.shape, device=device, dtype=self.k[0].dtype).masked_fill(~seen, -math.inf)
         return View(groups, places, length, positions, mask)
 
+    def fork(self, K):
+        """A cache whose sequences are each continued by K rows: sequence g by rows gK .. gK+K-1. The prefix is shared, not
+        copied: of a cache and its forks only one may be fed."""
+        if self.own:
+            self.keep(0)
+        new = copy.copy(self)
+        new.held, new.K, new.k, new.v = self.held.clone(), K, [*self.k], [*self.v]
+        return new
+
+    # --- exercise 8: KVCache.append, keep and rollback (6 points) ---
     def append(self, layer, view, k, v):
         """Write k, v (n, T, n_kv, hd) of the rows of `view`. -> keys and values that they look at, (G', n_kv, length, hd)."""
         found = []
@@ -143,15 +150,6 @@ class KVCache:
                 old[g[:, None, None], :, view.places] = new.view(len(g), -1, T, n_kv, hd)
             found.append(old[view.groups][:, :, :view.length])
         return found
-
-    def fork(self, K):
-        """A cache whose sequences are each continued by K rows: sequence g by rows gK .. gK+K-1. The prefix is shared, not
-        copied: of a cache and its forks only one may be fed."""
-        if self.own:
-            self.keep(0)
-        new = copy.copy(self)
-        new.held, new.K, new.k, new.v = self.held.clone(), K, [*self.k], [*self.v]
-        return new
 
     def keep(self, winners, counts=None, groups=None):
         """Commit one row of each sequence: the first counts (G',) tokens of its step (default all) go into the prefix, which
@@ -174,10 +172,25 @@ class KVCache:
             self.keep(0)
         self.held = torch.minimum(self.held, torch.as_tensor(lengths, device=self.held.device))
         self.high, self.own, self.fed = int(self.held.max()), 0, 0
+    # --- end of exercise 8 ---
 
     def nbytes(self):
         """Bytes that the cache holds."""
         return sum(x.nbytes for x in (*self.k, *self.v))
+
+
+# --- exercise 9: visible (3 points) ---
+def visible(held, high, K, k, t, length):
+    """Which places of a KVCache T new tokens of m rows of each of G' sequences see -> (G' or 1, m, T, length) bool.
+
+    held (G',) prefix places that a sequence has filled, from 0; at `high` the steps begin, where the K rows take turns:
+    the token i of row k stands at place high + i K + k. k (G' or 1, m) rows in 0..K-1; t (T,) the new tokens' places in
+    their steps. A token sees its sequence's prefix, and of its own row's step all up to itself."""
+    p = torch.arange(length, device=held.device)
+    turn, time = (p - high) % K, (p - high) // K
+    step = (p >= high) & (turn == k[..., None, None]) & (time <= t[:, None])
+    return (p < held[:, None, None, None]) | step
+# --- end of exercise 9 ---
 
 
 def rope_frequencies(c):
@@ -378,6 +391,7 @@ class GPT(nn.Module):
             raise InputError(f"weights must be {H} non-negative numbers with a positive sum, not {w.tolist()}")
         return w / w.sum()
 
+    # --- exercise 13: GPT.fold (2 points) ---
     def fold(self, weights):
         """The mix of heads as one matrix (V, d) = sum_i w_i W_i (paper, Sec. 5): H heads decode at the price of one."""
         w = self.weights(weights)
@@ -385,6 +399,7 @@ class GPT(nn.Module):
         if len(used) == 1:
             return self.heads[used[0]].weight
         return sum(w[i] * self.heads[i].weight for i in used)
+    # --- end of exercise 13 ---
 
     def logits(self, h, weights=0):
         """h (..., d) -> (..., V) of one head or of a mix of heads."""
@@ -406,6 +421,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
+# --- exercise 14: read_header (5 points) ---
 def read_header(path):
     """The tensors of a safetensors file: dict name -> (dtype, shape, first byte, last byte + 1), in the file's bytes.
 
@@ -436,6 +452,7 @@ def read_header(path):
         raise InputError(f"{path}: the tensors end at byte {end} of the data, the file at {size - 8 - n}")
     return {name: (DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]), 8 + n + start, 8 + n + stop)
             for (start, stop), name in spans}
+# --- end of exercise 14 ---
 
 
 def no_duplicates(pairs):

@@ -52,6 +52,7 @@ class PRM(nn.Module):
         return (scores[..., index] / self.scale[index]).mean(-1)
 
 
+# --- exercise 5: hindsight_targets (2 points) ---
 def hindsight_targets(step_rewards, lengths, correct, gamma):
     """Hindsight relabelling for a verifiable objective: V_t = r_t + mean_m gamma^(n_m - t) z_m (paper, Sec. 4).
 
@@ -61,12 +62,15 @@ def hindsight_targets(step_rewards, lengths, correct, gamma):
     if bool((lengths < t).any()):
         raise ValueError("a rollout from prefix t has fewer than t steps")
     return step_rewards + (gamma ** (lengths - t) * correct).mean(1)
+# --- end of exercise 5 ---
 
 
+# --- exercise 6: majority_labels (1 point) ---
 def majority_labels(verdicts):
     """Case A: verdicts (S, M) in {0, 1} of a judge on M completed rollouts from each prefix -> (S,) in {0., 1.}: the
     strict majority; a tie is negative (paper, Sec. 4)."""
     return (verdicts.float().mean(1) > 0.5).float()
+# --- end of exercise 6 ---
 
 
 def matching_steps(chosen_ids, rejected_ids, chosen_ends, rejected_ends):
@@ -94,9 +98,11 @@ def bce_loss(scores, targets, mask):
     return masked_mean(F.binary_cross_entropy_with_logits(scores, targets, reduction="none"), mask)
 
 
+# --- exercise 7: bradley_terry_loss (1 point) ---
 def bradley_terry_loss(scores_chosen, scores_rejected, mask):
     """mean over masked comparisons of -log sigmoid(P(y+_1:t) - P(y-_1:t))."""
     return masked_mean(-F.logsigmoid(scores_chosen - scores_rejected), mask)
+# --- end of exercise 7 ---
 
 
 def step_loss(outputs, scores, targets):

@@ -1,5 +1,6 @@
 """Shared by all tests: the repository root on the path, one thread (tiny models are slower with more), tiny fixtures."""
 import os
+import re
 import sys
 
 import pytest
@@ -11,6 +12,12 @@ from data import Tokenizer  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config):
+    """`-k ex1` means exercise 1 alone, not also 10 to 15: their tests are called test_ex1_..."""
+    config.option.keyword = re.sub(r"\bex(\d+)\b", r"ex\1_", config.option.keyword)
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import data
-from data import (DOMAINS, OBJECTIVES, Dice, InputError, Problem, World, believed, domain_objectives, fit_threshold, judge,
-                  pad, read_json, response_mask, right, select_objectives, split_of)
+from data import (DOMAINS, OBJECTIVES, Dice, InputError, Problem, World, batches_by_length, believed, domain_objectives,
+                  fit_threshold, judge, pad, read_json, response_mask, right, select_objectives, split_of)
 
 
 # -- objectives
@@ -110,6 +110,7 @@ SUM = Problem("4 ; a + 5 ; b - 2 = ?", {"first": 4, "terms": [("+", 5), ("-", 2)
     (["a 4 + 5 = 8\n", "b 9 - 2 = 7\n", "answer 7"], 1, [0, 1, 1]),       # wrong step, right final
     (["a 4 + 5 = 9\n", "b 8 - 2 = 6\n", "answer 7"], 1, [1, 0, 1]),       # wrong value copied
     (["a 4 - 2 = 2\n", "b 2 + 5 = 7\n", "answer 7"], 1, [0, 0, 1]),       # not left to right
+    (["b 9 - 2 = 7\n", "a 4 + 5 = 9\n", "answer 7"], 1, [0, 0, 1]),       # right steps at the wrong time
     (["a 4 + 5 = 9\n", "b 9 - 2 = 7\n", "answer 70"], 0, [1, 1, 0]),
     (["a 4 + 5 = 9\n", "b 9 - 2 = 7\n", "c 7 + 1 = 8\n", "answer 7"], 1, [1, 1, 0, 1]),
     (["a 4 + 5 = 90\n"], 0, [0]), (["a 4 + 5 = 9\n"], 0, [1]), (["b 4 + 5 = 9\n"], 0, [0]), (["answer 7", "hm"], 0, [1, 0]), ([], 0, [])])
@@ -265,3 +266,11 @@ def test_pad_and_response_mask():
     assert ids.dtype == torch.long and pad([[]], 9)[0].shape == (1, 1)
     mask = response_mask(torch.tensor([1, 1, 0]), lengths, 3)
     assert mask.tolist() == [[False, True, True], [False, False, False], [False, False, False]]
+
+
+def test_batches_by_length():
+    """A batch that is padded beyond the bound, rows lost or taken twice, one long row that is refused or shares its batch."""
+    lengths = [7, 1, 30, 4, 4, 5, 2, 9]
+    found = list(batches_by_length(lengths, tokens=12))
+    assert found == [[1, 6, 3], [4, 5], [0], [7], [2]]          # 3 x 4 fits exactly, 2 x 7 does not
+    assert list(batches_by_length([], tokens=12)) == []

@@ -553,6 +553,7 @@ def test_names_of_an_exported_checkpoint(tmp_path):
     assert torch.equal(t[f"{prefix}input_layernorm.weight"], model.layers[1].norm1.weight)
     assert torch.equal(t[f"{prefix}post_attention_layernorm.weight"], model.layers[1].norm2.weight)
     assert torch.equal(t["model.norm.weight"], model.norm.weight) and torch.equal(t["lm_head.weight"], model.heads[0].weight)
+    assert torch.equal(t["model.embed_tokens.weight"], model.embed.weight)
     assert len(t) == 3 + 2 * 13 and all(v.dtype == torch.float32 for v in t.values())
 
 

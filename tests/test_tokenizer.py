@@ -529,6 +529,7 @@ def cut(tokenizer, text, kind):
     ("sentence", ["pi is 3.14 or so.", " good !", " why ?"]),
     ("sentence", ["take e.g. this.", " well.", " or i.e. that\n", "done"]),
     ("sentence", ["x = 3\n", "the dog.", " see plan b\n", "end"]),
+    ("sentence", ["so.", "g.", " done."]),           # a step does not remember how the one before it ended
     ("turn", ["yes . 3 + 4 = 7 .\ngood try !"])])
 def test_steps_are_cut_where_the_objective_says(tokenizer, kind, steps):
     """A cut inside '3.14' or 'e.g.', a lost last step without an end, or a newline that does not end a step."""

@@ -264,6 +264,16 @@ def test_train_policy_sends_each_pair_through_its_own_head(run, gpt, tokenizer, 
     assert all(not torch.equal(h.weight, sft.heads[0].weight) for h in trained.heads)
 
 
+def test_train_policy_weighs_the_objectives(run, gpt, tokenizer):
+    """Prevents: an --alpha that is read but not used: an objective of weight 0 must leave its head alone."""
+    save_hf(gpt, run.file("sft"), weights=0)
+    train.write_rows(run.file("pairs.jsonl"), make_pairs(tokenizer))
+    run.config.dpo_steps, run.config.dpo_pairs, run.config.perturbation, run.config.alpha = 1, 2, 0.0, "math_engagement=0"
+    train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
+    trained, sft = load_hf(run.file("mah_dpo")), load_hf(run.file("sft")).heads[0].weight
+    assert [torch.equal(h.weight, sft) for h in trained.heads] == [False, True, False]
+
+
 def test_modpo_margins_by_hand(run, gpt, tokenizer, monkeypatch):
     """Prevents: a margin of the wrong sign, with the pair's own reward in it, without beta, or across domains."""
     pairs = make_pairs(tokenizer, 1)                                     # one pair each: accuracy, engagement, honesty
@@ -360,6 +370,31 @@ def test_guided_conversations_equal_re_encoding(gpt, tokenizer):
     assert [c.turns for c in carried] == [c.turns for c in fresh]
     ended = {r[-1] == tokenizer.eos_id for c in carried for *_, r in c.turns}
     assert ended == {True, False}
+
+
+def test_guided_conversations_in_batches(gpt, tokenizer):
+    """Prevents: a batch of conversations that goes on from another batch's state."""
+    prm = PRM(gpt.with_heads(()), ["tutor_accuracy"], torch.Generator().manual_seed(0))
+    prm.backbone.tokenizer = tokenizer
+    world, problems = DOMAINS["tutoring"], DOMAINS["tutoring"].problems("test", 5, Dice(1))
+    play = lambda size: [c.turns for c in converse(world, problems, tokenizer, guided_responder(
+        gpt, prm, world, [0.5, 0.5], "unified", 0.0, None, K=1, batch=size), 7)]
+    assert play(2) == play(256)
+
+
+def test_pair_metrics_rows_by_hand():
+    """Prevents: pairs of all objectives in each one's row, a margin without beta, an accuracy that counts ties, or compares
+    with the reference where it should not."""
+    pairs = [Pair(o, [0], [1], [2], "dev") for o in ("honesty", "helpfulness", "honesty", "honesty")]
+    logps = torch.tensor([[-3.0, -5.0], [-1.0, -2.0], [-4.0, -2.0], [-2.0, -6.0]])
+    reference = torch.tensor([[-4.0, -4.5], [-1.0, -2.0], [-6.0, -3.0], [-2.0, -6.0]])     # Delta = 1.5, 0, 1, 0
+    rows = evaluate.pair_metrics_rows("p", logps, reference, pairs, 0.1, 7)
+    assert [(r["policy"], r["domain"], r["weights"], r["seed"]) for r in rows] == [
+        ("p", "pairs:honesty", {"honesty": 1.0}, 7), ("p", "pairs:helpfulness", {"helpfulness": 1.0}, 7)]
+    mean = {k: v["mean"] for k, v in rows[0]["metrics"].items()}
+    loss = sum(math.log1p(math.exp(-x)) for x in (0.15, 0.1, 0.0)) / 3
+    assert mean == pytest.approx({"loss": loss, "margin": 0.25 / 3, "logp_accuracy": 2 / 3, "reward_accuracy": 2 / 3}, abs=1e-6)
+    assert {k: v["mean"] for k, v in rows[1]["metrics"].items()} == pytest.approx({"loss": math.log(2), "margin": 0, "logp_accuracy": 1})
 
 
 def test_too_many_prompts_are_a_users_mistake():

@@ -1,0 +1,337 @@
+"""Small wrong edits of the seven files, and the tests that notice each.
+
+    python -m tests.mutants [N ...]          every bug (or these) against all tests but this course's own; about a minute a bug
+    python -m tests.mutants --killers [N ...]   each against the one test that is named beside it; some minutes in all
+    python -m tests.mutants --plant N OUT    a copy of the project with bug N in it, for a student to find
+
+Each bug is an edit (file, old text, new text), the test that kills it, and what one sees of it: the hint for students.
+"""
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from data import InputError, run_command
+from tests.make_assignment import HOME, make_assignment, read, write
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str
+    new: str
+    killer: str          # a file of tests/ and a test in it
+    hint: str
+
+
+MUTANTS = [
+    # -- data.py
+    Mutant("data.py", "return SPLITS[zlib.crc32(prompt.encode()) % len(SPLITS)]", "return SPLITS[zlib.crc32(prompt.encode()) % (len(SPLITS) - 1)]",
+           "test_data.py::test_split_is_a_function_of_the_text", "There is nothing left to test on."),
+    Mutant("data.py", "return score + dice.gauss(JUDGE_NOISE)", "return score + dice.gauss(JUDGE_NOISE ** 2)",
+           "test_data.py::test_judge_noise_is_calibrated", "The judges are better than they say."),
+    Mutant("data.py", "return (best + above) / 2, agreement(best)", "return above, agreement(best)",
+           "test_data.py::test_fit_threshold", "A judge calls no example positive that is rated just like its best one."),
+    Mutant("data.py", "return a + b if op == \"+\" else a - b if op == \"-\" else a * b", "return a + b if op == \"+\" else b - a if op == \"-\" else a * b",
+           "test_data.py::test_misconceptions_are_fixed", "Some facts of arithmetic have changed."),
+    Mutant("data.py", "return float(final == answer), rewards", "return float(final.startswith(answer)), rewards",
+           "test_data.py::test_verifier", "The verifier accepts 70 for 7."),
+    Mutant("data.py", "rewards.append(float((said[1] == expected[t]) if said and t in expected else step.strip() == answer))",
+           "rewards.append(float((said[1] in lines) if said and t in expected else step.strip() == answer))",
+           "test_data.py::test_verifier", "Steps may come in any order."),
+    Mutant("data.py", "min(1.0, len(chats) / len(problem.truth[\"terms\"]))", "min(1.0, len(chats) / len(steps))",
+           "test_data.py::test_math_scores", "Short answers engage more."),
+    Mutant("data.py", "said.setdefault(unknown or claimed, (manner, value or None))", "said[unknown or claimed] = (manner, value or None)",
+           "test_data.py::test_values_scores", "One can take back a lie."),
+    Mutant("data.py", "max(0.0, 1.0 - 2 * lies / n)", "max(0.0, 1.0 - lies / n)",
+           "test_data.py::test_values_scores", "Lying has become cheaper."),
+    Mutant("data.py", "any(q in response and q not in earlier for q in self.ASK)", "any(q in response for q in self.ASK)",
+           "test_data.py::test_tutor_scores", "A tutor who always asks the same is thought engaging."),
+    Mutant("data.py", "accuracy = 0.5 * sum(claims[:2]) - 0.5 * sum(not c for c in claims)", "accuracy = 0.5 * sum(claims[:2])",
+           "test_data.py::test_tutor_scores", "A tutor may say anything as long as something is right."),
+    Mutant("data.py", "learnt = dice.chance(0.15 + 0.5 * scores[\"tutor_accuracy\"]", "learnt = dice.chance(0.45 - 0.3 * scores[\"tutor_accuracy\"]",
+           "test_data.py::test_student_replies_twice_and_learns_from_good_tutoring", "Students learn whatever they are told."),
+    Mutant("data.py", "self.encode(m[\"content\"]) + [self.eos_id] + self.fill(form.tail)", "self.encode(m[\"content\"]) + self.fill(form.tail)",
+           "test_tokenizer.py::test_chat_is_encoded_message_by_message", "Answers in the training data never end."),
+    Mutant("data.py", "(letters[previous] & stops[before])", "letters[previous]",
+           "test_exercises.py::test_ex11_where_a_step_ends", "Some sentences go on behind their full stop."),
+    Mutant("data.py", "                found.append(t)\n                previous = before = none", "                found.append(t)\n                previous, before = token, previous",
+           "test_tokenizer.py::test_steps_are_cut_where_the_objective_says", "Where a step ends depends on the step before it."),
+    Mutant("data.py", "start, depth = max((m.end() for m in BOX.finditer(text)), default=len(text)), 1",
+           "start, depth = min((m.end() for m in BOX.finditer(text)), default=len(text)), 1",
+           "test_readers.py::test_final_answers", "Of two boxed results the wrong one counts."),
+    Mutant("data.py", "return a is not None and b is not None and answer_parts(a) == answer_parts(b)", "return answer_parts(str(a)) == answer_parts(str(b))",
+           "test_readers.py::test_same_answers_and_no_others", "Saying nothing can be right."),
+    Mutant("data.py", "worst, best = (pick(rated", "best, worst = (pick(rated",
+           "test_readers.py::test_ratings_give_pairs_of_every_objective", "Trained on published ratings, the model gets worse."),
+    Mutant("data.py", "labels = [row[\"label\"] == -1 or t < row[\"label\"]", "labels = [row[\"label\"] == -1 or t <= row[\"label\"]",
+           "test_readers.py::test_spellings_of_steps", "The first wrong step is praised."),
+    Mutant("data.py", "return (t >= prompt_lengths[:, None]) & (t < lengths[:, None])", "return (t > prompt_lengths[:, None]) & (t < lengths[:, None])",
+           "test_data.py::test_pad_and_response_mask", "How an answer begins is never learnt."),
+    Mutant("data.py", "if batch and (len(batch) + 1) * lengths[i] > tokens:", "if batch and len(batch) * lengths[i] > tokens:",
+           "test_data.py::test_batches_by_length", "Memory runs out although batches are bounded."),
+
+    # -- model.py
+    Mutant("model.py", "torch.cat((a * cos - b * sin, b * cos + a * sin), -1)", "torch.cat((a * cos + b * sin, b * cos - a * sin), -1)",
+           "test_model.py::test_rotary_positions_by_hand", "A checkpoint from elsewhere writes nonsense; one's own models train well."),
+    Mutant("model.py", "(s[\"high_freq_factor\"] - s[\"low_freq_factor\"])).clamp(0, 1)", "(s[\"high_freq_factor\"] - s[\"low_freq_factor\"])).clamp(max=1)",
+           "test_checkpoints.py::test_every_family_computes_what_its_reference_does", "Llama 3.1 forgets the beginning of long texts."),
+    Mutant("model.py", "gate, x = x.chunk(2, -1)", "x, gate = x.chunk(2, -1)",
+           "test_model.py::test_activations_by_hand", "Every Llama checkpoint writes nonsense; GPT-2 is fine."),
+    Mutant("model.py", "F.gelu(x, approximate=\"tanh\")", "F.gelu(x)",
+           "test_model.py::test_activations_by_hand", "GPT-2's probabilities are off in the fourth digit."),
+    Mutant("model.py", "is_causal=mask is None", "is_causal=False",
+           "test_model.py::test_no_token_sees_the_future", "The training loss is wonderfully low, the samples are garbage."),
+    Mutant("model.py", "return x + self.mlp(self.norm2(x))", "return x + self.mlp(self.norm1(x))",
+           "test_checkpoints.py::test_every_family_computes_what_its_reference_does", "Every checkpoint writes nonsense."),
+    Mutant("model.py", "if self.own and fed > self.fed:", "if self.own and fed > len(self.held) * self.K:",
+           "test_model.py::test_a_subset_of_rows_in_any_order", "A row that was left out comes back with words that it never said."),
+    Mutant("model.py", "self.held[groups] += counts", "self.held[groups] += self.own",
+           "test_exercises.py::test_ex8_keep", "In guided decoding the chosen step is followed by words that nobody chose."),
+    Mutant("model.py", "torch.minimum(self.held, torch.as_tensor(lengths, device=self.held.device))", "self.held * 0 + torch.as_tensor(lengths, device=self.held.device)",
+           "test_exercises.py::test_ex8_rollback", "After a rollback a sequence may be longer than it ever was."),
+    Mutant("model.py", "        return w / w.sum()", "        return w",
+           "test_exercises.py::test_ex13_folded_head", "--weights 1,1 draws wilder text than 0.5,0.5."),
+    Mutant("model.py", "return sum(w[i] * self.heads[i].weight for i in used)", "return sum(w[i] * self.heads[i].weight for i in range(len(used)))",
+           "test_exercises.py::test_ex13_folded_head", "A mix of the first and the last of three heads sounds like another."),
+    Mutant("model.py", "if not 0 <= weights < H:", "if not weights < H:",
+           "test_model.py::test_bad_weights_are_refused", "Head -1 exists."),
+    Mutant("model.py", "self.heads[0].weight.detach() + noise.to(self.heads[0].weight)", "self.heads[0].weight.detach().add_(noise.to(self.heads[0].weight))",
+           "test_model.py::test_with_heads_makes_untied_copies", "All heads stay the same, and the reference policy learns too."),
+    Mutant("model.py", "        if start != end:\n", "        if start < end:\n",
+           "test_exercises.py::test_ex14_lies_are_refused", "A checkpoint may hide bytes that belong to no tensor."),
+    Mutant("model.py", "if len({k for k, _ in pairs}) != len(pairs):", "if len({k for k, _ in pairs}) > len(pairs):",
+           "test_exercises.py::test_ex14_lies_are_refused", "Two programs read different weights from one checkpoint."),
+    Mutant("model.py", "type(i) is int and 0 <= i < 2**48 for i in v)", "type(i) is int and i < 2**48 for i in v)",
+           "test_model.py::test_safetensors_lies_are_named", "A damaged checkpoint ends in a traceback."),
+    Mutant("model.py", "text += b\" \" * (-len(text) % 8)", "text += b\" \" * (len(text) % 8)",
+           "test_model.py::test_safetensors_by_hand", "Some programs load our checkpoints slowly, or not at all."),
+    Mutant("model.py", "LLAMA = {\n    \"embed\": [\"embed_tokens\"],", "LLAMA = {\n    \"embed\": [\"lm_head\"],",
+           "test_model.py::test_names_of_an_exported_checkpoint", "Our exports are nonsense in every other program."),
+    Mutant("model.py", "\"tie_word_embeddings\": False,", "\"tie_word_embeddings\": (c.hf or {}).get(\"tie_word_embeddings\", False),",
+           "test_model.py::test_a_tied_checkpoint", "Exported from a tied base model, a policy serves as if it had never been trained."),
+    Mutant("model.py", "if window is not None and used and window <", "if window is not None and not used and window <",
+           "test_checkpoints.py::test_other_arithmetic_is_refused_by_name", "Qwen2.5 is refused, an old Mistral is not."),
+
+    # -- prm.py
+    Mutant("prm.py", "(gamma ** (lengths - t) * correct).mean(1)", "(gamma ** (lengths - t + 1) * correct).mean(1)",
+           "test_exercises.py::test_ex5_hand_values", "The value of a finished right answer is 1.9 at most, never 2."),
+    Mutant("prm.py", "(gamma ** (lengths - t) * correct).mean(1)", "(gamma ** (lengths - t) * correct).sum(1)",
+           "test_exercises.py::test_ex5_hand_values", "Values grow with --rollouts."),
+    Mutant("prm.py", "(verdicts.float().mean(1) > 0.5)", "(verdicts.float().mean(1) >= 0.5)",
+           "test_exercises.py::test_ex6_the_majority_is_strict", "With an even number of rollouts more steps are engaging."),
+    Mutant("prm.py", "-F.logsigmoid(scores_chosen - scores_rejected)", "-F.logsigmoid(scores_rejected - scores_chosen)",
+           "test_exercises.py::test_ex7_hand_value", "Guided by honesty, the model lies."),
+    Mutant("prm.py", "    if pairs and pairs[-1] != (chosen_ends[-1], rejected_ends[-1]):", "    if not pairs:",
+           "test_prm.py::test_matching_steps_by_index_then_full", "The end of the longer response is never compared."),
+    Mutant("prm.py", "if chosen_ids[:c + 1] != rejected_ids[:r + 1]]", "if chosen_ids[c] != rejected_ids[r]]",
+           "test_prm.py::test_matching_steps_skip_equal_prefixes", "Fewer steps are compared than differ."),
+    Mutant("prm.py", "mask.sum().clamp(min=1)", "mask.numel()",
+           "test_prm.py::test_mse_hand_value_and_mask", "The loss is small where few steps have labels."),
+    Mutant("prm.py", "(scores[..., index] / self.scale[index]).mean(-1)", "scores[..., index].mean(-1)",
+           "test_prm.py::test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain", "Unified guidance follows one objective only."),
+    Mutant("prm.py", "if n not in OBJECTIVES or boundary in (None, OBJECTIVES[n].boundary)]", "if n not in OBJECTIVES or boundary != OBJECTIVES[n].boundary]",
+           "test_prm.py::test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain", "Unified guidance of maths listens to the tutors."),
+    Mutant("prm.py", "mse_loss if OBJECTIVES[name].case == \"verifiable\" else bce_loss", "bce_loss if OBJECTIVES[name].case == \"verifiable\" else mse_loss",
+           "test_prm.py::test_step_loss_dispatches_by_case", "The value model's loss becomes negative."),
+    Mutant("prm.py", "targets[:, p].nan_to_num()", "targets[:, p]",
+           "test_prm.py::test_step_loss_missing_labels_have_no_gradient", "The PRM is NaN after its first step."),
+    Mutant("prm.py", "(i, len(x.prompt) + c, i + n, len(x.prompt) + r)", "(i, len(x.prompt) + c, i, len(x.prompt) + r)",
+           "test_train.py::test_pair_scores_compare_matching_steps", "The PRM of the values learns nothing."),
+    Mutant("prm.py", "nn.Parameter(p[1:] - p[:1])", "nn.Parameter(p[1:])",
+           "test_checkpoints.py::test_released_reward_models", "A released reward model with two labels ranks answers oddly."),
+
+    # -- mah_dpo.py
+    Mutant("mah_dpo.py", "row, t = mask[:, 1:].nonzero(as_tuple=True)", "row, t = mask[:, :-1].nonzero(as_tuple=True)",
+           "test_exercises.py::test_ex1_hand_values", "No policy ever learns to end."),
+    Mutant("mah_dpo.py", "cross_entropy(logits, ids[r, s + 1], reduction=\"none\")", "cross_entropy(logits, ids[r, s], reduction=\"none\")",
+           "test_exercises.py::test_ex1_hand_values", "After training the model repeats itself."),
+    Mutant("mah_dpo.py", "return (pi_chosen - ref_chosen) - (pi_rejected - ref_rejected)", "return (pi_chosen - ref_chosen) + (pi_rejected - ref_rejected)",
+           "test_exercises.py::test_ex2_hand_values", "Chosen and rejected answers become likelier together."),
+    Mutant("mah_dpo.py", "return (pi_chosen - ref_chosen) - (pi_rejected - ref_rejected)", "return pi_chosen - pi_rejected",
+           "test_mah_dpo.py::test_exact_copies_start_at_ln2", "The loss does not start at ln 2."),
+    Mutant("mah_dpo.py", "return -F.logsigmoid(beta * log_ratio_margin(", "return -F.logsigmoid(log_ratio_margin(",
+           "test_exercises.py::test_ex2_hand_values", "--beta changes nothing in DPO."),
+    Mutant("mah_dpo.py", "(beta * delta - margin) / w_k", "(beta * delta + margin) / w_k",
+           "test_exercises.py::test_ex4_hand_values", "MODPO is the worst of all baselines."),
+    Mutant("mah_dpo.py", "(beta * delta - margin) / w_k", "(beta * delta - margin) * w_k",
+           "test_exercises.py::test_ex4_hand_values", "MODPO hardly moves where w is small."),
+    Mutant("mah_dpo.py", "(torch.as_tensor(w_k) >= 0.1).all()", "(torch.as_tensor(w_k) >= 0.1).any()",
+           "test_exercises.py::test_ex4_small_weights_are_refused", "MODPO explodes in a batch of several objectives."),
+    Mutant("mah_dpo.py", "/ count.clamp(min=1)).sum()", "/ count.clamp(min=1)).mean()",
+           "test_exercises.py::test_ex3_hand_value", "The more objectives a run has, the slower each learns."),
+    Mutant("mah_dpo.py", "return (alpha * (losses @ one_hot)", "return ((losses @ one_hot)",
+           "test_exercises.py::test_ex3_hand_value", "--alpha changes nothing."),
+    Mutant("mah_dpo.py", "positions = torch.where(part >= 2, t - c, t)", "positions = torch.where(part >= 3, t - c, t)",
+           "test_mah_dpo.py::test_packed_pairs_each_through_its_own_head", "Rejected answers are scored as if they stood further back."),
+    Mutant("mah_dpo.py", "((part[:, None] == 0) | (part[:, None] == part[:, :, None]))", "(part[:, None] <= part[:, :, None])",
+           "test_mah_dpo.py::test_packed_pairs_each_through_its_own_head", "A rejected answer is suspiciously likely if it resembles the chosen one."),
+    Mutant("mah_dpo.py", "take = torch.where(j == 0, torch.cat((n, n)) - 1, start + j - 1)", "take = (start + j - 1)",
+           "test_mah_dpo.py::test_packed_pairs_each_through_its_own_head", "Only the first word of rejected answers is scored wrongly."),
+    Mutant("mah_dpo.py", "torch.cat(parts)[torch.cat(order).argsort()]", "torch.cat(parts)",
+           "test_mah_dpo.py::test_packed_pairs_each_through_its_own_head", "Training works with one objective, with two it learns noise."),
+    Mutant("mah_dpo.py", "out[index] = policy_logps(", "out[sorted(index)] = policy_logps(",
+           "test_mah_dpo.py::test_pair_logps_in_batches_of_any_size", "The loss starts at ln 2 only if all pairs are equally long."),
+    Mutant("mah_dpo.py", "sum(w / sum(weights) * s[k] for w, s in zip(weights, state_dicts))", "sum(w * s[k] for w, s in zip(weights, state_dicts))",
+           "test_mah_dpo.py::test_soup_is_the_weighted_average", "The soup of two good policies talks nonsense."),
+    Mutant("mah_dpo.py", "min(weights) < 0 or sum(weights) <= 0", "sum(weights) <= 0",
+           "test_mah_dpo.py::test_soup_refuses_bad_weights", "A policy can be subtracted from a soup."),
+    Mutant("mah_dpo.py", "betas=(0.9, 0.99), weight_decay=0.0", "betas=(0.9, 0.99), weight_decay=0.01",
+           "test_mah_dpo.py::test_optimizer_covers_every_parameter_once", "Parameters without a gradient's sign shrink."),
+
+    # -- decode.py
+    Mutant("decode.py", "logits.float() / temperature if", "logits.float() * temperature if",
+           "test_decode.py::test_sample_frequencies", "The lower the temperature, the wilder the text."),
+    Mutant("decode.py", "(p.cumsum(-1) - p < top_p)", "(p.cumsum(-1) < top_p)",
+           "test_exercises.py::test_ex10_top_p", "With a small top_p decoding breaks."),
+    Mutant("decode.py", "(u.to(cdf) * cdf[:, -1])", "u.to(cdf)",
+           "test_exercises.py::test_ex10_top_p", "top_p < 1 often draws the least likely of the tokens that it keeps."),
+    Mutant("decode.py", "right=True)", "right=False)",
+           "test_decode.py::test_sample_never_draws_what_has_no_probability", "Once in sixteen million draws something impossible is said."),
+    Mutant("decode.py", "(index if order is None else order.gather(-1, index))[:, 0]", "index[:, 0]",
+           "test_exercises.py::test_ex10_top_k", "With top_k all text consists of a few strange tokens."),
+    Mutant("decode.py", "if len(prompt) >= limit:", "if len(prompt) > limit:",
+           "test_decode.py::test_generate_refuses_prompts_that_do_not_fit", "A prompt that fills the context gets an answer of noise."),
+    Mutant("decode.py", "    cache.keep(0, n)\n", "    cache.keep(0)\n",
+           "test_decode.py::test_ragged_batch_equals_one_by_one", "Short prompts get worse answers in a batch with long ones."),
+    Mutant("decode.py", "return out[torch.arange(len(n), device=n.device), n - 1]", "return out[:, -1]",
+           "test_decode.py::test_ragged_batch_equals_one_by_one", "The first token after a short prompt is odd."),
+    Mutant("decode.py", "(count >= limits)", "(count > limits)",
+           "test_decode.py::test_generate_limit_per_prompt", "Answers are one token longer than was asked for."),
+    Mutant("decode.py", "winners = scores.shape[1], scores.argmax(-1)", "winners = scores.shape[1], scores.argmin(-1)",
+           "test_exercises.py::test_ex12_hand_case", "Guidance makes everything worse."),
+    Mutant("decode.py", "state.prm.keep(winners, fed[chosen], alive)", "state.prm.keep(winners, drawn[chosen], alive)",
+           "test_exercises.py::test_ex12_hand_case", "Only with a reward model that reads a marker scores drift from step to step."),
+    Mutant("decode.py", "state.h[alive * K + winners][:, None]", "state.h[winners][:, None]",
+           "test_exercises.py::test_ex12_hand_case", "Guided decoding is fine for one prompt, and mixes up several."),
+    Mutant("decode.py", "if ids[-1] != eos and int(budget[b]) > 0:", "if int(budget[b]) > 0:",
+           "test_decode.py::test_steps_and_text_belong_to_the_ids", "Answers go on behind their end."),
+    Mutant("decode.py", "budget[b] -= len(ids)", "budget[b] -= 1",
+           "test_decode.py::test_guided_equals_reference", "--max-new-tokens limits the number of steps."),
+    Mutant("decode.py", "c[-1] != prm.backbone.tokenizer.eos_id for c in candidates", "c[-1] == prm.backbone.tokenizer.eos_id for c in candidates",
+           "test_checkpoints.py::test_a_marker_stands_behind_every_step_and_is_read", "A reward model that reads a marker scores all steps alike."),
+    Mutant("decode.py", "limit = min(model.config.max_len, prm.backbone.config.max_len)", "limit = model.config.max_len",
+           "test_decode.py::test_guided_stops_at_the_shorter_context", "Near its context's end the PRM scores noise."),
+    Mutant("decode.py", "order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])),", "order, size = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])),",
+           "test_decode.py::test_ragged_batch_equals_one_by_one", "Same seed, other answers than last week."),
+    Mutant("decode.py", "out[i] = drawn[k * samples:(k + 1) * samples]", "out[i] = drawn[k::len(batch)]",
+           "test_decode.py::test_samples_of_a_prompt_equal_separate_rows", "Some answers belong to another question."),
+    Mutant("decode.py", "if any(not 0 <= w < float(\"inf\") for w in weights.values())", "if any(not 0 <= w for w in weights.values())",
+           "test_decode.py::test_parse_weights_refuses", "An infinite weight gives no error and no text."),
+
+    # -- evaluate.py
+    Mutant("evaluate.py", "return zlib.crc32(repr((seed, *what)).encode())", "return zlib.crc32(repr((seed, what[0])).encode())",
+           "test_train.py::test_seeds_depend_on_seed_and_purpose", "All domains meet the same luck."),
+    Mutant("evaluate.py", "closing = [] if response[-1] == tokenizer.eos_id else [tokenizer.eos_id]", "closing = []",
+           "test_train.py::test_conversation_ids_are_the_chat_of_its_messages", "A tutor whose turn was cut off goes on in the student's words."),
+    Mutant("evaluate.py", "self.ids = self.ids + response + self.new_ids", "self.ids = self.ids + self.new_ids",
+           "test_train.py::test_conversation_ids_are_the_chat_of_its_messages", "Unguided tutors forget what they have said."),
+    Mutant("evaluate.py", "for _, before, ids in self.turns]", "for _, before, ids in self.turns[-1:]]",
+           "test_train.py::test_conversation_scores_average_over_turns", "Only the last turn of a lesson counts."),
+    Mutant("evaluate.py", "spread = statistics.stdev(values) / math.sqrt(len(values))", "spread = statistics.stdev(values)",
+           "test_train.py::test_summary_hand_values", "Nothing is significant any more."),
+    Mutant("evaluate.py", "states[start] = results[0].state if world.turns > 1 else None", "states[0] = results[0].state if world.turns > 1 else None",
+           "test_train.py::test_guided_conversations_in_batches", "Guided tutoring fails on more than 256 students."),
+    Mutant("evaluate.py", "metrics[\"reward_accuracy\"] = summary((delta[i] > 0).float().tolist())", "metrics[\"reward_accuracy\"] = summary((delta[i] != 0).float().tolist())",
+           "test_train.py::test_pair_metrics_rows_by_hand", "Every policy is perfectly accurate on held-out pairs."),
+    Mutant("evaluate.py", "{\"loss\": summary(loss[i].tolist()),", "{\"loss\": summary(loss.tolist()),",
+           "test_train.py::test_pair_metrics_rows_by_hand", "All objectives have the same loss in the table of held-out pairs."),
+
+    # -- train.py
+    Mutant("train.py", "mask += [False] * (len(prompt) - len(ids)) + [True] * len(response)", "mask += [True] * (len(prompt) - len(ids)) + [True] * len(response)",
+           "test_train.py::test_chat_example_masks_only_assistant_turns", "After SFT the model asks itself questions."),
+    Mutant("train.py", "F.cross_entropy(model.logits(model(ids)[r, t]).float(), ids[r, t + 1])", "F.cross_entropy(model.logits(model(ids)[r, t]).float(), ids[r, t])",
+           "test_train.py::test_language_model_loss_is_the_masked_next_token_loss", "The loss falls to zero, and the model stutters."),
+    Mutant("train.py", "self.order += torch.randperm(len(self.items), generator=self.generator).tolist()", "self.order += torch.randint(len(self.items), (len(self.items),), generator=self.generator).tolist()",
+           "test_train.py::test_cycle_draws_each_item_once_per_epoch", "Some pairs are never seen."),
+    Mutant("train.py", "z = torch.tensor([[world.verify(problem, t)[0] for t in row] for row in texts])", "z = torch.tensor([[world.verify(problem, steps)[0] for t in row] for row in texts])",
+           "test_train.py::test_hindsight_by_hand", "The value model learns nothing about steps, only about whole answers."),
+    Mutant("train.py", "ids[a + 1:b + 1]) for a, b in zip([-1, *ends], ends)]", "ids[a + 1:b]) for a, b in zip([-1, *ends], ends)]",
+           "test_train.py::test_hindsight_by_hand", "The verifier finds hardly any right step."),
+    Mutant("train.py", "rate(r) > threshold for r in rollouts", "rate(r) > threshold for r in rollouts[:1]",
+           "test_train.py::test_verdicts_by_hand", "--rollouts changes nothing in the engagement labels."),
+    Mutant("train.py", "max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts]", "max_new_tokens=world.max_new_tokens",
+           "test_train.py::test_label_rollouts_by_hand", "Rollouts succeed more often than answers."),
+    Mutant("train.py", "[len(prompt) + e for e in ends[i]]", "[len(prompt) + e - 1 for e in ends[i]]",
+           "test_train.py::test_label_rollouts_by_hand", "Guidance in maths is a little worse than it could be."),
+    Mutant("train.py", "key=lambda k: ratings[k][name]) for f in (max, min))", "key=lambda k: ratings[k][name]) for f in (min, max))",
+           "test_train.py::test_pairs_prefer_the_better_rated", "There are no pairs to train on."),
+    Mutant("train.py", "margins[index] += (rewards[:, 0] - rewards[:, 1]) / len(mates)", "margins[index] += (rewards[:, 0] - rewards[:, 1])",
+           "test_train.py::test_modpo_margins_by_hand", "MODPO listens to the other objectives too much."),
+    Mutant("train.py", "rewards = run.config.beta * (logps - reference[index])", "rewards = run.config.beta * logps",
+           "test_train.py::test_modpo_margins_by_hand", "MODPO's margins depend on how long the answers are."),
+    Mutant("train.py", "alpha = torch.tensor([weights[o] for o in objectives]", "alpha = torch.tensor([1.0 for o in objectives]",
+           "test_train.py::test_train_policy_weighs_the_objectives", "--alpha changes nothing."),
+]
+
+
+# -- running them
+
+def mutated(mutant):
+    """The file's text with the edit. ValueError unless the old text stands there exactly once."""
+    text = read(HOME, mutant.file)
+    if text.count(mutant.old) != 1 or mutant.old == mutant.new:
+        raise ValueError(f"{mutant.file} holds {text.count(mutant.old)} times, not once: {mutant.old!r}")
+    return text.replace(mutant.old, mutant.new)
+
+
+def failures(directory, selection):
+    """Run tests in a copy of the project -> names of those that fail. RuntimeError if they cannot be run."""
+    report = os.path.join(directory, "report.xml")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", f"--junitxml={report}", *selection],
+                          cwd=directory, capture_output=True, encoding="utf-8")
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"the tests do not run:\n{done.stdout[-2000:]}")
+    cases = [c for c in ElementTree.parse(report).iter("testcase") if c.find("failure") is not None or c.find("error") is not None]
+    return list(dict.fromkeys(c.get("classname").split(".")[-1] + ".py::" + c.get("name").split("[")[0] for c in cases))
+
+
+def hunt(numbers, killers):
+    """Plant one bug after another in a copy and run the tests; print who found it. -> numbers of those that nobody found"""
+    survivors = []
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = os.path.join(temporary, "copy")
+        make_assignment(copy, {})
+        named = list(dict.fromkeys(os.path.join("tests", MUTANTS[n - 1].killer) for n in numbers))
+        if wrong := failures(copy, named if killers else ["tests"]):
+            raise InputError(f"these tests fail without any bug: {', '.join(wrong)}")
+        for n in numbers:
+            mutant = MUTANTS[n - 1]
+            write(copy, {mutant.file: mutated(mutant)})
+            found = failures(copy, [os.path.join("tests", mutant.killer)] if killers else ["tests"])
+            write(copy, {mutant.file: read(HOME, mutant.file)})
+            print(f"{n:3d} {mutant.file:12} {'killed by ' + ', '.join(found) if found else 'SURVIVES'}", flush=True)
+            if not found:
+                survivors.append(n)
+    return survivors
+
+
+def plant(number, out):
+    """A copy of the project with a bug in it."""
+    mutant = MUTANTS[number - 1]
+    make_assignment(out, {mutant.file: mutated(mutant)})
+    print(f"{out}: somewhere in the seven files is a bug. {mutant.hint}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", type=int, metavar="N", help=f"bugs, 1 to {len(MUTANTS)} (default all)")
+    parser.add_argument("--killers", action="store_true", help="run each bug's own test alone")
+    parser.add_argument("--plant", nargs=2, metavar=("N", "OUT"), help="write a copy with bug N to the new directory OUT")
+    args = parser.parse_args(argv)
+    numbers = args.numbers or list(range(1, len(MUTANTS) + 1))
+    wanted = [int(args.plant[0])] if args.plant and re.fullmatch("[0-9]+", args.plant[0]) else numbers
+    if args.plant and wanted is numbers or not all(0 < n <= len(MUTANTS) for n in wanted):
+        raise InputError(f"bugs have numbers from 1 to {len(MUTANTS)}")
+    if args.plant:
+        return plant(wanted[0], args.plant[1])
+    survivors = hunt(numbers, args.killers)
+    print(f"{len(numbers) - len(survivors)} of {len(numbers)} bugs are found" + (f"; not {survivors}" if survivors else ""))
+    sys.exit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,702 @@
+"""The exercises, one after another: `pytest -k ex3` runs exercise 3 alone. What is expected was computed by hand, or by slow loops
+on random numbers, to float32 rounding; an answer that is exactly what a common mistake gives is told which mistake that is.
+
+Every docstring states the bug that its test prevents. No test calls another exercise's function: each can be solved first."""
+import json
+import math
+import os
+import struct
+
+import pytest
+import torch
+
+import model
+from data import InputError, ends_step
+from decode import State, promote, sample
+from mah_dpo import balanced_mean, dpo_loss, mah_dpo_loss, modpo_loss, response_logps
+from model import GPT, GPTConfig, KVCache, read_header, visible
+from prm import bradley_terry_loss, hindsight_targets, majority_labels
+
+SEED = int(os.environ.get("EXERCISE_SEED", "0"))       # a grader draws other numbers than those that were handed out
+log_sigmoid = lambda x: -math.log1p(math.exp(-x))
+
+
+def fail(message):
+    pytest.fail(message, pytrace=False)
+
+
+def check(found, expected, what, mistakes=None):
+    """`found` is `expected` up to float32 rounding; else the test fails, naming the mistake that gives `found` if one of
+    `mistakes` {what is wrong: the value that it gives} does."""
+    expected = torch.as_tensor(expected)
+    if not isinstance(found, torch.Tensor):
+        fail(f"{what} must be a tensor, not {type(found).__name__}")
+    if found.shape != expected.shape:
+        fail(f"{what} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+    equals = lambda value: torch.allclose(found.double(), torch.as_tensor(value).double(), rtol=2e-6, atol=2e-6, equal_nan=True)
+    if not equals(expected):
+        for mistake, value in (mistakes or {}).items():
+            if torch.as_tensor(value).shape == expected.shape and equals(value):
+                fail(f"{mistake} ({what} is {found.tolist()}, expected {expected.tolist()})")
+        fail(f"{what} is {found.tolist()}, expected {expected.tolist()}")
+
+
+def learns(value, what):
+    if not value.requires_grad:
+        fail(f"{what} has no gradient: something was detached or turned into a Python number, so nothing can be learnt from it")
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(SEED)
+
+
+# -- 1: response_logps
+
+def slow_logps(h, W, ids, mask, shift=1):
+    """By the definition, token by token; `shift` positions before a token stands the state that predicts it."""
+    total = torch.zeros(len(ids), dtype=torch.float64)
+    for b in range(len(ids)):
+        for t in range(shift, ids.shape[1]):
+            if mask[b, t]:
+                total[b] += torch.log_softmax((W @ h[b, t - shift]).double(), 0)[ids[b, t]]
+    return total
+
+
+def logp_mistakes(h, W, ids, mask):
+    last = torch.stack([(torch.arange(ids.shape[1]) == m.nonzero().max()) for m in mask])
+    padding = (mask.long().cumsum(1) == mask.sum(1)[:, None]) & ~mask
+    return {"prompt tokens are being scored: only where mask is True does a token count":
+                slow_logps(h, W, ids, torch.ones_like(mask) & ~padding),
+            "padding is being scored: only where mask is True does a token count": slow_logps(h, W, ids, mask | padding),
+            "every position is being scored, prompt and padding too: use the mask": slow_logps(h, W, ids, torch.ones_like(mask)),
+            "logits are not shifted: h at t predicts the token at t + 1, so token t is scored by h at t - 1":
+                slow_logps(h, W, ids, mask, 0),
+            "the last response token is not scored": slow_logps(h, W, ids, mask & ~last),
+            "log-probabilities are averaged over the response: DPO needs their sum": slow_logps(h, W, ids, mask) / mask.sum(1),
+            "the sign is turned round: log-probabilities are negative": -slow_logps(h, W, ids, mask)}
+
+
+def test_ex1_hand_values():
+    """Prevents: prompt tokens scored, logits shifted by one, a mean instead of a sum. W is the identity, so h holds the logits:
+    here log-probabilities of the next token."""
+    p = torch.tensor([[[0.7, 0.2, 0.1], [0.5, 0.25, 0.25], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]]])
+    ids, mask = torch.tensor([[0, 1, 2, 1]]), torch.tensor([[False, False, True, True]])
+    found = response_logps(p.log(), torch.eye(3), ids, mask)
+    check(found, [math.log(0.25) + math.log(0.6)], "response_logps", logp_mistakes(p.log(), torch.eye(3), ids, mask))
+
+
+def test_ex1_ragged_rows(rng):
+    """Prevents: rows that get each other's tokens, padding scored, a row's score in another row's place."""
+    h, W = torch.randn(4, 9, 6, generator=rng), torch.randn(11, 6, generator=rng)
+    ids = torch.randint(0, 11, (4, 9), generator=rng)
+    t, first, stop = torch.arange(9), torch.tensor([[2], [5], [1], [4]]), torch.tensor([[6], [9], [2], [8]])
+    mask = (t >= first) & (t < stop)
+    check(response_logps(h, W, ids, mask), slow_logps(h, W, ids, mask), "response_logps", logp_mistakes(h, W, ids, mask))
+    learns(response_logps(h, W.requires_grad_(), ids, mask), "response_logps")
+
+
+def test_ex1_in_float32(rng):
+    """Prevents: a log-softmax in bfloat16, whose error over a response exceeds the margins that DPO looks for."""
+    h, W = torch.randn(1, 100, 16, generator=rng).bfloat16(), torch.randn(300, 16, generator=rng).bfloat16()
+    ids, mask = torch.randint(0, 300, (1, 100), generator=rng), torch.arange(100)[None] > 0
+    logits = torch.nn.functional.linear(h, W)[0, :-1]       # what bfloat16 matrix products give; exact from here on
+    exact = torch.log_softmax(logits.double(), -1).gather(1, ids[0, 1:, None]).sum()[None]
+    found = response_logps(h, W, ids, mask)
+    if found.dtype != torch.float32:
+        fail(f"response_logps of bfloat16 states is {found.dtype}: convert the logits to float32 before the softmax")
+    if not torch.allclose(found.double(), exact, rtol=1e-5):
+        fail(f"{found.item()} is too far from {exact.item()}: the softmax or the sum is taken in bfloat16")
+
+
+# -- 2: dpo_loss
+
+PI_C, PI_R, REF_C, REF_R = torch.tensor([[-3.0, -9.0], [-5.0, -4.0], [-4.0, -8.5], [-4.5, -6.0]]).unbind()
+
+
+def test_ex2_hand_values():
+    """Prevents: the sign of the margin, chosen and rejected or policy and reference swapped, beta left out. Delta = 1.5, -2.5."""
+    loss = lambda *x: [-log_sigmoid(v) for v in x]
+    check(dpo_loss(PI_C, PI_R, REF_C, REF_R, 0.1), loss(0.15, -0.25), "dpo_loss", {
+        "the margin has the wrong sign: chosen should become likelier than rejected, compared with the reference": loss(-0.15, 0.25),
+        "beta is left out": loss(1.5, -2.5), "the reference is left out": loss(0.2, -0.5),
+        "the reference is added, not subtracted": loss(0.25, -0.75), "log sigmoid must be negated: a loss is positive":
+            [-v for v in loss(0.15, -0.25)], "the sigmoid's logarithm is missing": [-1 / (1 + math.exp(-v)) for v in (0.15, -0.25)]})
+
+
+def test_ex2_starts_at_ln2(rng):
+    """Prevents: any difference between policy and reference in how a pair is scored: equal models lose exactly ln 2."""
+    c, r = torch.randn(2, 5, generator=rng) * 20
+    check(dpo_loss(c, r, c, r, 0.3), torch.full((5,), math.log(2)), "dpo_loss where policy = reference")
+
+
+def test_ex2_very_wrong_pairs():
+    """Prevents: log(sigmoid(x)), which is log(0) = -inf for a very wrong pair, and a gradient of NaN."""
+    found = dpo_loss(torch.tensor([-900.0]), torch.tensor([0.0]), torch.zeros(1), torch.zeros(1), 1.0)
+    if not bool(found.isfinite().all()):
+        fail("the loss of a very wrong pair is not finite: use F.logsigmoid(x), not log(sigmoid(x))")
+    check(found, [900.0], "dpo_loss at beta Delta = -900")
+    learns(dpo_loss(torch.zeros(1, requires_grad=True), torch.zeros(1), torch.zeros(1), torch.zeros(1), 0.1), "dpo_loss")
+
+
+# -- 3: mah_dpo_loss
+
+def slow_mah_dpo(losses, head, alpha):
+    """Each objective's own mean, weighted; nothing for one that is absent."""
+    total = 0.0
+    for i, a in enumerate(alpha.tolist()):
+        mine = [v for v, k in zip(losses.tolist(), head.tolist()) if k == i]
+        total += a * sum(mine) / len(mine) if mine else 0.0
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def test_ex3_hand_value():
+    """Prevents: one mean over the batch where every objective should get its own, alpha left out, a division by the objectives
+    that happen to be present, NaN for an absent one. Objective 1 is absent; losses of objective 0: 1 and 3, of 2: 5."""
+    losses, alpha, head = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([1.0, 1.0, 2.0]), torch.tensor([0, 0, 2])
+    check(balanced_mean(losses, head, alpha), 2 + 2 * 5.0, "balanced_mean", {
+        "one mean is taken over the whole batch: every objective gets its own, then alpha weighs them": 3.0,
+        "alpha is left out": 7.0, "losses are summed within an objective: take their mean": 14.0,
+        "objectives are averaged over those present: an absent one must not reweight the others": 6.0,
+        "the sum over objectives is divided by their number": 4.0, "the sum is divided by alpha's sum": 3.0,
+        "the absent objective gives 0 / 0 = NaN: it adds nothing": math.nan})
+
+
+def test_ex3_loss_and_metrics():
+    """Prevents: a loss of the wrong sign, metrics of one objective that are mixed with another's. Delta = -1, 2, -1."""
+    pi_c, pi_r = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 0.0, 0.0])
+    zero, alpha = torch.zeros(3), torch.tensor([1.0, 1.0, 3.0])
+    found = mah_dpo_loss(pi_c, pi_r, zero, zero, torch.tensor([0, 0, 2]), alpha, 0.5)
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+        fail("mah_dpo_loss returns two things: the loss, and the metrics as pair_metrics gives them")
+    first, last = -(log_sigmoid(-0.5) + log_sigmoid(1.0)) / 2, -log_sigmoid(-0.5)
+    check(found[0], first + 3 * last, "mah_dpo_loss", {"alpha is left out": first + last,
+          "one mean is taken over the whole batch: every objective gets its own": (2 * first + last) / 3})
+    check(found[1]["loss"], [first, math.nan, last], "metrics['loss']")
+    check(found[1]["margin"], [0.25, math.nan, -0.5], "metrics['margin']", {"beta is left out of the margin": [0.5, math.nan, -1.0]})
+    check(found[1]["accuracy"], [0.5, math.nan, 0.0], "metrics['accuracy']")
+
+
+def test_ex3_parts_add_up(rng):
+    """Prevents: micro-batches whose gradients do not add up to the whole batch's: with count, parts divide by the whole's pairs."""
+    n, head = 12, torch.randint(0, 4, (12,), generator=rng)
+    head[:4] = torch.tensor([0, 1, 3, 3])
+    head[head == 2] = 1                                     # objective 2 is absent
+    pi_c, pi_r, ref_c, ref_r = torch.randn(4, n, generator=rng) * 5
+    alpha, count = torch.rand(4, generator=rng) + 0.5, head.bincount(minlength=4)
+    delta = (pi_c - ref_c) - (pi_r - ref_r)
+    whole = slow_mah_dpo(torch.nn.functional.softplus(-0.2 * delta), head, alpha)
+    loss_of = lambda part, *count: mah_dpo_loss(*(x[part] for x in (pi_c, pi_r, ref_c, ref_r, head)), alpha, 0.2, *count)[0]
+    check(loss_of(slice(0, n)).double(), whole, "mah_dpo_loss")
+    parts = [loss_of(part, count).double() for part in (slice(0, 3), slice(3, 4), slice(4, n))]
+    check(sum(parts), whole, "the sum of three parts' losses", {"count is ignored: a part must divide by the whole batch's pairs":
+          sum(loss_of(part).double() for part in (slice(0, 3), slice(3, 4), slice(4, n)))})
+    learns(mah_dpo_loss(pi_c.requires_grad_(), pi_r, ref_c, ref_r, head, alpha, 0.2)[0], "mah_dpo_loss")
+
+
+# -- 4: modpo_loss
+
+def test_ex4_hand_values():
+    """Prevents: the margin added instead of subtracted, multiplied by w_k or scaled by beta. beta Delta = .15, -.25."""
+    loss = lambda *x: [-log_sigmoid(v) for v in x]
+    found = modpo_loss(PI_C, PI_R, REF_C, REF_R, torch.tensor([0.05, -0.4]), 0.25, 0.1)
+    check(found, loss(0.1 / 0.25, 0.15 / 0.25), "modpo_loss", {
+        "the margin is added: what the other objectives already give must be subtracted": loss(0.2 / 0.25, -0.65 / 0.25),
+        "w_k multiplies: it divides": loss(0.1 * 0.25, 0.15 * 0.25), "w_k is left out": loss(0.1, 0.15),
+        "w_k divides beta Delta only: it divides the margin too": loss(0.15 / 0.25 - 0.05, -0.25 / 0.25 + 0.4),
+        "w_k divides the margin only: it divides beta Delta too": loss(0.15 - 0.05 / 0.25, -0.25 + 0.4 / 0.25),
+        "the margin is scaled by beta: it is made of rewards, which hold beta already": loss(0.145 / 0.25, -0.21 / 0.25),
+        "the margin is left out": loss(0.15 / 0.25, -0.25 / 0.25)})
+
+
+def test_ex4_a_weight_per_pair(rng):
+    """Prevents: one w_k for all pairs, where pairs of several objectives come in one batch."""
+    pi_c, pi_r, ref_c, ref_r, margin = torch.randn(5, 6, generator=rng) * 3
+    w_k = torch.rand(6, generator=rng) * 0.9 + 0.1
+    x = (0.3 * ((pi_c - ref_c) - (pi_r - ref_r)) - margin) / w_k
+    check(modpo_loss(pi_c, pi_r, ref_c, ref_r, margin, w_k, 0.3), [-log_sigmoid(v) for v in x.tolist()], "modpo_loss")
+    learns(modpo_loss(pi_c.requires_grad_(), pi_r, ref_c, ref_r, margin, w_k, 0.3), "modpo_loss")
+
+
+def test_ex4_small_weights_are_refused():
+    """Prevents: a division by a tiny w_k, which makes the loss explode (paper, Sec. 5)."""
+    zero = torch.zeros(2)
+    modpo_loss(PI_C, PI_R, REF_C, REF_R, zero, 0.1, 0.1)
+    for w_k in (0.09, 0, -1.0, torch.tensor([0.5, 0.09])):
+        try:
+            modpo_loss(PI_C, PI_R, REF_C, REF_R, zero, w_k, 0.1)
+        except ValueError:
+            continue
+        fail(f"w_k = {w_k} is accepted: anything below 0.1 must raise a ValueError that names it")
+
+
+# -- 5: hindsight_targets
+
+def test_ex5_hand_values():
+    """Prevents: gamma^(n - t) off by one, one n for all rollouts, rollouts summed instead of averaged, r_t left out."""
+    r, g = [1.0, 0.0, 0.5], 0.9
+    n, z = [[3, 4], [3, 2], [3, 3]], [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
+    targets = lambda power, mean=True, reward=True: [r[t] * reward + sum(
+        z[t][m] * g ** power(n[t][m], t + 1) for m in (0, 1)) / (2 if mean else 1) for t in range(3)]
+    found = hindsight_targets(torch.tensor(r), torch.tensor(n), torch.tensor(z), g)
+    check(found, [1 + (0.81 + 0.729) / 2, 0.5, 0.5 + 0.5], "hindsight_targets", {
+        "the power is n - t + 1: steps count from t = 1, and the last step is not discounted": targets(lambda n, t: n - t + 1),
+        "the power is n: what counts are the n - t steps that remain": targets(lambda n, t: n),
+        "nothing is discounted": targets(lambda n, t: 0), "the power is t - n: gamma must shrink with the distance": targets(lambda n, t: t - n),
+        "rollouts are summed: take their mean": targets(lambda n, t: n - t, mean=False),
+        "the step's own reward r_t is left out": targets(lambda n, t: n - t, reward=False),
+        "gamma^(n - t) and z are averaged apart: every rollout has its own n and z": [
+            r[t] + sum(z[t]) / 2 * sum(g ** (n[t][m] - t - 1) for m in (0, 1)) / 2 for t in range(3)]})
+
+
+def test_ex5_random(rng):
+    """Prevents: steps and rollouts exchanged, a wrong rollout that is rewarded."""
+    r, t = torch.rand(6, generator=rng), torch.arange(1, 7)[:, None]
+    n, z = t + torch.randint(0, 5, (6, 4), generator=rng), torch.randint(0, 2, (6, 4), generator=rng).float()
+    expected = [float(r[s]) + sum(float(z[s, m]) * 0.8 ** int(n[s, m] - s - 1) for m in range(4)) / 4 for s in range(6)]
+    check(hindsight_targets(r, n, z, 0.8), expected, "hindsight_targets")
+
+
+def test_ex5_a_rollout_shorter_than_its_prefix():
+    """Prevents: rollouts matched with the wrong prefix, which would give powers gamma^-1 > 1 in silence."""
+    with pytest.raises(ValueError):
+        hindsight_targets(torch.zeros(2), torch.tensor([[1], [1]]), torch.ones(2, 1), 0.9)
+
+
+# -- 6: majority_labels
+
+def test_ex6_the_majority_is_strict():
+    """Prevents: a tie counted as positive, and a label per rollout instead of per prefix."""
+    verdicts = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+    check(majority_labels(verdicts), [0.0, 1.0, 0.0, 0.0], "majority_labels", {
+        "a tie is positive: the majority must be strict": [1.0, 1.0, 0.0, 0.0],
+        "one positive rollout is enough: it needs more than half": [1.0, 1.0, 0.0, 1.0],
+        "all rollouts must be positive: more than half are enough": [0.0, 0.0, 0.0, 0.0],
+        "the mean is taken over the prefixes: take it over the rollouts of each": [1.0, 0.0, 0.0, 0.0],
+        "these are shares: a label is 0 or 1": [0.5, 0.75, 0.0, 0.25]})
+
+
+def test_ex6_any_number_of_rollouts(rng):
+    """Prevents: a threshold fit for one M, verdicts as bool that cannot be averaged, labels that a loss cannot use."""
+    for M in (1, 2, 3, 7):
+        verdicts = torch.rand(20, M, generator=rng) < 0.5
+        found = majority_labels(verdicts)
+        check(found, [float(2 * sum(row) > M) for row in verdicts.tolist()], f"majority_labels of {M} rollouts")
+    if found.dtype != torch.float32:
+        fail(f"labels are {found.dtype}: bce_loss needs float32")
+
+
+# -- 7: bradley_terry_loss
+
+def test_ex7_hand_value():
+    """Prevents: the sign of the comparison turned round, masked comparisons in the mean, a sum."""
+    chosen, rejected, mask = torch.tensor([3.0, 0.0, 7.0]), torch.tensor([1.0, 0.5, -7.0]), torch.tensor([1, 1, 0])
+    losses = [-log_sigmoid(2.0), -log_sigmoid(-0.5), -log_sigmoid(14.0)]
+    check(bradley_terry_loss(chosen, rejected, mask), sum(losses[:2]) / 2, "bradley_terry_loss", {
+        "the sign is turned round: the chosen prefix should score higher": -(log_sigmoid(-2.0) + log_sigmoid(0.5)) / 2,
+        "masked comparisons are in the mean": sum(losses) / 3, "masked comparisons count in the denominator": sum(losses[:2]) / 3,
+        "the losses are summed: take their mean": sum(losses[:2]), "log sigmoid must be negated": -sum(losses[:2]) / 2})
+
+
+def test_ex7_masks_and_extremes(rng):
+    """Prevents: 0 / 0 = NaN where nothing is compared, log(sigmoid(x)) = -inf for a very wrong comparison."""
+    c, r = torch.randn(2, 3, 4, generator=rng, dtype=torch.float64) * 3
+    mask = torch.rand(3, 4, generator=rng) < 0.6
+    mask[0, 0] = True
+    slow = [-log_sigmoid(a - b) for a, b, m in zip(c.flatten().tolist(), r.flatten().tolist(), mask.flatten().tolist()) if m]
+    check(bradley_terry_loss(c, r, mask), sum(slow) / len(slow), "bradley_terry_loss")
+    check(bradley_terry_loss(c, r, torch.zeros(3, 4, dtype=torch.bool)).float(), 0.0, "bradley_terry_loss of nothing",
+          {"no comparison gives 0 / 0 = NaN: it should give 0 (masked_mean does)": math.nan})
+    check(bradley_terry_loss(torch.tensor([-400.0]), torch.tensor([400.0]), torch.ones(1)), 800.0, "the loss of a very wrong comparison",
+          {"log(sigmoid(x)) is log(0): use F.logsigmoid": math.inf})
+    learns(bradley_terry_loss(c.requires_grad_(), r, mask), "bradley_terry_loss")
+
+
+# -- 8: KVCache.append, keep, rollback
+
+@pytest.fixture
+def cached(monkeypatch):
+    """-> make(sequences), a cache of two layers with one key head of two channels. What `visible` (exercise 9) says is not read here."""
+    monkeypatch.setattr(model, "visible", lambda held, high, K, k, t, length: torch.ones(len(held), k.shape[1], len(t), length) > 0)
+    config = GPTConfig(vocab_size=5, n_layer=2, n_head=2, n_kv_head=1, d_model=4)
+    return lambda sequences: KVCache(config, sequences)
+
+
+def feed(cache, tokens, rows=None):
+    """Append tokens [[number, ...] for every row fed]: their keys are the number, their values its negative, and 1000 more in the
+    second layer. -> for every row the numbers that it looks at, prefix then step"""
+    numbers = torch.tensor(tokens, dtype=torch.float32)
+    view = cache.extend(rows, numbers.shape[1])
+    grid = torch.arange(len(cache.held) * cache.K).view(-1, cache.K) if rows is None else rows
+    seen, x = [], numbers[:, :, None, None].expand(-1, -1, 1, 2)
+    for layer in (0, 1):
+        for kind, sign, part in zip(("keys", "values"), (1, -1), cache.append(layer, view, x + 1000 * layer, -x - 1000 * layer)):
+            if part.shape != (len(grid), 1, view.length, 2):
+                fail(f"append gives {kind} of shape {tuple(part.shape)}, expected (G', n_kv, length, hd) = {(len(grid), 1, view.length, 2)}")
+            part = (part[:, 0, :, 0] * sign - 1000 * layer).tolist()
+            seen.append([part[i][:int(cache.held[row // cache.K])] + [part[i][cache.high + t * cache.K + row % cache.K] for t in range(cache.own)]
+                         for i, line in enumerate(grid.tolist()) for row in line])
+            if seen[-1] != seen[0]:
+                fail(f"the {kind} of layer {layer} are not those that were written there: {seen[-1]}, expected {seen[0]}")
+    return seen[0]
+
+
+def test_ex8_append(cached):
+    """Prevents: tokens written over earlier ones, into other rows, or not seen by the call that wrote them."""
+    cache = cached(2)
+    if feed(cache, [[1], [11]]) != [[1], [11]]:
+        fail("a new token's own key and value must be among those that append gives back")
+    found = feed(cache, [[2, 3], [12, 13]])
+    if found == [[2, 3, 0], [12, 13, 0]]:
+        fail("the second call writes over the first: the new tokens' places are start .. start + T")
+    assert found == [[1, 2, 3], [11, 12, 13]], f"rows see {found}, expected [[1, 2, 3], [11, 12, 13]]"
+
+
+def test_ex8_append_to_some_rows(cached):
+    """Prevents: rows that are fed but read from another row's places, or rows that are not fed but change."""
+    cache = cached(2)
+    feed(cache, [[1], [11]])
+    cache.keep(0)
+    cache = cache.fork(2)                                   # rows 0 and 1 continue [1], rows 2 and 3 [11]
+    feed(cache, [[2], [3], [12], [13]])
+    found = feed(cache, [[14], [4]], torch.tensor([[3], [1]]))
+    assert found == [[11, 13, 14], [1, 3, 4]], f"rows 3 and 1 see {found}, expected [[11, 13, 14], [1, 3, 4]]"
+
+
+@pytest.mark.parametrize("winners, counts, prefixes", [
+    ([2, 0], [3, 1], [[1, 2, 41, 42, 43], [11, 51]]), ([0, 1], [1, 2], [[1, 2, 21], [11, 61, 62]]),
+    ([1, 1], [3, 3], [[1, 2, 31, 32, 33], [11, 61, 62, 63]])])
+def test_ex8_keep(cached, winners, counts, prefixes):
+    """Prevents: a loser's step committed, more of it than was drawn, some layers only, keys without values."""
+    cache = cached(2)
+    feed(cache, [[1, 2], [11, 99]])
+    cache.keep(0, torch.tensor([2, 1]))                     # ragged prompts: 99 is padding
+    cache = cache.fork(3)
+    feed(cache, [[10 * k + i for i in (1, 2, 3)] for k in range(2, 8)])
+    cache.keep(torch.tensor(winners), torch.tensor(counts))
+    if cache.lengths.tolist() != [len(p) for p in prefixes]:
+        fail(f"the sequences hold {cache.lengths.tolist()} tokens after keep, expected {[len(p) for p in prefixes]}")
+    found = feed(cache, [[70 + k] for k in range(6)])
+    expected = [prefixes[k // 3] + [70 + k] for k in range(6)]
+    if found != expected and found[3:] == [[*found[3][:-1], 73 + k] for k in range(3)] and found[:3] == expected[:3]:
+        fail(f"the second sequence goes on from {found[3][:-1]}, expected {prefixes[1]}: its rows are K .. 2 K - 1, not 0 .. K - 1")
+    assert found == expected, f"after keep the rows see {found}, expected {expected}"
+
+
+def test_ex8_keep_again_in_some_sequences(cached, rng):
+    """Prevents: a step that is kept in the wrong place, room that runs out, a finished sequence that is overwritten."""
+    cache, texts = cached(3), [[1], [2], [3]]
+    feed(cache, texts)
+    cache.keep(0)
+    cache = cache.fork(2)
+    for size, groups in ((3, [0, 1, 2]), (1, [1, 2]), (90, [2, 0]), (2, [2]), (4, [0, 1, 2])):
+        tokens = torch.randint(0, 500, (6, size), generator=rng)
+        found = feed(cache, tokens.tolist())
+        expected = [texts[i // 2] + tokens[i].tolist() for i in range(6)]
+        assert found == expected, f"after keeping {[len(t) for t in texts]} tokens the rows see {found}, expected {expected}"
+        winners = torch.randint(0, 2, (len(groups),), generator=rng)
+        counts = torch.randint(1, size + 1, (len(groups),), generator=rng)
+        cache.keep(winners, counts, torch.tensor(groups))
+        for g, w, n in zip(groups, winners.tolist(), counts.tolist()):
+            texts[g] = texts[g] + tokens[2 * g + w, :n].tolist()
+        if cache.lengths.tolist() != [len(t) for t in texts]:
+            fail(f"the sequences hold {cache.lengths.tolist()} tokens, expected {[len(t) for t in texts]}: only `groups` keep anything")
+
+
+def test_ex8_rollback(cached):
+    """Prevents: tokens that were thrown away but are still seen; a step that was tried and is seen by the next try."""
+    cache = cached(2)
+    feed(cache, [[1, 2, 3, 4], [11, 12, 13, 14]])
+    cache.rollback(torch.tensor([2, 9]))
+    if cache.lengths.tolist() != [2, 4]:
+        fail(f"the sequences hold {cache.lengths.tolist()} tokens, expected [2, 4]: beyond what it holds a sequence has nothing to forget")
+    found = feed(cache, [[5], [15]])
+    assert found == [[1, 2, 5], [11, 12, 13, 14, 15]], f"after rollback the rows see {found}"
+    cache.keep(0)
+    cache = cache.fork(2)
+    feed(cache, [[6], [7], [16], [17]])
+    cache.rollback(3)                                       # the step that was tried goes too
+    assert cache.lengths.tolist() == [3, 3], f"the sequences hold {cache.lengths.tolist()} tokens, expected [3, 3]"
+    found = feed(cache, [[8], [9], [18], [19]])
+    assert found == [[1, 2, 5, 8], [1, 2, 5, 9], [11, 12, 13, 18], [11, 12, 13, 19]], f"after rollback the rows see {found}"
+
+
+# -- 9: visible
+
+def slow_visible(held, high, K, k, t, length, own=0, stale=False, relative=False, others=False):
+    """Place by place. The last arguments are mistakes."""
+    def see(n, row, i, p):
+        if p < high:
+            return stale or p < n
+        return (others or (p - high) % K == row) and (p - high) // K <= i + own - (int(t[0]) if relative else 0)
+
+    rows = k.expand(len(held), -1).tolist()
+    return torch.tensor([[[[see(n, row, i, p) for p in range(length)] for i in t.tolist()] for row in line]
+                         for n, line in zip(held.tolist(), rows)])
+
+
+def visible_mistakes(*args):
+    return {"a token does not see itself": slow_visible(*args, own=-1), "a token sees the one behind it": slow_visible(*args, own=1),
+            "places beyond held[g] are seen: they hold stale or padding tokens": slow_visible(*args, stale=True),
+            "the causal triangle stands in the wrong corner: t says where in the step the new tokens stand":
+                slow_visible(*args, relative=True),
+            "rows see each other's steps: of the places behind `high` every K-th is a row's own": slow_visible(*args, others=True),
+            "everything is seen": slow_visible(*args, own=10**6, stale=True, others=True)}
+
+
+def test_ex9_hand_mask():
+    """Prevents: the triangle that is right only for an empty cache (SDPA's is_causal aligns it top-left), stale places in sight."""
+    args = torch.tensor([2, 3]), 3, 2, torch.tensor([[1]]), torch.tensor([1, 2]), 10     # second row of two; x x x a0 b0 a1 b1 a2 b2 .
+    expected = [[[[1, 1, 0, 0, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 1, 0, 1, 0, 1, 0]]],
+                [[[1, 1, 1, 0, 1, 0, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 1, 0, 1, 0]]]]
+    found = visible(*args)
+    check(found, torch.tensor(expected, dtype=torch.bool), "visible", visible_mistakes(*args))
+    if found.dtype != torch.bool:
+        fail(f"visible gives {found.dtype}: it should be bool, True where a token sees a place")
+
+
+def test_ex9_random(rng):
+    """Prevents: sequences that see each other's lengths or rows, a mask that fits T = 1, no past or a full step only."""
+    for case in range(30):
+        G, high, start, T, spare, K = (int(torch.randint(a, b, (), generator=rng))
+                                       for a, b in ((1, 5), (0, 6), (0, 4), (1, 5), (0, 3), (1, 4)))
+        held, m = torch.randint(0, high + 1, (G,), generator=rng), int(torch.randint(1, K + 1, (), generator=rng))
+        k = torch.arange(K)[None] if m == K else torch.randint(0, K, (G, m), generator=rng)
+        args = held, high, K, k, start + torch.arange(T), high + (start + T) * K + spare
+        found = visible(*args)
+        check(found.expand(G, -1, -1, -1), slow_visible(*args), f"visible{args}", visible_mistakes(*args))
+
+
+# -- 10: sample
+
+LOG_P = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64).log()
+
+
+def drawn(us, message, expected, **options):
+    found = sample(LOG_P.expand(len(us), -1), torch.tensor(us, dtype=torch.float64), **options)
+    if not isinstance(found, torch.Tensor) or found.shape != (len(us),):
+        fail(f"sample gives {found}, expected one token id for each of {len(us)} rows")
+    if found.tolist() != expected:
+        fail(f"{message}: probabilities .2 .5 .3 and u = {us} with {options} gave tokens {found.tolist()}, expected {expected}")
+
+
+def test_ex10_inverts_the_distribution_function():
+    """Prevents: tokens drawn with other probabilities than the model's: the steps of the function are at .2 and .7."""
+    drawn([0.0, 0.199, 0.201, 0.699, 0.701, 0.999999], "the draw must invert the distribution function", [0, 0, 1, 1, 2, 2])
+
+
+def test_ex10_temperature():
+    """Prevents: logits multiplied by the temperature, or temperature 0 that divides by zero or still draws."""
+    s = [0.04 / 0.38, 0.29 / 0.38]
+    drawn([s[0] - 1e-6, s[0] + 1e-6, s[1] - 1e-6, s[1] + 1e-6], "logits are divided by the temperature: 0.5 squares probabilities",
+          [0, 1, 1, 2], temperature=0.5)
+    drawn([0.999, 0.0], "temperature 0 takes the likeliest token", [1, 1], temperature=0)
+
+
+def test_ex10_top_k():
+    """Prevents: an excluded token drawn, or kept ones not renormalised: of {.5, .3} the first has .625."""
+    drawn([0.0, 0.6249, 0.6251, 0.999999], "top_k keeps the k likeliest and renormalises them", [1, 1, 2, 2], top_k=2)
+    drawn([0.0, 0.999999], "top_k = 1 leaves one token", [1, 1], top_k=1)
+    drawn([0.1, 0.3, 0.9], "top_k = 0 keeps all", [0, 1, 2], top_k=0)
+
+
+def test_ex10_top_p():
+    """Prevents: the token that crosses top_p dropped (an empty set for small p), or one token too many kept."""
+    drawn([0.0, 0.999999], "the token that crosses top_p stays: one token always does", [1, 1], top_p=0.01)
+    drawn([0.0, 0.999999], ".5 alone reaches .49: no second token is kept", [1, 1], top_p=0.49)
+    drawn([0.0, 0.6249, 0.6251, 0.999999], ".5 does not reach .51, .5 + .3 does: two tokens, renormalised", [1, 1, 2, 2], top_p=0.51)
+    found = {int(sample(LOG_P, torch.tensor([u], dtype=torch.float64), top_p=0.81)) for u in (0.0, 0.5, 0.6, 0.85, 0.999999)}
+    assert found == {0, 1, 2}, f".5 + .3 does not reach .81: all three tokens must be possible, not only {found}"
+    drawn([0.0, 0.999999], "top_p looks at tempered probabilities: at 0.5 the likeliest alone has .66", [1, 1], temperature=0.5, top_p=0.6)
+
+
+def test_ex10_frequencies(rng):
+    """Prevents: a bias anywhere in the chain top-k, temperature, top-p, inverse; a token that has no probability drawn."""
+    logits, n = torch.tensor([0.3, -1.0, 1.2, 0.1, -5.0, -torch.inf]), 20_000
+    p = torch.softmax(logits[:4] / 0.8, 0)
+    counts = sample(logits.expand(n, -1), torch.rand(n, generator=rng), temperature=0.8, top_k=4, top_p=0.999).bincount(minlength=6)
+    assert counts[4:].tolist() == [0, 0], f"tokens beyond the top_k = 4 were drawn {counts[4:].tolist()} times"
+    for i, q in enumerate(p.tolist()):
+        if abs(int(counts[i]) - n * q) > 5 * math.sqrt(n * q * (1 - q)):
+            fail(f"token {i} has probability {q:.3f} but was drawn {int(counts[i])} times of {n}")
+
+
+# -- 11: ends_step
+
+WORDS = ["<end>", "\n", ".", "!", "3", "14", " I", "e", "g", " so", "<none>"]          # the last is "no token before"
+MASKS = [[w in kind for w in WORDS] for kind in (("<end>", "\n"), (".", "!"), ("3", "14", " I"), ("e", "g"))]
+
+
+@pytest.mark.parametrize("step, ends, message", [
+    ("so .", True, "a stop ends a sentence"), ("so !", True, "an exclamation mark ends a sentence"),
+    ("so so", False, "an ordinary word ends nothing"), (".", True, "a stop ends a step even where nothing stands before it"),
+    ("so \n", True, "what always ends a step does"), ("so . <end>", True, "the end of the text ends a step"),
+    ("so 3 .", False, "the stop of '3.14' ends nothing: a number stands before it"),
+    ("so 3 \n", True, "a newline ends a step even behind a number: only stops are held back"),
+    ("14 <end>", True, "the end of the text ends a step even behind a number"),
+    ("so I .", False, "the stop of an initial, 'I. Newton', ends nothing"), ("so e .", True, "a bare letter alone, 'plan e.', holds nothing back"),
+    (". g .", False, "the second stop of 'e.g.' ends nothing: the letter before it follows a stop"),
+    ("! g !", False, "a stop behind a bare letter that itself follows a stop ends nothing"),
+    ("3 g .", True, "'3 g.' ends a sentence: the letter follows no stop"), ("so g 14", False, "a number ends nothing")])
+def test_ex11_where_a_step_ends(step, ends, message):
+    """Prevents: '3.14' or 'e.g.' cut in two, a step that runs on over the end of a line. Ids with lists, and tensors of rows."""
+    ids = [WORDS.index("\n" if w == "\\n" else {"I": " I", "so": " so"}.get(w, w)) for w in step.replace("\n", "\\n").split(" ")]
+    before, previous, token = ([WORDS.index("<none>")] * 2 + ids)[-3:]
+    found = ends_step(MASKS, token, previous, before)
+    if not isinstance(found, (bool, int)) or found not in (0, 1):
+        fail(f"for ids the answer must be True or False, not {found!r} (in Python ~True is -2)")
+    if bool(found) != ends:
+        fail(f"{message}: {step!r} {'does not end' if ends else 'ends'} a step here")
+    rows = ends_step([torch.tensor(m) for m in MASKS], *(torch.tensor([i, WORDS.index(" so")]) for i in (token, previous, before)))
+    check(rows, torch.tensor([ends, False]), f"ends_step on tensors, for {step!r}")
+
+
+# -- 12: promote
+
+class Recorder:
+    """Stands for a cache: remembers what it was told to keep."""
+
+    def __init__(self):
+        self.kept = []
+
+    def keep(self, winners, counts=None, groups=None):
+        self.kept.append([winners, counts, groups])
+
+
+def promoted(scores, drawn, fed, alive, h):
+    """promote on recorders -> winners, {"policy" | "prm": (winners, counts, groups)}, the new h"""
+    state = State(Recorder(), Recorder(), h.clone())
+    winners, told = promote(state, scores, drawn, fed, alive), {}
+    for name, cache in (("policy", state.policy), ("prm", state.prm)):
+        if len(cache.kept) != 1 or cache.kept[0][1] is None:
+            fail(f"the cache of the {name} must be told once to keep its winners, and how many of their tokens: it was told {cache.kept}")
+        told[name] = [alive if x is None else torch.as_tensor(x) for x in cache.kept[0]]
+    return winners, told, state.h
+
+
+def test_ex12_hand_case():
+    """Prevents: the worst candidate taken, counts of another candidate, the policy's counts given to the PRM's cache."""
+    scores, h = torch.tensor([[0.1, 0.9, 0.3], [-2.0, -1.0, -5.0]]), torch.arange(6.0)[:, None].expand(6, 2)
+    winners, told, new = promoted(scores, torch.arange(1, 7), torch.arange(11, 17), torch.tensor([0, 1]), h)
+    check(winners, torch.tensor([1, 1]), "winners", {"the lowest score wins: it should be the highest": torch.tensor([0, 2])})
+    for name, first in (("policy", 1), ("prm", 11)):
+        check(told[name][0], torch.tensor([1, 1]), f"what the {name}'s cache keeps")
+        check(told[name][1], torch.tensor([first + 1, first + 4]), f"the counts that the {name}'s cache keeps", {
+            "counts lie candidate after candidate: those of sequence g start at g K": torch.tensor([first + 1, first + 1]),
+            "each cache keeps what IT was fed: `drawn` is the policy's, `fed` the PRM's": torch.tensor([2, 5]) + (10 if first == 1 else 0)})
+    check(new[:, 0], [1.0, 1, 1, 4, 4, 4], "the first channel of h", {
+        "h stays as it was: all K rows of a sequence go on from the winner's state": torch.arange(6.0),
+        "both sequences go on from the first one's state: sequence g's rows start at g K": torch.ones(6)})
+
+
+def test_ex12_some_sequences(rng):
+    """Prevents: a finished sequence whose state or cache changes; rows taken for candidates' places."""
+    for G, K, alive in ((4, 3, [1, 3]), (3, 1, [2]), (5, 2, [0, 1, 4]), (2, 5, [0, 1])):
+        alive, n = torch.tensor(alive), len(alive) * K
+        scores, h = torch.rand(len(alive), K, generator=rng), torch.randn(G * K, 3, generator=rng)
+        counts, fed = torch.randint(1, 9, (n,), generator=rng), torch.randint(1, 9, (n,), generator=rng)
+        best, expected = [row.index(max(row)) for row in scores.tolist()], h.clone()
+        for g, w in zip(alive.tolist(), best):
+            expected[g * K:(g + 1) * K] = h[g * K + w]
+        winners, told, new = promoted(scores, counts, fed, alive, h)
+        check(winners, torch.tensor(best), "winners")
+        check(new, expected, "h", {"h stays as it was": h})
+        for name, have in (("policy", counts), ("prm", fed)):
+            check(told[name][0], torch.tensor(best), f"what the {name}'s cache keeps")
+            check(told[name][1], torch.stack([have[i * K + w] for i, w in enumerate(best)]), f"the counts that the {name}'s cache keeps")
+            check(told[name][2], alive, f"the sequences in which the {name}'s cache keeps something")
+
+
+# -- 13: GPT.fold
+
+@pytest.fixture
+def three_heads(rng):
+    return GPT(GPTConfig(7, n_layer=1, n_head=2, n_kv_head=1, d_model=4, d_ff=4, objectives=("a", "b", "c"), init_std=0.5), rng)
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (0.7, 0.3, 0), (5, 0.5, 2), (1e-6, 0, 1e-6)])
+def test_ex13_folded_head(three_heads, weights):
+    """Prevents: weights that are not divided by their sum (a hidden temperature), a head left out, heads that are changed."""
+    W = [head.weight.detach().clone() for head in three_heads.heads]
+    plain, total = sum(w * m for w, m in zip(weights, W)), sum(weights)
+    found = three_heads.fold(weights)
+    check(found, plain / total, "fold", {
+        "weights are not divided by their sum: self.weights does that": plain, "the weights are ignored": sum(W) / 3,
+        "the sum is divided by the number of heads": plain / 3, "only the heaviest head is taken": W[max(range(3), key=weights.__getitem__)]})
+    if not all(torch.equal(head.weight, m) for head, m in zip(three_heads.heads, W)):
+        fail("fold changes a head: add into a new tensor")
+    h = torch.ones(1, 4)
+    check(h @ found.T, sum(w / total * (h @ m.T) for w, m in zip(weights, W)), "the logits of the folded head")
+
+
+def test_ex13_one_head_stays_itself(three_heads):
+    """Prevents: one head that is computed anew (0 * another head's infinity is NaN) instead of taken as it is."""
+    with torch.no_grad():
+        three_heads.heads[0].weight[0, 0] = math.inf
+    for which, i in ((1, 1), ("c", 2), ((0, 0, 3), 2), (0, 0)):
+        found = three_heads.fold(which)
+        if not torch.equal(found, three_heads.heads[i].weight):
+            fail(f"fold({which!r}) is not head {i}: a head of weight 0 must not be touched, one head alone must be exactly itself")
+
+
+# -- 14: read_header
+
+def raw(header, data=b"", length=None):
+    """The bytes of a safetensors file with this header (an object, or bytes) and this data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype, shape, start, end):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def test_ex14_reads_what_is_there(tmp_path):
+    """Prevents: offsets counted from the header's start, tensors in the order of names, metadata taken for a tensor."""
+    path = tmp_path / "x.safetensors"
+    header = {"__metadata__": {"format": "pt"}, "b": entry("F32", [2, 1], 1, 9), "a": entry("U8", [1], 0, 1),
+              "e": entry("BF16", [0, 4], 9, 9), "s": entry("I64", [], 9, 17)}
+    path.write_bytes(raw(header, b"x" * 17))
+    found, data = read_header(str(path)), 8 + len(json.dumps(header))
+    if "__metadata__" in found:
+        fail("__metadata__ is no tensor: leave it out")
+    expected = {"b": (torch.float32, (2, 1), data + 1, data + 9), "a": (torch.uint8, (1,), data, data + 1),
+                "e": (torch.bfloat16, (0, 4), data + 9, data + 9), "s": (torch.int64, (), data + 9, data + 17)}
+    if {k: v[2:] for k, v in found.items()} == {k: (v[2] - data, v[3] - data) for k, v in expected.items()}:
+        fail("offsets are counted from the data's start: read_header gives places in the file, 8 + n bytes further on")
+    assert {k: tuple(v) for k, v in found.items()} == expected, f"read_header gives {found}, expected {expected}"
+    path.write_bytes(raw({}))
+    assert read_header(str(path)) == {}, "a file without tensors is a file: read_header gives {}"
+
+
+F4 = entry("F32", [1], 0, 4)
+
+
+LIES = {
+    "there is no such file": (None, ""), "it is empty": (b"", ""), "it is cut within the header's length": (b"\x08\0\0", ""),
+    "its header would be longer than the file": (raw({}, length=1000), ""), "its header would fill any memory": (raw({}, length=2**63), ""),
+    "its header is not JSON": (raw(b"{nope}"), ""), "its header is not UTF-8": (raw(b'{"\xff": 1}'), ""),
+    "its header is nested too deeply (json raises a RecursionError)": (raw(b"[" * 100_000), ""),
+    "its header is no object": (raw([]), ""), "an entry is a number": (raw({"t": 4}), "'t'"),
+    "a name stands twice": (raw(b'{"t":' + json.dumps(F4).encode() + b',"t":' + json.dumps(F4).encode() + b"}", b"1234"), ""),
+    "the dtype is unknown": (raw({"t": entry("F99", [1], 0, 4)}, b"1234"), "'t'"),
+    "shape and bytes disagree": (raw({"t": entry("F32", [2], 0, 4)}, b"1234"), "'t'"),
+    "the tensor ends beyond the file": (raw({"t": entry("F32", [2], 0, 8)}, b"1234"), "'t'"),
+    "two tensors overlap": (raw({"s": F4, "t": entry("F32", [1], 2, 6)}, b"123456"), "'t'"),
+    "there is a gap before the tensor": (raw({"s": F4, "t": entry("F32", [1], 6, 10)}, b"1234567890"), "'t'"),
+    "bytes are left over at the end": (raw({"t": F4}, b"12345"), "")}
+
+
+@pytest.mark.parametrize("why", LIES)
+def test_ex14_lies_are_refused(tmp_path, why):
+    """Prevents: an untrusted header that reads other tensors' bytes, fills the memory, or ends in a traceback without a name."""
+    path, (content, words) = tmp_path / "evil.safetensors", LIES[why]
+    if content is not None:
+        path.write_bytes(content)
+    try:
+        found = read_header(str(path))
+    except InputError as e:
+        if str(path) not in str(e) or words not in str(e):
+            fail(f"the message must name the file{' and the tensor ' + words if words else ''}: {e}")
+    else:
+        fail(f"the file is accepted although {why}: {found}")
