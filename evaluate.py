@@ -4,13 +4,14 @@
     python evaluate.py DIR --timing   what guided decoding costs with the model in DIR: re-encoding, cached, and as done here
 
 A row is a policy (base, sft, sft_greedy, the baselines, mah_dpo, each head alone), a mix of heads, and perhaps a guide;
-a column is an objective's noise-free score, averaged over test prompts that no stage has seen, with its standard error.
-All rows see the same prompts and (in tutoring) simulated students, and start from the same random seed. KL is the
-policy's distance from SFT in nats per token on its own samples: methods should be compared at equal distance. Results go
-to results.json, results.md and pareto.svg.
+a column is an objective's noise-free score, averaged over test prompts that no stage has seen, with half its 95 % interval:
+over the prompts, or over the trainings of a run with several seeds. All rows see the same prompts and (in tutoring) simulated
+students, and start from the same random seed: differences are paired. KL is the policy's distance from SFT in nats per token
+on its own samples: methods should be compared at equal distance. Results go to results.json, results.md and pareto.svg.
 """
 import argparse
 import copy
+import functools
 import math
 import os
 import statistics
@@ -97,6 +98,20 @@ def summary(values):
     """list of numbers -> {"mean", "stderr", "n"}; the standard error of the mean."""
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "stderr": spread, "n": len(values)}
+
+
+@functools.cache
+def student_t(df, level=0.95):
+    """The t for which Student's t with df degrees of freedom lies in (-t, t) with probability `level`. Put t = sqrt(df) tan(a):
+    the density of the angle a is proportional to cos(a)^(df - 1)."""
+    a = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(a.cos() ** (df - 1), a)
+    return math.sqrt(df) * math.tan(a[1 + int(torch.searchsorted(mass, level * mass[-1]))])
+
+
+def half_width(metric, level=0.95):
+    """A summary -> half the interval in which its mean lies with probability `level`; one value says nothing of it."""
+    return student_t(metric["n"] - 1, level) * metric["stderr"] if metric["n"] > 1 else math.inf
 
 
 @torch.no_grad()
@@ -217,8 +232,10 @@ def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
 # -- output
 
 def cell(metric):
-    """mean ± standard error, or a dash where the row has no such metric."""
-    return "-" if metric is None else f"{metric['mean']:.3f} ±{metric['stderr']:.3f}"
+    """mean ± half the 95 % interval, or a dash where the row has no such metric."""
+    if metric is None:
+        return "-"
+    return f"{metric['mean']:.3f}" + (f" ±{half_width(metric):.3f}" if metric["n"] > 1 else "")
 
 
 def table(title, first, rows, columns):
@@ -231,29 +248,32 @@ def table(title, first, rows, columns):
     return "\n".join([f"### {title}", "", draw(head), rule, *map(draw, lines), ""])
 
 
-def report(results, sweeps, config):
+def report(rows, config):
     """All tables as Markdown text."""
     policy, guide = {"policy": lambda r: r["policy"]}, {"guide": lambda r: r["guide"] or "-"}
-    parts = [f"Objectives: {', '.join(config['objectives'])}. Seed {config['seed']}, sampling temperature "
-             f"{config['temperature']}, beta {config['beta']}. Mean ± standard error.\n"]
+    results, sweeps = ([r for r in rows if bool(r.get("sweep")) == swept] for swept in (False, True))
+    seeds = [config["seed"] + i for i in range(config["seeds"])]
+    over = f"{len(seeds)} trainings, seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"Seed {seeds[0]}"
+    parts = [f"Objectives: {', '.join(config['objectives'])}. {over}. Sampling temperature {config['temperature']}, beta "
+             f"{config['beta']}. Mean ± half the 95 % interval over {'trainings' if len(seeds) > 1 else 'prompts'}.\n"]
     for domain in [d for d in DOMAINS if any(r["domain"] == d for r in results)]:
         rows, names = [r for r in results if r["domain"] == domain], domain_objectives(domain, config["objectives"])
-        n = rows[0]["metrics"]["tokens"]["n"]
-        parts.append(table(f"{domain}, {n} test prompts", policy | guide, rows, [*names, "tokens", "kl"]))
+        parts.append(table(f"{domain}, {rows[0]['n']} test prompts", policy | guide, rows, [*names, "tokens", "kl"]))
         mixes = [r for r in sweeps if r["domain"] == domain]
         if mixes:
             weight = {f"w {n}": lambda r, n=n: f"{r['weights'][n]:.2f}" for n in names[:2]}
             parts.append(table(f"{domain}, mah_dpo under a sweep of head weights", weight, mixes, [*names, "kl"]))
     rows = [r for r in results if r["domain"].startswith("pairs:")]
     if rows:
-        objective = {"held-out pairs": lambda r: f"{r['domain'][6:]} ({r['metrics']['loss']['n']})"}
+        objective = {"held-out pairs": lambda r: f"{r['domain'][6:]} ({r['n']})"}
         parts.append(table("preference pairs held out from training", objective | policy, rows,
                            ["loss", "margin", "reward_accuracy", "logp_accuracy"]))
     return "\n".join(parts)
 
 
-def pareto_svg(results, sweeps, objectives):
+def pareto_svg(rows, objectives):
     """One panel per domain: the sweep as a line, every other row as a labelled point, first against second objective."""
+    results, sweeps = ([r for r in rows if bool(r.get("sweep")) == swept] for swept in (False, True))
     panels = list(dict.fromkeys(r["domain"] for r in sweeps))
     drawn = [panel([r for r in results if r["domain"] == d], [r for r in sweeps if r["domain"] == d],
                    domain_objectives(d, objectives)[:2]) for d in panels]
@@ -287,20 +307,42 @@ def panel(rows, mixes, names):
 
 
 def evaluate(run, pair_rows, device=None):
-    """Measure every row of a run, print the tables, write results.md, pareto.svg and, last, results.json. device: default
-    the run's own."""
-    bench, results, sweeps = Bench(run, device), [], []
-    jobs = [(d, job, results) for d in bench.worlds for job in bench.jobs(d)] + \
-        [(d, job, sweeps) for d in bench.worlds for job in bench.sweep(d)]
-    for domain, (policy, model, *how), into in tqdm(jobs, desc="tables", unit="row", disable=None):
-        into.append(bench.row(policy, model, domain, *how))
-    results += pair_rows
-    text = report(results, sweeps, bench.config)
+    """Measure every row of a run of one seed, then publish. device: default the run's own."""
+    bench, rows = Bench(run, device), []
+    jobs = [(d, job, {}) for d in bench.worlds for job in bench.jobs(d)] + \
+        [(d, job, {"sweep": True}) for d in bench.worlds for job in bench.sweep(d)]
+    for domain, (policy, model, *how), tag in tqdm(jobs, desc="tables", unit="row", disable=None):
+        rows.append(bench.row(policy, model, domain, *how) | tag)
+    publish(run, rows + pair_rows)
+
+
+def publish(run, rows):
+    """Print the tables of these rows, write results.md, pareto.svg and, last, results.json."""
+    config = read_run(run)
+    rows = [{"n": next(iter(r["metrics"].values()))["n"]} | r for r in rows]
+    text = report(rows, config)
     write_text(os.path.join(run, "results.md"), text)
-    write_text(os.path.join(run, "pareto.svg"), pareto_svg(results, sweeps, bench.objectives))
-    write_json(os.path.join(run, "results.json"), results + [r | {"sweep": True} for r in sweeps])   # last: it says "done"
+    write_text(os.path.join(run, "pareto.svg"), pareto_svg(rows, config["objectives"]))
+    write_json(os.path.join(run, "results.json"), [{k: v for k, v in r.items() if k != "n"} for r in rows])  # it says "done"
     print("\n" + text)
-    return results
+
+
+def seed_runs(run):
+    """The directories of a run's trainings, one per seed; the run itself if it has one seed."""
+    config = read_run(run)
+    seeds = range(config["seed"], config["seed"] + config["seeds"])
+    return [os.path.join(run, f"seed={s}") for s in seeds] if len(seeds) > 1 else [run]
+
+
+def publish_seeds(run):
+    """The tables of a run of several seeds, whose values are each training's means."""
+    results, rows = [read_json(os.path.join(r, "results.json")) for r in seed_runs(run)], []
+    for same in zip(*results, strict=True):
+        metrics = {m: summary([r["metrics"][m]["mean"] for r in same]) for m in same[0]["metrics"]
+                   if all(m in r["metrics"] for r in same)}
+        n = round(statistics.fmean(next(iter(r["metrics"].values()))["n"] for r in same))
+        rows.append(same[0] | {"metrics": metrics, "seed": [r["seed"] for r in same], "n": n})
+    publish(run, rows)
 
 
 # -- timings
@@ -433,8 +475,12 @@ def main(argv=None):
         return timing(args.run, pick_device(args.device or "auto"))
     if not os.path.isfile(os.path.join(args.run, "results.json")):
         raise InputError(f"{args.run}: not a finished run (no results.json); finish it with train.py --resume {args.run}")
-    old = read_json(os.path.join(args.run, "results.json"))
-    evaluate(args.run, [r for r in old if r["domain"].startswith("pairs:")], args.device)
+    runs = seed_runs(args.run)
+    for run in runs:
+        old = read_json(os.path.join(run, "results.json"))
+        evaluate(run, [r for r in old if r["domain"].startswith("pairs:")], args.device)
+    if runs != [args.run]:
+        publish_seeds(args.run)
 
 
 if __name__ == "__main__":

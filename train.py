@@ -10,8 +10,8 @@
     6 tables     every policy measured on unseen prompts, alone and guided
 
 A stage is a function of the configuration, the seed and the files of earlier stages, and writes its own files last:
-`--resume RUN` skips what is finished and starts the unfinished stage (in stage 5: policy) again. --fast runs everything
-small, to see that it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for math_accuracy questions with final answers,
+`--resume RUN` skips what is finished and starts the unfinished stage (in stage 5: policy) again. --seeds N trains N times,
+in RUN/seed=..., and puts the tables over the trainings into RUN. --fast runs everything small, to see that it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for math_accuracy questions with final answers,
 which are sampled and verified; and DIR/<objective>.steps.jsonl, labelled steps, where it exists.
 """
 import argparse
@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, To
                   fit_threshold, holds_questions, judge, pad, read_json, read_jsonl, read_preferences, read_steps,
                   run_command, select_objectives, split_of, worlds_of, write_json, write_text)
 from decode import generate, parse_weights, read_run
-from evaluate import average, converse, evaluate, pair_metrics_rows, plain_responder, seed_of
+from evaluate import (average, converse, evaluate, pair_metrics_rows, plain_responder, publish_seeds, seed_of,
+                      seed_runs)
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps, pair_metrics,
                      policy_logps)
 from model import GPT, GPTConfig, load_hf, load_safetensors, pick_device, save_hf, save_safetensors
@@ -51,6 +52,7 @@ class Config:
     init: str = option("", "Hugging Face directory that serves as the base model")
     data: str = option("", "directory of <objective>.jsonl with real pairs or questions, see below (needs --init)")
     seed: int = option(0, "every random draw of the run derives from it")
+    seeds: int = option(1, "train so many times, with seed, seed + 1, ..., for intervals over trainings")
     device: str = option("auto", "auto, cpu, cuda or mps")
     dtype: str = option("fp32", "fp32, or bf16: training computes in bfloat16 (autocast), weights and losses stay in fp32")
     grad_checkpoint: bool = option(False, "training recomputes each block in backward: less memory, a third more time")
@@ -695,6 +697,21 @@ def run_stages(run):
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py {run.path} --prompt ...")
 
 
+def carry_out(run):
+    """All that is unfinished of a run: its stages, or with several seeds those of each training, then their common tables."""
+    if run.config.seeds == 1:
+        return run_stages(run)
+    for i, path in enumerate(seed_runs(run.path)):
+        one = Run(path, replace(run.config, seed=run.config.seed + i, seeds=1))
+        if not os.path.exists(one.file("config.json")):
+            os.makedirs(path, exist_ok=True)
+            write_json(one.file("config.json"), asdict(one.config) | {"objectives": run.objectives})
+        print(f"\n{path}: training {i + 1} of {run.config.seeds}")
+        if not finished(one, "results.json"):
+            run_stages(one)
+    publish_seeds(run.path)
+
+
 def read_command(argv):
     """Command line -> (config, directory to resume or None). One flag per field of Config."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -791,7 +808,7 @@ def main(argv=None):
     run = open_run(config, resume)
     signal.signal(signal.SIGTERM, signal.default_int_handler)          # a batch system's request to stop, as Ctrl-C
     try:
-        run_stages(run)
+        carry_out(run)
     except KeyboardInterrupt:
         print(f"\nstopped; finished stages are kept. Go on with: python train.py --resume {run.path}", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,5 @@
-"""evaluate.py: the timings. Every docstring states the bug that its test prevents. (The tables are tested with train.py.)"""
+"""evaluate.py: statistics, timings. Every docstring states the bug that its test prevents. (Whole tables are tested with train.py.)"""
+import math
 import re
 import time
 
@@ -8,6 +9,16 @@ import torch
 import evaluate
 from data import InputError
 from model import GPT, GPTConfig, save_hf
+
+
+def test_intervals_are_student_t():
+    """Prevents: a normal quantile, or the wrong degrees of freedom, which make five trainings look twice as sure as they are."""
+    for df, t in ((1, 12.7062), (2, 4.3027), (4, 2.7764), (30, 2.0423), (1000, 1.9623)):
+        assert evaluate.student_t(df) == pytest.approx(t, rel=1e-3)
+    assert evaluate.student_t(4, level=0.995) == pytest.approx(5.5976, rel=1e-3)
+    assert evaluate.half_width(evaluate.summary([1.0, 2.0, 3.0, 4.0, 5.0])) == pytest.approx(2.7764 * math.sqrt(0.5), rel=1e-3)
+    assert evaluate.half_width(evaluate.summary([1.0])) == math.inf
+    assert evaluate.cell(evaluate.summary([1.0, 2.0, 3.0, 4.0, 5.0])) == "3.000 ±1.963" and evaluate.cell(evaluate.summary([1.0])) == "1.000"
 
 
 def test_timing_counts_what_each_way_feeds(tmp_path, capsys):

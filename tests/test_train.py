@@ -571,6 +571,44 @@ def test_a_stop_says_how_to_go_on(whole, tmp_path, capsys, monkeypatch):
     assert open(os.path.join(copied, "log.jsonl")).read() == open(os.path.join(whole, "log.jsonl")).read()
 
 
+def test_seeds_are_trained_apart_and_reported_together(small_worlds, tmp_path, capsys, monkeypatch):
+    """Prevents: seeds that share weights or test prompts, tables that are not the means over the trainings, a --resume that trains
+    a finished seed again, or goes on without the unfinished one."""
+    out = str(tmp_path / "run")
+    monkeypatch.setattr(train, "publish_seeds", lambda path: pytest.fail("published before the last training"))
+    monkeypatch.setattr(train, "train_sft", stop_at(train.train_sft, 2))
+    with pytest.raises(SystemExit):
+        train.main(["--objective", "honesty", "--seed", "3", "--seeds", "2", "--out", out, *TINY])
+    monkeypatch.undo()
+    first = weights_of(os.path.join(out, "seed=3"))
+    assert os.path.exists(os.path.join(out, "seed=4", "config.json")) and not os.path.exists(os.path.join(out, "results.json"))
+    capsys.readouterr()
+    train.main(["--resume", out])
+    printed = capsys.readouterr().out
+    assert "2 trainings, seeds 3, 4" in printed and "trainings.\n" in printed and printed.count("finished before") == 1
+    assert weights_of(os.path.join(out, "seed=3")) == first and first != weights_of(os.path.join(out, "seed=4"))
+    together, *each = (read_json(os.path.join(out, d, "results.json")) for d in ("", "seed=3", "seed=4"))
+    for row, *same in zip(together, *each, strict=True):
+        assert row["seed"] == [3, 4] and all(row["policy"] == r["policy"] and row["domain"] == r["domain"] for r in same)
+        for name, m in row["metrics"].items():
+            a, b = (r["metrics"][name]["mean"] for r in same)
+            assert m == {"mean": pytest.approx((a + b) / 2), "stderr": pytest.approx(abs(a - b) / 2), "n": 2}
+    evaluate.main([out])
+    assert read_json(os.path.join(out, "results.json")) == together
+
+
+def stop_at(work, n):
+    """The n-th call of a stage's work is a Ctrl-C."""
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return work(*args)
+    return interrupted
+
+
 def test_evaluate_command_measures_again(whole, tmp_path, capsys):
     """Prevents: an evaluate.py that disagrees with the run's own tables, or loses the held-out pairs."""
     copied = str(tmp_path / "copied")
