@@ -31,7 +31,7 @@ from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, To
                   fit_threshold, holds_questions, judge, pad, read_json, read_jsonl, read_preferences, read_steps,
                   run_command, select_objectives, split_of, worlds_of, write_json, write_text)
 from decode import generate, parse_weights, read_run
-from evaluate import (average, converse, evaluate, pair_metrics_rows, plain_responder, publish_seeds, seed_of,
+from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows, plain_responder, publish, seed_of,
                       seed_runs)
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps, pair_metrics,
                      policy_logps)
@@ -80,7 +80,9 @@ class Config:
     dpo_pairs: int = option(8, "pairs per objective and step")
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
     dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
-    n_test: int = option(200, "test prompts per domain", fast=12)
+    n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
+    split: str = option("test", "of which split: test; dev for whatever is still being chosen")
+    k: int = option(5, "K, candidates per step of guided decoding in the tables, samples of a majority vote")
     max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
 
 
@@ -325,7 +327,7 @@ def sample_world(run, model, world, split, share, cuts, pairs, labels):
     total = len(problems) * world.turns * (config.n_samples + 1)
     with tqdm(total=total, desc=f"{domain} {split}", unit="sample", disable=None) as bar:
         # The contexts to answer: the problems themselves, or every turn of a dialogue played by the SFT policy.
-        respond = plain_responder(model, world, 0, config.temperature, generator, bar.update)
+        respond = plain_responder(model, world, 0, config.temperature, generator, progress=bar.update)
         played = converse(world, problems, tokenizer, respond, seed_of(config.seed, "samples", domain, split, "student"))
         contexts = [(c.problem, before, ids) for c in played for ids, before, _ in c.turns]
         answers = generate(model, [ids for _, _, ids in contexts], weights=0, samples=config.n_samples,
@@ -709,7 +711,7 @@ def carry_out(run):
         print(f"\n{path}: training {i + 1} of {run.config.seeds}")
         if not finished(one, "results.json"):
             run_stages(one)
-    publish_seeds(run.path)
+    publish(run.path, load_rows(run.path))
 
 
 def read_command(argv):
@@ -742,7 +744,7 @@ def check_config(c):
         least = low.get(f.name, 1 if type(value) is int else 0)
         if type(value) in (int, float) and not least <= value < 2**31:
             raise InputError(f"--{f.name.replace('_', '-')} {value} is out of range")
-    for name, known in (("prm", ("unified", "each")), ("dtype", ("fp32", "bf16"))):
+    for name, known in (("prm", ("unified", "each")), ("dtype", ("fp32", "bf16")), ("split", ("test", "dev"))):
         if getattr(c, name) not in known:
             raise InputError(f"--{name} {getattr(c, name)}: choose {' or '.join(known)}")
     if c.data and not c.init:
@@ -768,7 +770,7 @@ def check_inputs(run):
                 counts = ", ".join(f"{n} {split}" for split, n in world.counts().items())
                 print(f"questions: {counts}; {world.n_dropped} left out: too long for the context with an answer")
     for domain in run.domains if not config.data else ():      # a world that is too small for what is asked
-        DOMAINS[domain].problems("test", config.n_test, Dice(0))
+        DOMAINS[domain].problems(config.split, config.n_test, Dice(0))
         DOMAINS[domain].problems("train", max(config.n_prompts, config.n_rollout_prompts), Dice(0))
     if config.init and not config.data:
         sft_examples(run, model)               # a context that is too short, a chat template that is not read
