@@ -53,6 +53,11 @@ class Objective:
     case: str        # verifiable | A (judge on rollouts) | B (judge on prefixes) | C (preference pairs)
     boundary: str    # where a step ends: newline | sentence | turn
 
+    @property
+    def subjective(self):
+        """Accuracies can be right or wrong; of the others the paper's findings speak as subjective."""
+        return not self.name.endswith("_accuracy")
+
 
 OBJECTIVES = {o.name: o for o in [
     Objective("math_accuracy", "math", "verifiable", "newline"),
@@ -1082,6 +1087,16 @@ def marked_answer(text):
 def final_answer(text):
     """The answer that a response marks, else its last number, else None."""
     return marked_answer(text) or (NUMBER.findall(text) or [None])[-1]
+
+
+def majority(texts):
+    """Responses -> the index of the first one that gives the answer which most of them mark (mention, if none marks one)."""
+    answers = [marked_answer(t) for t in texts]
+    if not any(answers):
+        answers = [final_answer(t) for t in texts]
+    keys = [a and tuple(answer_parts(a)) for a in answers]
+    votes = [0 if key is None else keys.count(key) for key in keys]
+    return votes.index(max(votes))
 
 
 def answer_parts(text):

@@ -4,25 +4,29 @@
     python evaluate.py DIR --timing   what guided decoding costs with the model in DIR: re-encoding, cached, and as done here
 
 A row is a policy (base, sft, sft_greedy, the baselines, mah_dpo, each head alone), a mix of heads, and perhaps a guide;
-a column is an objective's noise-free score, averaged over test prompts that no stage has seen, with its standard error.
-All rows see the same prompts and (in tutoring) simulated students, and start from the same random seed. KL is the
-policy's distance from SFT in nats per token on its own samples: methods should be compared at equal distance. Results go
-to results.json, results.md and pareto.svg.
+a column is an objective's noise-free score, averaged over test prompts that no stage has seen, with half its 95 % interval:
+over the prompts, or over the trainings of a run with several seeds. All rows see the same prompts and (in tutoring) simulated
+students, and start from the same random seed: differences are paired. KL is the policy's distance from SFT in nats per token
+on its own samples: methods should be compared at equal distance. Results go to results.json, results.md and pareto.svg.
 """
 import argparse
 import copy
+import functools
+import itertools
+import json
 import math
 import os
 import statistics
 import time
 import zlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (DOMAINS, Dice, InputError, batches_by_length, domain_objectives, pad, read_json, response_mask,
-                  run_command, worlds_of, write_json, write_text)
+from data import (DOMAINS, OBJECTIVES, Dice, InputError, batches_by_length, domain_objectives, majority, pad, read_json,
+                  read_jsonl, response_mask, run_command, worlds_of, write_json, write_text)
 from decode import domain_mix, draw, find_prm, generate, guided_decode, ingest, read_run, score_candidates
 from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import linear, load_hf, pick_device
@@ -41,6 +45,7 @@ class Conversation:
         self.problem, self.messages = problem, problem.messages()
         self.ids = self.new_ids = tokenizer.encode_chat(self.messages)
         self.turns = []                    # (ids before, messages before, response ids) of every assistant turn
+        self.drawn = 0                     # tokens sampled for them, those of rejected candidates included
 
     def answer(self, response, world, tokenizer, dice):
         """Record the assistant's response and play the user's reply, if there is one."""
@@ -70,10 +75,19 @@ def converse(world, problems, tokenizer, respond, seed):
     return conversations
 
 
-def plain_responder(model, world, weights, temperature, generator, progress=None):
-    """A function for converse: unguided samples of a policy."""
-    return lambda cs: generate(model, [c.ids for c in cs], weights=weights, max_new_tokens=world.max_new_tokens,
-                               temperature=temperature, generator=generator, progress=progress)
+def plain_responder(model, world, weights, temperature, generator, samples=1, progress=None):
+    """A function for converse: unguided samples of a policy. Of several samples the majority's answer counts, as in
+    self-consistency (Wang et al. 2022, arXiv 2203.11171)."""
+    def respond(conversations):
+        answers = generate(model, [c.ids for c in conversations], weights=weights, max_new_tokens=world.max_new_tokens,
+                           temperature=temperature, generator=generator, samples=samples, progress=progress)
+        out = []
+        for i, c in enumerate(conversations):
+            mine = answers[i * samples:(i + 1) * samples]
+            c.drawn += sum(map(len, mine))
+            out.append(mine[majority([model.tokenizer.decode(r) for r in mine])] if samples > 1 else mine[0])
+        return out
+    return respond
 
 
 def guided_responder(model, prm, world, weights, guide, temperature, generator, K=5, batch=256):
@@ -88,6 +102,8 @@ def guided_responder(model, prm, world, weights, guide, temperature, generator, 
                                     guide=guide, max_new_tokens=world.max_new_tokens, temperature=temperature,
                                     generator=generator, state=states.get(start))
             states[start] = results[0].state if world.turns > 1 else None
+            for c, result in zip(part, results):
+                c.drawn += sum(len(ids) for step in result.steps for ids in step.candidates)
             out += [r.ids for r in results]
         return out
     return respond
@@ -99,12 +115,38 @@ def summary(values):
     return {"mean": statistics.fmean(values), "stderr": spread, "n": len(values)}
 
 
+@functools.cache
+def student_t(df, level=0.95):
+    """The t for which Student's t with df degrees of freedom lies in (-t, t) with probability `level`. Put t = sqrt(df) tan(a):
+    the density of the angle a is proportional to cos(a)^(df - 1)."""
+    a = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(a.cos() ** (df - 1), a)
+    return math.sqrt(df) * math.tan(a[1 + int(torch.searchsorted(mass, level * mass[-1]))])
+
+
+def half_width(metric):
+    """A summary -> half its 95 % interval (or of another "level"); of one value nothing is known."""
+    return student_t(metric["n"] - 1, metric.get("level", 0.95)) * metric["stderr"] if metric["n"] > 1 else math.inf
+
+
+def jackknife(statistic, columns):
+    """A statistic of the means of columns (lists of n values, item i of all columns being one unit) -> n pseudo-values: their
+    mean is the statistic, and their interval is its interval (the jackknife, Tukey 1958)."""
+    n, sums = len(columns[0]), [math.fsum(c) for c in columns]
+    whole = statistic([s / n for s in sums])
+    if n == 1:
+        return [whole]
+    rest = [statistic([(s - c[i]) / (n - 1) for s, c in zip(sums, columns)]) for i in range(n)]
+    return [whole + (n - 1) * (statistics.fmean(rest) - r) for r in rest]
+
+
 @torch.no_grad()
-def kl_per_token(model, head, reference, conversations, pad_id):
+def kl_to_sft(model, head, reference, conversations, pad_id):
     """KL(pi || pi_sft) of the next-token distributions (all tokens, temperature 1), in nats: exact at every position of
-    the policy's own samples (drawn at the run's temperature), averaged over each response, then each conversation."""
+    the policy's own samples (drawn at the run's temperature). -> per conversation its mean per token, and its sum over an
+    answer's tokens; both averaged over the turns."""
     rows = [(before, response) for c in conversations for before, _, response in c.turns]
-    found = [0.0] * len(rows)
+    sums = [0.0] * len(rows)
     for index in batches_by_length([len(a) + len(b) for a, b in rows]):
         part = [rows[i] for i in index]
         ids, lengths = pad([a + b for a, b in part], pad_id, head.device)
@@ -113,20 +155,30 @@ def kl_per_token(model, head, reference, conversations, pad_id):
         log_pi = F.log_softmax(linear(model(ids)[r, t], head).float(), -1)
         log_ref = F.log_softmax(reference.logits(reference(ids)[r, t]).float(), -1)
         kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                                  # (N,)
-        mean = torch.zeros(len(part), device=head.device).index_add(0, r, kl) / mask.sum(1)
-        for i, value in zip(index, mean.tolist()):
-            found[i] = value
-    turns = len(found) // len(conversations)
-    return summary([statistics.fmean(found[i:i + turns]) for i in range(0, len(found), turns)])
+        for i, value in zip(index, torch.zeros(len(part), device=head.device).index_add(0, r, kl).tolist()):
+            sums[i] = value
+    turns, means = len(rows) // len(conversations), [s / len(response) for s, (_, response) in zip(sums, rows)]
+    return [[statistics.fmean(values[i:i + turns]) for i in range(0, len(rows), turns)] for values in (means, sums)]
 
 
 # -- policies and rows
 
-def average(models):
-    """The uniform DPO soup of single-objective policies, as a model."""
+def average(models, weights=None):
+    """The DPO soup of single-objective policies, uniform if not said otherwise, as a model."""
     mixed = models[0].with_heads(models[0].config.objectives)
-    mixed.load_state_dict(soup([m.state_dict() for m in models], [1.0] * len(models)))
+    mixed.load_state_dict(soup([m.state_dict() for m in models], weights or [1.0] * len(models)))
     return mixed.eval()
+
+
+class Job(NamedTuple):
+    """How a row of the tables is made."""
+    policy: str
+    models: dict                    # {name of a model of the run: its weight}; several make a soup
+    weights: tuple = (1.0,)         # mix of heads
+    guide: str = None
+    temperature: float = None       # None: the run's own
+    samples: int = 1                # of which the majority's answer counts
+    sweep: tuple = None             # the two objectives whose weights are swept
 
 
 class Bench:
@@ -135,7 +187,7 @@ class Bench:
     def __init__(self, run, device=None):
         self.run, self.config = run, read_run(run)
         self.objectives, self.seed = self.config["objectives"], self.config["seed"]
-        self.device, self.loaded, self.guides = pick_device(device or self.config["device"]), {}, {}
+        self.device, self.loaded, self.guides, self.known = pick_device(device or self.config["device"]), {}, {}, {}
         self.sft = self.model("sft")
         self.tokenizer = self.sft.tokenizer
         self.worlds = worlds_of(self.objectives, self.config["data"], self.config["max_new_tokens"], self.sft)
@@ -150,49 +202,78 @@ class Bench:
             self.guides[guide] = find_prm(self.run, guide).to(self.device).eval()
         return self.guides[guide]
 
-    def row(self, policy, model, domain, weights, guide=None, temperature=None):
-        """Measure one row on the domain's test prompts -> an entry of results.json."""
-        world = self.worlds[domain]
-        temperature = self.config["temperature"] if temperature is None else temperature
-        problems = world.problems("test", self.config["n_test"], Dice(seed_of(self.seed, "test", domain)))
+    def problems(self, domain, n):
+        """The prompts of a domain's tables: of the split that the configuration names."""
+        split = self.config["split"]
+        return self.worlds[domain].problems(split, n, Dice(seed_of(self.seed, split, domain)))
+
+    def play(self, domain, job, problems):
+        """The conversations of a row's policy about these problems -> conversations, the model."""
+        world, parts = self.worlds[domain], [self.model(name) for name in job.models]
+        model = parts[0] if len(parts) == 1 else average(parts, list(job.models.values()))
+        temperature = self.config["temperature"] if job.temperature is None else job.temperature
         generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", domain))
-        if guide is None:
-            respond = plain_responder(model, world, weights, temperature, generator)
+        if job.guide is None:
+            respond = plain_responder(model, world, job.weights, temperature, generator, job.samples)
         else:
-            respond = guided_responder(model, self.prm(guide), world, weights, guide, temperature, generator)
-        conversations = converse(world, problems, self.tokenizer, respond, seed_of(self.seed, "student", domain))
-        each = [c.scores(world, self.tokenizer) for c in conversations]
-        metrics = {n: summary([s[n] for s in each]) for n in each[0]}
-        metrics["tokens"] = summary([sum(len(r) for *_, r in c.turns) / len(c.turns) for c in conversations])
-        if guide is None and temperature:
-            metrics["kl"] = kl_per_token(model, model.fold(weights), self.sft, conversations, self.tokenizer.pad_id)
-        shown = {o: w / sum(weights) for o, w in zip(model.config.objectives, weights)}
-        return {"policy": policy, "weights": shown, "guide": guide, "domain": domain, "metrics": metrics, "seed": self.seed}
+            respond = guided_responder(model, self.prm(job.guide), world, job.weights, job.guide, temperature, generator,
+                                       self.config["k"])
+        return converse(world, problems, self.tokenizer, respond, seed_of(self.seed, "student", domain)), model
+
+    def measure(self, domain, job):
+        """-> {metric: its values, one per prompt}: noise-free scores, the answers' length, the tokens drawn, the KL."""
+        conversations, model = self.play(domain, job, self.problems(domain, self.config["n_test"]))
+        scores = [c.scores(self.worlds[domain], self.tokenizer) for c in conversations]
+        each = {name: [s[name] for s in scores] for name in scores[0]}
+        each["tokens"] = [sum(len(r) for *_, r in c.turns) / len(c.turns) for c in conversations]
+        each["drawn"] = [c.drawn / len(c.turns) for c in conversations]
+        if (job.guide, job.temperature, job.samples) == (None, None, 1):
+            each["kl"], each["kl/answer"] = kl_to_sft(model, model.fold(job.weights), self.sft, conversations,
+                                                      self.tokenizer.pad_id)
+        return {name: [round(v, 4) for v in values] for name, values in each.items()}
+
+    def row(self, domain, job):
+        """An entry of results.json, and under "each" the values behind its means. Rows that are made alike are made once."""
+        total, heads = sum(job.weights), self.model(next(iter(job.models))).config.objectives
+        share = [w / total for w in job.weights]
+        key = repr((domain, sorted(job.models.items()), share, job.guide, job.temperature, job.samples))
+        if key not in self.known:
+            self.known[key] = self.measure(domain, job)
+        each = self.known[key]
+        shown = dict(zip(heads, share)) if len(heads) > 1 or job.policy != "soup" else \
+            {n.removeprefix("dpo_"): w for n, w in job.models.items()}
+        row = {"policy": job.policy, "weights": shown, "guide": job.guide, "domain": domain, "seed": self.seed,
+               "metrics": {name: summary(values) for name, values in each.items()}, "each": each}
+        return row | ({"sweep": list(job.sweep)} if job.sweep else {})
 
     def jobs(self, domain):
-        """All rows of one domain's table as (policy, model, weights, guide, temperature)."""
-        names = domain_objectives(domain, self.objectives)
-        one, mah = [1.0], self.model("mah_dpo")
-        mix = domain_mix(mah.config.objectives, domain)
-        yield from (("base", self.model("base"), one, None, None), ("sft", self.sft, one, None, None),
-                    ("sft_greedy", self.sft, one, None, 0.0))
-        for policy in ("single_head_dpo", "modpo"):
-            yield policy, self.model(policy), one, None, None
-        yield "soup", average([self.model(f"dpo_{n}") for n in names]), one, None, None
-        yield "mah_dpo", mah, mix, None, None
+        """All rows of one domain's table."""
+        names, heads = domain_objectives(domain, self.objectives), self.model("mah_dpo").config.objectives
+        mix, verifiable = tuple(domain_mix(heads, domain)), any(OBJECTIVES[n].case == "verifiable" for n in names)
+        policies = {"sft": Job("sft", {"sft": 1.0}), "mah_dpo": Job("mah_dpo", {"mah_dpo": 1.0}, mix)}
+        vote = [job._replace(policy=f"{name}_vote", samples=self.config["k"]) for name, job in policies.items() if verifiable]
+        yield Job("base", {"base": 1.0})
+        yield policies["sft"]
+        yield policies["sft"]._replace(policy="sft_greedy", temperature=0.0)
+        yield from vote[:1]
+        yield from (Job(name, {name: 1.0}) for name in ("single_head_dpo", "modpo"))
+        yield Job("soup", {f"dpo_{n}": 1 / len(names) for n in names})
+        yield policies["mah_dpo"]
+        yield from vote[1:]
         for name in names:
-            yield f"mah_dpo:{name}", mah, [float(h == name) for h in mah.config.objectives], None, None
-        for policy, model, weights in (("sft", self.sft, one), ("mah_dpo", mah, mix)):
+            yield Job(f"mah_dpo:{name}", {"mah_dpo": 1.0}, tuple(float(name == h) for h in heads))
+        for job in policies.values():
             for guide in [*names, *(["unified"] if self.config["prm"] == "unified" else [])]:
-                yield policy, model, weights, guide, None
+                yield job._replace(guide=guide)
 
     def sweep(self, domain):
-        """Mixes of the domain's first two heads from one to the other: (1 - s, s)."""
-        names, mah = [o for o in self.objectives if o in self.worlds[domain].objectives][:2], self.model("mah_dpo")
-        for s in (0.0, 0.25, 0.5, 0.75, 1.0) if len(names) == 2 else ():
-            weights = [0.0] * len(self.objectives)
-            weights[self.objectives.index(names[0])], weights[self.objectives.index(names[1])] = 1 - s, s
-            yield "mah_dpo", mah, weights, None, None
+        """Eleven mixes of every two of the domain's heads, from one to the other, and such soups of their policies."""
+        names = [o for o in self.objectives if o in self.worlds[domain].objectives]
+        heads = self.model("mah_dpo").config.objectives
+        for pair in itertools.combinations(names, 2):
+            for share in [dict(zip(pair, ((10 - i) / 10, i / 10))) for i in range(11)]:
+                yield Job("mah_dpo", {"mah_dpo": 1.0}, tuple(share.get(h, 0.0) for h in heads), sweep=pair)
+                yield Job("soup", {f"dpo_{n}": w for n, w in share.items() if w}, sweep=pair)
 
 
 # -- preference pairs
@@ -214,11 +295,122 @@ def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
     return rows
 
 
+# -- the paper's findings
+
+FINDINGS = {
+    "F1": "the ensemble beats SFT, single-head DPO, MODPO and soup on subjective objectives and keeps accuracy",
+    "F2": "each head alone is best on its own objective among the unguided policies",
+    "F3": "verifiable accuracy gains most at test time, by value guidance",
+    "F4": "training and guidance together beat either alone on what is guided",
+    "F5": "sweeping the weights moves smoothly along the trade-off",
+    "F6": "one unified PRM guides all domains as well as one PRM per objective",
+    "rivals": "guidance beats greedy decoding and a majority vote over as many samples (not in the paper)"}
+KEPT = 0.02      # "keeps" and "as well as" allow to lose less than this
+
+
+def claims(domain, names):
+    """What the findings say of a domain's rows: (finding, objectives (their mean counts), row that is better, row that is
+    worse, slack); a row is (policy, guide)."""
+    heads = {n: (f"mah_dpo:{n}", None) for n in names}
+    baselines = [(p, None) for p in ("sft", "single_head_dpo", "modpo", "soup")]
+    unguided = [("base", None), *baselines, ("mah_dpo", None), *heads.values()]
+    for n in names:
+        yield from (("F1", [n], ("mah_dpo", None), b, 0 if OBJECTIVES[n].subjective else KEPT) for b in baselines)
+    for n in names:
+        yield from (("F2", [n], heads[n], other, 0) for other in unguided if other != heads[n])
+    for n in [n for n in names if OBJECTIVES[n].case == "verifiable"]:
+        for other in [*unguided[1:], *(("sft", m) for m in names if m != n)]:
+            yield "F3", [n], ("sft", n), other, 0
+        for policy in ("sft", "mah_dpo"):
+            for rival in ("sft_greedy", f"{policy}_vote"):
+                yield "rivals", [n], (policy, n), (rival, None), 0
+    for n in names:
+        yield from (("F4", [n], ("mah_dpo", n), part, 0) for part in (("sft", n), ("mah_dpo", None)))
+    for policy in ("sft", "mah_dpo"):
+        yield "F6", names, (policy, "unified"), (policy, None), 0
+
+
+def verdict(difference, slack=0.0):
+    """Does a difference (a summary) show that something is better, or with slack: hardly worse?"""
+    half = half_width(difference)
+    return "holds" if difference["mean"] - half > -slack else \
+        "does not hold" if difference["mean"] + half < 0 else "not significant"
+
+
+def label(policy, guide):
+    """A row's name: policy, or policy + guide."""
+    return policy + (f" + {guide}" if guide else "")
+
+
+def compare(finding, domain, names, better, worse, slack, rows, others):
+    """A line of the scorecard: the row `better` of rows ({(policy, guide): row}) less the row `worse` of others, value by
+    value, averaged over objectives. A row that was not measured gives "not run"."""
+    a, b = rows.get(better), others.get(worse)
+    line = {"finding": finding, "domain": domain, "objective": " + ".join(names), "metrics": {}, "verdict": "not run",
+            "compared": f"{label(*better)} - {label(*worse)}"}
+    if a is None or b is None:
+        return line
+    values = [statistics.fmean(x - y for x, y in zip(pairs[::2], pairs[1::2]))
+              for pairs in zip(*(r["each"][n] for n in names for r in (a, b)), strict=True)]
+    return line | {"metrics": {"difference": summary(values)}, "verdict": verdict(summary(values), slack)}
+
+
+def sweep_lines(domain, pair, mixes):
+    """F5 for one pair of heads: each objective's score against its weight, a straight line's slope; and of the steps from
+    weight to weight the worst, whose interval allows for having been picked among all (Bonferroni)."""
+    for name in pair:
+        rows = sorted((r for r in mixes if r["policy"] == "mah_dpo"), key=lambda r: r["weights"][name])
+        w, scores = [r["weights"][name] for r in rows], [r["each"][name] for r in rows]
+        spread = [x - statistics.fmean(w) for x in w]
+        slope = summary([sum(d * v for d, v in zip(spread, unit)) / sum(d * d for d in spread) for unit in zip(*scores)])
+        steps = [summary([y - x for x, y in zip(*two)]) | {"level": 1 - 0.05 / (len(w) - 1)} for two in zip(scores, scores[1:])]
+        worst = min(steps, key=lambda s: s["mean"])
+        line = {"finding": "F5", "domain": domain, "objective": name}
+        other = pair[1 - pair.index(name)]
+        yield line | {"compared": f"slope along its weight, against {other}", "metrics": {"difference": slope},
+                      "verdict": verdict(slope)}
+        yield line | {"compared": f"worst of {len(steps)} steps, against {other}", "metrics": {"difference": worst},
+                      "verdict": "holds" if worst["mean"] >= 0 else verdict(worst)}
+
+
+def scorecard(rows, objectives, separate=()):
+    """Every comparison behind the findings, as lines (compare). separate: rows of the same run with one PRM per objective."""
+    index = lambda found, domain: {(r["policy"], r["guide"]): r for r in found if r["domain"] == domain and "sweep" not in r}
+    lines = []
+    for domain in [d for d in DOMAINS if any(r["domain"] == d for r in rows)]:
+        measured, own = index(rows, domain), index(separate, domain)
+        names = [n for n in domain_objectives(domain, objectives) if n in measured["sft", None]["metrics"]]
+        lines += [compare(finding, domain, *claim, measured, measured) for finding, *claim in claims(domain, names)]
+        lines += [compare("F6", domain, [n], (p, n), (p, n), KEPT, measured, own) | {"compared": f"{label(p, n)} - by its own PRM"}
+                  for n in names[:None if own else 1] for p in ("sft", "mah_dpo")[:None if own else 1]]
+        for pair in itertools.combinations(names, 2):
+            lines += sweep_lines(domain, pair, [r for r in rows if r.get("sweep") == list(pair)])
+    return lines
+
+
+def verdicts(lines):
+    """Lines of one finding and domain -> one cell: all must hold, and one that fails fails the whole."""
+    found = [line["verdict"] for line in lines if line["verdict"] != "not run"]
+    if not found:
+        return "not run" if lines else "-"
+    whole = next((v for v in ("does not hold", "not significant") if v in found), "holds")
+    return f"{whole} ({found.count('holds')}/{len(found)})" + (", part not run" if len(found) < len(lines) else "")
+
+
+def findings_table(lines):
+    """The scorecard: findings by domain."""
+    part = lambda finding, domain: [x for x in lines if (x["finding"], x["domain"]) == (finding, domain)]
+    return table("findings (comparisons that hold / comparisons made)", {"": str, "finding": FINDINGS.get} | {
+        d: lambda f, d=d: verdicts(part(f, d)) for d in dict.fromkeys(x["domain"] for x in lines)}, FINDINGS, [])
+
+
 # -- output
 
 def cell(metric):
-    """mean ± standard error, or a dash where the row has no such metric."""
-    return "-" if metric is None else f"{metric['mean']:.3f} ±{metric['stderr']:.3f}"
+    """mean ± half the 95 % interval, or a dash where the row has no such metric."""
+    if metric is None:
+        return "-"
+    return f"{metric['mean']:.3f}" + (f" ±{half_width(metric):.3f}" if metric["n"] > 1 else "")
 
 
 def table(title, first, rows, columns):
@@ -231,76 +423,186 @@ def table(title, first, rows, columns):
     return "\n".join([f"### {title}", "", draw(head), rule, *map(draw, lines), ""])
 
 
-def report(results, sweeps, config):
-    """All tables as Markdown text."""
-    policy, guide = {"policy": lambda r: r["policy"]}, {"guide": lambda r: r["guide"] or "-"}
-    parts = [f"Objectives: {', '.join(config['objectives'])}. Seed {config['seed']}, sampling temperature "
-             f"{config['temperature']}, beta {config['beta']}. Mean ± standard error.\n"]
-    for domain in [d for d in DOMAINS if any(r["domain"] == d for r in results)]:
-        rows, names = [r for r in results if r["domain"] == domain], domain_objectives(domain, config["objectives"])
-        n = rows[0]["metrics"]["tokens"]["n"]
-        parts.append(table(f"{domain}, {n} test prompts", policy | guide, rows, [*names, "tokens", "kl"]))
-        mixes = [r for r in sweeps if r["domain"] == domain]
-        if mixes:
-            weight = {f"w {n}": lambda r, n=n: f"{r['weights'][n]:.2f}" for n in names[:2]}
-            parts.append(table(f"{domain}, mah_dpo under a sweep of head weights", weight, mixes, [*names, "kl"]))
-    rows = [r for r in results if r["domain"].startswith("pairs:")]
-    if rows:
-        objective = {"held-out pairs": lambda r: f"{r['domain'][6:]} ({r['metrics']['loss']['n']})"}
-        parts.append(table("preference pairs held out from training", objective | policy, rows,
+def hypervolume(points, reference=(0.0, 0.0)):
+    """The area that a front covers: of all that is better than the reference in both coordinates, what lies below and to the
+    left of some point. Both coordinates are to be large."""
+    area, height = 0.0, reference[1]
+    for x, y in sorted(points, reverse=True):
+        area += max(0.0, x - reference[0]) * max(0.0, y - height)
+        height = max(height, y)
+    return area
+
+
+def fronts(plain, mixes):
+    """{method: its rows} from a domain's rows and the sweeps of a pair. A method has one point or many: the table tells."""
+    of = lambda policy: [r for r in plain if r["policy"] == policy]
+    swept = {f"{p}, swept": [r for r in mixes if r["policy"] == p] for p in ("mah_dpo", "soup")}
+    alone = {p: [r for r in of(p) if r["guide"] is None] for p in ("sft", "single_head_dpo", "modpo")}
+    return alone | swept | {f"{p}, guided": of(p) for p in ("sft", "mah_dpo")}
+
+
+def area(objectives, method, rows, pair):
+    """A row of the table of hypervolumes; the reference is (0, 0), the worst of all scores."""
+    columns = [r["each"][n] for r in rows for n in pair]
+    found = summary(jackknife(lambda means: hypervolume(zip(means[::2], means[1::2])), columns))
+    return {"objectives": objectives, "method": method, "points": str(len(rows)), "metrics": {"hypervolume": found}}
+
+
+def report(rows, config):
+    """All tables as Markdown text: (what is printed, the details that only results.md has)."""
+    show = lambda *keys: {key: lambda r, key=key: r[key] or "-" for key in keys}
+    seeds = [config["seed"] + i for i in range(config["seeds"])]
+    over = f"{len(seeds)} trainings, seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"Seed {seeds[0]}"
+    parts = [f"Objectives: {', '.join(config['objectives'])}. {over}. Sampling temperature {config['temperature']}, beta "
+             f"{config['beta']}, {config['k']} candidates. Mean ± half the 95 % interval over "
+             f"{'trainings' if len(seeds) > 1 else 'prompts'}.\n"]
+    lines, details = scorecard(rows, config["objectives"]), []
+    if lines:
+        parts.append(findings_table(lines))
+    for domain in [d for d in DOMAINS if any(r["domain"] == d for r in rows)]:
+        mine, names = [r for r in rows if r["domain"] == domain], domain_objectives(domain, config["objectives"])
+        plain, areas = [r for r in mine if "sweep" not in r], []
+        parts.append(table(f"{domain}, {plain[0]['n']} {config['split']} prompts", show("policy", "guide"), plain,
+                           [*names, "tokens", "drawn", "kl", "kl/answer"]))
+        for pair in itertools.combinations(names, 2):
+            mixes = sorted((r for r in mine if r.get("sweep") == list(pair)), key=lambda r: r["policy"])
+            if mixes:
+                weight = {f"w {n}": lambda r, n=n: f"{r['weights'].get(n, 0):.1f}" for n in pair}
+                details.append(table(f"{domain}, a sweep of weights", show("policy") | weight, mixes, [*names, "kl", "kl/answer"]))
+                areas += [area(f"{' and '.join(pair)}", *front, pair) for front in fronts(plain, mixes).items()]
+        if areas:
+            parts.append(table(f"{domain}, the area below each method's front", show("objectives", "method", "points"), areas,
+                               ["hypervolume"]))
+    pairs = [r for r in rows if r["domain"].startswith("pairs:")]
+    if pairs:
+        objective = {"held-out pairs": lambda r: f"{r['domain'][6:]} ({r['n']})"}
+        parts.append(table("preference pairs held out from training", objective | show("policy"), pairs,
                            ["loss", "margin", "reward_accuracy", "logp_accuracy"]))
-    return "\n".join(parts)
+    if lines:
+        details.append(table(f"every comparison; F1's accuracies and F6's separate PRMs may lose less than {KEPT}",
+                             show("finding", "domain", "objective", "compared", "verdict"),
+                             sorted(lines, key=lambda x: list(FINDINGS).index(x["finding"])), ["difference"]))
+    return "\n".join(parts), "\n".join(details)
 
 
-def pareto_svg(results, sweeps, objectives):
-    """One panel per domain: the sweep as a line, every other row as a labelled point, first against second objective."""
-    panels = list(dict.fromkeys(r["domain"] for r in sweeps))
-    drawn = [panel([r for r in results if r["domain"] == d], [r for r in sweeps if r["domain"] == d],
-                   domain_objectives(d, objectives)[:2]) for d in panels]
-    style = ("text{font:11px sans-serif;fill:#333}.label{font-size:8px}.axis{stroke:#888;fill:none}"
-             ".sweep{stroke:#0a7;stroke-width:2;fill:none}.policy{fill:#06c}.guided{fill:#c50}"
-             "@media(prefers-color-scheme:dark){text{fill:#ddd}svg{background:#111}}")
-    placed = "".join(f'<g transform="translate({480 * i} 0)">{text}</g>' for i, text in enumerate(drawn))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {480 * max(1, len(panels))} 430">'
-            f"<style>{style}</style>{placed}</svg>\n")
+# The picture: every kind of row has one colour on a light page and one on a dark page.
+COLOURS = {"mah": ("#087", "#3db"), "soup": ("#84a", "#c9e"), "plain": ("#05b", "#6bf"), "guided": ("#b40", "#f93")}
+paint = lambda dark: "".join(f".{kind}{{stroke:{c[dark]};fill:{c[dark]}}}" for kind, c in COLOURS.items())
+STYLE = ("svg{background:#fff}text{font:11px sans-serif;fill:#222}.label{font-size:9px;paint-order:stroke;stroke:#fff;stroke-width:2px}.axis{stroke:#888;fill:none}"
+         f"{paint(0)}polyline{{fill:none!important;stroke-width:1.5}}.bar{{stroke-width:.6;opacity:.6}}.lead{{stroke:#888;stroke-width:.5}}"
+         f"@media(prefers-color-scheme:dark){{svg{{background:#111}}text{{fill:#ddd}}.label{{stroke:#111}}{paint(1)}}}")
+WIDE, HIGH, LEFT, TOP, RIGHT, BOTTOM = 560, 460, 60, 30, 545, 400           # a panel, and the plot in it
 
 
-def panel(rows, mixes, names):
-    """One panel of 480 x 430: axes with their ranges, the sweep's line, a circle with label and tooltip for each row."""
-    at = lambda r: [r["metrics"][n]["mean"] for n in names]
-    xs, ys = zip(*map(at, rows + mixes))
-    place = lambda v, values, a, b: a + (b - a) * (v - min(values)) / ((max(values) - min(values)) or 1)
-    X, Y = (lambda v: place(v, xs, 70, 360)), (lambda v: place(v, ys, 370, 40))
-    out = ['<path d="M60 25V380H460" class="axis"/>', f'<text x="230" y="414" text-anchor="middle">{names[0]}</text>',
-           f'<text x="64" y="18">{names[1]}</text>']
-    out += [f'<text x="{X(v):.0f}" y="396" text-anchor="middle">{v:.2f}</text>' for v in (min(xs), max(xs))]
-    out += [f'<text x="54" y="{Y(v) + 4:.0f}" text-anchor="end">{v:.2f}</text>' for v in (min(ys), max(ys))]
-    line = " ".join(f"{X(x):.1f},{Y(y):.1f}" for x, y in map(at, mixes))
-    out.append(f'<polyline class="sweep" points="{line}"/>')
+def pareto_svg(rows):
+    """One panel per pair of a domain's objectives, two in a line: the sweeps of MAH-DPO and of the soup as lines, every other
+    row as a labelled point, intervals as thin bars."""
+    panels = list(dict.fromkeys((r["domain"], *r["sweep"]) for r in rows if "sweep" in r))
+    place = lambda i: f'<g transform="translate({WIDE * (i % 2)} {HIGH * (i // 2)})">'
+    drawn = [place(i) + panel(rows, domain, pair) + "</g>" for i, (domain, *pair) in enumerate(panels)]
+    size = f"{WIDE * min(2, max(1, len(panels)))} {HIGH * max(1, (len(panels) + 1) // 2)}"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"><style>{STYLE}</style>{"".join(drawn)}</svg>\n'
+
+
+def panel(rows, domain, pair):
+    """One panel: axes, sweeps, points and their bars, labels."""
+    rows = [r for r in rows if r["domain"] == domain and r.get("sweep", pair) == pair]
+    spans, ticks = [], []
+    for n, a, b in ((pair[0], LEFT, RIGHT), (pair[1], BOTTOM, TOP)):
+        metrics = [r["metrics"][n] for r in rows]
+        reach = [half_width(m) if m["n"] > 1 else 0.0 for m in metrics]
+        low = math.floor(10 * max(0.0, min(m["mean"] - h for m, h in zip(metrics, reach))))        # in tenths
+        high = max(low + 1, math.ceil(10 * min(1.0, max(m["mean"] + h for m, h in zip(metrics, reach)))))
+        spans.append(lambda v, a=a, b=b, low=low, high=high: a + (b - a) * (min(max(10 * v, low), high) - low) / (high - low))
+        ticks.append([t / 10 for t in range(low, high + 1)])
+    X, Y = spans
+    out = [f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" class="axis"/>',
+           f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 36}" text-anchor="middle">{pair[0]}</text>',
+           f'<text x="14" y="{(TOP + BOTTOM) / 2}" transform="rotate(-90 14 {(TOP + BOTTOM) / 2})" text-anchor="middle">{pair[1]}</text>']
+    out += [f'<text x="{X(v):.0f}" y="{BOTTOM + 16}" text-anchor="middle">{v:.1f}</text>' for v in ticks[0]]
+    out += [f'<text x="{LEFT - 6}" y="{Y(v) + 4:.0f}" text-anchor="end">{v:.1f}</text>' for v in ticks[1]]
+    marks, taken = [], []
     for r in rows:
-        x, y = at(r)
-        label = r["policy"] + (f" + {r['guide']}" if r["guide"] else "")
-        out.append(f'<circle class="{"guided" if r["guide"] else "policy"}" cx="{X(x):.1f}" cy="{Y(y):.1f}" r="4">'
-                   f'<title>{label}: {x:.3f}, {y:.3f}</title></circle>'
-                   f'<text x="{X(x) + 6:.1f}" y="{Y(y) + 3:.1f}" class="label">{label}</text>')
-    return "".join(out)
+        mx, my = (r["metrics"][n] for n in pair)
+        kind, x, y = r["policy"][:4].rstrip("_") if "sweep" in r else "guided" if r["guide"] else "plain", X(mx["mean"]), Y(my["mean"])
+        text = label(r["policy"], r["guide"])
+        hx, hy = (half_width(m) if m["n"] > 1 else 0.0 for m in (mx, my))
+        out.append(f'<path class="bar {kind}" d="M{X(mx["mean"] - hx):.1f} {y:.1f}H{X(mx["mean"] + hx):.1f}M{x:.1f} '
+                   f'{Y(my["mean"] - hy):.1f}V{Y(my["mean"] + hy):.1f}"/>')
+        out.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{2 if "sweep" in r else 3.5}">'
+                   f'<title>{text}: {mx["mean"]:.3f}, {my["mean"]:.3f}</title></circle>')
+        taken.append((x - 4, y - 4, x + 4, y + 4))
+        if "sweep" not in r or r["weights"].get(pair[1]) == 0.3:
+            marks.append((x, y, f"{text}, swept" if "sweep" in r else text))
+    for policy, kind in (("mah_dpo", "mah"), ("soup", "soup")):
+        line = [r["metrics"] for r in rows if "sweep" in r and r["policy"] == policy]
+        out.append(f'<polyline class="{kind}" points="' + " ".join(
+            f'{X(m[pair[0]]["mean"]):.1f},{Y(m[pair[1]]["mean"]):.1f}' for m in line) + '"/>')
+    return "".join(out + [put_label(*mark, taken) for mark in marks])
+
+
+def put_label(x, y, text, taken):
+    """A label in the free place nearest to its point, with a line to it where that is not beside it; taken: boxes (left, top,
+    right, bottom) to stay clear of, to which it adds its own."""
+    w, h = 5.4 * len(text), 11
+    away = lambda box: math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3]))
+    spots = [(x + dx - w / 2, y + dy - h / 2, x + dx + w / 2, y + dy + h / 2)
+             for dx in range(-240, 241, 6) for dy in range(-200, 201, 5)]
+    inside = [b for b in spots if LEFT < b[0] and b[2] < RIGHT and TOP - 15 < b[1] and b[3] < BOTTOM]
+    free = lambda b: all(b[0] >= t[2] or b[2] <= t[0] or b[1] >= t[3] or b[3] <= t[1] for t in taken)
+    box = next((b for b in sorted(inside, key=away) if free(b)), None)
+    if box is None:                      # no room left: the point's tooltip still names it
+        return ""
+    taken.append(box)
+    near = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+    lead = f'<path class="lead" d="M{x:.1f} {y:.1f}L{near[0]:.1f} {near[1]:.1f}"/>' if away(box) > 6 else ""
+    return lead + f'<text class="label" x="{box[0]:.1f}" y="{box[3] - 2.5:.1f}">{text}</text>'
 
 
 def evaluate(run, pair_rows, device=None):
-    """Measure every row of a run, print the tables, write results.md, pareto.svg and, last, results.json. device: default
-    the run's own."""
-    bench, results, sweeps = Bench(run, device), [], []
-    jobs = [(d, job, results) for d in bench.worlds for job in bench.jobs(d)] + \
-        [(d, job, sweeps) for d in bench.worlds for job in bench.sweep(d)]
-    for domain, (policy, model, *how), into in tqdm(jobs, desc="tables", unit="row", disable=None):
-        into.append(bench.row(policy, model, domain, *how))
-    results += pair_rows
-    text = report(results, sweeps, bench.config)
-    write_text(os.path.join(run, "results.md"), text)
-    write_text(os.path.join(run, "pareto.svg"), pareto_svg(results, sweeps, bench.objectives))
-    write_json(os.path.join(run, "results.json"), results + [r | {"sweep": True} for r in sweeps])   # last: it says "done"
-    print("\n" + text)
-    return results
+    """Measure every row of a run of one seed, then publish. device: default the run's own."""
+    bench = Bench(run, device)
+    jobs = [(d, job) for d in bench.worlds for job in bench.jobs(d)] + [(d, job) for d in bench.worlds for job in bench.sweep(d)]
+    rows = [bench.row(*job) for job in tqdm(jobs, desc="tables", unit="row", disable=None)] + pair_rows
+    lines = [json.dumps({k: r[k] for k in ("domain", "policy", "guide", "weights", "each")}, separators=(",", ":"))
+             for r in rows if "each" in r]
+    write_text(os.path.join(run, "scores.jsonl"), "\n".join(lines) + "\n" if lines else "")
+    publish(run, rows)
+
+
+def publish(run, rows):
+    """Print the tables of these rows, write results.md, pareto.svg and, last, results.json."""
+    config = read_run(run)
+    rows = [{"n": next(iter(r["metrics"].values()))["n"]} | r for r in rows]
+    text, details = report(rows, config)
+    write_text(os.path.join(run, "results.md"), f"{text}\n{details}")
+    write_text(os.path.join(run, "pareto.svg"), pareto_svg(rows))
+    kept = [{k: v for k, v in r.items() if k not in ("n", "each")} for r in rows]
+    write_json(os.path.join(run, "results.json"), kept)                                   # last: it says "done"
+    print(f"\n{text}\nThe sweeps of weights and every comparison behind the findings: {os.path.join(run, 'results.md')}")
+
+
+def seed_runs(run):
+    """The directories of a run's trainings, one per seed; the run itself if it has one seed."""
+    config = read_run(run)
+    seeds = range(config["seed"], config["seed"] + config["seeds"])
+    return [os.path.join(run, f"seed={s}") for s in seeds] if len(seeds) > 1 else [run]
+
+
+def load_rows(run):
+    """The rows of a finished run as `publish` takes them. "each" holds the values that intervals are made of: one per prompt,
+    or with several seeds one per training, its mean."""
+    results = [read_json(os.path.join(r, "results.json")) for r in seed_runs(run)]
+    if len(results) == 1:
+        each = [row["each"] for _, row in read_jsonl(os.path.join(run, "scores.jsonl"))]
+        return [row | ({"each": each[i]} if i < len(each) else {}) for i, row in enumerate(results[0])]
+    rows = []
+    for same in zip(*results, strict=True):
+        each = {m: [r["metrics"][m]["mean"] for r in same] for m in same[0]["metrics"] if all(m in r["metrics"] for r in same)}
+        n = round(statistics.fmean(next(iter(r["metrics"].values()))["n"] for r in same))
+        rows.append(same[0] | {"each": each, "metrics": {m: summary(values) for m, values in each.items()},
+                               "seed": [r["seed"] for r in same], "n": n})
+    return rows
 
 
 # -- timings
@@ -433,8 +735,12 @@ def main(argv=None):
         return timing(args.run, pick_device(args.device or "auto"))
     if not os.path.isfile(os.path.join(args.run, "results.json")):
         raise InputError(f"{args.run}: not a finished run (no results.json); finish it with train.py --resume {args.run}")
-    old = read_json(os.path.join(args.run, "results.json"))
-    evaluate(args.run, [r for r in old if r["domain"].startswith("pairs:")], args.device)
+    runs = seed_runs(args.run)
+    for run in runs:
+        old = read_json(os.path.join(run, "results.json"))
+        evaluate(run, [r for r in old if r["domain"].startswith("pairs:")], args.device)
+    if runs != [args.run]:
+        publish(args.run, load_rows(args.run))
 
 
 if __name__ == "__main__":

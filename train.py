@@ -10,8 +10,8 @@
     6 tables     every policy measured on unseen prompts, alone and guided
 
 A stage is a function of the configuration, the seed and the files of earlier stages, and writes its own files last:
-`--resume RUN` skips what is finished and starts the unfinished stage (in stage 5: policy) again. --fast runs everything
-small, to see that it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for math_accuracy questions with final answers,
+`--resume RUN` skips what is finished and starts the unfinished stage (in stage 5: policy) again. --seeds N trains N times,
+in RUN/seed=..., and puts the tables over the trainings into RUN. --fast runs everything small, to see that it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for math_accuracy questions with final answers,
 which are sampled and verified; and DIR/<objective>.steps.jsonl, labelled steps, where it exists.
 """
 import argparse
@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, To
                   fit_threshold, holds_questions, judge, pad, read_json, read_jsonl, read_preferences, read_steps,
                   run_command, select_objectives, split_of, worlds_of, write_json, write_text)
 from decode import generate, parse_weights, read_run
-from evaluate import average, converse, evaluate, pair_metrics_rows, plain_responder, seed_of
+from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows, plain_responder, publish, seed_of,
+                      seed_runs)
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps, pair_metrics,
                      policy_logps)
 from model import GPT, GPTConfig, load_hf, load_safetensors, pick_device, save_hf, save_safetensors
@@ -51,6 +52,7 @@ class Config:
     init: str = option("", "Hugging Face directory that serves as the base model")
     data: str = option("", "directory of <objective>.jsonl with real pairs or questions, see below (needs --init)")
     seed: int = option(0, "every random draw of the run derives from it")
+    seeds: int = option(1, "train so many times, with seed, seed + 1, ..., for intervals over trainings")
     device: str = option("auto", "auto, cpu, cuda or mps")
     dtype: str = option("fp32", "fp32, or bf16: training computes in bfloat16 (autocast), weights and losses stay in fp32")
     grad_checkpoint: bool = option(False, "training recomputes each block in backward: less memory, a third more time")
@@ -78,7 +80,9 @@ class Config:
     dpo_pairs: int = option(8, "pairs per objective and step")
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
     dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
-    n_test: int = option(200, "test prompts per domain", fast=12)
+    n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
+    split: str = option("test", "of which split: test; dev for whatever is still being chosen")
+    k: int = option(5, "K, candidates per step of guided decoding in the tables, samples of a majority vote")
     max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
 
 
@@ -323,7 +327,7 @@ def sample_world(run, model, world, split, share, cuts, pairs, labels):
     total = len(problems) * world.turns * (config.n_samples + 1)
     with tqdm(total=total, desc=f"{domain} {split}", unit="sample", disable=None) as bar:
         # The contexts to answer: the problems themselves, or every turn of a dialogue played by the SFT policy.
-        respond = plain_responder(model, world, 0, config.temperature, generator, bar.update)
+        respond = plain_responder(model, world, 0, config.temperature, generator, progress=bar.update)
         played = converse(world, problems, tokenizer, respond, seed_of(config.seed, "samples", domain, split, "student"))
         contexts = [(c.problem, before, ids) for c in played for ids, before, _ in c.turns]
         answers = generate(model, [ids for _, _, ids in contexts], weights=0, samples=config.n_samples,
@@ -695,6 +699,21 @@ def run_stages(run):
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py {run.path} --prompt ...")
 
 
+def carry_out(run):
+    """All that is unfinished of a run: its stages, or with several seeds those of each training, then their common tables."""
+    if run.config.seeds == 1:
+        return run_stages(run)
+    for i, path in enumerate(seed_runs(run.path)):
+        one = Run(path, replace(run.config, seed=run.config.seed + i, seeds=1))
+        if not os.path.exists(one.file("config.json")):
+            os.makedirs(path, exist_ok=True)
+            write_json(one.file("config.json"), asdict(one.config) | {"objectives": run.objectives})
+        print(f"\n{path}: training {i + 1} of {run.config.seeds}")
+        if not finished(one, "results.json"):
+            run_stages(one)
+    publish(run.path, load_rows(run.path))
+
+
 def read_command(argv):
     """Command line -> (config, directory to resume or None). One flag per field of Config."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -725,7 +744,7 @@ def check_config(c):
         least = low.get(f.name, 1 if type(value) is int else 0)
         if type(value) in (int, float) and not least <= value < 2**31:
             raise InputError(f"--{f.name.replace('_', '-')} {value} is out of range")
-    for name, known in (("prm", ("unified", "each")), ("dtype", ("fp32", "bf16"))):
+    for name, known in (("prm", ("unified", "each")), ("dtype", ("fp32", "bf16")), ("split", ("test", "dev"))):
         if getattr(c, name) not in known:
             raise InputError(f"--{name} {getattr(c, name)}: choose {' or '.join(known)}")
     if c.data and not c.init:
@@ -751,7 +770,7 @@ def check_inputs(run):
                 counts = ", ".join(f"{n} {split}" for split, n in world.counts().items())
                 print(f"questions: {counts}; {world.n_dropped} left out: too long for the context with an answer")
     for domain in run.domains if not config.data else ():      # a world that is too small for what is asked
-        DOMAINS[domain].problems("test", config.n_test, Dice(0))
+        DOMAINS[domain].problems(config.split, config.n_test, Dice(0))
         DOMAINS[domain].problems("train", max(config.n_prompts, config.n_rollout_prompts), Dice(0))
     if config.init and not config.data:
         sft_examples(run, model)               # a context that is too short, a chat template that is not read
@@ -791,7 +810,7 @@ def main(argv=None):
     run = open_run(config, resume)
     signal.signal(signal.SIGTERM, signal.default_int_handler)          # a batch system's request to stop, as Ctrl-C
     try:
-        run_stages(run)
+        carry_out(run)
     except KeyboardInterrupt:
         print(f"\nstopped; finished stages are kept. Go on with: python train.py --resume {run.path}", file=sys.stderr)
         sys.exit(130)

@@ -19,6 +19,7 @@ def test_objectives_are_the_papers_in_order():
     assert [o.case for o in OBJECTIVES.values()] == ["verifiable", "A", "C", "C", "C", "B", "B"]
     assert [o.boundary for o in OBJECTIVES.values()] == ["newline"] * 2 + ["sentence"] * 3 + ["turn"] * 2
     assert all(name == o.name for name, o in OBJECTIVES.items())
+    assert [o.subjective for o in OBJECTIVES.values()] == [False, True, True, True, True, False, True]
 
 
 @pytest.mark.parametrize("spec, names", [

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 
-from data import (DATA_HELP, InputError, Preference, Question, Steps, answer_parts, final_answer, marked_answer, read_jsonl,
+from data import (DATA_HELP, InputError, Preference, Question, Steps, answer_parts, final_answer, majority, marked_answer, read_jsonl,
                   read_preferences, read_questions, read_steps, same_answer)
 
 USER, BOT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
@@ -388,6 +388,14 @@ SAME = [("1,000", "1000", "1000.0", "$1000", "\\$1,000.00", "1{,}000", "1,\\!000
                          "2 sin x", "12", "12 pi i", "[1,2)", "(1,2)", "1/0", "1 2", "2/1/2", "x=1,y=2", "y=1,x=2", "1.0.0", "1e3",
                          "2\\frac{1}{x}", "\\frac{21}{x}", "5\\text{ or }7", "57", "2^{1}0", "\\infty", "-\\infty", "i", "10x",
                          "5:30", "3^2", "\\frac{}{3}", "\\frac", "(1,200]", "x+1", "x-1", ""))]
+
+
+@pytest.mark.parametrize("texts, index", [
+    (["#### 7", "so 8\n#### 1,000", "\\boxed{1000.0}"], 1), (["it is 3", "#### 4"], 1), (["perhaps 3 or 4", "5", "maybe 4"], 0),
+    (["no", "none"], 0), (["", "#### 2", "#### 3"], 1)])
+def test_majority(texts, index):
+    """Prevents: a vote split by spelling, guesses that outvote a marked answer, a crash where nobody answers."""
+    assert majority(texts) == index
 
 
 def test_same_answers_and_no_others():

@@ -23,7 +23,7 @@ import decode
 import evaluate
 import train
 from data import DOMAINS, Dice, InputError, Problem, World, read_json, run_command
-from evaluate import Conversation, converse, guided_responder, kl_per_token, seed_of, summary
+from evaluate import Conversation, converse, guided_responder, kl_to_sft, plain_responder, seed_of, summary
 from mah_dpo import Pair, pair_logps
 from model import GPTConfig, load_hf, load_safetensors, save_hf
 from prm import PRM, Labelled, load_prm, pair_scores, step_scores
@@ -301,26 +301,48 @@ def test_seeds_depend_on_seed_and_purpose():
     assert len({seed_of(s, *what) for s in (0, 1) for what in (("sft",), ("base",), ("test", "math"), ("test", "values"))}) == 8
 
 
-def one_turn(before, response):
-    return types.SimpleNamespace(turns=[(before, [], response)])
+def talk(*turns):
+    return types.SimpleNamespace(turns=[(before, [], response) for before, response in turns])
 
 
-def test_kl_per_token(gpt, tokenizer):
-    """Prevents: a KL over prompt or padding, of the wrong direction, or estimated from the samples: exact, per token."""
-    talks = [one_turn([400, 5, 6], [7, 8, 9, 10]), one_turn([400, 50], [60])]
-    assert kl_per_token(gpt, gpt.heads[0].weight, gpt, talks, tokenizer.pad_id)["mean"] == pytest.approx(0.0, abs=1e-6)
-    other = gpt.heads[1].weight
-    each = []
+def test_kl_to_sft(gpt, tokenizer):
+    """Prevents: a KL over prompt or padding, of the wrong direction, or estimated from the samples: exact, per token and per
+    answer, turns averaged before conversations."""
+    talks = [talk(([400, 5, 6], [7, 8, 9, 10]), ([400, 5, 6, 7], [8])), talk(([400, 50], [60]), ([9], [8, 7]))]
+    assert kl_to_sft(gpt, gpt.heads[0].weight, gpt, talks, tokenizer.pad_id) == [[pytest.approx(0.0, abs=1e-6)] * 2] * 2
+    other, expected = gpt.heads[1].weight, ([], [])
     with torch.no_grad():
-        for (before, _, response), in (t.turns for t in talks):
-            values = []
-            for t in range(len(response)):
-                h = gpt(torch.tensor([before + response[:t]]))[0, -1]
-                log_pi, log_ref = F.log_softmax(other @ h, 0), F.log_softmax(gpt.heads[0].weight @ h, 0)
-                values.append(float((log_pi.exp() * (log_pi - log_ref)).sum()))
-            each.append(sum(values) / len(values))
-    found = kl_per_token(gpt, other, gpt, talks, tokenizer.pad_id)
-    assert found["mean"] == pytest.approx(sum(each) / 2, rel=1e-4) and found["mean"] > 0.01 and found["n"] == 2
+        for c in talks:
+            sums = []
+            for before, _, response in c.turns:
+                values = []
+                for t in range(len(response)):
+                    h = gpt(torch.tensor([before + response[:t]]))[0, -1]
+                    log_pi, log_ref = F.log_softmax(other @ h, 0), F.log_softmax(gpt.heads[0].weight @ h, 0)
+                    values.append(float((log_pi.exp() * (log_pi - log_ref)).sum()))
+                sums.append((sum(values) / len(values), sum(values)))
+            for kind, values in zip(expected, zip(*sums)):
+                kind.append(sum(values) / 2)
+    found = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id)
+    assert found == [pytest.approx(e, rel=1e-4) for e in expected] and min(found[0]) > 0.01
+
+
+def test_majority_vote_and_tokens_drawn(gpt, tokenizer, monkeypatch):
+    """Prevents: a vote over other prompts' samples, a minority's answer, rivals of guidance whose cost is not counted."""
+    texts = ["answer 3", "4 + 5 = 9\nanswer 7", "answer 7", "answer 1", "answer 2", "answer 1"]
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, samples, **options: [ids_of(tokenizer, t) for t in texts])
+    talks = [types.SimpleNamespace(ids=[1], drawn=0), types.SimpleNamespace(ids=[2], drawn=0)]
+    chosen = plain_responder(gpt, OneSum(), 0, 0.7, None, samples=3)(talks)
+    assert [tokenizer.decode(r[:-1]) for r in chosen] == [texts[1], texts[3]] and all(r[-1] == tokenizer.eos_id for r in chosen)
+    assert [c.drawn for c in talks] == [sum(len(ids_of(tokenizer, t)) for t in part) for part in (texts[:3], texts[3:])]
+    monkeypatch.undo()
+    prm = PRM(gpt.with_heads(()), ["math_accuracy"], torch.Generator().manual_seed(0))
+    prm.backbone.tokenizer = tokenizer
+    c = Conversation(SUM, tokenizer)
+    steps, plain = [], evaluate.guided_decode
+    monkeypatch.setattr(evaluate, "guided_decode", lambda *a, **k: [steps.extend(r.steps) or r for r in plain(*a, **k)])
+    guided_responder(gpt, prm, OneSum(), [1.0, 0.0], "math_accuracy", 0.7, torch.Generator().manual_seed(0), K=3)([c])
+    assert c.drawn == sum(len(ids) for s in steps for ids in s.candidates) and all(len(s.candidates) == 3 for s in steps)
 
 
 def tutoring_problem():
@@ -470,7 +492,16 @@ def test_results_have_the_promised_rows(whole):
         assert all("kl" in r["metrics"] for r in rows if r["guide"] is None and r["policy"] != "sft_greedy")
         assert next(r for r in rows if r["policy"] == "sft")["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     sweep = [r["weights"]["helpfulness"] for r in results if r["domain"] == "values" and r["policy"] == "mah_dpo" and not r["guide"]]
-    assert sweep == [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert sweep == [0.5] + [i / 10 for i in range(10, -1, -1)]
+    soups = [r["weights"] for r in results if r["domain"] == "values" and r["policy"] == "soup" and r.get("sweep") == NAMES[:2]]
+    assert len(soups) == 11 and soups[3] == {"helpfulness": 0.7, "honesty": 0.3} and soups[0] == {"helpfulness": 1.0}
+    scores = rows_of(os.path.join(whole, "scores.jsonl"))
+    for line, row in zip(scores, results):                 # what the means are made of, prompt by prompt
+        assert all(line[k] == row[k] for k in ("policy", "guide", "domain", "weights"))
+        assert {n: summary(v) for n, v in line["each"].items()} == row["metrics"]
+    assert len(scores) == sum(not r["domain"].startswith("pairs:") for r in results)
+    alone = next(r for r in results if r["policy"] == "mah_dpo:honesty")["metrics"]
+    assert next(r for r in results if r.get("sweep") and r["weights"].get("honesty") == 1.0)["metrics"] == alone
     held_out = {(r["policy"], r["domain"]): r["metrics"] for r in results if r["domain"].startswith("pairs:")}
     assert set(held_out) == {(p, f"pairs:{n}") for p in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo", "soup") for n in NAMES}
     for n in NAMES:
@@ -503,13 +534,14 @@ def test_pairs_and_labels_are_well_formed(whole):
 def test_report_and_picture(whole):
     """Prevents: tables without their rows, an SVG that no browser opens."""
     text = open(os.path.join(whole, "results.md"), encoding="utf-8").read()
-    for part in ("### values, 2 test prompts", "### tutoring, 2 test prompts", "values, mah_dpo under a sweep of head weights", "| sft_greedy", "| soup",
+    for part in ("### values, 2 test prompts", "### tutoring, 2 test prompts", "### values, a sweep of weights", "### findings (",
+                 "### every comparison", "mah_dpo:honesty - modpo", "soup, swept", "| sft_greedy", "| soup",
                  "| mah_dpo:honesty", "| unified", "| honesty (", "±"):
         assert part in text
     root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
     tag = lambda name: root.findall(".//{http://www.w3.org/2000/svg}" + name)
-    assert len(tag("polyline")) == 1 and len(tag("polyline")[0].get("points").split()) == 5
-    assert len(tag("circle")) == 7 + 2 + 2 * 3
+    assert [len(line.get("points").split()) for line in tag("polyline")] == [11, 11]
+    assert len(tag("circle")) == 7 + 2 + 2 * 3 + 2 * 11
 
 
 def weights_of(run):
@@ -604,6 +636,44 @@ def test_a_stop_says_how_to_go_on(whole, tmp_path, capsys, monkeypatch):
     train.main(["--resume", copied])
     assert weights_of(copied) == weights_of(whole)
     assert open(os.path.join(copied, "log.jsonl")).read() == open(os.path.join(whole, "log.jsonl")).read()
+
+
+def test_seeds_are_trained_apart_and_reported_together(small_worlds, tmp_path, capsys, monkeypatch):
+    """Prevents: seeds that share weights or test prompts, tables that are not the means over the trainings, a --resume that trains
+    a finished seed again, or goes on without the unfinished one."""
+    out = str(tmp_path / "run")
+    monkeypatch.setattr(train, "publish", lambda *args: pytest.fail("published before the last training"))
+    monkeypatch.setattr(train, "train_sft", stop_at(train.train_sft, 2))
+    with pytest.raises(SystemExit):
+        train.main(["--objective", "honesty", "--seed", "3", "--seeds", "2", "--out", out, *TINY])
+    monkeypatch.undo()
+    first = weights_of(os.path.join(out, "seed=3"))
+    assert os.path.exists(os.path.join(out, "seed=4", "config.json")) and not os.path.exists(os.path.join(out, "results.json"))
+    capsys.readouterr()
+    train.main(["--resume", out])
+    printed = capsys.readouterr().out
+    assert "2 trainings, seeds 3, 4" in printed and "trainings.\n" in printed and printed.count("finished before") == 1
+    assert weights_of(os.path.join(out, "seed=3")) == first and first != weights_of(os.path.join(out, "seed=4"))
+    together, *each = (read_json(os.path.join(out, d, "results.json")) for d in ("", "seed=3", "seed=4"))
+    for row, *same in zip(together, *each, strict=True):
+        assert row["seed"] == [3, 4] and all(row["policy"] == r["policy"] and row["domain"] == r["domain"] for r in same)
+        for name, m in row["metrics"].items():
+            a, b = (r["metrics"][name]["mean"] for r in same)
+            assert m == {"mean": pytest.approx((a + b) / 2), "stderr": pytest.approx(abs(a - b) / 2), "n": 2}
+    evaluate.main([out])
+    assert read_json(os.path.join(out, "results.json")) == together
+
+
+def stop_at(work, n):
+    """The n-th call of a stage's work is a Ctrl-C."""
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return work(*args)
+    return interrupted
 
 
 def test_evaluate_command_measures_again(whole, tmp_path, capsys):
@@ -928,8 +998,9 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     assert {r.split for r in labels} == {"train", "dev"} and all(0 <= t[0] <= 1 and t[1] is None for r in labels for t in r.targets)
     results = json.loads(open(f"{out}/results.json", encoding="utf-8").read())
     tables = [r for r in results if r["domain"] == "math"]
-    assert {(r["policy"], r["guide"]) for r in tables} >= {("sft", None), ("sft", "math_accuracy"), ("mah_dpo", "math_accuracy")}
-    assert all(set(r["metrics"]) <= {"math_accuracy", "tokens", "kl"} and 0 <= r["metrics"]["math_accuracy"]["mean"] <= 1 for r in tables)
+    assert {(r["policy"], r["guide"]) for r in tables} >= \
+        {("sft", None), ("sft_vote", None), ("mah_dpo_vote", None), ("sft", "math_accuracy"), ("mah_dpo", "math_accuracy")}
+    assert all(set(r["metrics"]) <= {"math_accuracy", "tokens", "drawn", "kl", "kl/answer"} and 0 <= r["metrics"]["math_accuracy"]["mean"] <= 1 for r in tables)
     assert {r["metrics"]["math_accuracy"]["n"] for r in tables} == {2}
 
 
