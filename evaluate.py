@@ -267,11 +267,11 @@ class Bench:
                 yield job._replace(guide=guide)
 
     def sweep(self, domain):
-        """Eleven mixes of every two of the domain's heads, from one to the other, and such soups of their policies."""
+        """Mixes of every two of the domain's heads, from one to the other, and such soups of their policies."""
         names = [o for o in self.objectives if o in self.worlds[domain].objectives]
-        heads = self.model("mah_dpo").config.objectives
+        heads, n = self.model("mah_dpo").config.objectives, self.config["weight_steps"]
         for pair in itertools.combinations(names, 2):
-            for share in [dict(zip(pair, ((10 - i) / 10, i / 10))) for i in range(11)]:
+            for share in [dict(zip(pair, ((n - i) / n, i / n))) for i in range(n + 1 if n else 0)]:
                 yield Job("mah_dpo", {"mah_dpo": 1.0}, tuple(share.get(h, 0.0) for h in heads), sweep=pair)
                 yield Job("soup", {f"dpo_{n}": w for n, w in share.items() if w}, sweep=pair)
 
@@ -381,10 +381,12 @@ def scorecard(rows, objectives, separate=()):
         measured, own = index(rows, domain), index(separate, domain)
         names = [n for n in domain_objectives(domain, objectives) if n in measured["sft", None]["metrics"]]
         lines += [compare(finding, domain, *claim, measured, measured) for finding, *claim in claims(domain, names)]
-        lines += [compare("F6", domain, [n], (p, n), (p, n), KEPT, measured, own) | {"compared": f"{label(p, n)} - by its own PRM"}
-                  for n in names[:None if own else 1] for p in ("sft", "mah_dpo")[:None if own else 1]]
-        for pair in itertools.combinations(names, 2):
-            lines += sweep_lines(domain, pair, [r for r in rows if r.get("sweep") == list(pair)])
+        for n, p in itertools.product(names, ("sft", "mah_dpo")):
+            line = compare("F6", domain, [n], (p, n), (p, n), KEPT, measured, own)
+            lines.append(line | {"compared": f"{label(p, n)} - guided by its own PRM"})
+        mixes = [r for r in rows if r["domain"] == domain and "sweep" in r]
+        for pair in dict.fromkeys(tuple(r["sweep"]) for r in mixes):
+            lines += sweep_lines(domain, pair, [r for r in mixes if r["sweep"] == list(pair)])
     return lines
 
 
@@ -448,15 +450,34 @@ def area(objectives, method, rows, pair):
     return {"objectives": objectives, "method": method, "points": str(len(rows)), "metrics": {"hypervolume": found}}
 
 
-def report(rows, config):
-    """All tables as Markdown text: (what is printed, the details that only results.md has)."""
+def sweep_tables(name, variants, names):
+    """Tables by domain of one swept field: the rows of every value, {value: rows}; one that does not depend on it stands once."""
+    for domain in [d for d in DOMAINS if any(r["domain"] == d for rows in variants.values() for r in rows)]:
+        found = {}
+        for value, rows in variants.items():
+            for r in rows:
+                if r["domain"] == domain and "sweep" not in r:
+                    found.setdefault((r["policy"], r["guide"]), {})[value] = r
+        lines = []
+        for same in found.values():
+            alike = len(same) == len(variants) and all(r["each"] == next(iter(same.values()))["each"] for r in same.values())
+            lines += [{"value": "any" if alike else str(v)} | r for v, r in list(same.items())[:1 if alike else None]]
+        first = {name: lambda r: r["value"], "policy": lambda r: r["policy"], "guide": lambda r: r["guide"] or "-"}
+        columns = [*domain_objectives(domain, names), "tokens", "drawn", "kl", "kl/answer"]
+        yield table(f"{domain}, by {name}", first, lines, columns)
+
+
+def report(rows, config, variants):
+    """All tables as Markdown text: (what is printed, the details that only results.md has). variants: {swept field: {value:
+    rows}}."""
     show = lambda *keys: {key: lambda r, key=key: r[key] or "-" for key in keys}
     seeds = [config["seed"] + i for i in range(config["seeds"])]
     over = f"{len(seeds)} trainings, seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"Seed {seeds[0]}"
     parts = [f"Objectives: {', '.join(config['objectives'])}. {over}. Sampling temperature {config['temperature']}, beta "
              f"{config['beta']}, {config['k']} candidates. Mean ± half the 95 % interval over "
              f"{'trainings' if len(seeds) > 1 else 'prompts'}.\n"]
-    lines, details = scorecard(rows, config["objectives"]), []
+    separate = variants.get("prm", {}).get("each", []) if config["prm"] == "unified" else []
+    lines, details = scorecard(rows, config["objectives"], separate), []
     if lines:
         parts.append(findings_table(lines))
     for domain in [d for d in DOMAINS if any(r["domain"] == d for r in rows)]:
@@ -468,7 +489,8 @@ def report(rows, config):
             mixes = sorted((r for r in mine if r.get("sweep") == list(pair)), key=lambda r: r["policy"])
             if mixes:
                 weight = {f"w {n}": lambda r, n=n: f"{r['weights'].get(n, 0):.1f}" for n in pair}
-                details.append(table(f"{domain}, a sweep of weights", show("policy") | weight, mixes, [*names, "kl", "kl/answer"]))
+                details.append(table(f"{domain}, a sweep of weights", show("policy") | weight, mixes,
+                                     [*names, "kl", "kl/answer"]))
                 areas += [area(f"{' and '.join(pair)}", *front, pair) for front in fronts(plain, mixes).items()]
         if areas:
             parts.append(table(f"{domain}, the area below each method's front", show("objectives", "method", "points"), areas,
@@ -478,6 +500,8 @@ def report(rows, config):
         objective = {"held-out pairs": lambda r: f"{r['domain'][6:]} ({r['n']})"}
         parts.append(table("preference pairs held out from training", objective | show("policy"), pairs,
                            ["loss", "margin", "reward_accuracy", "logp_accuracy"]))
+    for name, values in variants.items():
+        parts += sweep_tables(name, values, config["objectives"])
     if lines:
         details.append(table(f"every comparison; F1's accuracies and F6's separate PRMs may lose less than {KEPT}",
                              show("finding", "domain", "objective", "compared", "verdict"),
@@ -488,8 +512,9 @@ def report(rows, config):
 # The picture: every kind of row has one colour on a light page and one on a dark page.
 COLOURS = {"mah": ("#087", "#3db"), "soup": ("#84a", "#c9e"), "plain": ("#05b", "#6bf"), "guided": ("#b40", "#f93")}
 paint = lambda dark: "".join(f".{kind}{{stroke:{c[dark]};fill:{c[dark]}}}" for kind, c in COLOURS.items())
-STYLE = ("svg{background:#fff}text{font:11px sans-serif;fill:#222}.label{font-size:9px;paint-order:stroke;stroke:#fff;stroke-width:2px}.axis{stroke:#888;fill:none}"
-         f"{paint(0)}polyline{{fill:none!important;stroke-width:1.5}}.bar{{stroke-width:.6;opacity:.6}}.lead{{stroke:#888;stroke-width:.5}}"
+STYLE = ("svg{background:#fff}text{font:11px sans-serif;fill:#222}.axis{stroke:#888;fill:none}.lead{stroke:#888;stroke-width:.5}"
+         ".label{font-size:9px;paint-order:stroke;stroke:#fff;stroke-width:2px}"
+         f"{paint(0)}polyline{{fill:none!important;stroke-width:1.5}}.bar{{stroke-width:.6;opacity:.6}}"
          f"@media(prefers-color-scheme:dark){{svg{{background:#111}}text{{fill:#ddd}}.label{{stroke:#111}}{paint(1)}}}")
 WIDE, HIGH, LEFT, TOP, RIGHT, BOTTOM = 560, 460, 60, 30, 545, 400           # a panel, and the plot in it
 
@@ -518,13 +543,14 @@ def panel(rows, domain, pair):
     X, Y = spans
     out = [f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" class="axis"/>',
            f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 36}" text-anchor="middle">{pair[0]}</text>',
-           f'<text x="14" y="{(TOP + BOTTOM) / 2}" transform="rotate(-90 14 {(TOP + BOTTOM) / 2})" text-anchor="middle">{pair[1]}</text>']
+           f'<text transform="translate(14 {(TOP + BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{pair[1]}</text>']
     out += [f'<text x="{X(v):.0f}" y="{BOTTOM + 16}" text-anchor="middle">{v:.1f}</text>' for v in ticks[0]]
     out += [f'<text x="{LEFT - 6}" y="{Y(v) + 4:.0f}" text-anchor="end">{v:.1f}</text>' for v in ticks[1]]
     marks, taken = [], []
     for r in rows:
         mx, my = (r["metrics"][n] for n in pair)
-        kind, x, y = r["policy"][:4].rstrip("_") if "sweep" in r else "guided" if r["guide"] else "plain", X(mx["mean"]), Y(my["mean"])
+        kind = ("mah" if r["policy"] == "mah_dpo" else "soup") if "sweep" in r else "guided" if r["guide"] else "plain"
+        x, y = X(mx["mean"]), Y(my["mean"])
         text = label(r["policy"], r["guide"])
         hx, hy = (half_width(m) if m["n"] > 1 else 0.0 for m in (mx, my))
         out.append(f'<path class="bar {kind}" d="M{X(mx["mean"] - hx):.1f} {y:.1f}H{X(mx["mean"] + hx):.1f}M{x:.1f} '
@@ -532,12 +558,13 @@ def panel(rows, domain, pair):
         out.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{2 if "sweep" in r else 3.5}">'
                    f'<title>{text}: {mx["mean"]:.3f}, {my["mean"]:.3f}</title></circle>')
         taken.append((x - 4, y - 4, x + 4, y + 4))
-        if "sweep" not in r or r["weights"].get(pair[1]) == 0.3:
-            marks.append((x, y, f"{text}, swept" if "sweep" in r else text))
+        if "sweep" not in r:
+            marks.append((x, y, text))
     for policy, kind in (("mah_dpo", "mah"), ("soup", "soup")):
-        line = [r["metrics"] for r in rows if "sweep" in r and r["policy"] == policy]
-        out.append(f'<polyline class="{kind}" points="' + " ".join(
-            f'{X(m[pair[0]]["mean"]):.1f},{Y(m[pair[1]]["mean"]):.1f}' for m in line) + '"/>')
+        mixes = [r["metrics"] for r in rows if "sweep" in r and r["policy"] == policy]
+        line = [(X(m[pair[0]]["mean"]), Y(m[pair[1]]["mean"])) for m in mixes]
+        marks.append((*line[len(line) // 3], f"{policy}, swept"))
+        out.append(f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in line)}"/>')
     return "".join(out + [put_label(*mark, taken) for mark in marks])
 
 
@@ -571,10 +598,13 @@ def evaluate(run, pair_rows, device=None):
 
 
 def publish(run, rows):
-    """Print the tables of these rows, write results.md, pareto.svg and, last, results.json."""
-    config = read_run(run)
+    """Print the tables of these rows and of the run's variants, write results.md, pareto.svg and, last, results.json."""
+    config, variants = read_run(run), {}
     rows = [{"n": next(iter(r["metrics"].values()))["n"]} | r for r in rows]
-    text, details = report(rows, config)
+    for name, paths in find_variants(run).items():
+        variants[name] = {v: load_rows(path) for v, path in paths.items() if os.path.exists(os.path.join(path, "results.json"))}
+        variants[name] = dict(sorted(({config[name]: rows} | variants[name]).items()))
+    text, details = report(rows, config, variants)
     write_text(os.path.join(run, "results.md"), f"{text}\n{details}")
     write_text(os.path.join(run, "pareto.svg"), pareto_svg(rows))
     kept = [{k: v for k, v in r.items() if k not in ("n", "each")} for r in rows]
@@ -587,6 +617,16 @@ def seed_runs(run):
     config = read_run(run)
     seeds = range(config["seed"], config["seed"] + config["seeds"])
     return [os.path.join(run, f"seed={s}") for s in seeds] if len(seeds) > 1 else [run]
+
+
+def find_variants(run):
+    """What train.py --sweep put into a run's directory: {field: {value: directory}}."""
+    found = {}
+    for name in sorted(os.listdir(run)):
+        field, path = name.partition("=")[0], os.path.join(run, name)
+        if "=" in name and field != "seed" and os.path.isfile(os.path.join(path, "config.json")):
+            found.setdefault(field, {})[read_run(path)[field]] = path
+    return {field: dict(sorted(values.items())) for field, values in found.items()}
 
 
 def load_rows(run):

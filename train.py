@@ -11,8 +11,10 @@
 
 A stage is a function of the configuration, the seed and the files of earlier stages, and writes its own files last:
 `--resume RUN` skips what is finished and starts the unfinished stage (in stage 5: policy) again. --seeds N trains N times,
-in RUN/seed=..., and puts the tables over the trainings into RUN. --fast runs everything small, to see that it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for math_accuracy questions with final answers,
-which are sampled and verified; and DIR/<objective>.steps.jsonl, labelled steps, where it exists.
+in RUN/seed=..., and puts the tables over the trainings into RUN; --sweep FIELD=a,b,c trains variants of a run, in RUN/FIELD=a and
+so on. --fast runs everything small, to see that it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for
+math_accuracy questions with final answers, which are sampled and verified; and DIR/<objective>.steps.jsonl, labelled steps, where
+it exists.
 """
 import argparse
 import json
@@ -22,6 +24,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatch
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +34,8 @@ from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, To
                   fit_threshold, holds_questions, judge, pad, read_json, read_jsonl, read_preferences, read_steps,
                   run_command, select_objectives, split_of, worlds_of, write_json, write_text)
 from decode import generate, parse_weights, read_run
-from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows, plain_responder, publish, seed_of,
-                      seed_runs)
+from evaluate import (average, converse, evaluate, find_variants, load_rows, pair_metrics_rows, plain_responder, publish,
+                      seed_of, seed_runs)
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps, pair_metrics,
                      policy_logps)
 from model import GPT, GPTConfig, load_hf, load_safetensors, pick_device, save_hf, save_safetensors
@@ -82,8 +85,25 @@ class Config:
     dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
     n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
     split: str = option("test", "of which split: test; dev for whatever is still being chosen")
+    weight_steps: int = option(10, "steps in which the weights of two heads go from one to the other (0: no sweep)", fast=2)
     k: int = option(5, "K, candidates per step of guided decoding in the tables, samples of a majority vote")
     max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
+
+
+# What the stages leave in a run directory and in its log, and for --sweep what of it does not depend on the swept fields. (What
+# gamma and the rollouts change is the PRM's labels; the pairs, and so the policies, come out the same.)
+WRITTEN = {"base": ["base"], "sft": ["sft"], "samples": ["pairs.jsonl", "labels.jsonl", "judge"], "prm": ["prm", "prm_*"],
+           "baselines": ["single_head_dpo", "dpo_*", "modpo", "sft_logps.safetensors"],
+           "mah_dpo": ["mah_dpo", "pair_metrics.json"]}
+UNTOUCHED = {"dtype base_steps base_lr epochs": "",
+             "sft_steps sft_batch sft_lr max_new_tokens": "base",
+             "temperature n_prompts n_samples": "base sft",
+             "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads": "base sft samples prm",
+             "perturbation": "base sft samples prm baselines",
+             "gamma rollouts n_rollout_prompts": "base sft baselines mah_dpo",
+             "prm prm_steps prm_batch prm_lr_backbone prm_lr_head": "base sft samples baselines mah_dpo",
+             "n_test split k": "base sft samples prm baselines mah_dpo"}
+UNTOUCHED = {field: stages for group, stages in UNTOUCHED.items() for field in group.split()}
 
 
 class Run:
@@ -699,23 +719,75 @@ def run_stages(run):
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py {run.path} --prompt ...")
 
 
-def carry_out(run):
-    """All that is unfinished of a run: its stages, or with several seeds those of each training, then their common tables."""
-    if run.config.seeds == 1:
-        return run_stages(run)
-    for i, path in enumerate(seed_runs(run.path)):
-        one = Run(path, replace(run.config, seed=run.config.seed + i, seeds=1))
-        if not os.path.exists(one.file("config.json")):
-            os.makedirs(path, exist_ok=True)
-            write_json(one.file("config.json"), asdict(one.config) | {"objectives": run.objectives})
-        print(f"\n{path}: training {i + 1} of {run.config.seeds}")
-        if not finished(one, "results.json"):
-            run_stages(one)
-    publish(run.path, load_rows(run.path))
+def take_over(run, source, swept):
+    """Link what a run that differs in the swept field need not make again, and copy its part of the log."""
+    patterns = [p for stage in UNTOUCHED[swept].split() for p in WRITTEN[stage]]
+    same = lambda name: "=" not in name and any(fnmatch(name, p) for p in patterns)         # no other variants
+    if not os.path.exists(run.file("log.jsonl")):
+        rows = [row for _, row in read_jsonl(source.file("log.jsonl")) if same(row["stage"])]
+        write_text(run.file("log.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    for name in filter(same, sorted(os.listdir(source.path))):
+        if not os.path.lexists(run.file(name)):
+            os.symlink(os.path.relpath(source.file(name), run.path), run.file(name))
+
+
+def part(path, config):
+    """A run inside another run's directory, begun if it is not yet there."""
+    run = Run(path, config)
+    if not os.path.exists(run.file("config.json")):
+        os.makedirs(path, exist_ok=True)
+        write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
+    return run
+
+
+def carry_out(run, source=None, swept=None):
+    """All that is unfinished of a run: its stages, or with several seeds those of each training; then the variants that --sweep
+    put into its directory; then the tables over these."""
+    trainings, variants = seed_runs(run.path), find_variants(run.path)
+    if run.config.seeds > 1:
+        for i, path in enumerate(trainings):
+            print(f"\n{path}: training {i + 1} of {len(trainings)}")
+            one = part(path, replace(run.config, seed=run.config.seed + i, seeds=1))
+            carry_out(one, source and Run(seed_runs(source.path)[i], one.config), swept)
+    else:
+        if source:
+            take_over(run, source, swept)
+        run_stages(run)
+    for name, values in variants.items():
+        for path in values.values():
+            print(f"\n{path}: {name} varied")
+            carry_out(open_run(run.config, path), run, name)
+    if len(trainings) > 1 or variants:
+        publish(run.path, load_rows(run.path))
+
+
+def read_sweep(text, config):
+    """'FIELD=a,b,c' (or 'FIELD=a;b;c', where a value has commas of its own) -> the field, [config with each value but the one
+    it has already]. Variants do without the sweep of weights, which would cost more time than all else of their tables."""
+    name, _, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if name not in UNTOUCHED or not values:
+        raise InputError(f"--sweep {text}: write FIELD=a,b,c with one of the fields {', '.join(UNTOUCHED)}")
+    kind, found = type(getattr(config, name)), []
+    for value in values.split(";" if ";" in values else ","):
+        try:
+            found.append(replace(config, **{name: kind(value.strip())}))
+        except ValueError:
+            raise InputError(f"--sweep {text}: {value!r} is no {kind.__name__}") from None
+        check_config(found[-1])
+    return name, [replace(c, weight_steps=0) for c in found if c != config]
+
+
+def check_sweep(text, config):
+    """read_sweep, and what check_inputs says of every value."""
+    name, configs = read_sweep(text, config)
+    for changed in configs:
+        check_inputs(Run(config.out, changed))
+    return name, configs
 
 
 def read_command(argv):
-    """Command line -> (config, directory to resume or None). One flag per field of Config."""
+    """Command line -> (config, directory to resume or None, sweep or None). One flag per field of Config."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         shown = f"{f.metadata['help']} (default {f.default!r})" if f.default != "" else f.metadata["help"]
@@ -723,22 +795,25 @@ def read_command(argv):
         kind = {"action": "store_const", "const": True} if f.type is bool else {"type": type(f.default)}
         parser.add_argument(flag, default=None, help=shown, **kind)
     parser.add_argument("--fast", action="store_true", help="every stage, small: shows that it works, finds nothing")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run; takes no other option but --device")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run; takes no options but --device and --sweep")
+    parser.add_argument("--sweep", metavar="FIELD=a,b,c", help="train the run also with these values of an option, in RUN/FIELD=a "
+                        "and so on, from the first stage that the option concerns; the tables go into RUN/results.md. With "
+                        f"--resume: of an old run. FIELD is one of {', '.join(UNTOUCHED)}")
     args = vars(parser.parse_args(argv))
-    fast, resume = args.pop("fast"), args.pop("resume")
+    fast, resume, sweep = args.pop("fast"), args.pop("resume"), args.pop("sweep")
     given = {k: v for k, v in args.items() if v is not None}
     if resume == "":                            # an empty variable of a script must not start a new run
         raise InputError("--resume needs the directory of a run")
     if resume and (set(given) - {"device"} or fast) and os.path.exists(os.path.join(resume, "config.json")):
-        raise InputError("--resume goes on with the run's own configuration; give no option with it but --device")
+        raise InputError("--resume goes on with the run's own configuration; give no option with it but --device and --sweep")
     small = {f.name: f.metadata["fast"] for f in fields(Config) if fast and f.metadata["fast"] is not None}
-    return Config(**(small | given)), resume
+    return Config(**(small | given)), resume, sweep
 
 
 def check_config(c):
     """InputError for an option out of its range."""
     parse_weights(c.alpha, select_objectives(c.objective), "--alpha", 1.0)
-    low = {"temperature": 1e-6, "beta": 1e-9, "perturbation": 0, "gamma": 0, "seed": 0, "n_samples": 2}
+    low = {"temperature": 1e-6, "beta": 1e-9, "perturbation": 0, "gamma": 0, "seed": 0, "n_samples": 2, "weight_steps": 0}
     for f in fields(c):
         value = getattr(c, f.name)
         least = low.get(f.name, 1 if type(value) is int else 0)
@@ -805,9 +880,15 @@ def open_run(config, resume):
 
 def main(argv=None):
     """The command line: a new run, or an unfinished one."""
-    config, resume = read_command(argv)
+    config, resume, sweep = read_command(argv)
     check_config(config)
+    if sweep and not resume:                   # a mistake in it shows before anything is written
+        check_sweep(sweep, config)
     run = open_run(config, resume)
+    if sweep:
+        name, configs = check_sweep(sweep, run.config)
+        for changed in configs:
+            part(run.file(f"{name}={getattr(changed, name)}"), changed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)          # a batch system's request to stop, as Ctrl-C
     try:
         carry_out(run)

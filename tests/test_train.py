@@ -1,10 +1,12 @@
 """train.py and evaluate.py: the stages' parts by hand, a tiny whole run from the command line, mistakes of the user."""
 import collections
+import contextlib
 import copy
 import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -492,9 +494,9 @@ def test_results_have_the_promised_rows(whole):
         assert all("kl" in r["metrics"] for r in rows if r["guide"] is None and r["policy"] != "sft_greedy")
         assert next(r for r in rows if r["policy"] == "sft")["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     sweep = [r["weights"]["helpfulness"] for r in results if r["domain"] == "values" and r["policy"] == "mah_dpo" and not r["guide"]]
-    assert sweep == [0.5] + [i / 10 for i in range(10, -1, -1)]
+    assert sweep == [0.5, 1.0, 0.5, 0.0]
     soups = [r["weights"] for r in results if r["domain"] == "values" and r["policy"] == "soup" and r.get("sweep") == NAMES[:2]]
-    assert len(soups) == 11 and soups[3] == {"helpfulness": 0.7, "honesty": 0.3} and soups[0] == {"helpfulness": 1.0}
+    assert soups == [{"helpfulness": 1.0}, {"helpfulness": 0.5, "honesty": 0.5}, {"honesty": 1.0}]
     scores = rows_of(os.path.join(whole, "scores.jsonl"))
     for line, row in zip(scores, results):                 # what the means are made of, prompt by prompt
         assert all(line[k] == row[k] for k in ("policy", "guide", "domain", "weights"))
@@ -540,8 +542,8 @@ def test_report_and_picture(whole):
         assert part in text
     root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
     tag = lambda name: root.findall(".//{http://www.w3.org/2000/svg}" + name)
-    assert [len(line.get("points").split()) for line in tag("polyline")] == [11, 11]
-    assert len(tag("circle")) == 7 + 2 + 2 * 3 + 2 * 11
+    assert [len(line.get("points").split()) for line in tag("polyline")] == [3, 3]
+    assert len(tag("circle")) == 7 + 2 + 2 * 3 + 2 * 3
 
 
 def weights_of(run):
@@ -638,30 +640,97 @@ def test_a_stop_says_how_to_go_on(whole, tmp_path, capsys, monkeypatch):
     assert open(os.path.join(copied, "log.jsonl")).read() == open(os.path.join(whole, "log.jsonl")).read()
 
 
-def test_seeds_are_trained_apart_and_reported_together(small_worlds, tmp_path, capsys, monkeypatch):
-    """Prevents: seeds that share weights or test prompts, tables that are not the means over the trainings, a --resume that trains
-    a finished seed again, or goes on without the unfinished one."""
-    out = str(tmp_path / "run")
-    monkeypatch.setattr(train, "publish", lambda *args: pytest.fail("published before the last training"))
-    monkeypatch.setattr(train, "train_sft", stop_at(train.train_sft, 2))
-    with pytest.raises(SystemExit):
-        train.main(["--objective", "honesty", "--seed", "3", "--seeds", "2", "--out", out, *TINY])
-    monkeypatch.undo()
-    first = weights_of(os.path.join(out, "seed=3"))
-    assert os.path.exists(os.path.join(out, "seed=4", "config.json")) and not os.path.exists(os.path.join(out, "results.json"))
-    capsys.readouterr()
-    train.main(["--resume", out])
-    printed = capsys.readouterr().out
-    assert "2 trainings, seeds 3, 4" in printed and "trainings.\n" in printed and printed.count("finished before") == 1
-    assert weights_of(os.path.join(out, "seed=3")) == first and first != weights_of(os.path.join(out, "seed=4"))
-    together, *each = (read_json(os.path.join(out, d, "results.json")) for d in ("", "seed=3", "seed=4"))
-    for row, *same in zip(together, *each, strict=True):
+@contextlib.contextmanager
+def short_answers():
+    """For what is about files, not about answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Math, "max_new_tokens", 12)
+        patch.setattr(data.Values, "max_new_tokens", 12)
+        yield
+
+
+@pytest.fixture(scope="module")
+def together(small_worlds, checkpoint, tmp_path_factory):
+    """Two trainings, stopped in the second and resumed with two sweeps -> (directory, common options, output)."""
+    common, out = ["--objective", "math_engagement,helpfulness,honesty", "--init", checkpoint, *TINY, "--k", "2"], str(tmp_path_factory.mktemp("seeds") / "run")
+    with short_answers():
+        with pytest.MonkeyPatch.context() as stop, pytest.raises(SystemExit):
+            stop.setattr(train, "train_sft", stop_at(train.train_sft, 2))
+            train.main([*common, "--seed", "3", "--seeds", "2", "--out", out])
+        assert os.path.exists(os.path.join(out, "seed=4", "base")) and not os.path.exists(os.path.join(out, "results.json"))
+        first, printed = weights_of(os.path.join(out, "seed=3")), io.StringIO()
+        train.main(["--resume", out, "--sweep", "perturbation=0.001,0.5"])
+        with contextlib.redirect_stdout(printed):
+            train.main(["--resume", out, "--sweep", "rollouts=3"])
+        assert weights_of(os.path.join(out, "seed=3")) == first
+        return out, common, printed.getvalue()
+
+
+def test_seeds_are_trained_apart_and_reported_together(together):
+    """Prevents: seeds that share weights or test prompts, tables that are not the means over the trainings."""
+    out, _, printed = together
+    assert "2 trainings, seeds 3, 4" in printed and "trainings.\n" in printed
+    assert weights_of(os.path.join(out, "seed=3")) != weights_of(os.path.join(out, "seed=4"))
+    mean, *each = (read_json(os.path.join(out, d, "results.json")) for d in ("", "seed=3", "seed=4"))
+    for row, *same in zip(mean, *each, strict=True):
         assert row["seed"] == [3, 4] and all(row["policy"] == r["policy"] and row["domain"] == r["domain"] for r in same)
         for name, m in row["metrics"].items():
             a, b = (r["metrics"][name]["mean"] for r in same)
             assert m == {"mean": pytest.approx((a + b) / 2), "stderr": pytest.approx(abs(a - b) / 2), "n": 2}
-    evaluate.main([out])
-    assert read_json(os.path.join(out, "results.json")) == together
+    with short_answers():
+        evaluate.main([out])
+    assert read_json(os.path.join(out, "results.json")) == mean
+
+
+def test_a_sweep_equals_runs_from_scratch(together, tmp_path):
+    """Prevents: a variant that takes over what depends on the swept field, or trains with the run's own value or another seed's
+    files; rows under the wrong value."""
+    out, common, printed = together
+    assert not os.path.exists(os.path.join(out, "perturbation=0.001"))        # the run itself has that value
+    by_stage = lambda run: sorted(json.dumps(r) for r in rows_of(os.path.join(run, "log.jsonl")))
+    for name, value in (("perturbation", "0.5"), ("rollouts", "3")):
+        scratch, variant = str(tmp_path / f"scratch-{name}"), os.path.join(out, f"{name}={value}", "seed=4")
+        with short_answers():
+            train.main([*common, "--out", scratch, "--seed", "4", f"--{name}", value, "--weight-steps", "0"])
+        assert os.path.islink(os.path.join(variant, "sft")) and not os.path.islink(os.path.join(variant, "results.json"))
+        for file in weights_of(scratch):
+            assert open(os.path.join(variant, file), "rb").read() == open(os.path.join(scratch, file), "rb").read(), file
+        assert read_json(os.path.join(variant, "results.json")) == read_json(os.path.join(scratch, "results.json"))
+        assert by_stage(variant) == by_stage(scratch)
+    rows = [re.split(r" *\| *", line)[1:5] for line in printed.split("### math, by perturbation")[1].split("###")[0].splitlines() if line[:1] == "|"]
+    assert [r[0] for r in rows if r[1:3] == ["sft", "-"]] == ["any"] and [r[0] for r in rows if r[1:3] == ["mah_dpo", "-"]] == ["0.001", "0.5"]
+    found = read_json(os.path.join(out, "perturbation=0.5", "results.json"))
+    row = next(r for r in found if r["policy"] == "mah_dpo" and r["guide"] is None)["metrics"]["math_engagement"]
+    assert next(r[3] for r in rows if r[:2] == ["0.5", "mah_dpo"]) == evaluate.cell(row)
+
+
+@pytest.mark.parametrize("sweep, message", [
+    ("gamma", "write FIELD=a,b,c"), ("seed=1,2", "write FIELD=a,b,c with one of the fields dtype"), ("gamma=a,b", "'a' is no float"),
+    ("alpha=math_accuracy=2;honesty=1", "no 'honesty' here"), ("k=0", "--k 0 is out of range"), ("n_test=10000000", "ask for less")])
+def test_sweeps_that_cannot_work_leave_nothing_behind(sweep, message, capsys, tmp_path, small_worlds, monkeypatch):
+    """Prevents: a sweep whose mistake shows after the first values have been trained."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(World, "problems", lambda self, split, n, dice: Dice and (_ for _ in ()).throw(InputError("ask for less")) if n > 10**6 else [])
+    assert message in refused(["--objective", "math", "--sweep", sweep], capsys)
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_variants_are_not_taken_over(tmp_path):
+    """Prevents: a variant of the PRM's learning rate that is taken for a PRM, and linked into the next variant."""
+    source, run = (Run(str(tmp_path / d), Config(objective="honesty", device="cpu")) for d in ("a", "b"))
+    for name in ("sft", "prm", "dpo_honesty", "mah_dpo", "prm_steps=3", "dpo_pairs=3"):
+        os.makedirs(source.file(name))
+    os.makedirs(run.path)
+    write_lines(source.file("log.jsonl"), [{"stage": s} for s in ("base", "prm", "mah_dpo")])
+    train.take_over(run, source, "perturbation")
+    assert sorted(os.listdir(run.path)) == ["dpo_honesty", "log.jsonl", "prm", "sft"] and os.path.samefile(run.file("prm"), source.file("prm"))
+    assert [r["stage"] for r in rows_of(run.file("log.jsonl"))] == ["base", "prm"]
+
+
+def test_every_option_is_swept_or_cannot_be():
+    """Prevents: a new option that --sweep does not know, or takes over files for that depend on it."""
+    assert set(train.UNTOUCHED) | {"objective", "out", "init", "data", "seed", "seeds", "device", "grad_checkpoint", "weight_steps"} == {f.name for f in fields(Config)}
+    assert all(set(stages.split()) <= set(train.WRITTEN) for stages in train.UNTOUCHED.values())
 
 
 def stop_at(work, n):
@@ -802,14 +871,14 @@ def test_one_flag_per_field():
     """Prevents: a setting that the command line cannot reach, or that is read as text."""
     for f in fields(Config):
         value = {"objective": "math", "prm": "each"}.get(f.name, type(f.default)(3))
-        config, resume = read_command(["--" + f.name.replace("_", "-"), *([] if type(f.default) is bool else [str(value)])])
-        assert getattr(config, f.name) == value and type(getattr(config, f.name)) is type(f.default) and resume is None
+        config, *rest = read_command(["--" + f.name.replace("_", "-"), *([] if type(f.default) is bool else [str(value)])])
+        assert getattr(config, f.name) == value and type(getattr(config, f.name)) is type(f.default) and rest == [None, None]
         assert all(getattr(config, g.name) == g.default for g in fields(Config) if g is not f)
 
 
 def test_fast_derives_the_rest():
     """Prevents: --fast that is slow because a setting was forgotten, or that overrules what was asked for."""
-    config, _ = read_command(["--fast", "--dpo-steps", "77"])
+    config, *_ = read_command(["--fast", "--dpo-steps", "77"])
     assert config.dpo_steps == 77 and config.temperature == 0.7
     assert (config.base_steps, config.sft_steps, config.n_prompts, config.n_test) == \
         tuple(f.metadata["fast"] for n in ("base_steps", "sft_steps", "n_prompts", "n_test") for f in fields(Config) if f.name == n)
@@ -961,7 +1030,7 @@ def test_objectives_that_cannot_be_trained_are_refused(run, gpt, monkeypatch):
 
 def test_alpha_weighs_objectives():
     """Prevents: an --alpha that is accepted and changes nothing, or names an objective that the run does not have."""
-    config, _ = read_command(["--objective", "values", "--alpha", "honesty=2"])
+    config, *_ = read_command(["--objective", "values", "--alpha", "honesty=2"])
     train.check_config(config)
     with pytest.raises(InputError, match="--alpha: no 'math_accuracy'"):
         train.check_config(read_command(["--objective", "values", "--alpha", "math_accuracy=2"])[0])
