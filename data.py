@@ -853,13 +853,15 @@ questions  {"question": "What is 9 + 9?", "answer": "9 + 9 = 18\n#### 18"}
            {"problem": "Halve 1.", "solution": "It is $\\boxed{\\frac{1}{2}}$."}
 steps      {"prompt": "What is 2 + 3 - 1?", "completions": ["2 + 3 = 5", "5 - 1 = 3"], "labels": [true, false]}
            {"problem": "What is 2 + 3 - 1?", "steps": ["2 + 3 = 5", "5 - 1 = 3"], "label": 1}  (first wrong step, or -1)
+outputs    {"question": "What is 9 + 9?", "answer": "#### 18", "response": "I get 18."}  (evaluate.py --score)
 Prompts and responses are text or lists of {"role", "content"} messages. In a transcript the first word of a paragraph
 is the speaker: Human, User, Student, Assistant or Tutor. Ratings give the best completion against the worst, for each
 objective that is rated. Rows that cannot serve, such as ties, are left out; a row with a fault is an error."""
 
 # What a field is called in published files (the first that a row has is read), and who speaks in their transcripts.
 FIELDS = {"prompt": ("prompt", "question", "instruction", "problem"), "steps": ("steps", "completions"),
-          "answer": ("answer", "final_answer"), "solution": ("solution", "ground_truth")}
+          "answer": ("answer", "final_answer"), "solution": ("solution", "ground_truth"),
+          "response": ("response", "output", "prediction", "completion")}
 SPEAKERS = {"Human": "user", "User": "user", "Student": "user", "Assistant": "assistant", "Tutor": "assistant"}
 TURN = re.compile(rf"(?:^|\n\r?\n)({'|'.join(SPEAKERS)}):")
 UNANSWERED = {"role": "assistant", "content": ""}            # the turn of a transcript that ends with 'Assistant:'
@@ -1031,21 +1033,36 @@ def read_steps(path, skipped=None):
     return read_all(path, parse, skipped, "steps")
 
 
+def read_question(row, where):
+    """A row of questions -> Question."""
+    key = spelling(row, "answer") or spelling(row, "solution")
+    value = str(row[key]) if key and type(row[key]) in (int, float) else row.get(key)
+    if value in ("", "nan"):         # published files have answers that nobody could extract
+        raise Unusable("the answer is empty")
+    given = text_field({key: value} if key else row, key or "answer", where)
+    solution = given if marked_answer(given) else ""
+    if spelling(row, "solution"):
+        solution = text_field(row, "solution", where)
+    answer = marked_answer(given) or (given.strip() if key in FIELDS["answer"] else None)
+    if answer is None:
+        raise InputError(f"{where}: {key!r} marks no final answer; end it in '#### 18' or '\\boxed{{18}}'")
+    return Question(prompt_field(row, where), answer, solution)
+
+
 def read_questions(path, skipped=None):
     """Questions with a final answer, alone or marked in a solution (DATA_HELP) -> list[Question]."""
+    return read_all(path, read_question, skipped, "questions")
+
+
+def read_outputs(path, skipped=None):
+    """Questions with the responses of models -> [(Question, {model: its text})]. A response stands in "response" (or "output",
+    "prediction", "completion"), or several in objects with a "solution", each named after its model."""
     def parse(row, where):
-        key = spelling(row, "answer") or spelling(row, "solution")
-        value = str(row[key]) if key and type(row[key]) in (int, float) else row.get(key)
-        if value in ("", "nan"):         # published files have answers that nobody could extract
-            raise Unusable("the answer is empty")
-        given = text_field({key: value} if key else row, key or "answer", where)
-        solution = given if marked_answer(given) else ""
-        if spelling(row, "solution"):
-            solution = text_field(row, "solution", where)
-        answer = marked_answer(given) or (given.strip() if key in FIELDS["answer"] else None)
-        if answer is None:
-            raise InputError(f"{where}: {key!r} marks no final answer; end it in '#### 18' or '\\boxed{{18}}'")
-        return Question(prompt_field(row, where), answer, solution)
+        key = spelling(row, "response")
+        said = {key: row[key]} if key else {k: v.get("solution") for k, v in row.items() if isinstance(v, dict)}
+        if not said or not all(isinstance(text, str) for text in said.values()):
+            raise InputError(f"{where}: no text of a response; give it as \"response\", beside the question and its answer")
+        return read_question(row, where), said
     return read_all(path, parse, skipped, "questions")
 
 

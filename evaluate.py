@@ -1,7 +1,10 @@
 """evaluate.py: what each stage bought, measured on test prompts. Before: decode.py; next: train.py.
 
-    python evaluate.py RUN            measure every policy of a run directory again and rewrite its tables
-    python evaluate.py DIR --timing   what guided decoding costs with the model in DIR: re-encoding, cached, and as done here
+    python evaluate.py RUN                     measure every policy of a run directory again and rewrite its tables
+    python evaluate.py RUN --samples 3         every policy's responses to the same prompts, with their scores
+    python evaluate.py [RUN] --score FILE      real outputs: answers to GSM8K or MATH questions by the verifier, ProcessBench's
+                                               F1 for the value model or a PRM, accuracy on preference pairs
+    python evaluate.py DIR --timing            what guided decoding costs: re-encoding, cached, and as done here
 
 A row is a policy (base, sft, sft_greedy, the baselines, mah_dpo, each head alone), a mix of heads, and perhaps a guide;
 a column is an objective's noise-free score, averaged over test prompts that no stage has seen, with half its 95 % interval:
@@ -17,6 +20,7 @@ import json
 import math
 import os
 import statistics
+import textwrap
 import time
 import zlib
 from typing import NamedTuple
@@ -25,12 +29,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (DOMAINS, OBJECTIVES, Dice, InputError, batches_by_length, domain_objectives, majority, pad, read_json,
-                  read_jsonl, response_mask, run_command, worlds_of, write_json, write_text)
+from data import (DATA_HELP, DOMAINS, OBJECTIVES, Dice, InputError, batches_by_length, domain_objectives, final_answer,
+                  majority, pad, read_json, read_jsonl, read_outputs, read_preferences, read_steps, response_mask, run_command,
+                  same_answer, worlds_of, write_json, write_text)
 from decode import domain_mix, draw, find_prm, generate, guided_decode, ingest, read_run, score_candidates
-from mah_dpo import dpo_loss, log_ratio_margin, soup
+from mah_dpo import dpo_loss, encode_pair, log_ratio_margin, pair_logps, soup
 from model import linear, load_hf, pick_device
-from prm import PRM, load_prm
+from prm import PRM, encode_steps, load_prm, score_steps
 
 
 def seed_of(seed, *what):
@@ -645,6 +650,157 @@ def load_rows(run):
     return rows
 
 
+# -- responses to read
+
+def show_samples(run, n, device=None):
+    """Print the responses of every row's policy to the same n prompts of each domain, with their noise-free scores, in 100
+    columns; > marks the user's words. Of a run with several seeds the first training answers."""
+    bench = Bench(seed_runs(run)[0], device)
+    fold = lambda text, margin: print("\n".join(textwrap.fill(line, 100, initial_indent=margin, subsequent_indent=margin)
+                                                for line in text.splitlines()))
+    for domain, world in bench.worlds.items():
+        problems, jobs = bench.problems(domain, n), list(bench.jobs(domain))
+        played = [bench.play(domain, job, problems)[0] for job in tqdm(jobs, desc=domain, unit="policy", disable=None)]
+        for i, problem in enumerate(problems):
+            print(f"=== {domain}, {bench.config['split']} prompt {i + 1}")
+            for m in problem.messages():
+                fold(m["content"], "> ")
+            for job, c in zip(jobs, (conversations[i] for conversations in played)):
+                scores = "".join(f"  {name} {value:.2f}" for name, value in c.scores(world, bench.tokenizer).items())
+                print(f"\n{label(job.policy, job.guide):<38}{scores}")
+                for t, (_, before, ids) in enumerate(c.turns):
+                    if t:
+                        fold(before[-1]["content"], "  > ")
+                    fold(bench.tokenizer.decode(ids) + ("" if ids[-1] == bench.tokenizer.eos_id else " [cut off]"), "    ")
+            print()
+
+
+# -- real outputs
+
+def score_answers(path):
+    """Models' answers to questions, verified (data.same_answer) -> rows of a table."""
+    found = {}
+    for question, said in read_outputs(path):
+        for name, text in said.items():
+            found.setdefault(name, []).append(float(same_answer(final_answer(text), question.answer)))
+    return [{"policy": name, "metrics": {"accuracy": summary(right)}} for name, right in found.items()]
+
+
+def first_error_f1(sums):
+    """Sums or means of four columns of 0 and 1 (the response errs; and its first error is found; it is right; and it is passed)
+    -> ProcessBench's F1, the harmonic mean of the accuracies on responses that err and on right ones (arXiv 2412.06559)."""
+    errs, found, right, passed = sums
+    a, b = found / errs if errs else 0.0, passed / right if right else 0.0
+    return 2 * a * b / (a + b) if a + b else 0.0
+
+
+def localise(scores, labels, folds):
+    """Step scores of responses, their first wrong step (or -1) and a fold in {0, 1} of each -> the four columns of
+    first_error_f1. The first step that scores below a threshold is taken for the first error; a fold's threshold is the one
+    of the largest F1 on the other fold, so that no response has a say in its own."""
+    guess = lambda i, cut: next((t for t, s in enumerate(scores[i]) if s < cut), -1)
+    hit = lambda i, cut: (labels[i] >= 0, labels[i] == guess(i, cut) >= 0, labels[i] < 0, labels[i] == guess(i, cut) < 0)
+    rows = [None] * len(scores)
+    for fold in (0, 1):
+        others = [i for i, f in enumerate(folds) if f != fold]
+        steps = sorted(s for i in others for s in scores[i])
+        quality = lambda cut: first_error_f1(map(sum, zip(*(hit(i, cut) for i in others))))
+        best = max(steps[::max(1, len(steps) // 200)], key=quality)
+        for i in range(len(scores)):
+            rows[i] = hit(i, best) if folds[i] == fold else rows[i]
+    return [list(map(float, column)) for column in zip(*rows)]
+
+
+def score_first_errors(prm, output, path, seen):
+    """ProcessBench's measure of a PRM's output on labelled steps -> the row of a table, what was left out."""
+    boundary = OBJECTIVES[output].boundary if output in OBJECTIVES else "newline"
+    tokenizer, sequences, labels, folds, left = prm.backbone.tokenizer, [], [], [], {"seen in training": 0, "too long": 0}
+    for row in read_steps(path):
+        found = encode_steps(tokenizer, row.prompt, row.steps, boundary, prm.marker)
+        why = "seen in training" if seen(tokenizer.encode_chat(row.prompt)) else \
+            "too long" if not found or len(found[0]) > prm.backbone.config.max_len else None
+        if why:
+            left[why] += 1
+        else:
+            sequences.append(found)
+            labels.append(next((t for t, v in enumerate(row.labels) if v < 0.5), -1))
+            folds.append(zlib.crc32(json.dumps(row.prompt).encode()) % 2)
+    if len({(f, t >= 0) for f, t in zip(folds, labels)}) < 4:
+        raise InputError(f"{path}: {len(labels)} responses are left ({left}); each half of them, by hash of the prompt, must "
+                         "hold right and wrong ones")
+    columns = localise(score_steps(prm, output, sequences), labels, folds)
+    part = lambda whole, hit: summary([h for w, h in zip(columns[whole], columns[hit]) if w])
+    return {"policy": f"PRM {output}", "metrics": {"errors found": part(0, 1), "right ones passed": part(2, 3),
+                                                   "F1": summary(jackknife(first_error_f1, columns))}}, left
+
+
+def score_preferences(bench, prm, output, seen, path):
+    """Accuracy on real pairs: of the implicit rewards of a run's policies (bench, if it is a run), and of a PRM's output on
+    whole responses -> rows of a table, what was left out."""
+    reader, preferences, rows = bench.sft if bench else prm.backbone, read_preferences(path, output), []
+    encoded = [encode_pair(p, reader) for p in preferences]
+    fresh = [i for i, p in enumerate(encoded) if p and not seen(p.prompt)]
+    pairs, unfit = [encoded[i] for i in fresh], encoded.count(None)
+    left = {"seen in training": len(encoded) - unfit - len(fresh), "too long or alike": unfit}
+    if not pairs:
+        raise InputError(f"{path}: no pair is left ({left})")
+    if bench:
+        head = lambda model, o: model.config.objectives.index(o) if o in model.config.objectives else 0
+        logps = {name: pair_logps(bench.model(name), pairs, lambda o: head(bench.model(name), o), reader.tokenizer.pad_id)
+                 for name in ("sft", "base", "single_head_dpo", "modpo", f"dpo_{output}", "mah_dpo")}
+        for name, found in logps.items():
+            rows += pair_metrics_rows(name, found, logps["sft"], pairs, bench.config["beta"], bench.seed)
+    sides = [[encode_steps(reader.tokenizer, preferences[i].prompt, [text(preferences[i])], "turn", prm.marker) for i in fresh]
+             for text in (lambda p: p.chosen, lambda p: p.rejected)]
+    chosen, rejected = (score_steps(prm, output, side) for side in sides)
+    right = summary([float(c > r) for (c,), (r,) in zip(chosen, rejected)])
+    return rows + [{"policy": f"PRM {output}", "metrics": {"reward_accuracy": right}}], left
+
+
+def seen_in_training(run):
+    """A function of a prompt's ids: did the run train on a response to it?"""
+    of = lambda name: [row for _, row in read_jsonl(os.path.join(run, name)) if row["split"] == "train"]
+    pairs, labelled = {tuple(row["prompt"]) for row in of("pairs.jsonl")}, [row["ids"] for row in of("labels.jsonl")]
+    return lambda ids: tuple(ids) in pairs or any(row[:len(ids)] == ids for row in labelled)
+
+
+def open_scored(directory, path, output, default, device):
+    """What is to be scored on a file -> (Bench of a run, or None; PRM; its output; seen_in_training). A run's objective may be
+    named by the file, as in --data."""
+    if directory is None:
+        raise InputError(f"{path}: name the run or the PRM that is to be scored: evaluate.py RUN --score {path}")
+    bench, seen = None, lambda ids: False
+    if {"objectives", "seeds"} <= read_json(os.path.join(directory, "config.json")).keys():
+        directory = seed_runs(directory)[0]
+        bench, seen = Bench(directory, device), seen_in_training(directory)
+        stem = os.path.basename(path).split(".")[0]
+        known, output = bench.objectives, output or (stem if stem in bench.objectives else default)
+    else:
+        prm = load_prm(directory).to(pick_device(device or "auto")).eval()
+        known, output = prm.outputs, output or prm.outputs[0]
+    if output not in known:
+        raise InputError(f"{path}: say with --objective what it is about: {', '.join(known)}")
+    return bench, bench.prm(output) if bench else prm, output, seen
+
+
+@torch.no_grad()
+def score(directory, path, output, device):
+    """Print how real outputs fare; a file's kind shows in its rows. directory: a run, or a PRM's; answers need none."""
+    row, left = next(read_jsonl(path), ("", {}))[1], {}
+    if {"label", "labels"} & row.keys():
+        _, prm, output, seen = open_scored(directory, path, output, "math_accuracy", device)
+        found, left = score_first_errors(prm, output, path, seen)
+        rows, columns = [found], ["errors found", "right ones passed", "F1"]
+    elif {"chosen", "completions"} & row.keys():
+        rows, left = score_preferences(*open_scored(directory, path, output, None, device), path)
+        columns = ["loss", "margin", "reward_accuracy", "logp_accuracy"]
+    else:
+        rows, columns = score_answers(path), ["accuracy"]
+    first = {"scored": lambda r: r["policy"], "n": lambda r: str(max(m["n"] for m in r["metrics"].values()))}
+    print(table(path, first, rows, columns) + "\nMean ± half the 95 % interval."
+          + "".join(f" {n} rows left out: {why}." for why, n in left.items() if n))
+
+
 # -- timings
 
 class Counted:
@@ -765,16 +921,26 @@ def timing(directory, device, S=2, N=16):
 
 
 def main(argv=None):
-    """The command line: measure a finished run again."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run directory written by train.py")
+    """The command line: measure a finished run again, show its responses, score real outputs, or time decoding."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", help="a run directory written by train.py")
     parser.add_argument("--device", help="auto, cpu, cuda or mps (default: the run's own)")
+    parser.add_argument("--samples", type=int, metavar="N", help="print every policy's responses to N prompts of each domain")
+    parser.add_argument("--score", metavar="FILE", help="score real outputs instead: models' answers (no run needed), labelled "
+                        "steps or preference pairs (`run` may be a PRM's directory)")
+    parser.add_argument("--objective", help="the objective that FILE is about, where its name does not tell")
     parser.add_argument("--timing", action="store_true", help="time guided decoding instead; `run` may be any checkpoint")
     args = parser.parse_args(argv)
+    if args.score is not None:
+        return score(args.run, args.score, args.objective, args.device)
+    if args.run is None:
+        raise InputError("name the run: python evaluate.py RUN")
     if args.timing:
         return timing(args.run, pick_device(args.device or "auto"))
     if not os.path.isfile(os.path.join(args.run, "results.json")):
         raise InputError(f"{args.run}: not a finished run (no results.json); finish it with train.py --resume {args.run}")
+    if args.samples is not None:
+        return show_samples(args.run, args.samples, args.device)
     runs = seed_runs(args.run)
     for run in runs:
         old = read_json(os.path.join(run, "results.json"))

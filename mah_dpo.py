@@ -9,13 +9,14 @@ saw no pair keeps grad None and the optimiser leaves it alone. The reference's l
 computes them once. Baselines: single-head DPO (H = 1), MODPO (one policy per w, the other objectives as a margin) and
 DPO soup (one policy per objective, parameters averaged).
 """
+import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from data import batches_by_length, pad
+from data import batches_by_length, pad, split_of
 from model import linear
 
 CHUNK = 4096     # response positions whose logits are made at once: without gradients, memory is bounded at CHUNK x V
@@ -162,6 +163,17 @@ class Pair:
     def __len__(self):
         """Tokens of the packed pair."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+def encode_pair(preference, model):
+    """Preference -> Pair in the model's ids, EOS behind both responses; its split is the hash of the prompt's text. None if it
+    is longer than the context, or nothing of the responses is left to tell them apart."""
+    tokenizer, p = model.tokenizer, preference
+    chosen, rejected = (tokenizer.encode(text) + [tokenizer.eos_id] for text in (p.chosen, p.rejected))
+    split = "train" if split_of(json.dumps(p.prompt)) == "train" else "dev"
+    pair = Pair(p.objective, tokenizer.encode_chat(p.prompt), chosen, rejected, split)
+    fits = len(pair.prompt) + max(len(chosen), len(rejected)) <= model.config.max_len
+    return pair if fits and min(len(chosen), len(rejected)) > 1 and chosen != rejected else None
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import OBJECTIVES, InputError, pad
+from data import OBJECTIVES, InputError, batches_by_length, pad
 from model import GPT, Checkpoint, backbone_tensors, load_tokenizer, read_config, save_directory
 
 
@@ -125,6 +125,32 @@ class Labelled:
     ends: list
     targets: list
     split: str
+
+
+def encode_steps(tokenizer, prompt, steps, boundary, marker=None):
+    """Messages and the texts of a response's steps -> (ids, index of the token at which each step is scored), or None if a step
+    has no token. A step ends as guided decoding will end it, with a newline where steps are lines, and the last one with
+    EOS; a PRM with a marker is read at that, behind every step as it is."""
+    if boundary == "newline" and marker is None:
+        steps = [s.rstrip("\n") + "\n" for s in steps[:-1]] + steps[-1:]
+    ids, ends, encoded = tokenizer.encode_chat(prompt), [], [tokenizer.encode(s) for s in steps]
+    for t, step in enumerate(encoded):
+        last = [tokenizer.eos_id] if t == len(encoded) - 1 else []
+        ids = ids + step + (last if marker is None else [marker])
+        ends.append(len(ids) - 1)
+    return (ids, ends) if all(encoded) else None
+
+
+@torch.no_grad()
+def score_steps(prm, output, sequences):
+    """[(ids, ends)] -> one output's scores at the ends of each sequence: list of lists."""
+    found, p = [None] * len(sequences), prm.outputs.index(output)
+    for index in batches_by_length([len(ids) for ids, _ in sequences]):
+        ids, _ = pad([sequences[i][0] for i in index], prm.backbone.tokenizer.pad_id, prm.scale.device)
+        scores = prm(ids)[..., p].float().cpu()
+        for row, i in zip(scores, index):
+            found[i] = row[sequences[i][1]].tolist()
+    return found
 
 
 def step_scores(prm, rows, objectives):

@@ -36,11 +36,11 @@ from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, To
 from decode import generate, parse_weights, read_run
 from evaluate import (average, converse, evaluate, find_variants, load_rows, pair_metrics_rows, plain_responder, publish,
                       seed_of, seed_runs)
-from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps, pair_metrics,
-                     policy_logps)
+from mah_dpo import (Pair, balanced_mean, encode_pair, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps,
+                     pair_metrics, policy_logps)
 from model import GPT, GPTConfig, load_hf, load_safetensors, pick_device, save_hf, save_safetensors
-from prm import (PRM, Labelled, bradley_terry_loss, hindsight_targets, majority_labels, pair_scores, save_prm, step_loss,
-                 step_scores)
+from prm import (PRM, Labelled, bradley_terry_loss, encode_steps, hindsight_targets, majority_labels, pair_scores, save_prm,
+                 step_loss, step_scores)
 
 
 def option(default, text, fast=None):
@@ -268,18 +268,15 @@ def read_rows(path, kind):
 def read_real_pairs(run, model):
     """DIR/<objective>.jsonl for every objective that has pairs there -> (train pairs, dev pairs, {reason: number of rows
     dropped}). An objective with nothing left to train on or to hold out is an error."""
-    tokenizer, found, dropped = model.tokenizer, [], {}
+    found, dropped = [], {}
     too_long = f"longer than the context of {model.config.max_len} tokens, or alike in this vocabulary"
-    respond = lambda text: tokenizer.encode(text) + [tokenizer.eos_id]
     for name in run.objectives:
         path, kept = os.path.join(run.config.data, f"{name}.jsonl"), []
         if holds_questions(path, name):
             continue
         for p in read_preferences(path, name, dropped):
-            split = "train" if split_of(json.dumps(p.prompt)) == "train" else "dev"
-            pair = Pair(name, tokenizer.encode_chat(p.prompt), respond(p.chosen), respond(p.rejected), split)
-            longest, shortest = max(len(pair.chosen), len(pair.rejected)), min(len(pair.chosen), len(pair.rejected))
-            if len(pair.prompt) + longest <= model.config.max_len and shortest > 1 and pair.chosen != pair.rejected:
+            pair = encode_pair(p, model)
+            if pair:
                 kept.append(pair)
             else:
                 dropped[too_long] = dropped.get(too_long, 0) + 1
@@ -292,22 +289,15 @@ def read_real_pairs(run, model):
 
 def read_real_labels(run, model):
     """DIR/<objective>.steps.jsonl, where it exists -> (Labelled rows, number of rows dropped: longer than the context, or a
-    step without a token of this vocabulary). A step ends as guided decoding will end it: with a newline where steps are
-    lines, and the last one with EOS."""
-    tokenizer, rows, n_dropped = model.tokenizer, [], 0
+    step without a token of this vocabulary)."""
+    rows, n_dropped = [], 0
     for p, name in enumerate(run.objectives):
         path = os.path.join(run.config.data, f"{name}.steps.jsonl")
         for row in read_steps(path) if os.path.exists(path) else ():
-            texts = row.steps
-            if OBJECTIVES[name].boundary == "newline":
-                texts = [s.rstrip("\n") + "\n" for s in texts[:-1]] + texts[-1:]
-            ids, ends, steps = tokenizer.encode_chat(row.prompt), [], [tokenizer.encode(s) for s in texts]
-            for step in [*steps[:-1], steps[-1] + [tokenizer.eos_id]]:
-                ids = ids + step
-                ends.append(len(ids) - 1)
+            found = encode_steps(model.tokenizer, row.prompt, row.steps, OBJECTIVES[name].boundary)
             targets = [[v if i == p else None for i in range(len(run.objectives))] for v in row.labels]
-            if all(steps) and len(ids) <= model.config.max_len:
-                rows.append(Labelled(ids, ends, targets, "train" if split_of(json.dumps(row.prompt)) == "train" else "dev"))
+            if found and len(found[0]) <= model.config.max_len:
+                rows.append(Labelled(*found, targets, "train" if split_of(json.dumps(row.prompt)) == "train" else "dev"))
             else:
                 n_dropped += 1
     return rows, n_dropped
@@ -796,8 +786,8 @@ def read_command(argv):
         parser.add_argument(flag, default=None, help=shown, **kind)
     parser.add_argument("--fast", action="store_true", help="every stage, small: shows that it works, finds nothing")
     parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run; takes no options but --device and --sweep")
-    parser.add_argument("--sweep", metavar="FIELD=a,b,c", help="train the run also with these values of an option, in RUN/FIELD=a "
-                        "and so on, from the first stage that the option concerns; the tables go into RUN/results.md. With "
+    parser.add_argument("--sweep", metavar="FIELD=a,b,c", help="train the run also with these values of an option, in "
+                        "RUN/FIELD=a and so on, from the first stage that the option concerns; the tables go into RUN/results.md. With "
                         f"--resume: of an old run. FIELD is one of {', '.join(UNTOUCHED)}")
     args = vars(parser.parse_args(argv))
     fast, resume, sweep = args.pop("fast"), args.pop("resume"), args.pop("sweep")

@@ -12,11 +12,12 @@ from collections import Counter
 
 import pytest
 
-from data import (DATA_HELP, InputError, Preference, Question, Steps, answer_parts, final_answer, majority, marked_answer, read_jsonl,
-                  read_preferences, read_questions, read_steps, same_answer)
+from data import (DATA_HELP, InputError, Preference, Question, Steps, answer_parts, final_answer, majority, marked_answer,
+                  read_jsonl, read_outputs, read_preferences, read_questions, read_steps, same_answer)
 
 USER, BOT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
-READERS = {"pairs": lambda p, s=None: read_preferences(p, "honesty", s), "steps": read_steps, "questions": read_questions}
+READERS = {"pairs": lambda p, s=None: read_preferences(p, "honesty", s), "steps": read_steps, "questions": read_questions,
+           "outputs": read_outputs}
 READERS["ratings"] = READERS["pairs"]
 
 
@@ -197,7 +198,7 @@ def rows_of_the_help():
 def test_the_rows_of_the_help_are_read(read):
     """Help that shows rows which the readers refuse."""
     rows = list(rows_of_the_help())
-    assert Counter(kind for kind, _ in rows) == {"pairs": 3, "ratings": 1, "questions": 2, "steps": 2}
+    assert Counter(kind for kind, _ in rows) == {"pairs": 3, "ratings": 1, "questions": 2, "steps": 2, "outputs": 1}
     assert all(len(read(kind, row)[0]) == 1 and not read(kind, row)[1] for kind, row in rows)
 
 
@@ -452,6 +453,17 @@ def test_published_solutions_end_in_their_answers(name, n):
     found = read_questions(slice_of(name))
     assert len(found) == n
     assert [q.prompt for q in found if marked_answer(q.solution) != q.answer or not same_answer(q.answer, q.answer)] == []
+
+
+def test_outputs_of_models(read):
+    """Prevents: a response taken for the gold answer, one of several models left out, a row without any read as one."""
+    row = {"question": "q", "answer": "so\n#### 2"}
+    assert read("outputs", row | {"output": "2"})[0] == [(Question([USER("q")], "2", "so\n#### 2"), {"output": "2"})]
+    two = {"a": {"is_correct": True, "solution": "A: 2"}, "b": {"solution": "3"}}
+    assert read("outputs", {"question": "q", "ground_truth": "A: 2"} | two)[0][0][1] == {"a": "A: 2", "b": "3"}
+    for bad in ({}, {"response": 2}, {"a": {"text": "2"}}):
+        with pytest.raises(InputError, match="rows.jsonl:1: no text of a response"):
+            read("outputs", row | bad)
 
 
 def test_published_verdicts_on_model_solutions():

@@ -768,6 +768,35 @@ def test_standard_input_in_another_encoding(whole, monkeypatch, capsys):
     assert "can't decode byte 0xe9" in refused([whole], capsys, decode.main)
 
 
+def test_samples_side_by_side(whole, capsys):
+    """Prevents: a policy whose responses are not shown, scores beside another's response, lines too long to read."""
+    evaluate.main([whole, "--samples", "2"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100 and out.count("=== values, test prompt") == 2 == out.count("=== tutoring, test prompt")
+    for name in ("base", "sft_greedy", "soup", "mah_dpo:honesty", "sft + helpfulness", "mah_dpo + unified"):
+        assert len(re.findall(rf"^{re.escape(name)} +helpfulness \d.\d\d  honesty", out, re.M)) == 2
+    bench, job = evaluate.Bench(whole), evaluate.Job("sft", {"sft": 1.0})
+    talks, _ = bench.play("tutoring", job, bench.problems("tutoring", 2))
+    block = out.split("=== tutoring, test prompt 2")[1].split("\nsft ")[1].split("\nsft_greedy")[0]
+    assert f"tutor_engagement {talks[1].scores(bench.worlds['tutoring'], bench.tokenizer)['tutor_engagement']:.2f}" in block
+    assert block.count("  > ") == 2 and "[cut off]" in block
+
+
+def test_scoring_pairs_by_a_run(whole, tmp_path, capsys):
+    """Prevents: a policy left out, rewards against another reference, pairs that count although the run was trained on them."""
+    trained = next(Pair(**r) for r in rows_of(os.path.join(whole, "pairs.jsonl")) if r["objective"] == "honesty" and r["split"] == "train")
+    tokenizer = load_hf(os.path.join(whole, "sft")).tokenizer
+    known = next(p for p in DOMAINS["values"].problems("train", 8, Run(whole, Config(objective="values")).dice("samples", "values", "train"))
+                 if tokenizer.encode_chat(p.messages()) == trained.prompt)
+    write_lines(tmp_path / "honesty.jsonl", [preference(1), preference(2), preference(3) | {"prompt": known.prompt}])
+    evaluate.main([whole, "--score", str(tmp_path / "honesty.jsonl")])
+    out = capsys.readouterr().out
+    found = {c[1]: c[2:] for c in (re.split(r" *\| *", line) for line in out.splitlines() if line.startswith("|"))}
+    assert list(found)[2:] == ["sft", "base", "single_head_dpo", "modpo", "dpo_honesty", "mah_dpo", "PRM honesty"]
+    assert found["sft"][0] == "2" and found["sft"][1].startswith("0.693") and "1 rows left out: seen in training." in out
+    assert found["mah_dpo"][3] != "-" and found["PRM honesty"][1] == "-"
+
+
 def test_soup_is_the_average_of_the_single_policies(whole):
     """Prevents: a soup with SFT, or with policies of other domains in it."""
     bench = evaluate.Bench(whole)
