@@ -274,9 +274,9 @@ class Bench:
     def sweep(self, domain):
         """Mixes of every two of the domain's heads, from one to the other, and such soups of their policies."""
         names = [o for o in self.objectives if o in self.worlds[domain].objectives]
-        heads, n = self.model("mah_dpo").config.objectives, self.config["weight_steps"]
+        heads, steps = self.model("mah_dpo").config.objectives, self.config["weight_steps"]
         for pair in itertools.combinations(names, 2):
-            for share in [dict(zip(pair, ((n - i) / n, i / n))) for i in range(n + 1 if n else 0)]:
+            for share in [dict(zip(pair, ((steps - i) / steps, i / steps))) for i in range(steps + 1 if steps else 0)]:
                 yield Job("mah_dpo", {"mah_dpo": 1.0}, tuple(share.get(h, 0.0) for h in heads), sweep=pair)
                 yield Job("soup", {f"dpo_{n}": w for n, w in share.items() if w}, sweep=pair)
 
@@ -515,7 +515,7 @@ def report(rows, config, variants):
 
 
 # The picture: every kind of row has one colour on a light page and one on a dark page.
-COLOURS = {"mah": ("#087", "#3db"), "soup": ("#84a", "#c9e"), "plain": ("#05b", "#6bf"), "guided": ("#b40", "#f93")}
+COLOURS = {"mah_dpo": ("#087", "#3db"), "soup": ("#84a", "#c9e"), "plain": ("#05b", "#6bf"), "guided": ("#b40", "#f93")}
 paint = lambda dark: "".join(f".{kind}{{stroke:{c[dark]};fill:{c[dark]}}}" for kind, c in COLOURS.items())
 STYLE = ("svg{background:#fff}text{font:11px sans-serif;fill:#222}.axis{stroke:#888;fill:none}.lead{stroke:#888;stroke-width:.5}"
          ".label{font-size:9px;paint-order:stroke;stroke:#fff;stroke-width:2px}"
@@ -536,40 +536,36 @@ def pareto_svg(rows):
 
 def panel(rows, domain, pair):
     """One panel: axes, sweeps, points and their bars, labels."""
-    rows = [r for r in rows if r["domain"] == domain and r.get("sweep", pair) == pair]
-    spans, ticks = [], []
-    for n, a, b in ((pair[0], LEFT, RIGHT), (pair[1], BOTTOM, TOP)):
-        metrics = [r["metrics"][n] for r in rows]
-        reach = [half_width(m) if m["n"] > 1 else 0.0 for m in metrics]
-        low = math.floor(10 * max(0.0, min(m["mean"] - h for m, h in zip(metrics, reach))))        # in tenths
-        high = max(low + 1, math.ceil(10 * min(1.0, max(m["mean"] + h for m, h in zip(metrics, reach)))))
-        spans.append(lambda v, a=a, b=b, low=low, high=high: a + (b - a) * (min(max(10 * v, low), high) - low) / (high - low))
+    rows, scales, ticks = [r for r in rows if r["domain"] == domain and r.get("sweep", pair) == pair], [], []
+    spans = [[(m["mean"] - half, m["mean"], m["mean"] + half) for m in (r["metrics"][n] for r in rows)
+              for half in [half_width(m) if m["n"] > 1 else 0.0]] for n in pair]
+    for ends, a, b in zip(spans, (LEFT, BOTTOM), (RIGHT, TOP)):
+        low = math.floor(10 * max(0.0, min(e[0] for e in ends)))                                # in tenths
+        high = max(low + 1, math.ceil(10 * min(1.0, max(e[2] for e in ends))))
+        scales.append(lambda v, a=a, b=b, low=low, high=high: a + (b - a) * (min(max(10 * v, low), high) - low) / (high - low))
         ticks.append([t / 10 for t in range(low, high + 1)])
-    X, Y = spans
+    X, Y = scales
     out = [f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" class="axis"/>',
            f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 36}" text-anchor="middle">{pair[0]}</text>',
            f'<text transform="translate(14 {(TOP + BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{pair[1]}</text>']
     out += [f'<text x="{X(v):.0f}" y="{BOTTOM + 16}" text-anchor="middle">{v:.1f}</text>' for v in ticks[0]]
     out += [f'<text x="{LEFT - 6}" y="{Y(v) + 4:.0f}" text-anchor="end">{v:.1f}</text>' for v in ticks[1]]
-    marks, taken = [], []
-    for r in rows:
-        mx, my = (r["metrics"][n] for n in pair)
-        kind = ("mah" if r["policy"] == "mah_dpo" else "soup") if "sweep" in r else "guided" if r["guide"] else "plain"
-        x, y = X(mx["mean"]), Y(my["mean"])
+    marks, taken, lines = [], [], {"mah_dpo": [], "soup": []}
+    for r, *ends in zip(rows, *spans):
+        (x0, x, x1), (y0, y, y1) = map(X, ends[0]), map(Y, ends[1])
+        kind = r["policy"] if "sweep" in r else "guided" if r["guide"] else "plain"
         text = label(r["policy"], r["guide"])
-        hx, hy = (half_width(m) if m["n"] > 1 else 0.0 for m in (mx, my))
-        out.append(f'<path class="bar {kind}" d="M{X(mx["mean"] - hx):.1f} {y:.1f}H{X(mx["mean"] + hx):.1f}M{x:.1f} '
-                   f'{Y(my["mean"] - hy):.1f}V{Y(my["mean"] + hy):.1f}"/>')
-        out.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{2 if "sweep" in r else 3.5}">'
-                   f'<title>{text}: {mx["mean"]:.3f}, {my["mean"]:.3f}</title></circle>')
+        out.append(f'<path class="bar {kind}" d="M{x0:.1f} {y:.1f}H{x1:.1f}M{x:.1f} {y0:.1f}V{y1:.1f}"/>'
+                   f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{2 if "sweep" in r else 3.5}">'
+                   f'<title>{text}: {ends[0][1]:.3f}, {ends[1][1]:.3f}</title></circle>')
         taken.append((x - 4, y - 4, x + 4, y + 4))
-        if "sweep" not in r:
+        if "sweep" in r:
+            lines[r["policy"]].append((x, y))
+        else:
             marks.append((x, y, text))
-    for policy, kind in (("mah_dpo", "mah"), ("soup", "soup")):
-        mixes = [r["metrics"] for r in rows if "sweep" in r and r["policy"] == policy]
-        line = [(X(m[pair[0]]["mean"]), Y(m[pair[1]]["mean"])) for m in mixes]
+    for policy, line in lines.items():
         marks.append((*line[len(line) // 3], f"{policy}, swept"))
-        out.append(f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in line)}"/>')
+        out.append(f'<polyline class="{policy}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in line)}"/>')
     return "".join(out + [put_label(*mark, taken) for mark in marks])
 
 

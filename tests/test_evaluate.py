@@ -232,13 +232,14 @@ def test_scoring_first_errors(judged, capsys):
     evaluate.main([directory, "--score", path])
     ((name, n, *_, f1),), out = cells(capsys)
     assert (name, n) == ("PRM math_accuracy", "12") and "1 rows left out: too long." in out
-    prm, tokenizer, scores = load_prm(directory), load_prm(directory).backbone.tokenizer, []
+    prm, scores = load_prm(directory), []
+    tokenizer = prm.backbone.tokenizer
     for r in rows:
         ids, ends = tokenizer.encode_chat([{"role": "user", "content": r["problem"]}]), []
         for text in (*(s + "\n" for s in r["steps"][:-1]), r["steps"][-1]):
             ids = ids + tokenizer.encode(text) + ([] if text.endswith("\n") else [tokenizer.eos_id])
             ends.append(len(ids) - 1)
-        scores.append([float(v) for v in prm(torch.tensor([ids]))[0, ends, 0]])
+        scores.append(prm(torch.tensor([ids]))[0, ends, 0].tolist())
     folds = [zlib.crc32(json.dumps([{"role": "user", "content": r["problem"]}]).encode()) % 2 for r in rows]
     columns = evaluate.localise(scores, [r["label"] for r in rows], folds)
     assert f1.startswith(f"{evaluate.first_error_f1(list(map(sum, columns))):.3f} ±")
@@ -251,7 +252,8 @@ def test_scoring_pairs_by_a_prm(judged, capsys):
     path = write("pairs.jsonl", pairs + [{"prompt": "what ?", "chosen": "red " * 200, "rejected": "no"}])
     evaluate.main([directory, "--score", path, "--objective", "honesty"])
     found, out = cells(capsys)
-    prm, tokenizer = load_prm(directory), load_prm(directory).backbone.tokenizer
+    prm = load_prm(directory)
+    tokenizer = prm.backbone.tokenizer
     ids = lambda p, key: tokenizer.encode_chat([{"role": "user", "content": p["prompt"]}]) + tokenizer.encode(p[key]) + [tokenizer.eos_id]
     value = lambda p, key: float(prm(torch.tensor([ids(p, key)]))[0, -1, 1])
     right = [float(value(p, "chosen") > value(p, "rejected")) for p in pairs]
