@@ -111,6 +111,8 @@ def test_sweep_lines():
     assert slope_a == pytest.approx((0.5 * 0.8 + 1 / 6 * 0.2) / (2 * (0.25 + 1 / 36)))           # least squares
     assert [x["verdict"] for x in lines] == ["holds", "holds", "holds", "does not hold"]
     assert lines[1]["metrics"]["difference"]["level"] == pytest.approx(1 - 0.05 / 3)
+    flat = list(evaluate.sweep_lines("math", ("a", "b"), swept([0.9, 0.5, 0.5], [0.1, 0.2, 0.9])))
+    assert flat[1]["verdict"] == "holds"                      # a step that leads nowhere does not lead back
     back = list(evaluate.sweep_lines("math", ("a", "b"), swept([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])))
     assert [x["verdict"] for x in back] == ["does not hold", "does not hold", "holds", "holds"]
 

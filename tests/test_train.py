@@ -502,6 +502,8 @@ def test_results_have_the_promised_rows(whole):
         assert all(line[k] == row[k] for k in ("policy", "guide", "domain", "weights"))
         assert {n: summary(v) for n, v in line["each"].items()} == row["metrics"]
     assert len(scores) == sum(not r["domain"].startswith("pairs:") for r in results)
+    for m, guided in ((r["metrics"], r["guide"]) for r in results if "tokens" in r["metrics"]):
+        assert (m["drawn"]["mean"] > m["tokens"]["mean"] + 1) if guided else m["drawn"] == m["tokens"]
     alone = next(r for r in results if r["policy"] == "mah_dpo:honesty")["metrics"]
     assert next(r for r in results if r.get("sweep") and r["weights"].get("honesty") == 1.0)["metrics"] == alone
     held_out = {(r["policy"], r["domain"]): r["metrics"] for r in results if r["domain"].startswith("pairs:")}
@@ -661,7 +663,7 @@ def together(small_worlds, checkpoint, tmp_path_factory):
         first, printed = weights_of(os.path.join(out, "seed=3")), io.StringIO()
         train.main(["--resume", out, "--sweep", "perturbation=0.001,0.5"])
         with contextlib.redirect_stdout(printed):
-            train.main(["--resume", out, "--sweep", "rollouts=3"])
+            train.main(["--resume", out, "--sweep", "n-rollout-prompts=9"])
         assert weights_of(os.path.join(out, "seed=3")) == first
         return out, common, printed.getvalue()
 
@@ -688,12 +690,12 @@ def test_a_sweep_equals_runs_from_scratch(together, tmp_path):
     out, common, printed = together
     assert not os.path.exists(os.path.join(out, "perturbation=0.001"))        # the run itself has that value
     by_stage = lambda run: sorted(json.dumps(r) for r in rows_of(os.path.join(run, "log.jsonl")))
-    for name, value in (("perturbation", "0.5"), ("rollouts", "3")):
+    for name, value in (("perturbation", "0.5"), ("n_rollout_prompts", "9")):
         scratch, variant = str(tmp_path / f"scratch-{name}"), os.path.join(out, f"{name}={value}", "seed=4")
         with short_answers():
-            train.main([*common, "--out", scratch, "--seed", "4", f"--{name}", value, "--weight-steps", "0"])
+            train.main([*common, "--out", scratch, "--seed", "4", "--" + name.replace("_", "-"), value, "--weight-steps", "0"])
         assert os.path.islink(os.path.join(variant, "sft")) and not os.path.islink(os.path.join(variant, "results.json"))
-        for file in weights_of(scratch):
+        for file in (*weights_of(scratch), "labels.jsonl"):
             assert open(os.path.join(variant, file), "rb").read() == open(os.path.join(scratch, file), "rb").read(), file
         assert read_json(os.path.join(variant, "results.json")) == read_json(os.path.join(scratch, "results.json"))
         assert by_stage(variant) == by_stage(scratch)
@@ -795,6 +797,14 @@ def test_scoring_pairs_by_a_run(whole, tmp_path, capsys):
     assert list(found)[2:] == ["sft", "base", "single_head_dpo", "modpo", "dpo_honesty", "mah_dpo", "PRM honesty"]
     assert found["sft"][0] == "2" and found["sft"][1].startswith("0.693") and "1 rows left out: seen in training." in out
     assert found["mah_dpo"][3] != "-" and found["PRM honesty"][1] == "-"
+
+
+def test_tables_measure_the_split_that_is_named(whole):
+    """Prevents: tuning that looks at test prompts although --split dev was said."""
+    bench = evaluate.Bench(whole)
+    for split in ("test", "dev"):
+        bench.config["split"] = split
+        assert {data.split_of(p.prompt) for domain in bench.worlds for p in bench.problems(domain, 9)} == {split}
 
 
 def test_soup_is_the_average_of_the_single_policies(whole):
