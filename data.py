@@ -19,12 +19,14 @@ import re
 import sys
 import unicodedata
 import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from statistics import NormalDist
 
 import tiktoken
 import torch
+import torch.distributed as dist
 
 
 class InputError(ValueError):
@@ -39,7 +41,8 @@ def run_command(main):
         os._exit(0)                      # `| head` has read enough; flushing again would only complain
     # OSError: no such directory, no right to write, disk full; UnicodeError: a terminal or a pipe in another encoding
     except (InputError, OSError, UnicodeError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        if rank() == 0 or not isinstance(e, InputError):        # which every process meets
+            print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1212,17 +1215,81 @@ def read_json(path):
 
 
 def write_json(path, value):
-    """Write JSON under a temporary name, then rename: a reader never meets half a file."""
+    """Write JSON; see `writing`."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path, text):
-    """Write text under a temporary name, flush, then rename."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    """Write text; see `writing`."""
+    with writing(path) as f:
+        f.write(text.encode("utf-8"))
+
+
+@contextmanager
+def writing(path):
+    """A file to write bytes to, under a temporary name, flushed to the disk, then renamed: `path` is the old file or the whole
+    new one, whatever happens. Of several processes the first writes, when all have come here, and all wait for it: none finds
+    a file that another does not. InputError where the system refuses, say on a full disk."""
+    total(torch.zeros(1))
+    try:
+        with open(f"{path}.tmp" if rank() == 0 else os.devnull, "wb") as f:
+            yield f
+            if rank() == 0:
+                f.flush()
+                os.fsync(f.fileno())
+        if rank() == 0:
+            os.replace(f"{path}.tmp", path)
+        total(torch.zeros(1))
+    except OSError as e:
+        with suppress(OSError):
+            os.remove(f"{path}.tmp")
+        raise InputError(f"{path}: cannot be written ({e.strerror}); what stood there is intact. Make room, or get the right "
+                         "to write there, and run the command again") from None
+
+
+# -- several processes (torchrun): every function here does nothing where there is only one
+
+def join_processes():
+    """Meet the other processes that torchrun started; only the first talks."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+            sys.stderr.isatty = lambda: False           # tqdm draws no bars then
+
+
+def rank():
+    """The number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mine(items):
+    """This process's part of a list."""
+    return items[rank()::ranks()]
+
+
+def total(t):
+    """The sum of a tensor over all processes."""
+    if ranks() > 1:
+        t = t.clone()
+        dist.all_reduce(t)
+    return t
+
+
+def gather(items):
+    """The lists of all processes as one, the same in each."""
+    if ranks() > 1:
+        found = [None] * ranks()
+        dist.all_gather_object(found, items)
+        items = [item for part in found for item in part]
+    return items
 
 
 # -- batches
@@ -1247,6 +1314,14 @@ def batches_by_length(lengths, tokens=16384):
         batch.append(i)
     if batch:
         yield batch
+
+
+def dealt_batches(lengths, tokens=16384):
+    """batches_by_length of this process's rows, as `mine` deals them out: the same number of batches in every process, since
+    each has to take part in the others' computations. The processes must have equally many rows."""
+    shares = [sorted(range(r, len(lengths), ranks()), key=lengths.__getitem__) for r in range(ranks())]
+    widths = [max(lengths[i] for i in row) for row in zip(*shares, strict=True)]
+    return [[shares[rank()][k] for k in batch] for batch in batches_by_length(widths, tokens)]
 
 
 def response_mask(prompt_lengths, lengths, width):

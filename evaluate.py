@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (DATA_HELP, DOMAINS, OBJECTIVES, Dice, InputError, batches_by_length, domain_objectives, final_answer,
-                  majority, pad, read_json, read_jsonl, read_outputs, read_preferences, read_steps, response_mask, run_command,
-                  same_answer, worlds_of, write_json, write_text)
+from data import (DATA_HELP, DOMAINS, OBJECTIVES, Dice, InputError, batches_by_length, domain_objectives, final_answer, gather,
+                  majority, mine, pad, read_json, read_jsonl, read_outputs, read_preferences, read_steps, response_mask,
+                  run_command, same_answer, worlds_of, write_json, write_text)
 from decode import domain_mix, draw, find_prm, generate, guided_decode, ingest, read_run, score_candidates
 from mah_dpo import dpo_loss, encode_pair, log_ratio_margin, pair_logps, soup
-from model import linear, load_hf, pick_device
+from model import linear, load_hf, pick_device, sampling_dtype
 from prm import PRM, encode_steps, load_prm, score_steps
 
 
@@ -193,18 +193,22 @@ class Bench:
         self.run, self.config = run, read_run(run)
         self.objectives, self.seed = self.config["objectives"], self.config["seed"]
         self.device, self.loaded, self.guides, self.known = pick_device(device or self.config["device"]), {}, {}, {}
+        self.dtype = sampling_dtype(self.config["dtype"], self.device)
         self.sft = self.model("sft")
         self.tokenizer = self.sft.tokenizer
         self.worlds = worlds_of(self.objectives, self.config["data"], self.config["max_new_tokens"], self.sft)
 
     def model(self, name):
         if name not in self.loaded:
-            self.loaded[name] = load_hf(os.path.join(self.run, name)).to(self.device).eval()
+            model = load_hf(os.path.join(self.run, name), dtype=self.dtype, place=lambda t: t.to(self.device)).eval()
+            if sum(p.numel() for p in model.parameters()) > 1e9:      # beside a large model only SFT stays, for the KL
+                self.loaded = {n: m for n, m in self.loaded.items() if n == "sft"}
+            self.loaded[name] = model
         return self.loaded[name]
 
     def prm(self, guide):
         if guide not in self.guides:
-            self.guides[guide] = find_prm(self.run, guide).to(self.device).eval()
+            self.guides[guide] = find_prm(self.run, guide).to(self.device, self.dtype).eval()
         return self.guides[guide]
 
     def problems(self, domain, n):
@@ -591,7 +595,8 @@ def evaluate(run, pair_rows, device=None):
     """Measure every row of a run of one seed, then publish. device: default the run's own."""
     bench = Bench(run, device)
     jobs = [(d, job) for d in bench.worlds for job in bench.jobs(d)] + [(d, job) for d in bench.worlds for job in bench.sweep(d)]
-    rows = [bench.row(*job) for job in tqdm(jobs, desc="tables", unit="row", disable=None)] + pair_rows
+    measured = [(i, bench.row(*jobs[i])) for i in tqdm(mine(range(len(jobs))), desc="tables", unit="row", disable=None)]
+    rows = [row for _, row in sorted(gather(measured), key=lambda pair: pair[0])] + pair_rows
     lines = [json.dumps({k: r[k] for k in ("domain", "policy", "guide", "weights", "each")}, separators=(",", ":"))
              for r in rows if "each" in r]
     write_text(os.path.join(run, "scores.jsonl"), "\n".join(lines) + "\n" if lines else "")

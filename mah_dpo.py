@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data import batches_by_length, pad, split_of
+from data import dealt_batches, gather, pad, ranks, split_of
 from model import linear
 
 CHUNK = 4096     # response positions whose logits are made at once: without gradients, memory is bounded at CHUNK x V
@@ -126,19 +126,22 @@ def mah_dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, alpha, 
     -> scalar, metrics as in pair_metrics."""
     losses = dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta)
     return balanced_mean(losses, head, alpha, count), pair_metrics(
-        losses, pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, len(alpha), beta)
+        losses, pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, len(alpha), beta, count)
 # --- end of exercise 3 ---
 
 
 @torch.no_grad()
-def pair_metrics(losses, pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, H, beta):
+def pair_metrics(losses, pi_chosen, pi_rejected, ref_chosen, ref_rejected, head, H, beta, count=None):
     """Per objective (H,), NaN where it has no pair: the mean of the losses (B,); margin, beta Delta; accuracy, the share of
-    pairs with Delta > 0; and how far the log-probabilities of chosen and rejected have moved from the reference's."""
+    pairs with Delta > 0; how far the log-probabilities of chosen and rejected have moved from the reference's; and kl, half
+    the mean square of those moves, which estimates the KL divergence from the reference in nats per response while it is
+    small. count: see balanced_mean."""
     one_hot = F.one_hot(head, H).to(losses.dtype)
-    mean = lambda values: (values.to(losses.dtype) @ one_hot) / one_hot.sum(0)            # 0 / 0 = NaN: no such pair
-    delta = log_ratio_margin(pi_chosen, pi_rejected, ref_chosen, ref_rejected)
-    return {"loss": mean(losses), "margin": mean(beta * delta), "accuracy": mean(delta > 0),
-            "chosen": mean(pi_chosen - ref_chosen), "rejected": mean(pi_rejected - ref_rejected)}
+    count = one_hot.sum(0) if count is None else count
+    mean = lambda values: (values.to(losses.dtype) @ one_hot) / count                     # 0 / 0 = NaN: no such pair
+    chosen, rejected = pi_chosen - ref_chosen, pi_rejected - ref_rejected
+    return {"loss": mean(losses), "margin": mean(beta * (chosen - rejected)), "accuracy": mean(chosen > rejected),
+            "chosen": mean(chosen), "rejected": mean(rejected), "kl": mean((chosen ** 2 + rejected ** 2) / 4)}
 
 
 def soup(state_dicts, weights):
@@ -179,15 +182,18 @@ def encode_pair(preference, model):
 @torch.no_grad()
 def pair_logps(model, pairs, head_of, pad_id, progress=None, tokens=16384):
     """pairs: objects with objective, prompt, chosen, rejected (ids) -> log-probabilities (N, 2) of chosen and rejected,
-    each pair under the head head_of(objective); `tokens` per batch at most."""
-    device = model.embed.weight.device
-    out = torch.zeros(len(pairs), 2)
-    for index in batches_by_length([len(p) for p in pairs], tokens):
+    each pair under the head head_of(objective); `tokens` per batch at most. Several processes share the work."""
+    device, found = model.embed.weight.device, []
+    rows = [i % len(pairs) for i in range(len(pairs) + -len(pairs) % ranks())]            # equally many for every process
+    for batch in dealt_batches([len(pairs[i]) for i in rows], tokens):
+        index = [rows[k] for k in batch]
         head = torch.tensor([head_of(pairs[i].objective) for i in index], device=device)
-        out[index] = policy_logps(model, pack([pairs[i] for i in index], pad_id, device), head).T.float().cpu()
+        logps = policy_logps(model, pack([pairs[i] for i in index], pad_id, device), head).T.float()
+        found += zip(index, logps.tolist())
         if progress is not None:
-            progress(len(index))
-    return out
+            progress(len(index) * ranks())
+    found = dict(gather(found))
+    return torch.tensor([found[i] for i in range(len(pairs))]).view(-1, 2)
 
 
 def make_optimizer(model, lr_backbone, lr_heads):

@@ -10,6 +10,7 @@ into forward and never hidden in a layer; K candidate rows of one sequence share
 Checkpoints are Hugging Face directories; safetensors files are read and written here.
 """
 import copy
+import functools
 import json
 import math
 import mmap
@@ -22,9 +23,12 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, Tokenizer, read_json, write_json
+from data import InputError, Tokenizer, rank, ranks, read_json, write_json, writing
 
 
 @dataclass
@@ -339,6 +343,8 @@ class GPT(nn.Module):
         """A model made of these very tensors: nothing is allocated or drawn only to be overwritten."""
         with torch.device("meta"):
             model = cls(config)
+        if isinstance(state["embed.weight"], DTensor):
+            shard(model, state["embed.weight"].device)
         model.load_state_dict(state, assign=True)
         model.make_rope()
         model.tokenizer = tokenizer
@@ -408,10 +414,11 @@ class GPT(nn.Module):
     def with_heads(self, objectives, std=0.0, generator=None):
         """A copy of this model with one copy of head 0 per objective, each plus Gaussian noise of `std`. The copies are
         untied: neither the embedding nor head 0 is touched (the published code perturbs both by accident)."""
-        state = {k: v.detach().clone() for k, v in self.state_dict().items() if not k.startswith("heads.")}
+        own = self.state_dict()
+        state, head = {k: v.clone() for k, v in own.items() if not k.startswith("heads.")}, own.get("heads.0.weight")
         for i in range(len(objectives)):
-            noise = torch.randn(self.heads[0].weight.shape, generator=generator) * std
-            state[f"heads.{i}.weight"] = self.heads[0].weight.detach() + noise.to(self.heads[0].weight)
+            noise = torch.randn(head.shape, generator=generator) * std
+            state[f"heads.{i}.weight"] = head + like(noise.to(head.dtype), head)
         return GPT.from_state(GPTConfig(**vars(self.config) | {"objectives": tuple(objectives)}), state, self.tokenizer)
 
 
@@ -453,6 +460,13 @@ def read_header(path):
     return {name: (DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]), 8 + n + start, 8 + n + stop)
             for (start, stop), name in spans}
 # --- end of exercise 14 ---
+
+
+def read_metadata(path):
+    """The metadata that save_safetensors was given. InputError as in read_header."""
+    read_header(path)
+    with open(path, "rb") as f:
+        return json.loads(f.read(struct.unpack("<Q", f.read(8))[0])).get("__metadata__", {})
 
 
 def no_duplicates(pairs):
@@ -503,23 +517,22 @@ def load_safetensors(path):
             for name, (dtype, shape, start, stop) in header.items()}
 
 
-def save_safetensors(tensors, path):
-    """Write dict name -> tensor. First under a temporary name, then renamed."""
+def save_safetensors(tensors, path, metadata=None):
+    """Write dict name -> tensor, and `metadata`, dict of text -> text, into the header; see data.writing."""
     names = {v: k for k, v in DTYPES.items()}
     header, offset = {}, 0
     for name, t in tensors.items():
         size = t.numel() * t.element_size()
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
         offset += size
-    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+    text = json.dumps({"__metadata__": {"format": "pt"} | (metadata or {})} | header).encode()
     text += b" " * (-len(text) % 8)                       # so that the data starts aligned
-    with open(f"{path}.tmp", "wb") as f:
+    with writing(path) as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for t in tensors.values():
-            f.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+            t = whole(t.detach())
+            if rank() == 0:
+                f.write(t.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 # -- Hugging Face directories in and out
@@ -574,9 +587,11 @@ def transposed(config, name):
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face directory, in one file or in shards, found by name without prefix, read on demand."""
+    """The tensors of a Hugging Face directory, in one file or in shards, found by name without prefix, read on demand and put
+    where `place` puts a tensor: no process holds more than its part of the model and one tensor."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, place=lambda t: t):
+        self.place = place
         self.path = os.path.join(directory, "model.safetensors")
         index = os.path.join(directory, "model.safetensors.index.json")
         self.entries, files = {}, {self.path: None}       # file -> the names that the index expects there
@@ -622,8 +637,8 @@ class Checkpoint:
         return self.entries[PREFIX.sub("", name)]
 
     def take(self, names, rows, shape, dtype, transpose=False):
-        """The tensors `names`, of rows[i] rows each, as one new tensor of `shape` and `dtype`; the file's pages are let go
-        one tensor after another. InputError if one is missing, or has another shape or no floating-point numbers."""
+        """The tensors `names`, of rows[i] rows each, as one new tensor of `shape` and `dtype`, placed; the file's pages are let
+        go one tensor after another. InputError if one is missing, or has another shape or no floating-point numbers."""
         out, row = None, 0
         for name, n in zip(names, rows):
             path, kind, held, start, stop = self.entry(name)
@@ -634,7 +649,7 @@ class Checkpoint:
             part = shaped(map_file(path, start, stop), kind, held)
             out[row:row + n].copy_(part.t() if transpose else part)
             row += n
-        return out
+        return self.place(out)
 
     def backbone(self, config, dtype):
         """The backbone's state: our names -> tensors. InputError as in take."""
@@ -726,12 +741,12 @@ def refuse(path, c, family, activation):
 
 
 @torch.no_grad()
-def load_hf(directory, objectives=None, dtype=torch.float32):
-    """A Hugging Face directory (families: see FAMILIES) -> GPT in `dtype`.
+def load_hf(directory, objectives=None, dtype=torch.float32, place=lambda t: t):
+    """A Hugging Face directory (families: see FAMILIES) -> GPT in `dtype`, its tensors where `place` puts them.
 
     objectives given: that many exact copies of the checkpoint's head (its lm_head, or its embedding where tied).
     None: the heads that the file holds if save_hf wrote it with heads, else one head."""
-    config, files = read_config(directory), Checkpoint(directory)
+    config, files = read_config(directory), Checkpoint(directory, place)
     own_heads = objectives is None and "objectives" in config.hf
     config.objectives = tuple(objectives) if objectives is not None else config.objectives
     tied = config.hf.get("tie_word_embeddings", is_gpt2(config))
@@ -764,7 +779,7 @@ def backbone_tensors(model):
     for name, p in model.named_parameters():
         if name.startswith("heads."):
             continue
-        names, p = theirs(c, name), p.detach()
+        names, p = theirs(c, name), gathered(p)
         tensors.update(zip(names, [p.t()] if transposed(c, name) else p.split(rows_of(c, names, len(p)))))
     return tensors
 
@@ -791,9 +806,9 @@ def save_hf(model, directory, weights=None):
     and the H heads stand beside it as heads.*.weight, their names in config.json, for load_hf."""
     tensors, extra = backbone_tensors(model), {}
     H = len(model.heads)
-    tensors["lm_head.weight"] = model.fold(torch.ones(H) if weights is None else weights).detach()
+    tensors["lm_head.weight"] = gathered(model.fold(torch.ones(H) if weights is None else weights))
     if weights is None:
-        tensors |= {f"heads.{i}.weight": head.weight for i, head in enumerate(model.heads)}
+        tensors |= {f"heads.{i}.weight": gathered(head.weight) for i, head in enumerate(model.heads)}
         extra["objectives"] = list(model.config.objectives)
     save_directory(directory, tensors, model, **extra)
 
@@ -808,6 +823,51 @@ def save_directory(directory, tensors, model, **extra):
     save_safetensors(tensors, os.path.join(directory, "model.safetensors"))
     dtype = model.embed.weight.dtype
     write_json(os.path.join(directory, "config.json"), hf_config(model.config, dtype, **extra))
+
+
+# -- several processes (torchrun)
+
+@functools.cache
+def mesh(device):
+    return init_device_mesh(torch.device(device).type, (ranks(),))
+
+
+def shard(net, device):
+    """Split every parameter over the processes by its rows (FSDP2): a block's are gathered when it computes, those outside
+    the blocks, such as embedding and heads, for the length of a step; gradients come out as means over the processes."""
+    if ranks() > 1:
+        for module in [*getattr(net, "layers", ()), net]:
+            fully_shard(module, mesh=mesh(device))
+    return net
+
+
+def placed(t, device):
+    """t on a device; of several processes each keeps its shard of the rows."""
+    if ranks() == 1:
+        return t.to(device)
+    return distribute_tensor(t.to(device), mesh(device), [Shard(0)], src_data_rank=None).clone()     # lets go of the whole
+
+
+def whole(t):
+    """A tensor of which every process may hold a shard, in full."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def gathered(p):
+    """A parameter to be saved: where it is sharded, in full in the first process's main memory, and nowhere else."""
+    if not isinstance(p, DTensor):
+        return p.detach()
+    return whole(p.detach()).to("cpu" if rank() == 0 else "meta")
+
+
+def like(t, other):
+    """t on the device of `other`, and sharded as that is."""
+    return placed(t, other.device) if isinstance(other, DTensor) else t.to(other.device)
+
+
+def sampling_dtype(dtype, device):
+    """Of a run's --dtype, that of the weights which only sample: a GPU is faster with half of the bytes, a CPU is not."""
+    return torch.bfloat16 if dtype == "bf16" and torch.device(device).type == "cuda" else torch.float32
 
 
 def pick_device(name):

@@ -105,16 +105,15 @@ def bradley_terry_loss(scores_chosen, scores_rejected, mask):
 # --- end of exercise 7 ---
 
 
-def step_loss(outputs, scores, targets):
+def step_loss(outputs, scores, targets, count=None):
     """Labelled steps of all objectives at once. scores, targets (N, P), NaN where a step has no label for an output.
-    -> sum over the outputs present of their own loss: MSE if verifiable, else BCE."""
-    total = scores.new_zeros(())
-    for p, name in enumerate(outputs):
-        mask = ~targets[:, p].isnan()
-        if mask.any():
-            loss = mse_loss if OBJECTIVES[name].case == "verifiable" else bce_loss
-            total = total + loss(scores[:, p], targets[:, p].nan_to_num(), mask)
-    return total
+    -> (P,) each output's own loss, MSE if verifiable, else BCE; 0 where it has no label. count (P,): labels of every output
+    in the whole batch, if these are only some of its steps: then the parts' results add up to that of the whole."""
+    masks = ~targets.isnan()
+    share = masks.sum(0) / (masks.sum(0) if count is None else count).clamp(min=1)
+    losses = [(mse_loss if OBJECTIVES[name].case == "verifiable" else bce_loss)(
+        scores[:, p], targets[:, p].nan_to_num(), masks[:, p]) for p, name in enumerate(outputs)]
+    return torch.stack(losses) * share
 
 
 @dataclass
@@ -125,6 +124,9 @@ class Labelled:
     ends: list
     targets: list
     split: str
+
+    def __len__(self):
+        return len(self.ids)
 
 
 def encode_steps(tokenizer, prompt, steps, boundary, marker=None):

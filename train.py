@@ -10,13 +10,15 @@
     6 tables     every policy measured on unseen prompts, alone and guided
 
 A stage is a function of the configuration, the seed and the files of earlier stages, and writes its own files last:
-`--resume RUN` skips what is finished and starts the unfinished stage (in stage 5: policy) again. --seeds N trains N times,
-in RUN/seed=..., and puts the tables over the trainings into RUN; --sweep FIELD=a,b,c trains variants of a run, in RUN/FIELD=a and
-so on. --fast runs everything small, to see that it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for
-math_accuracy questions with final answers, which are sampled and verified; and DIR/<objective>.steps.jsonl, labelled steps, where
-it exists.
+`--resume RUN` skips what is finished and starts the unfinished stage (in stage 5: policy) again, its training from the last
+checkpoint, and ends with the same bits as a run that nobody stopped. --seeds N trains N times, in RUN/seed=..., and puts the
+tables over the trainings into RUN; --sweep FIELD=a,b,c trains variants of a run, in RUN/FIELD=a and so on. --fast runs
+everything small, to see that it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for math_accuracy questions
+with final answers, which are sampled and verified; and DIR/<objective>.steps.jsonl, labelled steps, where it exists.
 """
 import argparse
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -25,20 +27,54 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
+from itertools import islice
 
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
-from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, batches_by_length, domain_objectives,
-                  fit_threshold, holds_questions, judge, pad, read_json, read_jsonl, read_preferences, read_steps,
-                  run_command, select_objectives, split_of, worlds_of, write_json, write_text)
+def claim(argv):
+    """Make the directory of a new run, with the command line in it: from here on --resume can go on after a kill. A taken name
+    gets the next number. -> its path; None for --resume, --help and a command line that main will refuse."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    for name, default in (("--out", ""), ("--objective", "all"), ("--resume", None)):
+        parser.add_argument(name, default=default)
+    try:
+        args, others = parser.parse_known_args(argv)
+    except argparse.ArgumentError:
+        return None
+    if args.resume is not None or {"-h", "--help"} & set(others):
+        return None
+    wanted = args.out or os.path.join("runs", args.objective.replace(",", "+"))
+    wanted, number = wanted.rstrip("/"), 2
+    path = wanted
+    while os.path.lexists(path):
+        path, number = f"{wanted}-{number}", number + 1
+    os.makedirs(f"{path}.tmp", exist_ok=True)
+    with open(os.path.join(f"{path}.tmp", "command.json"), "w", encoding="utf-8") as f:
+        json.dump(argv, f)
+    os.rename(f"{path}.tmp", path)              # never there without the command
+    return path
+
+
+# torch takes seconds to be imported; the run's directory is there before.
+CLAIMED = None
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":      # the first of several processes
+    with contextlib.suppress(OSError):      # main meets it again, and says so
+        CLAIMED = claim(sys.argv[1:])
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, batches_by_length, dealt_batches,
+                  domain_objectives, fit_threshold, gather, holds_questions, join_processes, judge, mine, pad, rank, ranks,
+                  read_json, read_jsonl, read_preferences, read_steps, run_command, select_objectives, split_of, total, worlds_of,
+                  write_json, write_text)
 from decode import generate, parse_weights, read_run
 from evaluate import (average, converse, evaluate, find_variants, load_rows, pair_metrics_rows, plain_responder, publish,
                       seed_of, seed_runs)
 from mah_dpo import (Pair, balanced_mean, encode_pair, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps,
                      pair_metrics, policy_logps)
-from model import GPT, GPTConfig, load_hf, load_safetensors, pick_device, save_hf, save_safetensors
+from model import (GPT, GPTConfig, like, load_hf, load_safetensors, pick_device, placed, read_metadata, sampling_dtype, save_hf,
+                   save_safetensors, shard, whole)
 from prm import (PRM, Labelled, bradley_terry_loss, encode_steps, hindsight_targets, majority_labels, pair_scores, save_prm,
                  step_loss, step_scores)
 
@@ -88,6 +124,7 @@ class Config:
     weight_steps: int = option(10, "steps in which the weights of two heads go from one to the other (0: no sweep)", fast=2)
     k: int = option(5, "K, candidates per step of guided decoding in the tables, samples of a majority vote")
     max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
+    checkpoint_every: int = option(100, "steps of a training stage between checkpoints from which --resume goes on")
 
 
 # What the stages leave in a run directory and in its log, and for --sweep what of it does not depend on the swept fields. (What
@@ -114,6 +151,20 @@ class Run:
         self.objectives = select_objectives(config.objective)
         self.domains = list(dict.fromkeys(OBJECTIVES[o].domain for o in self.objectives))
         self.device = pick_device(config.device)
+        self.own = (rank(),) if ranks() > 1 else ()       # in the seed of what the processes draw apart
+        self.training = self.stopping = False
+
+    def stop(self, *signal):
+        """Ctrl-C, or SIGTERM, a batch system's request: at once, but in training after the step that is under way, whose
+        result is saved."""
+        if not self.training or self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+
+    def key(self, *paths):
+        """Fingerprint of the configuration and of files: what was made from others must not be used."""
+        settings = {k: v for k, v in asdict(self.config).items() if k not in ("out", "device", "checkpoint_every")}
+        return fingerprint([settings, self.objectives], *paths)
 
     def file(self, name):
         return os.path.join(self.path, name)
@@ -124,9 +175,13 @@ class Run:
     def dice(self, *what):
         return Dice(seed_of(self.config.seed, *what))
 
+    def place(self, tensor):
+        """Where training keeps a tensor: see model.placed."""
+        return placed(tensor, self.device)
+
     def load(self, name):
-        """A trained model of this run, ready to train on."""
-        model = load_hf(self.file(name)).to(self.device)
+        """A trained model of this run, ready to train on, and sharded over the processes."""
+        model = load_hf(self.file(name), place=self.place)
         model.grad_checkpoint = self.config.grad_checkpoint
         return model
 
@@ -138,12 +193,21 @@ class Run:
         """domain -> the world to sample and to measure in: the embedded ones, or those of the questions in --data."""
         return worlds_of(self.objectives, self.config.data, self.config.max_new_tokens, model)
 
-    def log(self, stage, rows):
+    def log(self, stage, rows, name="log.jsonl"):
         """Put a stage's rows into log.jsonl, before the file that says it is finished (a kill between the two would lose
-        them); what an interrupted attempt left of it is replaced."""
-        path = self.file("log.jsonl")
+        them); what an interrupted attempt left of it is replaced. Figures of time go to timings.jsonl, and nowhere else."""
+        path = self.file(name)
         kept = [row for _, row in read_jsonl(path) if row["stage"] != stage] if os.path.exists(path) else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in [*kept, *({"stage": stage} | row for row in rows)]))
+
+
+def fingerprint(settings, *paths):
+    """A hash of settings (JSON) and of the contents of files."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for path in paths:
+        with open(path, "rb") as f:
+            digest.update(hashlib.sha256(f.read()).digest())
+    return digest.hexdigest()
 
 
 # -- 1, 2: base and SFT
@@ -159,36 +223,151 @@ def chat_example(tokenizer, messages):
     return ids, mask
 
 
-def language_model(run, stage, model, examples, steps, lr, batch_size=64):
+def fit(run, stage, model, optimizer, steps, *, rate, batches, backward, tokens, where, names=(), develop=None, clip=1.0, key):
+    """The training loop of every stage: `steps` updates, each by the gradient of one batch. -> rows for the log
+
+    rate(step): factor on the learning rates. batches: endless iterator of lists of items, a function of the seed alone, so
+    that its position is the step. backward(batch): adds up the gradient of this process's share, returns numbers for the log,
+    {name: tensor, scalar or one per objective of `names`}, which add up over the processes. develop(): the same numbers on
+    development data, taken four times. tokens(item), where(item): its size, and where a person finds it. key: fingerprint of
+    all this. Every config.checkpoint_every steps, and before a stop, all that the next step needs is saved."""
+    top, seconds, n_tokens = [g["lr"] for g in optimizer.param_groups], 0.0, 0
+    start, log = load_checkpoint(run, stage, model, optimizer, key)
+    measure = lambda step: log.append({"step": step, "split": "dev"} | log_row(develop(), names)) if develop else None
+    run.training = True
+    with tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar:
+        for step, batch in enumerate(islice(batches, start, steps), start):
+            if step % math.ceil(steps / 3) == 0:
+                measure(step)
+            begun = time.perf_counter()
+            for group, lr in zip(optimizer.param_groups, top):
+                group["lr"] = lr * rate(step)
+            found, norm, finite = gradient(optimizer, batch, backward, clip)
+            if not finite:
+                bad = [where(item) for item in batch if not gradient(optimizer, [item] * ranks(), backward, clip)[-1]]
+                refuse_step(stage, step, bad or [where(item) for item in batch])
+            optimizer.step()
+            row = {"step": step, "gradient_norm": norm.item()} | log_row(found, names)
+            seconds, n_tokens = seconds + time.perf_counter() - begun, n_tokens + sum(map(tokens, batch))
+            if step % 10 == 0 or step == steps - 1:
+                log.append(row)
+                bar.set_postfix_str(brief(row, names), refresh=False)
+            bar.update()
+            stopping = bool(total(torch.tensor(int(run.stopping), device=run.device)))
+            if stopping or (step + 1) % run.config.checkpoint_every == 0 and step + 1 < steps:
+                save_checkpoint(run, stage, model, optimizer, step + 1, log, key)
+            if stopping:
+                raise KeyboardInterrupt
+    run.training = False
+    measure(steps)
+    run.log(stage, [{"steps": steps - start, "tokens": n_tokens, "seconds": seconds, "tokens_per_second": n_tokens / seconds}],
+            "timings.jsonl")
+    return log
+
+
+def gradient(optimizer, batch, backward, clip):
+    """Leave a batch's gradient, clipped, in the parameters. -> (numbers for the log, norm before clipping, are loss and norm
+    finite?), all over all processes"""
+    optimizer.zero_grad()
+    found = {name: total(value.detach()) for name, value in backward(batch).items()}
+    norm = whole(torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip))
+    return found, norm, bool(norm.isfinite()) and bool(found["loss"].isfinite().all())
+
+
+def refuse_step(stage, step, bad):
+    """InputError that names stage, step and the examples whose loss or gradient is no finite number."""
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    raise InputError(f"{stage}, step {step}: the loss or its gradient is not finite for {', '.join(bad[:5])}{more}; this step was "
+                     "not taken, and earlier checkpoints are kept. Lower the learning rate, or look at these examples")
+
+
+def log_row(found, names):
+    """{metric: scalar, or (H,) tensor} -> {metric: number}, {objective: {metric: number}}; an objective without data, whose
+    metrics are NaN, is left out."""
+    values = {metric: value.tolist() for metric, value in found.items()}
+    each = {name: {metric: v[i] for metric, v in values.items() if isinstance(v, list)} for i, name in enumerate(names)}
+    return {metric: v for metric, v in values.items() if not isinstance(v, list)} | {
+        name: row for name, row in each.items() if not any(map(math.isnan, row.values()))}
+
+
+def brief(row, names):
+    """A row of the log in one line: means over the objectives."""
+    each = [row[n] for n in names if n in row] or [row]
+    shown = {m: sum(r[m] for r in each) / len(each) for m in ("loss", "margin", "accuracy", "chosen", "rejected", "kl") if m in each[0]}
+    return " ".join(f"{m} {v:.3g}" for m, v in (shown | {"gradient": row["gradient_norm"]}).items())
+
+
+def save_checkpoint(run, stage, model, optimizer, step, log, key):
+    """What the next step of a stage needs: weights, the optimiser's state, the number of steps done, from which schedule and
+    draws follow, and the log so far."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"optimizer.{i}.{k}": v for i, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
+    save_safetensors(tensors, run.file("checkpoint.safetensors"),
+                     {"stage": stage, "step": str(step), "key": key, "log": json.dumps(log)})
+
+
+@torch.no_grad()
+def load_checkpoint(run, stage, model, optimizer, key):
+    """Put back what save_checkpoint saved. -> (steps done, log), (0, []) where there is nothing of this stage. InputError if
+    it was saved under another configuration or with other data."""
+    path = run.file("checkpoint.safetensors")
+    about = read_metadata(path) if os.path.exists(path) else {}
+    if about.get("stage") != stage:             # none, or that of an earlier stage, which is finished
+        return 0, []
+    if about.get("key") != key:
+        raise InputError(f"{path}: saved with another configuration or other data than these; bring those back, or remove this "
+                         f"file to start {stage} again")
+    tensors, own, saved = load_safetensors(path), model.state_dict(), optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            own[rest].copy_(like(tensor, own[rest]))
+        else:
+            i, what = rest.split(".")
+            saved["state"].setdefault(int(i), {})[what] = tensor.clone() if what == "step" else like(tensor.clone(), parameters[int(i)])
+    optimizer.load_state_dict(saved)
+    return int(about["step"]), json.loads(about["log"])
+
+
+def language_model(run, stage, model, examples, steps, lr, batch_size=64, files=()):
     """Next-token training on the masked tokens of (ids, mask) examples; batches of similar length, cosine schedule.
-    -> rows for the log."""
-    generator, log, steps = run.generator(stage), [], capped(steps, len(examples) / batch_size, run.config)
+    files: what the examples were read from. -> rows for the log."""
+    steps = capped(steps, len(examples) / batch_size, run.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    batches, pad_id = [], model.tokenizer.pad_id
-    for step in (bar := tqdm(range(steps), desc=stage, unit="step", disable=None)):
-        if not batches:                     # a new epoch: shuffle, then sort windows of 16 batches by length
-            order = torch.randperm(len(examples), generator=generator).tolist()
-            for start in range(0, len(order), 16 * batch_size):
-                window = sorted(order[start:start + 16 * batch_size], key=lambda i: len(examples[i][0]))
-                batches += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
-            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        chosen = [examples[i] for i in batches.pop()]
-        ids, _ = pad([e[0] for e in chosen], pad_id, run.device)
-        mask, _ = pad([[int(m) for m in e[1]] for e in chosen], 0, run.device)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 40) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+    def backward(index):
+        index = mine(index)
+        ids, _ = pad([examples[i][0] for i in index], model.tokenizer.pad_id, run.device)
+        mask, _ = pad([[int(m) for m in examples[i][1]] for i in index], 0, run.device)
         r, t = mask[:, 1:].nonzero(as_tuple=True)
         with run.autocast():
             loss = F.cross_entropy(model.logits(model(ids)[r, t]).float(), ids[r, t + 1])
-        check_finite(loss, stage, step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 10 == 0 or step == steps - 1:
-            log.append({"step": step, "loss": loss.item()})
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return log
+            loss = loss * (len(r) / total(mask[:, 1:].sum()))
+        (loss * ranks()).backward()         # FSDP takes the mean of the processes' gradients; theirs is a sum
+        return {"loss": loss}
+
+    return fit(run, stage, model, optimizer, steps, backward=backward, tokens=lambda i: len(examples[i][0]),
+               batches=length_batches([len(ids) for ids, _ in examples], batch_size, run.generator(stage)),
+               rate=lambda step: min(1.0, (step + 1) / 40) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2),
+               where=lambda i: f"example {i + 1} ({model.tokenizer.decode(examples[i][0][:20])!r}...)",
+               key=run.key(*files))
+
+
+def length_batches(lengths, size, generator):
+    """Endless batches of indices of similar length: every epoch is shuffled, then sorted in windows of 16 batches. What is
+    left of a batch that the processes cannot share evenly waits for another epoch."""
+    if len(lengths) < ranks():
+        raise InputError(f"{len(lengths)} examples are too few for {ranks()} processes")
+    while True:
+        order, batches = torch.randperm(len(lengths), generator=generator).tolist(), []
+        for start in range(0, len(order), 16 * size):
+            window = sorted(order[start:start + 16 * size], key=lengths.__getitem__)
+            batches += [window[i:i + size] for i in range(0, len(window), size)]
+        for i in reversed(torch.randperm(len(batches), generator=generator).tolist()):
+            even = len(batches[i]) - len(batches[i]) % ranks()
+            if even:
+                yield batches[i][:even]
 
 
 def capped(steps, steps_per_epoch, config):
@@ -196,16 +375,10 @@ def capped(steps, steps_per_epoch, config):
     return min(steps, max(1, math.ceil(config.epochs * steps_per_epoch)))
 
 
-def check_finite(value, stage, step, what="loss"):
-    """InputError that names stage and step if a loss or a gradient's norm is not a finite number."""
-    if not bool(value.isfinite()):
-        raise InputError(f"{stage}, step {step}: the {what} is {value.item()}; nothing of this stage was written. Lower its "
-                         "learning rate, or look at its data")
-
-
-def load_init(directory):
+def load_init(run):
     """The checkpoint given by --init, which must bring its tokenizer."""
-    model = load_hf(directory)
+    directory = run.config.init
+    model = load_hf(directory, place=run.place)
     if model.tokenizer is None:
         raise InputError(f"{directory}: tokenizer.json, or vocab.json and merges.txt, is missing; a base model needs one")
     return model
@@ -214,7 +387,7 @@ def load_init(directory):
 def train_base(run):
     """Stage 1: the embedded base model, or the checkpoint that --init names."""
     if run.config.init:
-        save_hf(load_init(run.config.init), run.file("base"), weights=0)
+        save_hf(load_init(run), run.file("base"), weights=0)
         return
     tokenizer, dice, examples = Tokenizer.embedded(), run.dice("base", "data"), []
     for domain in DOMAINS.values():
@@ -223,7 +396,7 @@ def train_base(run):
             examples.append((ids, [True] * len(ids)))
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab), run.generator("base", "weights")).to(run.device)
     model.tokenizer = tokenizer
-    log = language_model(run, "base", model, examples, run.config.base_steps, run.config.base_lr)
+    log = language_model(run, "base", shard(model, run.device), examples, run.config.base_steps, run.config.base_lr)
     run.log("base", log)
     save_hf(model, run.file("base"), weights=0)
 
@@ -232,7 +405,8 @@ def train_sft(run):
     """Stage 2: fine-tuning on careful demonstrations, or on the chosen responses of real pairs."""
     model, config = run.load("base"), run.config
     examples = sft_examples(run, model)
-    log = language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, config.sft_batch)
+    files = [os.path.join(config.data, f"{o}.jsonl") for o in run.objectives] if config.data else []
+    log = language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, config.sft_batch, files)
     run.log("sft", log)
     save_hf(model, run.file("sft"), weights=0)
 
@@ -304,25 +478,29 @@ def read_real_labels(run, model):
 
 
 def make_samples(run):
-    """Stage 3: pairs.jsonl and labels.jsonl."""
-    model, pairs, labels = run.load("sft"), [], []
-    if run.config.data:
-        train, dev, _ = read_real_pairs(run, model)
-        pairs, (labels, _) = train + dev, read_real_labels(run, model)
-    worlds = run.worlds(model)
+    """Stage 3: pairs.jsonl and labels.jsonl. Several processes share the prompts, each with the whole model: sharded, every
+    token would wait for all of them."""
+    dtype = sampling_dtype(run.config.dtype, run.device)
+    model = load_hf(run.file("sft"), dtype=dtype, place=lambda t: t.to(run.device))
+    worlds, pairs, labels = run.worlds(model), [], []
     judges = [calibrate_judge(run, model, o) for w in worlds.values() for o in run.objectives
               if o in w.objectives and OBJECTIVES[o].case == "A"]
     cuts = {row["objective"]: row["threshold"] for row in judges}
     for world in worlds.values():
         for split, share in (("train", 1.0), ("dev", 0.15)):
             sample_world(run, model, world, split, share, cuts, pairs, labels)
-    counts = {o: sum(p.objective == o and p.split == "train" for p in pairs) for o in run.objectives}
+    pairs, labels = gather(pairs), gather(labels)
+    if run.config.data:
+        train, dev, _ = read_real_pairs(run, model)
+        pairs, labels = train + dev + pairs, read_real_labels(run, model)[0] + labels
+    count = lambda split: {o: sum(p.objective == o and p.split == split for p in pairs) for o in run.objectives}
+    counts, held_out = count("train"), count("dev")
     empty = [o for o, n in counts.items() if n == 0]
     if empty:
         raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled answers of different scores (all "
                          "wrong, or all right); raise --n-samples or --n-prompts, or give a better --init")
-    shown = ", ".join(f"{o} {n}" for o, n in counts.items())
-    tqdm.write(f"  training pairs: {shown}; labelled sequences: {len(labels)}")
+    shown = ", ".join(f"{o} {n} + {held_out[o]}" for o, n in counts.items())
+    tqdm.write(f"  pairs to train on + held out: {shown}; labelled sequences: {len(labels)}")
     write_rows(run.file("labels.jsonl"), labels)
     run.log("judge", judges)
     write_rows(run.file("pairs.jsonl"), pairs)
@@ -332,13 +510,14 @@ def sample_world(run, model, world, split, share, cuts, pairs, labels):
     """Sample, judge, pair and label one world's prompts of one split; cuts: the thresholds of the case A judges."""
     config, domain, tokenizer = run.config, world.name, model.tokenizer
     names = [o for o in run.objectives if o in world.objectives]
-    dice, generator = run.dice("samples", domain, split), run.generator("samples", domain, split)
-    problems = world.problems(split, max(8, int(share * config.n_prompts) // world.turns), dice)
+    dice, generator = run.dice("samples", domain, split), run.generator("samples", domain, split, *run.own)
+    problems = mine(world.problems(split, max(8, int(share * config.n_prompts) // world.turns), dice))
+    dice = run.dice("samples", domain, split, *run.own) if run.own else dice
     total = len(problems) * world.turns * (config.n_samples + 1)
     with tqdm(total=total, desc=f"{domain} {split}", unit="sample", disable=None) as bar:
         # The contexts to answer: the problems themselves, or every turn of a dialogue played by the SFT policy.
         respond = plain_responder(model, world, 0, config.temperature, generator, progress=bar.update)
-        played = converse(world, problems, tokenizer, respond, seed_of(config.seed, "samples", domain, split, "student"))
+        played = converse(world, problems, tokenizer, respond, seed_of(config.seed, "samples", domain, split, "student", *run.own))
         contexts = [(c.problem, before, ids) for c in played for ids, before, _ in c.turns]
         answers = generate(model, [ids for _, _, ids in contexts], weights=0, samples=config.n_samples,
                            max_new_tokens=world.max_new_tokens, temperature=config.temperature, generator=generator,
@@ -380,9 +559,10 @@ def calibrate_judge(run, model, name):
 def label_rollouts(run, model, world, names, split, n, cuts):
     """Rollouts from every prefix of n responses -> Labelled rows with hindsight targets and majority labels."""
     config, tokenizer = run.config, model.tokenizer
-    dice, generator = run.dice("rollouts", split), run.generator("rollouts", split)
+    dice, generator = run.dice("rollouts", split), run.generator("rollouts", split, *run.own)
     case = {n: OBJECTIVES[n].case for n in names}
-    problems = world.problems(split, n, dice)
+    problems = mine(world.problems(split, n, dice))
+    dice = run.dice("rollouts", split, *run.own) if run.own else dice
     prompts = [tokenizer.encode_chat(p.messages()) for p in problems]
     responses = generate(model, prompts, weights=0, max_new_tokens=world.max_new_tokens, generator=generator,
                          temperature=config.temperature)
@@ -462,44 +642,56 @@ def prm_sources(run, outputs):
             for s in ("train", "dev")}
 
 
+def where_is(run, item):
+    """The line of labels.jsonl or of pairs.jsonl on which an item stands, and its objectives."""
+    path = run.file("pairs.jsonl" if isinstance(item, Pair) else "labels.jsonl")
+    names = [item.objective] if isinstance(item, Pair) else [
+        o for p, o in enumerate(run.objectives) if any(t[p] is not None for t in item.targets)]
+    return f"{path}:{read_rows(path, type(item)).index(item) + 1} ({', '.join(names)})"
+
+
 def train_prm(run, name, outputs):
     """Stage 4: one PRM with these outputs, on labelled sequences and pairs, from the SFT backbone."""
-    config, stage = run.config, name
-    generator = run.generator(stage)
+    config, generator = run.config, run.generator(name)
     backbone = run.load("sft").with_heads(())
-    prm = PRM(backbone, outputs, run.generator(stage, "weights")).to(run.device)
+    prm = shard(PRM(backbone, outputs, run.generator(name, "weights")).to(run.device), run.device)
     optimizer = torch.optim.AdamW([{"params": backbone.parameters(), "lr": config.prm_lr_backbone},
                                    {"params": prm.score.parameters(), "lr": config.prm_lr_head}], weight_decay=0.01)
-    top = [g["lr"] for g in optimizer.param_groups]
     sources = prm_sources(run, outputs)
     rows, pairs = ([Cycle(items, generator) for items in kind] for kind in sources["train"])
     n_labelled = sum(len(cycle.items) for cycle in rows)
+    even = lambda n: max(1, n // ranks()) * ranks()                                       # what the processes can share
+    sizes = [even(config.prm_batch * len(cycle.items) // n_labelled) for cycle in rows] + [even(8) for _ in pairs]
     largest = max([n_labelled / config.prm_batch, *(len(cycle.items) / 8 for cycle in pairs)])
-    steps, log = capped(config.prm_steps, largest, config), []
-    for step in (bar := tqdm(range(steps), desc=stage, unit="step", disable=None)):
-        for group, lr in zip(optimizer.param_groups, top):
-            group["lr"] = lr * min(1.0, (step + 1) / 20) * (0.05 + 0.95 * (1 - step / steps))
-        optimizer.zero_grad()
-        total = 0.0
-        for cycle in (*rows, *pairs):           # one backward per source: gradients add up, padding stays small
-            labelled = cycle in rows
-            batch = cycle.take(max(1, config.prm_batch * len(cycle.items) // n_labelled) if labelled else 8)
+    steps = capped(config.prm_steps, largest, config)
+
+    def batches():
+        while True:
+            yield [(k, item) for k, (cycle, n) in enumerate(zip([*rows, *pairs], sizes)) for item in cycle.take(n)]
+
+    def backward(batch):
+        losses, labels = torch.zeros(2, len(outputs), device=run.device)
+        for k in sorted({k for k, _ in batch}):      # one backward per source: gradients add up, padding stays small
+            part = mine([item for j, item in batch if j == k])
             with run.autocast():
-                if labelled:
-                    loss = step_loss(prm.outputs, *step_scores(prm, batch, run.objectives))
+                if k < len(rows):
+                    scores, targets = step_scores(prm, part, run.objectives)
+                    count = (~targets.isnan()).sum(0)
+                    loss = step_loss(outputs, scores, targets, total(count))
                 else:
-                    chosen, rejected = pair_scores(prm, batch)
-                    loss = bradley_terry_loss(chosen, rejected, torch.ones_like(chosen))
-            check_finite(loss, stage, step)
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(prm.parameters(), 1.0)
-        optimizer.step()
-        if step % 10 == 0 or step == steps - 1:
-            log.append({"step": step, "loss": total})
-            bar.set_postfix(loss=f"{total:.3f}")
+                    chosen, rejected = pair_scores(prm, part)
+                    count = len(chosen) * F.one_hot(torch.tensor(outputs.index(part[0].objective)), len(outputs)).to(run.device)
+                    loss = bradley_terry_loss(chosen, rejected, torch.ones_like(chosen)) * count / total(count).clamp(min=1)
+            (loss.sum() * ranks()).backward()
+            losses, labels = losses + loss.detach(), labels + count
+        return {"loss": losses, "labels": labels}
+
+    log = fit(run, name, prm, optimizer, steps, batches=batches(), backward=backward, names=outputs,
+              rate=lambda step: min(1.0, (step + 1) / 20) * (0.05 + 0.95 * (1 - step / steps)),
+              tokens=lambda item: len(item[1]), where=lambda item: where_is(run, item[1]),
+              key=run.key(run.file("labels.jsonl"), run.file("pairs.jsonl")))
     log.append(measure_prm(run, prm, sources["dev"]))
-    run.log(stage, log)
+    run.log(name, log)
     save_prm(prm, run.file(name))
 
 
@@ -538,13 +730,20 @@ def measure_prm(run, prm, sources):
 
 def reference_logps(run, pairs):
     """The SFT policy's log-probabilities (N, 2) of all pairs, computed once, in the precision that the policies train in, and
-    kept in sft_logps.safetensors."""
-    path = run.file("sft_logps.safetensors")
+    kept in sft_logps.safetensors. InputError if what is kept there is of other pairs, or if one is not finite."""
+    path, key = run.file("sft_logps.safetensors"), fingerprint(run.config.dtype, run.file("pairs.jsonl"))
     if not os.path.exists(path):
         model = run.load("sft")
         with run.autocast(), tqdm(total=len(pairs), desc="log-probs of sft", unit="pair", disable=None) as bar:
             logps = pair_logps(model, pairs, lambda o: 0, model.tokenizer.pad_id, progress=bar.update)
-        save_safetensors({"logps": logps}, path)
+        bad = (~logps.isfinite().all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise InputError(f"{where_is(run, pairs[bad[0]])}: its log-probability under the SFT policy is not finite, as of "
+                             f"{len(bad)} of {len(pairs)} pairs")
+        save_safetensors({"logps": logps}, path, {"key": key})
+    if read_metadata(path).get("key") != key:
+        raise InputError(f"{path}: computed for another pairs.jsonl, or in another --dtype; bring that back, or remove this file "
+                         "and the policies that were trained on it")
     return load_safetensors(path)["logps"]
 
 
@@ -556,67 +755,72 @@ def train_policy(run, name, heads, objectives, margins=None):
     reference = reference_logps(run, pairs)
     model = run.load("sft").with_heads(heads, config.perturbation if len(heads) > 1 else 0.0, run.generator(name, "heads"))
     optimizer = make_optimizer(model, config.dpo_lr_backbone, config.dpo_lr_heads)
-    top, log = [g["lr"] for g in optimizer.param_groups], []
     weights = dict(zip(run.objectives, parse_weights(config.alpha, run.objectives, "--alpha", 1.0)))
     alpha = torch.tensor([weights[o] for o in objectives], device=run.device)
     domain = lambda o: OBJECTIVES[o].domain
     w_k = torch.tensor([1 / sum(domain(o) == domain(k) for o in objectives) for k in objectives], device=run.device)
     # An objective's pairs come in the same order to every policy, for the same number of steps.
-    mine = lambda o: [i for i, p in enumerate(pairs) if p.objective == o and p.split == "train"]
-    cycles = {o: Cycle(mine(o), run.generator("pairs", o)) for o in run.objectives}
+    of = lambda o, split: [i for i, p in enumerate(pairs) if p.objective == o and p.split == split]
+    cycles = {o: Cycle(of(o, "train"), run.generator("pairs", o)) for o in run.objectives}
     steps = capped(config.dpo_steps, max(len(c.items) for c in cycles.values()) / config.dpo_pairs, config)
-    for step in (bar := tqdm(range(steps), desc=name, unit="step", disable=None)):
-        for group, lr in zip(optimizer.param_groups, top):
-            group["lr"] = lr * min(1.0, (step + 1) / 20)
-        optimizer.zero_grad()
-        index = [i for o in objectives for i in cycles[o].take(config.dpo_pairs)]
-        count, found = torch.full((len(objectives),), config.dpo_pairs, device=run.device), []
-        for part in batches_by_length([len(pairs[i]) for i in index]):                    # gradients add up exactly
+    dev = [i for o in objectives for i in of(o, "dev")[:4 * config.dpo_pairs]]
+    head_of = lambda o: heads.index(o) if o in heads else 0
+
+    def batches():
+        while True:
+            yield [i for o in objectives for i in cycles[o].take(config.dpo_pairs)]
+
+    def judged(pi, index, count=None):
+        """Log-probabilities (2, n) of the pairs `index` -> loss, metrics."""
+        which = torch.tensor([objectives.index(pairs[i].objective) for i in index], device=run.device)
+        ref = reference[index].T.to(run.device)
+        if margins is None:
+            return mah_dpo_loss(*pi, *ref, which, alpha, config.beta, count)
+        losses = modpo_loss(*pi, *ref, margins[index].to(run.device), w_k[which], config.beta)
+        return balanced_mean(losses, which, alpha, count), pair_metrics(losses, *pi, *ref, which, len(alpha), config.beta, count)
+
+    def backward(index):
+        found = []
+        count = torch.full((len(objectives),), config.dpo_pairs, device=run.device)
+        for part in dealt_batches([len(pairs[i]) for i in index]):                        # gradients add up exactly
             part = [index[k] for k in part]
-            batch = [pairs[i] for i in part]
-            head, which = (torch.tensor([names.index(p.objective) if p.objective in names else 0 for p in batch],
-                                        device=run.device) for names in (heads, objectives))
+            head = torch.tensor([head_of(pairs[i].objective) for i in part], device=run.device)
             with run.autocast():
-                pi = policy_logps(model, pack(batch, model.tokenizer.pad_id, run.device), head)
-            ref = reference[part].T.to(run.device)
-            if margins is None:
-                loss, metrics = mah_dpo_loss(*pi, *ref, which, alpha, config.beta, count)
-            else:
-                losses = modpo_loss(*pi, *ref, margins[part].to(run.device), w_k[which], config.beta)
-                loss = balanced_mean(losses, which, alpha, count)
-                metrics = pair_metrics(losses, *pi, *ref, which, len(objectives), config.beta)
-            if not bool(loss.isfinite()):
-                bad = sorted({(pairs[i].objective, i + 1) for i, ok in zip(part, pi.isfinite().all(0)) if not ok})
-                check_finite(loss, f"{name}: pairs of pairs.jsonl by line {bad or 'all'}", step)
-            loss.backward()
-            found.append((metrics, which.bincount(minlength=len(objectives))))
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-        check_finite(norm, name, step, "norm of the gradient")
-        optimizer.step()
-        if step % 20 == 0 or step == steps - 1:
-            each = dict(zip(objectives, merge_metrics(found)))
-            log.append({"step": step, "gradient_norm": norm.item()} | each)
-            bar.set_postfix(loss=f"{sum(m['loss'] for m in each.values()) / len(each):.3f}")
+                packed = pack([pairs[i] for i in part], model.tokenizer.pad_id, run.device)
+                loss, metrics = judged(policy_logps(model, packed, head), part, count)
+            if ranks() > 1:             # FSDP wants a gradient for the same parameters in every process
+                loss = loss + 0 * sum(head.weight[0, 0] for head in model.heads)
+            (loss * ranks()).backward()
+            found.append(metrics)
+        found = {metric: sum(m[metric] for m in found) for metric in found[0]}
+        if len(heads) > 1:              # a head's gradient comes from its objective alone
+            norms = [whole(model.heads[head_of(o)].weight.grad.norm()) for o in objectives]
+            found["gradient_norm"] = torch.stack(norms) / ranks()
+        return found
+
+    def develop():
+        with run.autocast():
+            logps = pair_logps(model, [pairs[i] for i in dev], head_of, model.tokenizer.pad_id).T.to(run.device)
+        return judged(logps, dev)[1]
+
+    log = fit(run, name, model, optimizer, steps, batches=batches(), backward=backward, names=objectives,
+              develop=develop if dev else None,
+              rate=lambda step: min(1.0, (step + 1) / 20), tokens=lambda i: len(pairs[i]),
+              where=lambda i: where_is(run, pairs[i]), clip=10.0, key=run.key(run.file("pairs.jsonl")))
     show_progress(name, objectives, log)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
 
 
-def merge_metrics(found):
-    """[(metrics, pairs per objective (H,))] of the parts of a batch -> H dicts: the metrics of the whole."""
-    n = torch.stack([count for _, count in found])                                        # (parts, H)
-    mean = lambda key: ((torch.stack([m[key] for m, _ in found]).nan_to_num() * n).sum(0) / n.sum(0)).tolist()
-    columns = {key: mean(key) for key in found[0][0]}
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
-
-
 def show_progress(name, objectives, log):
-    """One aligned line per logged step: loss, margin, accuracy of every objective (the soup's members go without)."""
+    """One aligned line per evaluation on development pairs: loss, margin, accuracy of every objective (the soup's members go
+    without)."""
     if not name.startswith("dpo_"):
         names = " ".join(f"{o:>18}" for o in objectives)
-        tqdm.write(f"  {name}: loss, margin, accuracy on the step's pairs\n        {names}")
-        for row in log:
-            cells = [f"{row[o]['loss']:6.3f} {row[o]['margin']:+6.2f} {row[o]['accuracy']:4.2f}" for o in objectives]
+        tqdm.write(f"  {name}: loss, margin, accuracy on development pairs\n        {names}")
+        for row in (r for r in log if r.get("split") == "dev"):
+            cells = [f"{m['loss']:6.3f} {m['margin']:+6.2f} {m['accuracy']:4.2f}" if m else "-"
+                     for m in (row.get(o) for o in objectives)]
             tqdm.write(f"  {row['step']:5d} " + " ".join(f"{c:>18}" for c in cells))
 
 
@@ -694,6 +898,8 @@ def stages(run):
 
 def run_stages(run):
     """Run what is not finished, with a numbered title and the time of each stage."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.stop)
     begun = time.time()
     for number, (title, last_file, work) in enumerate(stages(run), 1):
         if finished(run, last_file):
@@ -703,9 +909,11 @@ def run_stages(run):
         start = time.time()
         work()
         seconds = time.time() - start
-        with open(run.file("timings.jsonl"), "a", encoding="utf-8") as f:
-            f.write(json.dumps({"stage": title, "seconds": round(seconds, 1)}) + "\n")
+        run.log(title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
         print(f"    {seconds:.0f} s", flush=True)
+    for name in ("checkpoint.safetensors", "checkpoint.safetensors.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(run.file(name))
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py {run.path} --prompt ...")
 
 
@@ -717,8 +925,9 @@ def take_over(run, source, swept):
         rows = [row for _, row in read_jsonl(source.file("log.jsonl")) if same(row["stage"])]
         write_text(run.file("log.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     for name in filter(same, sorted(os.listdir(source.path))):
-        if not os.path.lexists(run.file(name)):
+        if rank() == 0 and not os.path.lexists(run.file(name)):
             os.symlink(os.path.relpath(source.file(name), run.path), run.file(name))
+    total(torch.zeros(1))                      # the other processes look for the links only now
 
 
 def part(path, config):
@@ -794,8 +1003,12 @@ def read_command(argv):
     given = {k: v for k, v in args.items() if v is not None}
     if resume == "":                            # an empty variable of a script must not start a new run
         raise InputError("--resume needs the directory of a run")
-    if resume and (set(given) - {"device"} or fast) and os.path.exists(os.path.join(resume, "config.json")):
+    begun, saved = [resume and os.path.exists(os.path.join(resume, name)) for name in ("config.json", "command.json")]
+    if (begun or saved) and (set(given) - {"device"} or fast):
         raise InputError("--resume goes on with the run's own configuration; give no option with it but --device and --sweep")
+    if saved:
+        config, _, swept = read_command(read_json(os.path.join(resume, "command.json")))
+        return Config(**given) if begun else replace(config, **given), resume, sweep or swept
     small = {f.name: f.metadata["fast"] for f in fields(Config) if fast and f.metadata["fast"] is not None}
     return Config(**(small | given)), resume, sweep
 
@@ -812,6 +1025,10 @@ def check_config(c):
     for name, known in (("prm", ("unified", "each")), ("dtype", ("fp32", "bf16")), ("split", ("test", "dev"))):
         if getattr(c, name) not in known:
             raise InputError(f"--{name} {getattr(c, name)}: choose {' or '.join(known)}")
+    batches = {"--sft-batch": c.sft_batch, "--dpo-pairs": c.dpo_pairs}
+    for name, n in (batches if c.init else batches | {"a batch of pre-training": 64}).items():
+        if n % ranks():
+            raise InputError(f"{name} {n}: {ranks()} processes cannot share it evenly; choose a multiple, or other processes")
     if c.data and not c.init:
         raise InputError("--data needs --init: the embedded model knows only its own small worlds")
     for path in filter(None, (c.data, c.init)):
@@ -823,7 +1040,7 @@ def check_inputs(run):
     """Read what the stages will read, so that a mistake shows before anything is written."""
     config = run.config
     if config.init:
-        model = load_init(config.init)
+        model = load_init(run)
         if config.data:
             train, dev, dropped = read_real_pairs(run, model)
             labels, n_bad = read_real_labels(run, model)
@@ -841,49 +1058,50 @@ def check_inputs(run):
         sft_examples(run, model)               # a context that is too short, a chat template that is not read
 
 
-def open_run(config, resume):
-    """The run directory of a new run (never one that exists, unless it is empty and resumed), or of an old one, with its
-    configuration."""
-    if resume and os.path.isdir(resume) and not os.listdir(resume):
-        config.out, resume = resume, None                  # stopped before anything was written: start it
-        os.rmdir(config.out)
-    if resume:
-        saved = read_run(resume)
+def open_run(config, path):
+    """A new run in a directory that is empty or holds the command alone, or the old run there, with its own configuration."""
+    held = set(os.listdir(path)) if os.path.isdir(path) else {"nothing"}
+    if "config.json" in held or held and "command.json" not in held:
+        saved = read_run(path)
         unknown = set(saved) - {f.name for f in fields(Config)} - {"objectives"}
         if unknown:
-            raise InputError(f"{resume}/config.json: not the configuration of a run ({', '.join(sorted(unknown))})")
+            raise InputError(f"{path}/config.json: not the configuration of a run ({', '.join(sorted(unknown))})")
         saved |= {"device": config.device} if config.device != "auto" else {}
-        return Run(resume, Config(**{k: v for k, v in saved.items() if k != "objectives"}))
-    wanted = config.out or os.path.join("runs", config.objective.replace(",", "+"))
-    path, number = wanted, 2
-    while os.path.exists(path):
-        path, number = f"{wanted.rstrip('/')}-{number}", number + 1
-    if path != wanted:
-        print(f"{wanted} exists and is left alone; writing to {path}")
+        return Run(path, Config(**{k: v for k, v in saved.items() if k != "objectives"}))
     run = Run(path, config)
-    config.device = run.device
+    config.out, config.device = path, run.device
     check_inputs(run)
-    os.makedirs(path)
+    print(f"writing to {path}")
     write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
     return run
 
 
 def main(argv=None):
     """The command line: a new run, or an unfinished one."""
-    config, resume, sweep = read_command(argv)
-    check_config(config)
-    if sweep and not resume:                   # a mistake in it shows before anything is written
-        check_sweep(sweep, config)
-    run = open_run(config, resume)
+    argv = sys.argv[1:] if argv is None else argv
+    join_processes()
+    path, = gather([CLAIMED or (claim(argv) if rank() == 0 else None)])[:1]
+    try:
+        config, resume, sweep = read_command(argv)
+        check_config(config)
+        if sweep and not resume:               # a mistake in it shows before anything is written
+            check_sweep(sweep, config)
+        run = open_run(config, path or resume)
+    except BaseException:
+        if path and rank() == 0:                                # a mistake leaves nothing behind
+            os.remove(os.path.join(path, "command.json"))
+            os.rmdir(path)
+            with contextlib.suppress(OSError):
+                os.rmdir("runs")
+        raise
     if sweep:
         name, configs = check_sweep(sweep, run.config)
         for changed in configs:
             part(run.file(f"{name}={getattr(changed, name)}"), changed)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)          # a batch system's request to stop, as Ctrl-C
     try:
         carry_out(run)
     except KeyboardInterrupt:
-        print(f"\nstopped; finished stages are kept. Go on with: python train.py --resume {run.path}", file=sys.stderr)
+        print(f"\nstopped; what is finished is kept. Go on with: python train.py --resume {run.path}", file=sys.stderr)
         sys.exit(130)
 
 

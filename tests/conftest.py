@@ -8,7 +8,8 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from data import Tokenizer  # noqa: E402
+import train  # noqa: E402
+from data import Tokenizer, World  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)
@@ -48,3 +49,25 @@ def stories():
     if "MAHALO_DATA" not in os.environ or not os.path.isdir(directory):
         pytest.skip("MAHALO_DATA does not name a directory with stories260k")
     return directory
+
+
+TINY = ["--fast", "--base-steps", "2", "--sft-steps", "2", "--n-prompts", "8", "--n-samples", "3", "--n-rollout-prompts", "8",
+        "--prm-steps", "2", "--dpo-steps", "2", "--dpo-pairs", "2", "--n-test", "2", "--device", "cpu"]
+NAMES = ["helpfulness", "honesty", "tutor_engagement"]
+
+
+@pytest.fixture(scope="session")
+def small_worlds():
+    """At most 40 problems wherever a stage asks for thousands: whole runs in seconds."""
+    plain = World.problems
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "problems", lambda self, split, n, dice: plain(self, split, min(n, 40), dice))
+        yield
+
+
+@pytest.fixture(scope="session")
+def whole(small_worlds, tmp_path_factory):
+    """One finished run of three objectives in two domains. Shared: do not change it."""
+    out = str(tmp_path_factory.mktemp("whole") / "run")
+    train.main(["--objective", ",".join(NAMES), "--out", out, *TINY])
+    return out

@@ -181,6 +181,8 @@ def test_mah_dpo_loss_hand_value_and_metrics():
     assert metrics["loss"][[0, 2]].tolist() == pytest.approx([first, last], abs=1e-6)
     assert metrics["margin"][[0, 2]].tolist() == pytest.approx([0.25, -0.5], abs=1e-6)
     assert metrics["accuracy"][[0, 2]].tolist() == [0.5, 0.0]
+    assert metrics["chosen"][[0, 2]].tolist() == [1.0, -1.0] and metrics["rejected"][[0, 2]].tolist() == [0.5, 0.0]
+    assert metrics["kl"][[0, 2]].tolist() == pytest.approx([(1 / 4 + 4 / 4) / 2, 1 / 4], abs=1e-6)
     assert all(math.isnan(values[1]) for values in metrics.values())
 
 
@@ -247,10 +249,15 @@ def test_one_pair_touches_its_head_and_the_backbone(model, pairs):
 def test_accumulation_equals_the_full_batch(model, pairs):
     """Prevents: micro-batches, with objectives split between them, whose gradients do not add up to the whole batch's."""
     head = torch.tensor([0, 0, 1, 1, 2, 2, 2])
-    full, parts = model.with_heads(NAMES), model.with_heads(NAMES)
-    loss_of(full, model, pairs, head)[0].backward()
+    full, parts = (model.with_heads(NAMES, 0.1, torch.Generator().manual_seed(0)) for _ in range(2))
+    loss, metrics = loss_of(full, model, pairs, head)
+    loss.backward()
+    found = []
     for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
-        loss_of(parts, model, pairs[part], head[part], head.bincount())[0].backward()
+        loss, some = loss_of(parts, model, pairs[part], head[part], head.bincount())
+        loss.backward()
+        found.append(some)
+    assert all(torch.allclose(sum(f[m] for f in found), metrics[m]) for m in metrics)
     for a, b in zip(full.parameters(), parts.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=0)
 

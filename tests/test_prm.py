@@ -120,7 +120,17 @@ def test_step_loss_dispatches_by_case():
     targets = torch.tensor([[1.9, 1.0, nan], [nan, 0.0, nan], [1.0, nan, nan]])
     mse = (0.4 ** 2 + 3.0 ** 2) / 2
     bce = (math.log1p(math.exp(-2.0)) + math.log1p(math.exp(-1.0))) / 2
-    assert float(step_loss(OUTPUTS, scores, targets)) == pytest.approx(mse + bce, abs=1e-5)
+    assert step_loss(OUTPUTS, scores, targets).tolist() == pytest.approx([mse, bce, 0.0], abs=1e-5)
+
+
+def test_parts_of_a_batch_add_up():
+    """Prevents: a batch in parts, on several processes say, whose steps weigh by the part that they happen to lie in."""
+    generator = torch.Generator().manual_seed(0)
+    scores, targets = torch.randn(5, 3, generator=generator), torch.rand(5, 3, generator=generator)
+    targets[0, 0] = targets[:3, 1] = targets[:, 2] = math.nan
+    count = (~targets.isnan()).sum(0)
+    parts = sum(step_loss(OUTPUTS, scores[part], targets[part], count) for part in (slice(0, 3), slice(3, 5)))
+    torch.testing.assert_close(parts, step_loss(OUTPUTS, scores, targets))
 
 
 def test_step_loss_missing_labels_have_no_gradient():
@@ -128,10 +138,10 @@ def test_step_loss_missing_labels_have_no_gradient():
     scores = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     targets = torch.full((4, 3), math.nan)
     targets[0, 0], targets[2, 1] = 1.2, 1.0
-    step_loss(OUTPUTS, scores, targets).backward()
+    step_loss(OUTPUTS, scores, targets).sum().backward()
     assert bool(scores.grad.isfinite().all())
     assert (scores.grad != 0).nonzero().tolist() == [[0, 0], [2, 1]]
-    assert float(step_loss(OUTPUTS, scores, torch.full((4, 3), math.nan))) == 0.0
+    assert step_loss(OUTPUTS, scores, torch.full((4, 3), math.nan)).tolist() == [0.0] * 3
 
 
 # -- scorer

@@ -2,10 +2,13 @@
 import collections
 import contextlib
 import copy
+import errno
 import io
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -24,6 +27,7 @@ import data
 import decode
 import evaluate
 import train
+from conftest import NAMES, TINY
 from data import DOMAINS, Dice, InputError, Problem, World, read_json, run_command
 from evaluate import Conversation, converse, guided_responder, kl_to_sft, plain_responder, seed_of, summary
 from mah_dpo import Pair, pair_logps
@@ -38,15 +42,6 @@ HELLO = [{"role": "user", "content": "4 + 5 - 2 = ?"}]
 
 def ids_of(tokenizer, text, end=True):
     return tokenizer.encode(text) + ([tokenizer.eos_id] if end else [])
-
-
-@pytest.fixture(scope="module")
-def small_worlds():
-    """At most 40 problems wherever a stage asks for thousands: whole runs in seconds."""
-    plain = World.problems
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(World, "problems", lambda self, split, n, dice: plain(self, split, min(n, 40), dice))
-        yield
 
 
 @pytest.fixture
@@ -77,7 +72,7 @@ def test_language_model_loss_is_the_masked_next_token_loss(run, gpt, tokenizer):
     losses = [-F.log_softmax(gpt.logits(gpt(torch.tensor([ids[:t]])))[0, -1], 0)[ids[t]].item()
               for ids, mask in examples for t in range(len(ids)) if mask[t]]
     logged, = train.language_model(run, "sft", model, examples, 1, 1e-3)
-    assert logged == {"step": 0, "loss": pytest.approx(sum(losses) / len(losses), rel=1e-5)}
+    assert logged["step"] == 0 and logged["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert not torch.equal(model.embed.weight, gpt.embed.weight)
 
 
@@ -248,8 +243,8 @@ def test_train_policy_sends_each_pair_through_its_own_head(run, gpt, tokenizer, 
     run.config.dpo_steps, run.config.dpo_pairs, run.config.perturbation, seen = 2, 3, 0.0, []
     plain = train.policy_logps
     monkeypatch.setattr(train, "policy_logps", lambda model, packed, head: seen.append((packed, head)) or plain(model, packed, head))
-    batches = train.batches_by_length
-    monkeypatch.setattr(train, "batches_by_length", lambda lengths: batches(lengths, tokens=150))     # several parts a step
+    batches = train.dealt_batches
+    monkeypatch.setattr(train, "dealt_batches", lambda lengths: batches(lengths, tokens=150))         # several parts a step
     train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
     owner = {tuple(p.chosen): p.objective for p in pairs}
     counts = collections.Counter()
@@ -274,6 +269,72 @@ def test_train_policy_weighs_the_objectives(run, gpt, tokenizer):
     train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
     trained, sft = load_hf(run.file("mah_dpo")), load_hf(run.file("sft")).heads[0].weight
     assert [torch.equal(h.weight, sft) for h in trained.heads] == [False, True, False]
+
+
+def policy_run(run, gpt, tokenizer, **settings):
+    """Give `run` an SFT model and pairs of its three objectives, two of each held out, and change its configuration."""
+    save_hf(gpt, run.file("sft"), weights=0)
+    pairs = make_pairs(tokenizer)
+    for i, p in enumerate(pairs):
+        p.split = "dev" if i >= 12 else "train"
+    train.write_rows(run.file("pairs.jsonl"), pairs)
+    vars(run.config).update({"dpo_steps": 3, "dpo_pairs": 2} | settings)
+    return pairs
+
+
+def logged(run):
+    return rows_of(run.file("log.jsonl"))
+
+
+def test_the_log_shows_every_objective_in_training_and_development(run, gpt, tokenizer):
+    """Prevents: a run that goes wrong for one objective and looks fine on average, or on the pairs that it trains on."""
+    pairs = policy_run(run, gpt, tokenizer)
+    train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
+    metrics = {"loss", "margin", "accuracy", "chosen", "rejected", "kl"}
+    steps, dev = ([r for r in logged(run) if r.get("split") == split] for split in (None, "dev"))
+    assert [r["step"] for r in steps] == [0, 2] and [r["step"] for r in dev] == [0, 1, 2, 3]
+    assert all(set(r[o]) == metrics | {"gradient_norm"} for r in steps for o in run.objectives)
+    assert all(set(r[o]) == metrics for r in dev for o in run.objectives)
+    for r in steps:         # a head's gradient is a part of the whole
+        assert 0 < sum(r[o]["gradient_norm"] ** 2 for o in run.objectives) < r["gradient_norm"] ** 2
+    model, held_out = load_hf(run.file("mah_dpo")), [p for p in pairs if p.split == "dev"]
+    moved = pair_logps(model, held_out, model.config.objectives.index, tokenizer.pad_id) - train.reference_logps(run, pairs)[12:]
+    for i, o in enumerate(run.objectives):
+        assert dev[-1][o]["chosen"] == pytest.approx(float(moved[i::3, 0].mean()), abs=1e-5)
+        assert dev[-1][o]["kl"] == pytest.approx(float((moved[i::3] ** 2).mean() / 2), abs=1e-5)
+
+
+def test_an_objective_without_development_pairs_is_left_out_of_their_log(run, gpt, tokenizer):
+    """Prevents: NaN in log.jsonl, which is no JSON, or a zero that looks like a measurement."""
+    pairs = policy_run(run, gpt, tokenizer)
+    train.write_rows(run.file("pairs.jsonl"), [p for p in pairs if (p.objective, p.split) != ("honesty", "dev")])
+    train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
+    dev = [r for r in logged(run) if r.get("split") == "dev"]
+    assert dev and all(set(r) == {"stage", "step", "split", "math_accuracy", "math_engagement"} for r in dev)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_training_that_diverges_names_its_examples(what, run, gpt, tokenizer, monkeypatch):
+    """Prevents: NaN weights that are saved and found out in the tables; a stop that does not say which example to look at; a
+    good checkpoint lost to it."""
+    pairs = policy_run(run, gpt, tokenizer, checkpoint_every=1, dpo_steps=5)
+    plain, save, saved = train.policy_logps, train.save_checkpoint, []
+    line = next(i for i, p in enumerate(pairs) if p.objective == "honesty") + 1
+    prompt = torch.tensor(pairs[line - 1].prompt)
+    broken = {"loss": lambda pi: pi * math.nan, "gradient": lambda pi: pi + (pi * 0).sqrt()}[what]    # 0 * infinity
+
+    def policy_logps(model, packed, head):
+        pi = plain(model, packed, head)
+        bad = (packed.ids[:, :len(prompt)] == prompt).all(1) & (len(saved) > 0)
+        return torch.stack([broken(p) if b else p for p, b in zip(pi.T, bad)], 1)
+    monkeypatch.setattr(train, "policy_logps", policy_logps)
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args: saved.append(args[4]) or save(*args))
+    with pytest.raises(InputError) as refused:
+        train.train_policy(run, "dpo_honesty", ["policy"], ["honesty"])
+    where = f"{run.file('pairs.jsonl')}:{line} (honesty)"
+    assert f"dpo_honesty, step {saved[-1]}: the loss or its gradient is not finite for {where}; this step was not" in str(refused.value)
+    kept = load_safetensors(run.file("checkpoint.safetensors"))
+    assert not os.path.exists(run.file("dpo_honesty")) and all(bool(t.isfinite().all()) for t in kept.values())
 
 
 def test_modpo_margins_by_hand(run, gpt, tokenizer, monkeypatch):
@@ -442,19 +503,6 @@ def test_longest_conversations_leave_room(tokenizer):
 
 # -- a whole run
 
-TINY = ["--fast", "--base-steps", "2", "--sft-steps", "2", "--n-prompts", "8", "--n-samples", "3", "--n-rollout-prompts", "8",
-        "--prm-steps", "2", "--dpo-steps", "2", "--dpo-pairs", "2", "--n-test", "2", "--device", "cpu"]
-NAMES = ["helpfulness", "honesty", "tutor_engagement"]
-
-
-@pytest.fixture(scope="module")
-def whole(small_worlds, tmp_path_factory):
-    """One finished run of three objectives in two domains. Shared: do not change it."""
-    out = str(tmp_path_factory.mktemp("whole") / "run")
-    train.main(["--objective", ",".join(NAMES), "--out", out, *TINY])
-    return out
-
-
 def rows_of(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
@@ -466,9 +514,11 @@ def test_run_writes_what_is_promised(whole):
     for name in ("base", "sft", "mah_dpo", "single_head_dpo", "modpo", *(f"dpo_{n}" for n in NAMES), "prm"):
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
             assert os.path.getsize(os.path.join(whole, name, file)) > 0
-    assert [r["seconds"] >= 0 for r in rows_of(os.path.join(whole, "timings.jsonl"))] == [True] * 6
-    stages = {r["stage"] for r in rows_of(os.path.join(whole, "log.jsonl"))}
-    assert stages >= {"base", "sft", "prm", "mah_dpo", "single_head_dpo", "modpo", *(f"dpo_{n}" for n in NAMES)}
+    trained = {"base", "sft", "prm", "mah_dpo", "single_head_dpo", "modpo", *(f"dpo_{n}" for n in NAMES)}
+    assert {r["stage"] for r in rows_of(os.path.join(whole, "log.jsonl"))} >= trained
+    timings = rows_of(os.path.join(whole, "timings.jsonl"))
+    assert len(timings) == 6 + len(trained) and all(r["seconds"] >= 0 for r in timings)
+    assert {r["stage"] for r in timings if "tokens_per_second" in r} == trained
     assert not [f for _, _, files in os.walk(whole) for f in files if f.endswith(".tmp")]
 
 
@@ -587,10 +637,10 @@ def test_the_log_is_written_before_the_file_that_says_finished(whole, tmp_path, 
     for name in last.values():
         os.remove(os.path.join(copied, name))
 
-    def watch(run, stage, rows):
-        if os.path.exists(run.file(last.pop(stage))):
+    def watch(run, stage, rows, *name):
+        if not name and os.path.exists(run.file(last.pop(stage))):
             late.append(stage)
-        plain(run, stage, rows)
+        plain(run, stage, rows, *name)
     monkeypatch.setattr(Run, "log", watch)
     train.main(["--resume", copied])
     assert not last and not late
@@ -612,12 +662,124 @@ def test_a_foreign_config_is_no_run(content, capsys, tmp_path):
         assert "config.json: not the configuration of a run" in refused(argv, capsys, main)
 
 
-def test_resume_starts_an_empty_directory(whole, tmp_path, capsys):
+def test_resume_starts_an_empty_directory(tmp_path, monkeypatch, capsys):
     """Prevents: a command that was killed before it wrote anything and cannot be taken up by its own --resume."""
+    monkeypatch.setattr(train, "run_stages", lambda run: None)
     empty = tmp_path / "empty"
     empty.mkdir()
-    train.main(["--objective", ",".join(NAMES), "--resume", str(empty), *TINY])
-    assert weights_of(str(empty)) == weights_of(whole)
+    train.main(["--objective", "honesty", "--resume", str(empty), *TINY])
+    claimed = train.claim(["--objective", "honesty", "--out", str(tmp_path / "claimed"), *TINY])       # killed while torch was imported
+    train.main(["--resume", claimed])
+    first, second = (read_json(os.path.join(d, "config.json")) for d in (empty, claimed))
+    assert first | {"out": claimed} == second and second["objectives"] == ["honesty"] and second["dpo_steps"] == 2
+    assert "no option with it but --device" in refused(["--resume", train.claim(["--out", claimed]), "--seed", "1"], capsys)
+
+
+def files_of(run):
+    """The names of all files in a directory."""
+    return sorted(os.path.relpath(os.path.join(d, f), run) for d, _, names in os.walk(run) for f in names)
+
+
+def train_in_child(argv, renames=None, seconds=None):
+    """train.main in a forked process which is killed, as by kill -9, at its renames-th rename (at an odd number before it, at an
+    even one after it) or after that many seconds. -> its exit code, -9 if it was killed"""
+    left, plain = [renames], os.replace
+
+    def replace(a, b):
+        left[0] -= 1
+        if left[0] != 0 or renames % 2 == 0:
+            plain(a, b)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def child():
+        os.replace = replace if renames else plain
+        run_command(lambda: train.main(argv))
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def test_kill_9_loses_nothing(small_worlds, tmp_path):
+    """Prevents: a kill at any moment after which --resume ends elsewhere than a run that nobody stopped: a draw that is
+    repeated or left out, an optimiser without its past, half a file, a row of the log twice."""
+    options = ["--objective", "honesty", *TINY, "--checkpoint-every", "1", "--base-steps", "5", "--prm-steps", "4"]
+    calm, killed, dice, codes = str(tmp_path / "calm"), str(tmp_path / "killed"), random.Random(0), []
+    train.main([*options, "--out", calm])
+    while codes[-1:] != [0]:
+        how = {"renames": dice.randint(1, 10)} if len(codes) % 3 else {"seconds": dice.uniform(0.1, 0.3)}
+        codes.append(train_in_child(["--resume", killed] if os.path.exists(killed) else [*options, "--out", killed], **how))
+    assert len(codes) > 10 and set(codes) == {0, -signal.SIGKILL}
+    assert files_of(killed) == files_of(calm)
+    for name in set(files_of(calm)) - {"config.json", "command.json", "timings.jsonl"}:     # these name the directory, or tell the time
+        assert open(os.path.join(killed, name), "rb").read() == open(os.path.join(calm, name), "rb").read(), name
+
+
+def stopped_in_training(run, gpt, tokenizer, monkeypatch):
+    """A policy's training that gets SIGTERM in its second step of three: it takes that step, saves and stops."""
+    policy_run(run, gpt, tokenizer)
+    plain, calls = train.gradient, []
+
+    def gradient(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            run.stop()
+        return plain(*args)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "gradient", gradient)
+        train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
+    run.training = run.stopping = False
+    return run.file("checkpoint.safetensors")
+
+
+def test_a_stop_in_training_is_saved(run, gpt, tokenizer, monkeypatch):
+    """Prevents: Ctrl-C that loses the steps since the last checkpoint, or stops between the weights and the optimiser's state."""
+    path = stopped_in_training(run, gpt, tokenizer, monkeypatch)
+    assert train.read_metadata(path)["step"] == "2"
+    train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
+    resumed = open(run.file("mah_dpo/model.safetensors"), "rb").read(), open(run.file("log.jsonl")).read()
+    os.remove(path)
+    train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
+    assert resumed == (open(run.file("mah_dpo/model.safetensors"), "rb").read(), open(run.file("log.jsonl")).read())
+
+
+@pytest.mark.parametrize("change", ["configuration", "data"])
+def test_a_foreign_checkpoint_is_refused(change, run, gpt, tokenizer, monkeypatch):
+    """Prevents: training that goes on with an optimiser's state, or a reference, of other settings or other pairs."""
+    path = stopped_in_training(run, gpt, tokenizer, monkeypatch)
+    before = open(path, "rb").read()
+    if change == "data":
+        train.write_rows(run.file("pairs.jsonl"), make_pairs(tokenizer, 7))
+        with pytest.raises(InputError, match="sft_logps.safetensors: computed for another pairs.jsonl, or in another --dtype"):
+            train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
+        os.remove(run.file("sft_logps.safetensors"))
+    else:
+        run.config.beta = 0.2
+    with pytest.raises(InputError, match="checkpoint.safetensors: saved with another configuration or other data"):
+        train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
+    assert open(path, "rb").read() == before
+
+
+@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")])
+def test_a_write_that_fails_keeps_what_was_there(number, words, run, gpt, tokenizer, monkeypatch, capsys):
+    """Prevents: a full disk that ends in a traceback, or in half a checkpoint where a whole one stood."""
+    path = stopped_in_training(run, gpt, tokenizer, monkeypatch)
+    before = open(path, "rb").read()
+    run.config.checkpoint_every = 1
+
+    def fsync(file):
+        raise OSError(number, words)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(train, "read_command", lambda argv: (run.config, run.path, None))
+        patch.setattr(train, "check_config", lambda config: None)
+        patch.setattr(train, "open_run", lambda config, path: run)
+        patch.setattr(train, "carry_out", lambda run: train.save_checkpoint(run, "x", gpt, torch.optim.AdamW(gpt.parameters()), 1, [], ""))
+        assert f"{path}: cannot be written ({words}); what stood there is intact" in refused(["--resume", run.path], capsys)
+    assert open(path, "rb").read() == before and not os.path.exists(path + ".tmp")
 
 
 def test_a_stop_says_how_to_go_on(whole, tmp_path, capsys, monkeypatch):
@@ -731,7 +893,7 @@ def test_other_variants_are_not_taken_over(tmp_path):
 
 def test_every_option_is_swept_or_cannot_be():
     """Prevents: a new option that --sweep does not know, or takes over files for that depend on it."""
-    assert set(train.UNTOUCHED) | {"objective", "out", "init", "data", "seed", "seeds", "device", "grad_checkpoint", "weight_steps"} == {f.name for f in fields(Config)}
+    assert set(train.UNTOUCHED) | {"objective", "out", "init", "data", "seed", "seeds", "device", "grad_checkpoint", "weight_steps", "checkpoint_every"} == {f.name for f in fields(Config)}
     assert all(set(stages.split()) <= set(train.WRITTEN) for stages in train.UNTOUCHED.values())
 
 
@@ -1015,29 +1177,24 @@ def test_unfit_checkpoints_leave_nothing_behind(name, change, words, capsys, che
     assert not os.path.exists(out)
 
 
-def test_a_taken_name_gets_the_next_number(tmp_path, capsys):
+def test_a_taken_name_gets_the_next_number(tmp_path):
     """Prevents: a new run that overwrites an old one."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.json").write_text("old")
     (tmp_path / "run-2").write_text("a file is taken, too")
-    run = train.open_run(Config(objective="math", out=str(out), device="cpu"), None)
-    assert run.path == f"{out}-3" and os.path.exists(run.file("config.json"))
+    assert train.claim(["--fast", "--out", str(out)]) == f"{out}-3"
+    assert read_json(f"{out}-3/command.json") == ["--fast", "--out", str(out)]
     assert (out / "config.json").read_text() == "old" and os.listdir(out) == ["config.json"]
-    assert f"{out} exists and is left alone; writing to {out}-3" in capsys.readouterr().out
 
 
 def test_default_names_follow_the_objective(tmp_path, monkeypatch):
-    """Prevents: a comma or an empty string in a directory's name."""
+    """Prevents: a comma or an empty string in a directory's name; a directory for a command that starts no run."""
     monkeypatch.chdir(tmp_path)
-    assert train.open_run(Config(objective="honesty,math", device="cpu"), None).path == os.path.join("runs", "honesty+math")
-
-
-def test_diverged_training_is_named(capsys):
-    """Prevents: NaN weights that are saved, and found out in the tables."""
-    with pytest.raises(InputError, match="sft, step 3: the loss is nan; nothing of this stage was written"):
-        train.check_finite(torch.tensor(math.nan), "sft", 3)
-    train.check_finite(torch.tensor(1.0), "sft", 3)
+    assert train.claim(["--objective", "honesty,math"]) == os.path.join("runs", "honesty+math")
+    assert train.claim(["--obj=math", "--seed", "3"]) == os.path.join("runs", "math") and train.claim([]) == os.path.join("runs", "all")
+    assert [train.claim(argv) for argv in (["--resume", "runs/math"], ["-h"], ["--fast", "--help"], ["--out"])] == [None] * 4
+    assert sorted(os.listdir("runs")) == ["all", "honesty+math", "math"]
 
 
 def test_commands_end_with_one_line_and_code_2(checkpoint, tmp_path):
@@ -1059,7 +1216,7 @@ def test_objectives_that_cannot_be_trained_are_refused(run, gpt, monkeypatch):
     """Prevents: an endless loop over an objective whose only pairs were held out."""
     run.objectives, run.domains = ["helpfulness"], ["values"]
     held_out = Pair("helpfulness", [1], [2], [3], "dev")
-    monkeypatch.setattr(run, "load", lambda name: gpt, raising=False)
+    monkeypatch.setattr(train, "load_hf", lambda *args, **options: gpt)
     monkeypatch.setattr(train, "sample_world", lambda *args: args[-2].append(held_out))
     with pytest.raises(InputError, match="no preference pair for helpfulness: .*all wrong, or all right"):
         train.make_samples(run)
