@@ -250,7 +250,7 @@ MUTANTS = [
     Mutant("train.py", "z = torch.tensor([[world.verify(problem, t)[0] for t in row] for row in texts])", "z = torch.tensor([[world.verify(problem, steps)[0] for t in row] for row in texts])",
            "test_train.py::test_hindsight_by_hand", "The value model learns nothing about steps, only about whole answers."),
     Mutant("train.py", "ids[a + 1:b + 1]) for a, b in zip([-1, *ends], ends)]", "ids[a + 1:b]) for a, b in zip([-1, *ends], ends)]",
-           "test_train.py::test_hindsight_by_hand", "The verifier finds hardly any right step."),
+           "test_train.py::test_label_rollouts_by_hand", "The verifier finds hardly any right step."),
     Mutant("train.py", "rate(r) > threshold for r in rollouts", "rate(r) > threshold for r in rollouts[:1]",
            "test_train.py::test_verdicts_by_hand", "--rollouts changes nothing in the engagement labels."),
     Mutant("train.py", "max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts]", "max_new_tokens=world.max_new_tokens",
