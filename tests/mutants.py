@@ -83,10 +83,8 @@ MUTANTS = [
            "test_data.py::test_batches_by_length", "Memory runs out although batches are bounded."),
 
     # -- model.py
-    Mutant("model.py", "torch.cat((a * cos - b * sin, b * cos + a * sin), -1)",
-           "torch.cat((a * cos + b * sin, b * cos - a * sin), -1)",
-           "test_model.py::test_rotary_positions_by_hand",
-           "A checkpoint from elsewhere writes nonsense; one's own models train well."),
+    Mutant("model.py", "x.roll(x.shape[-1] // 2, -1)", "x.flip(-1)",
+           "test_model.py::test_rotary_positions_by_hand", "A checkpoint from elsewhere writes nonsense; one's own trains."),
     Mutant("model.py", '(s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)',
            '(s["high_freq_factor"] - s["low_freq_factor"])).clamp(max=1)',
            "test_checkpoints.py::test_every_family_computes_what_its_reference_does",
@@ -278,6 +276,8 @@ MUTANTS = [
            "test_train.py::test_pair_metrics_rows_by_hand", "Every policy is perfectly accurate on held-out pairs."),
     Mutant("evaluate.py", '{"loss": summary(loss[i].tolist()),', '{"loss": summary(loss.tolist()),',
            "test_train.py::test_pair_metrics_rows_by_hand", "All objectives have the same loss in the table of held-out pairs."),
+    Mutant("evaluate.py", "for x, y in sorted(points, reverse=True):", "for x, y in sorted(points):",
+           "test_exercises.py::test_ex15_hand_values", "Adding a policy to a front can make its area smaller."),
 
     # -- train.py
     Mutant("train.py", "mask += [False] * (len(prompt) - len(ids)) + [True] * len(response)",

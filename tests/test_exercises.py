@@ -13,6 +13,7 @@ import torch
 import model
 from data import InputError, ends_step
 from decode import State, promote, sample
+from evaluate import hypervolume
 from mah_dpo import balanced_mean, dpo_loss, mah_dpo_loss, modpo_loss, response_logps
 from model import GPT, GPTConfig, KVCache, read_header, visible
 from prm import bradley_terry_loss, hindsight_targets, majority_labels
@@ -334,11 +335,13 @@ def feed(cache, tokens, rows=None):
     grid = torch.arange(len(cache.held) * cache.K).view(-1, cache.K) if rows is None else rows
     seen, x = [], numbers[:, :, None, None].expand(-1, -1, 1, 2)
     for layer in (0, 1):
-        for kind, sign, part in zip(("keys", "values"), (1, -1), cache.append(layer, view, x + 1000 * layer, -x - 1000 * layer)):
-            if part.shape != (len(grid), 1, view.length, 2):
-                fail(f"append gives {kind} of shape {tuple(part.shape)}, expected (G', n_kv, length, hd) = {(len(grid), 1, view.length, 2)}")
-            part = (part[:, 0, :, 0] * sign - 1000 * layer).tolist()
-            seen.append([part[i][:int(cache.held[row // cache.K])] + [part[i][cache.high + t * cache.K + row % cache.K] for t in range(cache.own)]
+        parts = cache.append(layer, view, x + 1000 * layer, -x - 1000 * layer)
+        for kind, sign, part in zip(("keys", "values"), (1, -1), parts):
+            if part.shape != (shape := (len(grid), 1, view.length, 2)):
+                fail(f"append gives {kind} of shape {tuple(part.shape)}, expected (G', n_kv, length, hd) = {shape}")
+            part, K = (part[:, 0, :, 0] * sign - 1000 * layer).tolist(), cache.K
+            step = lambda row: [cache.high + t * K + row % K for t in range(cache.own)]
+            seen.append([part[i][:int(cache.held[row // K])] + [part[i][p] for p in step(row)]
                          for i, line in enumerate(grid.tolist()) for row in line])
             if seen[-1] != seen[0]:
                 fail(f"the {kind} of layer {layer} are not those that were written there: {seen[-1]}, expected {seen[0]}")
@@ -445,13 +448,15 @@ def visible_mistakes(*args):
             "places beyond held[g] are seen: they hold stale or padding tokens": slow_visible(*args, stale=True),
             "the causal triangle stands in the wrong corner: t says where in the step the new tokens stand":
                 slow_visible(*args, relative=True),
-            "rows see each other's steps: of the places behind `high` every K-th is a row's own": slow_visible(*args, others=True),
+            "rows see each other's steps: of the places behind `high` every K-th is a row's own":
+                slow_visible(*args, others=True),
             "everything is seen": slow_visible(*args, own=10**6, stale=True, others=True)}
 
 
 def test_ex9_hand_mask():
-    """Prevents: the triangle that is right only for an empty cache (SDPA's is_causal aligns it top-left), stale places in sight."""
-    args = torch.tensor([2, 3]), 3, 2, torch.tensor([[1]]), torch.tensor([1, 2]), 10     # second row of two; x x x a0 b0 a1 b1 a2 b2 .
+    """Prevents: the triangle that is right for an empty cache only (SDPA's is_causal aligns it so), stale places in sight.
+    The second of two rows; the places are x x x a0 b0 a1 b1 a2 b2 and one more."""
+    args = torch.tensor([2, 3]), 3, 2, torch.tensor([[1]]), torch.tensor([1, 2]), 10
     expected = [[[[1, 1, 0, 0, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 1, 0, 1, 0, 1, 0]]],
                 [[[1, 1, 1, 0, 1, 0, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 1, 0, 1, 0]]]]
     found = visible(*args)
@@ -713,3 +718,33 @@ def test_ex14_lies_are_refused(tmp_path, why):
             fail(f"the message must name the file{' and the tensor ' + words if words else ''}: {e}")
     else:
         fail(f"the file is accepted although {why}: {found}")
+
+
+# -- 15: hypervolume
+
+def volume(points, expected, message, reference=(0.0, 0.0)):
+    for order in (points, points[::-1], sorted(points)):
+        found = hypervolume(order, reference)
+        if not isinstance(found, (int, float)) or abs(found - expected) > 1e-12:
+            fail(f"{message}: the hypervolume of {order} above {reference} is {found}, expected {expected}")
+
+
+def test_ex15_hand_values():
+    """Prevents: areas counted twice, dominated or worthless points that count, an area that depends on the order of points."""
+    volume([(0.5, 0.4)], 0.2, "one point covers a rectangle")
+    volume([(0.5, 0.4), (0.25, 0.25)], 0.2, "a point that is worse in both coordinates adds nothing")
+    volume([(0.5, 0.4), (0.5, 0.2), (0.1, 0.4)], 0.2, "a point that is worse in one coordinate, equal in the other, adds nothing")
+    volume([(1.0, 0.25), (0.5, 0.5), (0.25, 1.0)], 0.25 + 0.5 * 0.25 + 0.25 * 0.5, "what several points cover counts once")
+    volume([(3.0, 4.0), (0.5, 9.0)], 4.0, "areas start at the reference; a point below it adds nothing", (1.0, 2.0))
+    volume([(0.5, 3.0), (3.0, 1.0)], 0.0, "points below the reference in one coordinate cover nothing", (1.0, 2.0))
+    volume([(0.0, 0.5), (0.5, 0.5), (0.5, 0.5)], 0.25, "the same point twice covers its rectangle once")
+    assert hypervolume([]) == 0, "no point covers nothing"
+
+
+def test_ex15_random(rng):
+    """Prevents: a formula that fits three points. Here on a grid, cell by cell."""
+    for n in (1, 2, 5, 9):
+        points = [tuple(p) for p in torch.randint(-2, 9, (n, 2), generator=rng).tolist()]
+        a, b = torch.randint(-3, 4, (2,), generator=rng).tolist()
+        cells = sum(any(x > i and y > j for x, y in points) for i in range(a, 9) for j in range(b, 9))
+        volume(points, cells, "cell by cell another area is covered", (a, b))
