@@ -434,14 +434,17 @@ def table(title, first, rows, columns):
     return "\n".join([f"### {title}", "", draw(head), rule, *map(draw, lines), ""])
 
 
+# --- exercise 15: hypervolume (3 points) ---
 def hypervolume(points, reference=(0.0, 0.0)):
     """The area that a front covers: of all that is better than the reference in both coordinates, what lies below and to the
-    left of some point. Both coordinates are to be large."""
+    left of some point. points: (x, y) of each policy, both to be large; a point that is worse than the reference in one of
+    them covers nothing. -> a number"""
     area, height = 0.0, reference[1]
     for x, y in sorted(points, reverse=True):
         area += max(0.0, x - reference[0]) * max(0.0, y - height)
         height = max(height, y)
     return area
+# --- end of exercise 15 ---
 
 
 def fronts(plain, mixes):

@@ -1,13 +1,13 @@
 """Grade a submission: python -m tests.grade DIR [--out results.json]
 
-From DIR nothing is taken but what stands between an exercise's two comment lines (see make_assignment.py). It runs in a process of
-its own, one per exercise, on a fresh copy of this project's files. The exercise's tests run here, in a process that no line of the
-submission enters: calls of the exercise's functions go to the student's process as JSON, and so do their results come back. A
-submission may hang, exit, print, patch pytest or rewrite the tests: all that it can do to its mark is to answer rightly or not.
-An exercise counts if all its tests pass; they draw other random numbers than the tests that were handed out.
+From DIR nothing is taken but what stands between an exercise's two comment lines (see make_assignment.py). It runs in a process
+of its own, one per exercise, on a fresh copy of this project's files. The exercise's tests run here, in a process that no line
+of the submission enters: calls of the exercise's functions go to the student's process as JSON, and so do their results come
+back. A submission may hang, exit, print, patch pytest or rewrite the tests: all that it can do to its mark is to answer rightly
+or not. An exercise counts if all its tests pass; they draw other random numbers than the tests that were handed out.
 
-The results are written as Gradescope reads them. What this does not do: hide files. Run it where a submission cannot read or write
-this project's own (a container, another user).
+The results are written as Gradescope reads them. What this does not do is hide files: run it where a submission cannot read or
+write this project's own (a container, another user).
 """
 import argparse
 import base64
@@ -139,8 +139,9 @@ class Pupil:
             return
         self.directory = tempfile.mkdtemp()
         write(self.directory, self.texts)
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.grade", "--serve"], cwd=self.directory, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8", start_new_session=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.grade", "--serve"], cwd=self.directory, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
 
     def ask(self, line):
         """One line to the process, one back; "" if none comes in time."""
@@ -261,8 +262,8 @@ def grade(directory, limit, seed):
     os.environ["EXERCISE_SEED"] = str(seed)
     report, graded = Report(pupils), " or ".join(f"ex{n}" for n in pupils)
     if pupils:
-        pytest.main([os.path.join(HOME, "tests", "test_exercises.py"), "-k", graded, "-p", "no:terminal", "-p", "no:cacheprovider"],
-                    plugins=[report])
+        tests = os.path.join(HOME, "tests", "test_exercises.py")
+        pytest.main([tests, "-k", graded, "-p", "no:terminal", "-p", "no:cacheprovider"], plugins=[report])
     for pupil in pupils.values():
         pupil.stop()
     points = {}
@@ -281,7 +282,7 @@ def proxy(pupil, name):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", nargs="?", help="a submission: the seven files, or some of them")
-    parser.add_argument("--out", default="results.json", help="where the results go, in Gradescope's layout (default results.json)")
+    parser.add_argument("--out", default="results.json", help="where the results go (default results.json)")
     parser.add_argument("--limit", type=float, default=60, help="seconds that one exercise may run (default 60)")
     parser.add_argument("--seed", type=int, default=None, help="of the tests' random numbers (default: another one each time)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

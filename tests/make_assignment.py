@@ -5,8 +5,8 @@ An exercise is one function of the seven files, or a few that belong together, b
     # --- exercise 3: mah_dpo_loss (3 points) ---
     # --- end of exercise 3 ---
 
-In the copy every body there is a `raise NotImplementedError("exercise 3: ...")`; signatures and docstrings (what, shapes, equation)
-stay. The instructor's tools stay behind: they hold the answers, or lead to them.
+In the copy every body there is a `raise NotImplementedError("exercise 3: ...")`; signatures and docstrings (what, shapes,
+equation) stay. The instructor's tools stay behind: they hold the answers, or lead to them.
 """
 import argparse
 import ast

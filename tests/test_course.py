@@ -31,10 +31,11 @@ def test_exercises_are_fenced():
     tests = read(HOME, os.path.join("tests", "test_exercises.py"))
     for e in EXERCISES:
         assert len(re.findall(rf"^def test_ex{e.number}_", tests, re.M)) >= 1, f"exercise {e.number} has no tests of its own"
-        assert re.search(r"[A-Za-z]", e.title) and e.points > 0 and all(name.split(".")[-1] in read(HOME, e.file) for name in e.functions)
+        assert e.points > 0 and e.functions[-1].split(".")[-1] in e.title
 
 
-@pytest.mark.parametrize("fault", ["# --- end of exercise 2 ---", "# --- exercise 2: again (1 point) ---", "# --- exercise 9: other (1 point) ---"])
+@pytest.mark.parametrize("fault", ["# --- end of exercise 2 ---", "# --- exercise 2: again (1 point) ---",
+                                   "# --- exercise 9: other (1 point) ---"])
 def test_between_refuses_repeated_and_nested_fences(fault):
     """A body taken from the wrong place of a submission, or from another exercise."""
     lines = ["x", "# --- exercise 2: f (1 point) ---", "def f():", "    pass", "    # --- end of exercise 2 ---", "y"]
@@ -48,14 +49,14 @@ def test_between_refuses_repeated_and_nested_fences(fault):
 
 def test_left_out_keeps_what_is_not_the_answer():
     """A copy without the docstring that states the task, with a comment that holds the answer, or with broken code around it."""
-    text = ('import os\n\n\nclass C:\n    # --- exercise 1: C.f (2 points) ---\n    def f(self, x,\n          y=1):  # (B,)\n        """What.\n\n'
-            '        More."""\n        # the answer is 3\n        def g():\n            return 1\n        return 3\n\n    def h(self):\n'
-            '        "One line."\n        return 4\n    # --- end of exercise 1 ---\n\n    def other(self):\n        return 5\n')
+    answer = "        # the answer is 3\n        def g():\n            return 1\n        return 3\n"
+    text = ('import os\n\n\nclass C:\n    # --- exercise 1: C.f (2 points) ---\n    def f(self, x,\n          y=1):  # (B,)\n'
+            f'        """What.\n\n        More."""\n{answer}\n    def h(self):\n        "One line."\n        return 4\n'
+            '    # --- end of exercise 1 ---\n\n    def other(self):\n        return 5\n')
     exercise = type(EXERCISES[0])(1, "C.f", 2, "c.py", ["C.f", "C.h"])
     found = left_out(text, [exercise])
     left = ('        raise NotImplementedError("exercise 1: write C.{}, between its two comment lines in c.py")\n')
-    assert found == text.replace('        # the answer is 3\n        def g():\n            return 1\n        return 3\n', left.format("f")) \
-        .replace("        return 4\n", left.format("h"))
+    assert found == text.replace(answer, left.format("f")).replace("        return 4\n", left.format("h"))
     space = {}
     exec(found, space)
     assert space["C"]().other() == 5
@@ -81,7 +82,8 @@ def test_the_copy_asks_for_every_exercise(handed_out):
         if case.get("classname") == "tests.test_exercises":
             assert problem is not None, f"{name} passes before anything is solved"
             number = re.match("test_ex([0-9]+)_", name)[1]
-            assert problem.get("message").startswith(f"NotImplementedError: exercise {number}: write "), (name, problem.get("message"))
+            message = problem.get("message")
+            assert message.startswith(f"NotImplementedError: exercise {number}: write "), (name, message)
         elif problem is None:
             passed.append(name)
         else:
@@ -130,7 +132,8 @@ def submission(directory, edits):
 
 def test_submitted_takes_what_stands_between_the_fences(tmp_path):
     """A fault in one exercise that costs others of the same file; an edit elsewhere that counts; bytes that are no UTF-8."""
-    directory = submission(tmp_path / "s", {2: "def dpo_loss(): return '\udcff'", 3: "# --- exercise 4: modpo_loss (2 points) ---", 6: "def ("})
+    edits = {2: "def dpo_loss(): return '\udcff'", 3: "# --- exercise 4: modpo_loss (2 points) ---", 6: "def ("}
+    directory = submission(tmp_path / "s", edits)
     os.remove(os.path.join(directory, "decode.py"))
     with open(os.path.join(directory, "prm.py"), "a", encoding="utf-8") as f:
         f.write("\nraise SystemExit\n")
@@ -147,12 +150,14 @@ def test_submitted_takes_what_stands_between_the_fences(tmp_path):
 
 
 def test_a_submission_costs_its_own_exercise_only(tmp_path):
-    """A grader that a submission ends, silences or persuades: by leaving, by patching pytest and torch, by other tests of its own."""
+    """A grader that a submission ends, silences or persuades: by leaving, by patching pytest and torch, by tests of its own."""
     patched = ("import pytest, torch, builtins, sys\npytest.fail = lambda *a, **k: None\ntorch.allclose = lambda *a, **k: True\n"
-               "sys.modules['test_exercises'] = pytest\ndef mah_dpo_loss(*a): return torch.tensor(0.0), {}\ndef balanced_mean(*a): return torch.tensor(0.0)")
+               "sys.modules['test_exercises'] = pytest\ndef mah_dpo_loss(*a): return torch.tensor(0.0), {}\n"
+               "def balanced_mean(*a): return torch.tensor(0.0)")
     broken = [5, *range(9, len(EXERCISES) + 1)]
     directory = submission(tmp_path / "s", {
-        1: lambda right: right.replace("    row, t =", "    print('hello' * 9999)\n    row, t ="), 2: "import os\nos._exit(0)", 3: patched,
+        1: lambda right: right.replace("    row, t =", "    print('hello' * 9999)\n    row, t ="),
+        2: "import os\nos._exit(0)", 3: patched,
         4: "import sys\nsys.exit(0)", 6: "def majority_labels(:", 7: lambda right: right.replace("_chosen - ", "_chosen + "),
         **{n: f"# --- exercise {n}: again (1 point) ---" for n in broken}})
     for name in ("conftest.py", "test_exercises.py"):
@@ -173,8 +178,8 @@ def test_a_submission_costs_its_own_exercise_only(tmp_path):
 
 def test_a_submission_that_hangs_is_stopped():
     """A grader that waits for ever."""
-    e, texts = EXERCISES[1], {os.path.join("tests", n): read(HOME, os.path.join("tests", n)) for n in ("grade.py", "make_assignment.py")}
-    pupil = Pupil(e, texts | {"data.py": read(HOME, "data.py"), e.file: "while True: pass"}, limit=0.2)
+    e, files = EXERCISES[1], ["data.py", *(os.path.join("tests", n) for n in ("grade.py", "make_assignment.py"))]
+    pupil = Pupil(e, {f: read(HOME, f) for f in files} | {e.file: "while True: pass"}, limit=0.2)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="did not answer in time"):
             pupil.call("dpo_loss", (), {})
@@ -184,7 +189,7 @@ def test_a_submission_that_hangs_is_stopped():
 # -- planted bugs
 
 def test_bugs_can_be_planted():
-    """An edit of the code after which a bug cannot be planted any more, or whose test is gone: `--killers` runs them all, elsewhere."""
+    """An edit of the code after which a bug cannot be planted any more, or whose test is gone (`--killers` runs them all)."""
     assert len(MUTANTS) >= 60 and {m.file for m in MUTANTS} == set(FILES)
     for m in MUTANTS:
         compile(mutated(m), m.file, "exec")              # raises where the old text does not stand there exactly once

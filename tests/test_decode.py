@@ -3,6 +3,7 @@ import copy
 import io
 import math
 import os
+import warnings
 import zlib
 
 import pytest
@@ -134,6 +135,13 @@ def test_sample_never_draws_what_has_no_probability():
             assert sample(logits, torch.tensor([u]), **options).item() in (1, 2)
 
 
+def test_sample_computes_in_the_precision_it_needs():
+    """Prevents: a distribution function summed in bfloat16, which stops growing long before 1; float64 rounded to float32."""
+    logits, u = torch.zeros(5, 3000).bfloat16(), torch.tensor([0.0, 0.25, 0.5, 0.75, 0.999])
+    assert sample(logits, u).tolist() == sample(logits.float(), u).tolist() == [0, 750, 1500, 2250, 2997]
+    assert drawn([0.2 - 1e-10, 0.2 + 1e-10]) == [0, 1]
+
+
 # -- generation
 
 def prompts_of(*lengths, seed=0):
@@ -207,6 +215,13 @@ def test_generate_stops_at_the_context(toy):
     found = generate(toy[0], prompts_of(*[44] * 12, 49), max_new_tokens=30, generator=torch.Generator().manual_seed(0))
     assert {len(r) for r in found[:-1] if END not in r} == {6}
     assert len(found[-1]) == 1
+
+
+def test_generate_reports_its_progress(toy):
+    """Prevents: a bar that stands still, or counts prompts where it promised responses."""
+    seen = []
+    generate(toy[0], prompts_of(2, 3, 4), max_new_tokens=2, samples=2, batch_size=4, progress=seen.append)
+    assert seen == [4, 2]
 
 
 @pytest.mark.parametrize("prompts, message", [([[1], []], "prompt 1 is empty"), ([[1], [1] * 50], "prompt 1 has 50 tokens"),
@@ -405,6 +420,23 @@ def test_steps_end_where_the_labels_end(toy, boundary, guide):
         {True, False}
 
 
+def test_boundaries_may_be_masks(toy):
+    """Prevents: a boundary of one's own that is refused, or cuts elsewhere than the one it spells out."""
+    decode_with = lambda boundary: guided_decode(*toy, prompts_of(3, 5), boundary=boundary, K=2, guide="math_accuracy",
+                                                 max_new_tokens=12, generator=torch.Generator().manual_seed(0))
+    by_name, by_masks = decode_with("newline"), decode_with(toy[0].tokenizer.boundary_masks("newline"))
+    assert [g.ids for g in by_name] == [g.ids for g in by_masks] and max(len(g.steps) for g in by_name) > 1
+
+
+def test_a_model_without_a_tokenizer_knows_no_boundary(toy, monkeypatch):
+    """Prevents: a named boundary that is silently none at all."""
+    monkeypatch.setattr(toy[0], "tokenizer", None)
+    with pytest.raises(InputError, match="no tokenizer"):
+        decode.stop_masks(toy[0], "newline")
+    masks = decode.stop_masks(toy[0], "turn")
+    assert [m.shape for m in masks] == [(13,)] * 4 and not any(bool(m.any()) for m in masks)
+
+
 # -- guided: refusals
 
 OPTIONS = dict(boundary="newline", guide="math_accuracy", max_new_tokens=5)
@@ -422,6 +454,9 @@ def test_guided_temperature_zero_needs_one_candidate(toy):
     with pytest.warns(UserWarning, match="K = 1"):
         found, = guided_decode(*toy, prompts_of(5), K=4, temperature=0, **OPTIONS)
     assert all(len(s.candidates) == 1 for s in found.steps)
+    with warnings.catch_warnings():                         # one candidate was asked for: nothing to warn of
+        warnings.simplefilter("error")
+        assert [g.ids for g in guided_decode(*toy, prompts_of(5), K=1, temperature=0, **OPTIONS)] == [found.ids]
     assert [found.ids] == generate(toy[0], prompts_of(5), max_new_tokens=5, temperature=0)
     with pytest.raises(InputError, match="temperature"):
         guided_decode(*toy, [[1]], temperature=-0.5, **OPTIONS)
@@ -531,6 +566,51 @@ def test_main_shows_candidates_and_winner(tiny_run, capsys):
     assert capsys.readouterr().out == first                 # --seed defaults to 0: the same again
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What decode.main asks of guided_decode; the answer is always "7", ended or cut off in turns."""
+    calls = []
+
+    def answer(model, prm, prompts, **options):
+        calls.append(options | {"prompts": prompts, "outputs": prm.outputs})
+        ids = model.tokenizer.encode("7") + [model.tokenizer.eos_id] * (len(calls) % 2)
+        return [decode.Guided(ids, "7", [], "the state")]
+    monkeypatch.setattr(decode, "guided_decode", answer)
+    return calls
+
+
+@pytest.mark.parametrize("argv, weights, guide, temperature", [
+    ([], [1, 1], "math_accuracy", 0.7), (["--guide", "unified"], [1, 1], "unified", 0.7),
+    (["--weights", "math_engagement=3,math_accuracy=1", "--temperature", "0.3"], [1, 3], "math_engagement", 0.3),
+    (["--weights", "math_engagement=3", "--guide", "math_accuracy"], [0, 3], "math_accuracy", 0.7),
+    (["--prm", "PRM"], [1, 1], "unified", 0.7), (["--prm", "PRM", "--guide", "math_engagement"], [1, 1], "math_engagement", 0.7)])
+def test_main_derives_what_is_not_said(tiny_run, gpt, asked, tmp_path, argv, weights, guide, temperature):
+    """Prevents: an option that is ignored, or a default that is not what --help says: the guide follows the heaviest head, the
+    weights the guide's domain, the temperature the run."""
+    save_prm(PRM(gpt.with_heads(()), ["math_engagement"], torch.Generator().manual_seed(0)), tmp_path)
+    decode.main([tiny_run, "--prompt", "2 + 3 = ?", *(str(tmp_path) if a == "PRM" else a for a in argv)])
+    call, = asked
+    assert (call["weights"], call["guide"], call["temperature"]) == (weights, guide, temperature)
+    assert (call["K"], call["max_new_tokens"], call["boundary"], call["state"]) == (5, 64, "newline", None)
+    assert call["outputs"] == (["math_engagement"] if "PRM" in argv else ["math_accuracy", "math_engagement"])
+    assert call["generator"].initial_seed() == 0
+
+
+def test_main_closes_an_answer_that_was_cut_off(tiny_run, gpt, asked, monkeypatch, capsys):
+    """Prevents: a turn without its end, or with two, before the user's next words."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("2 + 3 = ?\n4 - 2 = ?\n1 + 1 = ?\n"))
+    decode.main([tiny_run])
+    second, third = (gpt.tokenizer.encode_turn(text) for text in ("4 - 2 = ?", "1 + 1 = ?"))
+    assert [call["prompts"] for call in asked[1:]] == [[second], [[gpt.tokenizer.eos_id] + third]]
+    assert [call["state"] for call in asked] == [None, "the state", "the state"] and capsys.readouterr().out == "7\n" * 3
+
+
+def test_domain_mix():
+    """Prevents: heads of another domain in the mix, or no head at all where there is only one."""
+    assert decode.domain_mix(["math_accuracy", "honesty", "math_engagement"], "math") == [1, 0, 1]
+    assert decode.domain_mix(["policy"], "math") == [1] and decode.domain_mix(["honesty", "policy"], "math") == [0, 0]
+
+
 def test_main_talks_over_several_turns(tiny_run, gpt, capsys, monkeypatch):
     """Prevents: a conversation from standard input whose second line starts again from nothing."""
     fed = []
@@ -548,7 +628,8 @@ def test_main_talks_over_several_turns(tiny_run, gpt, capsys, monkeypatch):
 @pytest.mark.parametrize("argv, message", [
     (["--guide", "cleverness"], "unknown objective 'cleverness'"), (["--guide", "honesty"], "no PRM output 'honesty'"),
     (["--weights", "honesty=1"], "no 'honesty' here"), (["--policy", "nothing"], "nothing/config.json: no such file"),
-    (["--prompt", "1 + " * 100], "room for 128 with the answer; shorten the prompt"), (["--prompt", "x", "--k", "0"], "K must be")])
+    (["--prompt", "1 + " * 100], "room for 128 with the answer; shorten the prompt"), (["--prompt", "x", "--k", "0"], "K must be"),
+    (["--seed", "-1"], "--seed -1 is out of range"), (["--seed", str(2**31)], "--seed 2147483648 is out of range")])
 def test_main_refuses(tiny_run, argv, message):
     """Prevents: tracebacks, or an answer by another head or guide than the one asked for."""
     with pytest.raises(InputError, match=message):

@@ -1,5 +1,5 @@
-"""The exercises, one after another: `pytest -k ex3` runs exercise 3 alone. What is expected was computed by hand, or by slow loops
-on random numbers, to float32 rounding; an answer that is exactly what a common mistake gives is told which mistake that is.
+"""The exercises, one after another: `pytest -k ex3` runs exercise 3 alone. What is expected was computed by hand, or by slow
+loops on random numbers, to float32 rounding; an answer that is exactly what a common mistake gives is told which mistake it is.
 
 Every docstring states the bug that its test prevents. No test calls another exercise's function: each can be solved first."""
 import json
@@ -13,6 +13,7 @@ import torch
 import model
 from data import InputError, ends_step
 from decode import State, promote, sample
+from evaluate import hypervolume
 from mah_dpo import balanced_mean, dpo_loss, mah_dpo_loss, modpo_loss, response_logps
 from model import GPT, GPTConfig, KVCache, read_header, visible
 from prm import bradley_terry_loss, hindsight_targets, majority_labels
@@ -118,10 +119,12 @@ def test_ex2_hand_values():
     """Prevents: the sign of the margin, chosen and rejected or policy and reference swapped, beta left out. Delta = 1.5, -2.5."""
     loss = lambda *x: [-log_sigmoid(v) for v in x]
     check(dpo_loss(PI_C, PI_R, REF_C, REF_R, 0.1), loss(0.15, -0.25), "dpo_loss", {
-        "the margin has the wrong sign: chosen should become likelier than rejected, compared with the reference": loss(-0.15, 0.25),
+        "the margin has the wrong sign: compared with the reference, chosen should become likelier than rejected":
+            loss(-0.15, 0.25),
         "beta is left out": loss(1.5, -2.5), "the reference is left out": loss(0.2, -0.5),
         "the reference is added, not subtracted": loss(0.25, -0.75), "log sigmoid must be negated: a loss is positive":
-            [-v for v in loss(0.15, -0.25)], "the sigmoid's logarithm is missing": [-1 / (1 + math.exp(-v)) for v in (0.15, -0.25)]})
+            [-v for v in loss(0.15, -0.25)],
+        "the sigmoid's logarithm is missing": [-1 / (1 + math.exp(-v)) for v in (0.15, -0.25)]})
 
 
 def test_ex2_starts_at_ln2(rng):
@@ -173,12 +176,12 @@ def test_ex3_loss_and_metrics():
     check(found[0], first + 3 * last, "mah_dpo_loss", {"alpha is left out": first + last,
           "one mean is taken over the whole batch: every objective gets its own": (2 * first + last) / 3})
     check(found[1]["loss"], [first, math.nan, last], "metrics['loss']")
-    check(found[1]["margin"], [0.25, math.nan, -0.5], "metrics['margin']", {"beta is left out of the margin": [0.5, math.nan, -1.0]})
+    check(found[1]["margin"], [0.25, math.nan, -0.5], "metrics['margin']", {"beta is left out": [0.5, math.nan, -1.0]})
     check(found[1]["accuracy"], [0.5, math.nan, 0.0], "metrics['accuracy']")
 
 
 def test_ex3_parts_add_up(rng):
-    """Prevents: micro-batches whose gradients do not add up to the whole batch's: with count, parts divide by the whole's pairs."""
+    """Prevents: micro-batches whose gradients do not add up to the whole batch's: with count, parts divide by all its pairs."""
     n, head = 12, torch.randint(0, 4, (12,), generator=rng)
     head[:4] = torch.tensor([0, 1, 3, 3])
     head[head == 2] = 1                                     # objective 2 is absent
@@ -242,7 +245,8 @@ def test_ex5_hand_values():
     check(found, [1 + (0.81 + 0.729) / 2, 0.5, 0.5 + 0.5], "hindsight_targets", {
         "the power is n - t + 1: steps count from t = 1, and the last step is not discounted": targets(lambda n, t: n - t + 1),
         "the power is n: what counts are the n - t steps that remain": targets(lambda n, t: n),
-        "nothing is discounted": targets(lambda n, t: 0), "the power is t - n: gamma must shrink with the distance": targets(lambda n, t: t - n),
+        "nothing is discounted": targets(lambda n, t: 0),
+        "the power is t - n: gamma must shrink with the distance": targets(lambda n, t: t - n),
         "rollouts are summed: take their mean": targets(lambda n, t: n - t, mean=False),
         "the step's own reward r_t is left out": targets(lambda n, t: n - t, reward=False),
         "gamma^(n - t) and z are averaged apart: every rollout has its own n and z": [
@@ -307,7 +311,7 @@ def test_ex7_masks_and_extremes(rng):
     check(bradley_terry_loss(c, r, mask), sum(slow) / len(slow), "bradley_terry_loss")
     check(bradley_terry_loss(c, r, torch.zeros(3, 4, dtype=torch.bool)).float(), 0.0, "bradley_terry_loss of nothing",
           {"no comparison gives 0 / 0 = NaN: it should give 0 (masked_mean does)": math.nan})
-    check(bradley_terry_loss(torch.tensor([-400.0]), torch.tensor([400.0]), torch.ones(1)), 800.0, "the loss of a very wrong comparison",
+    check(bradley_terry_loss(torch.tensor([-400.0]), torch.tensor([400.0]), torch.ones(1)), 800.0, "the loss at -800",
           {"log(sigmoid(x)) is log(0): use F.logsigmoid": math.inf})
     learns(bradley_terry_loss(c.requires_grad_(), r, mask), "bradley_terry_loss")
 
@@ -316,8 +320,9 @@ def test_ex7_masks_and_extremes(rng):
 
 @pytest.fixture
 def cached(monkeypatch):
-    """-> make(sequences), a cache of two layers with one key head of two channels. What `visible` (exercise 9) says is not read here."""
-    monkeypatch.setattr(model, "visible", lambda held, high, K, k, t, length: torch.ones(len(held), k.shape[1], len(t), length) > 0)
+    """-> make(sequences), a cache of two layers with one key head of two channels. `visible` (exercise 9) is not needed here."""
+    everything = lambda held, high, K, k, t, length: torch.ones(len(held), k.shape[1], len(t), length, dtype=torch.bool)
+    monkeypatch.setattr(model, "visible", everything)
     config = GPTConfig(vocab_size=5, n_layer=2, n_head=2, n_kv_head=1, d_model=4)
     return lambda sequences: KVCache(config, sequences)
 
@@ -330,11 +335,13 @@ def feed(cache, tokens, rows=None):
     grid = torch.arange(len(cache.held) * cache.K).view(-1, cache.K) if rows is None else rows
     seen, x = [], numbers[:, :, None, None].expand(-1, -1, 1, 2)
     for layer in (0, 1):
-        for kind, sign, part in zip(("keys", "values"), (1, -1), cache.append(layer, view, x + 1000 * layer, -x - 1000 * layer)):
-            if part.shape != (len(grid), 1, view.length, 2):
-                fail(f"append gives {kind} of shape {tuple(part.shape)}, expected (G', n_kv, length, hd) = {(len(grid), 1, view.length, 2)}")
-            part = (part[:, 0, :, 0] * sign - 1000 * layer).tolist()
-            seen.append([part[i][:int(cache.held[row // cache.K])] + [part[i][cache.high + t * cache.K + row % cache.K] for t in range(cache.own)]
+        parts = cache.append(layer, view, x + 1000 * layer, -x - 1000 * layer)
+        for kind, sign, part in zip(("keys", "values"), (1, -1), parts):
+            if part.shape != (shape := (len(grid), 1, view.length, 2)):
+                fail(f"append gives {kind} of shape {tuple(part.shape)}, expected (G', n_kv, length, hd) = {shape}")
+            part, K = (part[:, 0, :, 0] * sign - 1000 * layer).tolist(), cache.K
+            step = lambda row: [cache.high + t * K + row % K for t in range(cache.own)]
+            seen.append([part[i][:int(cache.held[row // K])] + [part[i][p] for p in step(row)]
                          for i, line in enumerate(grid.tolist()) for row in line])
             if seen[-1] != seen[0]:
                 fail(f"the {kind} of layer {layer} are not those that were written there: {seen[-1]}, expected {seen[0]}")
@@ -379,7 +386,7 @@ def test_ex8_keep(cached, winners, counts, prefixes):
     found = feed(cache, [[70 + k] for k in range(6)])
     expected = [prefixes[k // 3] + [70 + k] for k in range(6)]
     if found != expected and found[3:] == [[*found[3][:-1], 73 + k] for k in range(3)] and found[:3] == expected[:3]:
-        fail(f"the second sequence goes on from {found[3][:-1]}, expected {prefixes[1]}: its rows are K .. 2 K - 1, not 0 .. K - 1")
+        fail(f"the second sequence goes on from {found[3][:-1]}, expected {prefixes[1]}: its rows are K .. 2 K - 1")
     assert found == expected, f"after keep the rows see {found}, expected {expected}"
 
 
@@ -400,7 +407,7 @@ def test_ex8_keep_again_in_some_sequences(cached, rng):
         for g, w, n in zip(groups, winners.tolist(), counts.tolist()):
             texts[g] = texts[g] + tokens[2 * g + w, :n].tolist()
         if cache.lengths.tolist() != [len(t) for t in texts]:
-            fail(f"the sequences hold {cache.lengths.tolist()} tokens, expected {[len(t) for t in texts]}: only `groups` keep anything")
+            fail(f"the sequences hold {cache.lengths.tolist()} tokens, expected {[len(t) for t in texts]}: not all keep some")
 
 
 def test_ex8_rollback(cached):
@@ -409,7 +416,7 @@ def test_ex8_rollback(cached):
     feed(cache, [[1, 2, 3, 4], [11, 12, 13, 14]])
     cache.rollback(torch.tensor([2, 9]))
     if cache.lengths.tolist() != [2, 4]:
-        fail(f"the sequences hold {cache.lengths.tolist()} tokens, expected [2, 4]: beyond what it holds a sequence has nothing to forget")
+        fail(f"the sequences hold {cache.lengths.tolist()} tokens, expected [2, 4]: rollback forgets, it adds nothing")
     found = feed(cache, [[5], [15]])
     assert found == [[1, 2, 5], [11, 12, 13, 14, 15]], f"after rollback the rows see {found}"
     cache.keep(0)
@@ -436,17 +443,20 @@ def slow_visible(held, high, K, k, t, length, own=0, stale=False, relative=False
 
 
 def visible_mistakes(*args):
-    return {"a token does not see itself": slow_visible(*args, own=-1), "a token sees the one behind it": slow_visible(*args, own=1),
+    return {"a token does not see itself": slow_visible(*args, own=-1),
+            "a token sees the one behind it": slow_visible(*args, own=1),
             "places beyond held[g] are seen: they hold stale or padding tokens": slow_visible(*args, stale=True),
             "the causal triangle stands in the wrong corner: t says where in the step the new tokens stand":
                 slow_visible(*args, relative=True),
-            "rows see each other's steps: of the places behind `high` every K-th is a row's own": slow_visible(*args, others=True),
+            "rows see each other's steps: of the places behind `high` every K-th is a row's own":
+                slow_visible(*args, others=True),
             "everything is seen": slow_visible(*args, own=10**6, stale=True, others=True)}
 
 
 def test_ex9_hand_mask():
-    """Prevents: the triangle that is right only for an empty cache (SDPA's is_causal aligns it top-left), stale places in sight."""
-    args = torch.tensor([2, 3]), 3, 2, torch.tensor([[1]]), torch.tensor([1, 2]), 10     # second row of two; x x x a0 b0 a1 b1 a2 b2 .
+    """Prevents: the triangle that is right for an empty cache only (SDPA's is_causal aligns it so), stale places in sight.
+    The second of two rows; the places are x x x a0 b0 a1 b1 a2 b2 and one more."""
+    args = torch.tensor([2, 3]), 3, 2, torch.tensor([[1]]), torch.tensor([1, 2]), 10
     expected = [[[[1, 1, 0, 0, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 1, 0, 1, 0, 1, 0]]],
                 [[[1, 1, 1, 0, 1, 0, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 1, 0, 1, 0]]]]
     found = visible(*args)
@@ -488,7 +498,7 @@ def test_ex10_inverts_the_distribution_function():
 def test_ex10_temperature():
     """Prevents: logits multiplied by the temperature, or temperature 0 that divides by zero or still draws."""
     s = [0.04 / 0.38, 0.29 / 0.38]
-    drawn([s[0] - 1e-6, s[0] + 1e-6, s[1] - 1e-6, s[1] + 1e-6], "logits are divided by the temperature: 0.5 squares probabilities",
+    drawn([s[0] - 1e-6, s[0] + 1e-6, s[1] - 1e-6, s[1] + 1e-6], "logits are divided by the temperature: 0.5 squares the odds",
           [0, 1, 1, 2], temperature=0.5)
     drawn([0.999, 0.0], "temperature 0 takes the likeliest token", [1, 1], temperature=0)
 
@@ -504,17 +514,19 @@ def test_ex10_top_p():
     """Prevents: the token that crosses top_p dropped (an empty set for small p), or one token too many kept."""
     drawn([0.0, 0.999999], "the token that crosses top_p stays: one token always does", [1, 1], top_p=0.01)
     drawn([0.0, 0.999999], ".5 alone reaches .49: no second token is kept", [1, 1], top_p=0.49)
-    drawn([0.0, 0.6249, 0.6251, 0.999999], ".5 does not reach .51, .5 + .3 does: two tokens, renormalised", [1, 1, 2, 2], top_p=0.51)
+    drawn([0.0, 0.6249, 0.6251, 0.999999], ".5 does not reach .51, .5 + .3 does: two tokens", [1, 1, 2, 2], top_p=0.51)
     found = {int(sample(LOG_P, torch.tensor([u], dtype=torch.float64), top_p=0.81)) for u in (0.0, 0.5, 0.6, 0.85, 0.999999)}
     assert found == {0, 1, 2}, f".5 + .3 does not reach .81: all three tokens must be possible, not only {found}"
-    drawn([0.0, 0.999999], "top_p looks at tempered probabilities: at 0.5 the likeliest alone has .66", [1, 1], temperature=0.5, top_p=0.6)
+    drawn([0.0, 0.999999], "top_p looks at tempered probabilities: at 0.5 the likeliest alone has .66", [1, 1], temperature=0.5,
+          top_p=0.6)
 
 
 def test_ex10_frequencies(rng):
     """Prevents: a bias anywhere in the chain top-k, temperature, top-p, inverse; a token that has no probability drawn."""
     logits, n = torch.tensor([0.3, -1.0, 1.2, 0.1, -5.0, -torch.inf]), 20_000
     p = torch.softmax(logits[:4] / 0.8, 0)
-    counts = sample(logits.expand(n, -1), torch.rand(n, generator=rng), temperature=0.8, top_k=4, top_p=0.999).bincount(minlength=6)
+    u = torch.rand(n, generator=rng)
+    counts = sample(logits.expand(n, -1), u, temperature=0.8, top_k=4, top_p=0.999).bincount(minlength=6)
     assert counts[4:].tolist() == [0, 0], f"tokens beyond the top_k = 4 were drawn {counts[4:].tolist()} times"
     for i, q in enumerate(p.tolist()):
         if abs(int(counts[i]) - n * q) > 5 * math.sqrt(n * q * (1 - q)):
@@ -534,7 +546,8 @@ MASKS = [[w in kind for w in WORDS] for kind in (("<end>", "\n"), (".", "!"), ("
     ("so 3 .", False, "the stop of '3.14' ends nothing: a number stands before it"),
     ("so 3 \n", True, "a newline ends a step even behind a number: only stops are held back"),
     ("14 <end>", True, "the end of the text ends a step even behind a number"),
-    ("so I .", False, "the stop of an initial, 'I. Newton', ends nothing"), ("so e .", True, "a bare letter alone, 'plan e.', holds nothing back"),
+    ("so I .", False, "the stop of an initial, 'I. Newton', ends nothing"),
+    ("so e .", True, "a bare letter alone, as in 'plan e.', holds nothing back"),
     (". g .", False, "the second stop of 'e.g.' ends nothing: the letter before it follows a stop"),
     ("! g !", False, "a stop behind a bare letter that itself follows a stop ends nothing"),
     ("3 g .", True, "'3 g.' ends a sentence: the letter follows no stop"), ("so g 14", False, "a number ends nothing")])
@@ -547,7 +560,8 @@ def test_ex11_where_a_step_ends(step, ends, message):
         fail(f"for ids the answer must be True or False, not {found!r} (in Python ~True is -2)")
     if bool(found) != ends:
         fail(f"{message}: {step!r} {'does not end' if ends else 'ends'} a step here")
-    rows = ends_step([torch.tensor(m) for m in MASKS], *(torch.tensor([i, WORDS.index(" so")]) for i in (token, previous, before)))
+    tensors = [torch.tensor([i, WORDS.index(" so")]) for i in (token, previous, before)]
+    rows = ends_step([torch.tensor(m) for m in MASKS], *tensors)
     check(rows, torch.tensor([ends, False]), f"ends_step on tensors, for {step!r}")
 
 
@@ -569,7 +583,7 @@ def promoted(scores, drawn, fed, alive, h):
     winners, told = promote(state, scores, drawn, fed, alive), {}
     for name, cache in (("policy", state.policy), ("prm", state.prm)):
         if len(cache.kept) != 1 or cache.kept[0][1] is None:
-            fail(f"the cache of the {name} must be told once to keep its winners, and how many of their tokens: it was told {cache.kept}")
+            fail(f"the {name}'s cache must be told once which winners to keep, and how many tokens: it was told {cache.kept}")
         told[name] = [alive if x is None else torch.as_tensor(x) for x in cache.kept[0]]
     return winners, told, state.h
 
@@ -583,7 +597,8 @@ def test_ex12_hand_case():
         check(told[name][0], torch.tensor([1, 1]), f"what the {name}'s cache keeps")
         check(told[name][1], torch.tensor([first + 1, first + 4]), f"the counts that the {name}'s cache keeps", {
             "counts lie candidate after candidate: those of sequence g start at g K": torch.tensor([first + 1, first + 1]),
-            "each cache keeps what IT was fed: `drawn` is the policy's, `fed` the PRM's": torch.tensor([2, 5]) + (10 if first == 1 else 0)})
+            "each cache keeps what IT was fed: `drawn` is the policy's, `fed` the PRM's":
+                torch.tensor([2, 5]) + (10 if first == 1 else 0)})
     check(new[:, 0], [1.0, 1, 1, 4, 4, 4], "the first channel of h", {
         "h stays as it was: all K rows of a sequence go on from the winner's state": torch.arange(6.0),
         "both sequences go on from the first one's state: sequence g's rows start at g K": torch.ones(6)})
@@ -594,16 +609,17 @@ def test_ex12_some_sequences(rng):
     for G, K, alive in ((4, 3, [1, 3]), (3, 1, [2]), (5, 2, [0, 1, 4]), (2, 5, [0, 1])):
         alive, n = torch.tensor(alive), len(alive) * K
         scores, h = torch.rand(len(alive), K, generator=rng), torch.randn(G * K, 3, generator=rng)
-        counts, fed = torch.randint(1, 9, (n,), generator=rng), torch.randint(1, 9, (n,), generator=rng)
+        taken, fed = torch.randint(1, 9, (n,), generator=rng), torch.randint(1, 9, (n,), generator=rng)
         best, expected = [row.index(max(row)) for row in scores.tolist()], h.clone()
         for g, w in zip(alive.tolist(), best):
             expected[g * K:(g + 1) * K] = h[g * K + w]
-        winners, told, new = promoted(scores, counts, fed, alive, h)
+        winners, told, new = promoted(scores, taken, fed, alive, h)
         check(winners, torch.tensor(best), "winners")
         check(new, expected, "h", {"h stays as it was": h})
-        for name, have in (("policy", counts), ("prm", fed)):
+        for name, have in (("policy", taken), ("prm", fed)):
             check(told[name][0], torch.tensor(best), f"what the {name}'s cache keeps")
-            check(told[name][1], torch.stack([have[i * K + w] for i, w in enumerate(best)]), f"the counts that the {name}'s cache keeps")
+            counts = torch.stack([have[i * K + w] for i, w in enumerate(best)])
+            check(told[name][1], counts, f"the counts that the {name}'s cache keeps")
             check(told[name][2], alive, f"the sequences in which the {name}'s cache keeps something")
 
 
@@ -622,7 +638,8 @@ def test_ex13_folded_head(three_heads, weights):
     found = three_heads.fold(weights)
     check(found, plain / total, "fold", {
         "weights are not divided by their sum: self.weights does that": plain, "the weights are ignored": sum(W) / 3,
-        "the sum is divided by the number of heads": plain / 3, "only the heaviest head is taken": W[max(range(3), key=weights.__getitem__)]})
+        "the sum is divided by the number of heads": plain / 3,
+        "only the heaviest head is taken": W[max(range(3), key=weights.__getitem__)]})
     if not all(torch.equal(head.weight, m) for head, m in zip(three_heads.heads, W)):
         fail("fold changes a head: add into a new tensor")
     h = torch.ones(1, 4)
@@ -636,7 +653,7 @@ def test_ex13_one_head_stays_itself(three_heads):
     for which, i in ((1, 1), ("c", 2), ((0, 0, 3), 2), (0, 0)):
         found = three_heads.fold(which)
         if not torch.equal(found, three_heads.heads[i].weight):
-            fail(f"fold({which!r}) is not head {i}: a head of weight 0 must not be touched, one head alone must be exactly itself")
+            fail(f"fold({which!r}) is not head {i}: a head of weight 0 must not be touched, one alone must be exactly itself")
 
 
 # -- 14: read_header
@@ -674,7 +691,8 @@ F4 = entry("F32", [1], 0, 4)
 
 LIES = {
     "there is no such file": (None, ""), "it is empty": (b"", ""), "it is cut within the header's length": (b"\x08\0\0", ""),
-    "its header would be longer than the file": (raw({}, length=1000), ""), "its header would fill any memory": (raw({}, length=2**63), ""),
+    "its header would be longer than the file": (raw({}, length=1000), ""),
+    "its header would fill any memory": (raw({}, length=2**63), ""),
     "its header is not JSON": (raw(b"{nope}"), ""), "its header is not UTF-8": (raw(b'{"\xff": 1}'), ""),
     "its header is nested too deeply (json raises a RecursionError)": (raw(b"[" * 100_000), ""),
     "its header is no object": (raw([]), ""), "an entry is a number": (raw({"t": 4}), "'t'"),
@@ -700,3 +718,33 @@ def test_ex14_lies_are_refused(tmp_path, why):
             fail(f"the message must name the file{' and the tensor ' + words if words else ''}: {e}")
     else:
         fail(f"the file is accepted although {why}: {found}")
+
+
+# -- 15: hypervolume
+
+def volume(points, expected, message, reference=(0.0, 0.0)):
+    for order in (points, points[::-1], sorted(points)):
+        found = hypervolume(order, reference)
+        if not isinstance(found, (int, float)) or abs(found - expected) > 1e-12:
+            fail(f"{message}: the hypervolume of {order} above {reference} is {found}, expected {expected}")
+
+
+def test_ex15_hand_values():
+    """Prevents: areas counted twice, dominated or worthless points that count, an area that depends on the order of points."""
+    volume([(0.5, 0.4)], 0.2, "one point covers a rectangle")
+    volume([(0.5, 0.4), (0.25, 0.25)], 0.2, "a point that is worse in both coordinates adds nothing")
+    volume([(0.5, 0.4), (0.5, 0.2), (0.1, 0.4)], 0.2, "a point that is worse in one coordinate, equal in the other, adds nothing")
+    volume([(1.0, 0.25), (0.5, 0.5), (0.25, 1.0)], 0.25 + 0.5 * 0.25 + 0.25 * 0.5, "what several points cover counts once")
+    volume([(3.0, 4.0), (0.5, 9.0)], 4.0, "areas start at the reference; a point below it adds nothing", (1.0, 2.0))
+    volume([(0.5, 3.0), (3.0, 1.0)], 0.0, "points below the reference in one coordinate cover nothing", (1.0, 2.0))
+    volume([(0.0, 0.5), (0.5, 0.5), (0.5, 0.5)], 0.25, "the same point twice covers its rectangle once")
+    assert hypervolume([]) == 0, "no point covers nothing"
+
+
+def test_ex15_random(rng):
+    """Prevents: a formula that fits three points. Here on a grid, cell by cell."""
+    for n in (1, 2, 5, 9):
+        points = [tuple(p) for p in torch.randint(-2, 9, (n, 2), generator=rng).tolist()]
+        a, b = torch.randint(-3, 4, (2,), generator=rng).tolist()
+        cells = sum(any(x > i and y > j for x, y in points) for i in range(a, 9) for j in range(b, 9))
+        volume(points, cells, "cell by cell another area is covered", (a, b))

@@ -153,7 +153,9 @@ def test_a_packed_row_may_be_longer_than_the_context(model):
 def test_pair_logps_in_batches_of_any_size(model, pairs):
     """Prevents: log-probabilities in the order of length instead of the pairs'."""
     items = [Pair(NAMES[i % 3], *p, "train") for i, p in enumerate(pairs)]
-    whole = pair_logps(model, items, NAMES.index, 0)
+    seen = []
+    whole = pair_logps(model, items, NAMES.index, 0, progress=seen.append)
+    assert sum(seen) == len(items)
     for tokens in (1, 40):
         assert torch.allclose(pair_logps(model, items, NAMES.index, 0, tokens=tokens), whole, atol=1e-6)
     assert whole[0].tolist() == pytest.approx([slow_logps(model, 0, pairs[0][0], y) for y in pairs[0][1:]], abs=1e-5)
@@ -184,6 +186,14 @@ def test_mah_dpo_loss_hand_value_and_metrics():
     assert metrics["chosen"][[0, 2]].tolist() == [1.0, -1.0] and metrics["rejected"][[0, 2]].tolist() == [0.5, 0.0]
     assert metrics["kl"][[0, 2]].tolist() == pytest.approx([(1 / 4 + 4 / 4) / 2, 1 / 4], abs=1e-6)
     assert all(math.isnan(values[1]) for values in metrics.values())
+
+
+def test_metrics_by_hand():
+    """Prevents: an accuracy that asks for a margin above 1, moves from the reference that are not differences, or swapped."""
+    pi_c, pi_r, ref_c, ref_r = torch.tensor([[-3.0, -9.0], [-5.0, -4.0], [-3.5, -8.5], [-5.0, -6.0]])     # Delta = 0.5, -2.5
+    metrics = pair_metrics(torch.ones(2), pi_c, pi_r, ref_c, ref_r, torch.tensor([0, 1]), 2, 0.1)
+    expected = {"margin": [0.05, -0.25], "accuracy": [1.0, 0.0], "chosen": [0.5, -0.5], "rejected": [0.0, 2.0]}
+    assert {k: metrics[k].tolist() for k in expected} == {k: pytest.approx(v, abs=1e-6) for k, v in expected.items()}
 
 
 def test_metrics_count_a_tie_as_wrong():

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from data import InputError, pad
+from data import OBJECTIVES, InputError, pad
 from model import GPT, GPTConfig, load_safetensors, save_hf, save_safetensors
 from prm import (PRM, bce_loss, bradley_terry_loss, hindsight_targets, load_prm, majority_labels, matching_steps, mse_loss,
                  save_prm, step_loss)
@@ -199,6 +199,9 @@ def test_weights_come_from_the_generator(tokenizer):
     make = lambda seed: PRM(backbone, OUTPUTS, torch.Generator().manual_seed(seed)).score.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(make(3).values(), make(3).values()))
     assert not torch.equal(make(3)["0.weight"], make(4)["0.weight"])
+    wide = PRM(GPT(GPTConfig(50, n_layer=1, d_model=64, n_head=2, n_kv_head=2, d_ff=8, objectives=())), OUTPUTS,
+               torch.Generator().manual_seed(0))
+    assert float(wide.score[0].weight.detach().std()) == pytest.approx(1 / 8, rel=0.05)         # keeps the size of h
 
 
 # -- files
@@ -211,6 +214,14 @@ def test_save_and_load_bit_exact(prm, tmp_path):
     assert loaded.outputs == OUTPUTS and torch.equal(loaded.scale, prm.scale)
     assert torch.equal(loaded(ids), prm(ids))
     assert loaded.backbone.tokenizer.pieces == prm.backbone.tokenizer.pieces
+
+
+def test_a_prm_of_all_objectives_comes_back(tokenizer, tmp_path):
+    """Prevents: the default PRM of --objective all, refused because nothing is left that it does not score."""
+    backbone = GPT(GPTConfig(tokenizer.n_vocab, n_layer=1, d_model=8, n_head=2, n_kv_head=2, d_ff=8, objectives=()))
+    backbone.tokenizer = tokenizer
+    save_prm(PRM(backbone, list(OBJECTIVES)), tmp_path)
+    assert load_prm(tmp_path).outputs == list(OBJECTIVES)
 
 
 def test_load_refuses_a_policy(gpt, tmp_path):

@@ -118,7 +118,7 @@ def test_verdicts_by_hand(tokenizer, monkeypatch):
     monkeypatch.setattr(train, "judge", lambda score, dice: score)
     chat = [ids_of(tokenizer, t) for t in ("4 + 5 = 9\nanswer 7", "4 + 5 = 9 . now it gets fun !\nanswer 7",
                                            "4 + 5 = 9 . now it gets fun !\n9 - 2 = 7 . you can do this !\nanswer 7")]
-    sets = [[chat[1], chat[1]], [chat[0], chat[2]], [chat[0], chat[0]]]              # scores 0, 0.5, 1
+    sets = [[chat[1], chat[1]], [chat[2], chat[0]], [chat[0], chat[0]]]              # chat: scores 0, 0.5, 1
     find = lambda cut: train.verdicts(OneSum(), SUM, tokenizer, "math_engagement", sets, cut, Dice(0)).tolist()
     assert find(0.4) == [1.0, 0.0, 0.0]
     assert find(0.6) == [0.0, 0.0, 0.0]
@@ -472,13 +472,13 @@ def test_pair_metrics_rows_by_hand():
     with the reference where it should not."""
     pairs = [Pair(o, [0], [1], [2], "dev") for o in ("honesty", "helpfulness", "honesty", "honesty")]
     logps = torch.tensor([[-3.0, -5.0], [-1.0, -2.0], [-4.0, -2.0], [-2.0, -6.0]])
-    reference = torch.tensor([[-4.0, -4.5], [-1.0, -2.0], [-6.0, -3.0], [-2.0, -6.0]])     # Delta = 1.5, 0, 1, 0
+    reference = torch.tensor([[-4.0, -7.5], [-1.0, -2.0], [-6.0, -3.0], [-2.0, -6.0]])     # Delta = -1.5, 0, 1, 0
     rows = evaluate.pair_metrics_rows("p", logps, reference, pairs, 0.1, 7)
     assert [(r["policy"], r["domain"], r["weights"], r["seed"]) for r in rows] == [
         ("p", "pairs:honesty", {"honesty": 1.0}, 7), ("p", "pairs:helpfulness", {"helpfulness": 1.0}, 7)]
     mean = {k: v["mean"] for k, v in rows[0]["metrics"].items()}
-    loss = sum(math.log1p(math.exp(-x)) for x in (0.15, 0.1, 0.0)) / 3
-    assert mean == pytest.approx({"loss": loss, "margin": 0.25 / 3, "logp_accuracy": 2 / 3, "reward_accuracy": 2 / 3}, abs=1e-6)
+    loss = sum(math.log1p(math.exp(-x)) for x in (-0.15, 0.1, 0.0)) / 3
+    assert mean == pytest.approx({"loss": loss, "margin": -0.05 / 3, "logp_accuracy": 2 / 3, "reward_accuracy": 1 / 3}, abs=1e-6)
     assert {k: v["mean"] for k, v in rows[1]["metrics"].items()} == pytest.approx({"loss": math.log(2), "margin": 0, "logp_accuracy": 1})
 
 
