@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (DATA_HELP, DOMAINS, OBJECTIVES, Dice, InputError, batches_by_length, domain_objectives, final_answer, gather,
-                  majority, mine, pad, read_json, read_jsonl, read_outputs, read_preferences, read_steps, response_mask,
-                  run_command, same_answer, worlds_of, write_json, write_text)
+                  join_processes, majority, mine, pad, read_json, read_jsonl, read_outputs, read_preferences, read_steps,
+                  response_mask, run_command, same_answer, worlds_of, write_json, write_text)
 from decode import domain_mix, draw, find_prm, generate, guided_decode, ingest, read_run, score_candidates
 from mah_dpo import dpo_loss, encode_pair, log_ratio_margin, pair_logps, soup
 from model import linear, load_hf, pick_device, sampling_dtype
@@ -198,18 +198,25 @@ class Bench:
         self.tokenizer = self.sft.tokenizer
         self.worlds = worlds_of(self.objectives, self.config["data"], self.config["max_new_tokens"], self.sft)
 
-    def model(self, name):
-        if name not in self.loaded:
-            model = load_hf(os.path.join(self.run, name), dtype=self.dtype, place=lambda t: t.to(self.device)).eval()
+    def model(self, name, device=None):
+        """A model of the run, on the run's device if not said otherwise."""
+        key = name, device or self.device
+        if key not in self.loaded:
+            model = load_hf(os.path.join(self.run, name), dtype=self.dtype, place=lambda t: t.to(key[1])).eval()
             if sum(p.numel() for p in model.parameters()) > 1e9:      # beside a large model only SFT stays, for the KL
-                self.loaded = {n: m for n, m in self.loaded.items() if n == "sft"}
-            self.loaded[name] = model
-        return self.loaded[name]
+                self.loaded = {k: m for k, m in self.loaded.items() if k[0] == "sft" or k[1] != key[1]}
+            self.loaded[key] = model
+        return self.loaded[key]
+
+    def parts(self, job):
+        """The models of a row; those of a soup in main memory, where there is room for all of them."""
+        return [self.model(name, None if len(job.models) == 1 else "cpu") for name in job.models]
 
     def prm(self, guide):
-        if guide not in self.guides:
-            self.guides[guide] = find_prm(self.run, guide).to(self.device, self.dtype).eval()
-        return self.guides[guide]
+        name = guide if os.path.isdir(os.path.join(self.run, f"prm_{guide}")) else "unified"
+        if name not in self.guides:
+            self.guides = {name: find_prm(self.run, name).to(self.device, self.dtype).eval()}
+        return self.guides[name]
 
     def problems(self, domain, n):
         """The prompts of a domain's tables: of the split that the configuration names."""
@@ -218,8 +225,8 @@ class Bench:
 
     def play(self, domain, job, problems):
         """The conversations of a row's policy about these problems -> conversations, the model."""
-        world, parts = self.worlds[domain], [self.model(name) for name in job.models]
-        model = parts[0] if len(parts) == 1 else average(parts, list(job.models.values()))
+        world, parts = self.worlds[domain], self.parts(job)
+        model = parts[0] if len(parts) == 1 else average(parts, list(job.models.values())).to(self.device)
         temperature = self.config["temperature"] if job.temperature is None else job.temperature
         generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", domain))
         if job.guide is None:
@@ -243,7 +250,7 @@ class Bench:
 
     def row(self, domain, job):
         """An entry of results.json, and under "each" the values behind its means. Rows that are made alike are made once."""
-        total, heads = sum(job.weights), self.model(next(iter(job.models))).config.objectives
+        total, heads = sum(job.weights), self.parts(job)[0].config.objectives
         share = [w / total for w in job.weights]
         key = repr((domain, sorted(job.models.items()), share, job.guide, job.temperature, job.samples))
         if key not in self.known:
@@ -935,6 +942,7 @@ def main(argv=None):
     parser.add_argument("--objective", help="the objective that FILE is about, where its name does not tell")
     parser.add_argument("--timing", action="store_true", help="time guided decoding instead; `run` may be any checkpoint")
     args = parser.parse_args(argv)
+    join_processes()
     if args.score is not None:
         return score(args.run, args.score, args.objective, args.device)
     if args.run is None:

@@ -186,8 +186,9 @@ class Run:
         return model
 
     def autocast(self):
-        """The context in which training computes."""
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.config.dtype == "bf16")
+        """The context in which training computes. Its cache of weights in bfloat16 would undo the sharding."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.config.dtype == "bf16",
+                              cache_enabled=ranks() == 1)
 
     def worlds(self, model):
         """domain -> the world to sample and to measure in: the embedded ones, or those of the questions in --data."""
