@@ -16,7 +16,9 @@ Tutoring has three. Training labels come from noisy judges (`judge`), tables fro
 import json
 import os
 import re
+import signal
 import sys
+import time
 import unicodedata
 import zlib
 from contextlib import contextmanager, suppress
@@ -41,8 +43,10 @@ def run_command(main):
         os._exit(0)                      # `| head` has read enough; flushing again would only complain
     # OSError: no such directory, no right to write, disk full; UnicodeError: a terminal or a pipe in another encoding
     except (InputError, OSError, UnicodeError) as e:
-        if rank() == 0 or not isinstance(e, InputError):        # which every process meets
-            print(f"error: {e}", file=sys.stderr)
+        if rank() > 0 and isinstance(e, InputError):     # most are met by every process: one line is enough, so wait for
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)       # torchrun to end this process because the first has ended
+            time.sleep(3)
+        print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -18,6 +18,7 @@ with final answers, which are sampled and verified; and DIR/<objective>.steps.js
 """
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -312,7 +313,10 @@ def load_checkpoint(run, stage, model, optimizer, key):
     """Put back what save_checkpoint saved. -> (steps done, log), (0, []) where there is nothing of this stage. InputError if
     it was saved under another configuration or with other data."""
     path = run.file("checkpoint.safetensors")
-    about = read_metadata(path) if os.path.exists(path) else {}
+    try:
+        about = read_metadata(path) if os.path.exists(path) else {}
+    except InputError as e:
+        raise InputError(f"{e}; remove this file to start {stage} again") from None
     if about.get("stage") != stage:             # none, or that of an earlier stage, which is finished
         return 0, []
     if about.get("key") != key:
@@ -1016,13 +1020,15 @@ def read_command(argv):
 
 def check_config(c):
     """InputError for an option out of its range."""
-    parse_weights(c.alpha, select_objectives(c.objective), "--alpha", 1.0)
     low = {"temperature": 1e-6, "beta": 1e-9, "perturbation": 0, "gamma": 0, "seed": 0, "n_samples": 2, "weight_steps": 0}
     for f in fields(c):
-        value = getattr(c, f.name)
+        value, kind = getattr(c, f.name), type(f.default)
+        if type(value) is not kind and not (kind is float and type(value) is int):            # in a config.json
+            raise InputError(f"--{f.name.replace('_', '-')} {value!r} is no {kind.__name__}")
         least = low.get(f.name, 1 if type(value) is int else 0)
         if type(value) in (int, float) and not least <= value < 2**31:
             raise InputError(f"--{f.name.replace('_', '-')} {value} is out of range")
+    parse_weights(c.alpha, select_objectives(c.objective), "--alpha", 1.0)
     for name, known in (("prm", ("unified", "each")), ("dtype", ("fp32", "bf16")), ("split", ("test", "dev"))):
         if getattr(c, name) not in known:
             raise InputError(f"--{name} {getattr(c, name)}: choose {' or '.join(known)}")
@@ -1032,14 +1038,14 @@ def check_config(c):
             raise InputError(f"{name} {n}: {ranks()} processes cannot share it evenly; choose a multiple, or other processes")
     if c.data and not c.init:
         raise InputError("--data needs --init: the embedded model knows only its own small worlds")
-    for path in filter(None, (c.data, c.init)):
-        if not os.path.isdir(path):
-            raise InputError(f"{path}: no such directory")
 
 
 def check_inputs(run):
     """Read what the stages will read, so that a mistake shows before anything is written."""
     config = run.config
+    for path in filter(None, (config.data, config.init)):
+        if not os.path.isdir(path):
+            raise InputError(f"{path}: no such directory")
     if config.init:
         model = load_init(run)
         if config.data:
@@ -1068,13 +1074,33 @@ def open_run(config, path):
         if unknown:
             raise InputError(f"{path}/config.json: not the configuration of a run ({', '.join(sorted(unknown))})")
         saved |= {"device": config.device} if config.device != "auto" else {}
-        return Run(path, Config(**{k: v for k, v in saved.items() if k != "objectives"}))
+        config = Config(**{k: v for k, v in saved.items() if k != "objectives"})
+        check_config(config)
+        return Run(path, config)
+    check_config(config)
     run = Run(path, config)
     config.out, config.device = path, run.device
     check_inputs(run)
     print(f"writing to {path}")
     write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
     return run
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Hold a run directory. InputError if a train.py is at work there already, say the processes that go on after their torchrun
+    was killed: two would write the same files."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        if rank() == 0:
+            with contextlib.suppress(OSError):              # a file system without locks
+                try:
+                    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InputError(f"{path}: a train.py is at work there already; wait for it, or end its processes") from None
+        yield
+    finally:
+        os.close(directory)
 
 
 def main(argv=None):
@@ -1084,8 +1110,8 @@ def main(argv=None):
     path, = gather([CLAIMED or (claim(argv) if rank() == 0 else None)])[:1]
     try:
         config, resume, sweep = read_command(argv)
-        check_config(config)
         if sweep and not resume:               # a mistake in it shows before anything is written
+            check_config(config)
             check_sweep(sweep, config)
         run = open_run(config, path or resume)
     except BaseException:
@@ -1095,15 +1121,17 @@ def main(argv=None):
             with contextlib.suppress(OSError):
                 os.rmdir("runs")
         raise
-    if sweep:
-        name, configs = check_sweep(sweep, run.config)
-        for changed in configs:
-            part(run.file(f"{name}={getattr(changed, name)}"), changed)
-    try:
-        carry_out(run)
-    except KeyboardInterrupt:
-        print(f"\nstopped; what is finished is kept. Go on with: python train.py --resume {run.path}", file=sys.stderr)
-        sys.exit(130)
+    with alone(run.path):
+        if sweep:
+            name, configs = check_sweep(sweep, run.config)
+            for changed in configs:
+                part(run.file(f"{name}={getattr(changed, name)}"), changed)
+        try:
+            carry_out(run)
+        except KeyboardInterrupt:
+            if rank() == 0:
+                print(f"\nstopped; what is finished is kept. Go on with: python train.py --resume {run.path}", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import decode
 import evaluate
 import train
 from conftest import NAMES, TINY
-from data import DOMAINS, Dice, InputError, Problem, World, read_json, run_command
+from data import DOMAINS, Dice, InputError, Problem, World, read_json, run_command, write_json
 from evaluate import Conversation, converse, guided_responder, kl_to_sft, plain_responder, seed_of, summary
 from mah_dpo import Pair, pair_logps
 from model import GPTConfig, load_hf, load_safetensors, save_hf
@@ -761,6 +761,9 @@ def test_a_foreign_checkpoint_is_refused(change, run, gpt, tokenizer, monkeypatc
     with pytest.raises(InputError, match="checkpoint.safetensors: saved with another configuration or other data"):
         train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
     assert open(path, "rb").read() == before
+    os.truncate(path, len(before) // 2)
+    with pytest.raises(InputError, match="remove this file to start mah_dpo again"):
+        train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
 
 
 @pytest.mark.parametrize("number, words", [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")])
@@ -1137,6 +1140,30 @@ def test_resume_refuses_what_is_no_run(capsys, checkpoint, tmp_path):
     assert "not the configuration of a run" in refused(["--resume", checkpoint], capsys)
     for option in (["--seed", "1"], ["--fast"]):
         assert "no option with it but --device" in refused(["--resume", checkpoint, *option], capsys)
+
+
+def test_a_run_at_work_is_refused(whole, capsys):
+    """Prevents: two commands that write the same files: --resume while the processes of a killed torchrun still go on."""
+    with train.alone(whole):
+        assert "a train.py is at work there already" in refused(["--resume", whole], capsys)
+    train.main(["--resume", whole])
+
+
+@pytest.mark.parametrize("edit, message", [
+    ({"sft_steps": "four"}, "--sft-steps 'four' is no int"), ({"objective": "valuez"}, "unknown objective 'valuez'"),
+    ({"prm": "both"}, "choose unified or each"), ({"beta": -1}, "--beta -1 is out of range"), ({}, "--sft-batch 64: 3 processes")])
+def test_resume_checks_the_saved_configuration(edit, message, capsys, monkeypatch, tmp_path):
+    """Prevents: a traceback, or training with a batch that the processes share unevenly, when a run is resumed with an edited
+    config.json or with other processes; and a run that is refused for the default options, which are not its own."""
+    monkeypatch.setattr(train, "ranks", lambda: 3)
+    monkeypatch.setattr(train, "carry_out", lambda run: print("goes on"))
+    saved = vars(Config(objective="honesty", init="moved", beta=1)) | {"objectives": ["honesty"]}
+    path = str(tmp_path / "config.json")
+    write_json(path, saved | edit)
+    assert message in refused(["--resume", str(tmp_path)], capsys)
+    write_json(path, saved | {"sft_batch": 6, "dpo_pairs": 6})
+    train.main(["--resume", str(tmp_path)])
+    assert capsys.readouterr().out == "goes on\n"
 
 
 @pytest.mark.parametrize("rows, message", [
