@@ -996,8 +996,8 @@ def read_command(argv):
     parser.add_argument("--fast", action="store_true", help="every stage, small: shows that it works, finds nothing")
     parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run; takes no options but --device and --sweep")
     parser.add_argument("--sweep", metavar="FIELD=a,b,c", help="train the run also with these values of an option, in "
-                        "RUN/FIELD=a and so on, from the first stage that the option concerns; the tables go into RUN/results.md. With "
-                        f"--resume: of an old run. FIELD is one of {', '.join(UNTOUCHED)}")
+                        "RUN/FIELD=a and so on, from the first stage that the option concerns; the tables go into RUN/results.md. "
+                        f"With --resume: of an old run. FIELD is one of {', '.join(UNTOUCHED)}")
     args = vars(parser.parse_args(argv))
     fast, resume, sweep = args.pop("fast"), args.pop("resume"), args.pop("sweep")
     given = {k: v for k, v in args.items() if v is not None}

@@ -128,7 +128,7 @@ def test_findings_cells():
 # -- fronts and picture
 
 def test_hypervolume_by_hand():
-    """Prevents: areas counted twice, dominated or worthless points that count, a front that depends on the order of its points."""
+    """Prevents: areas counted twice, dominated or worthless points that count, a front that depends on their order."""
     assert evaluate.hypervolume([]) == 0 and evaluate.hypervolume([(0.5, 0.4)]) == pytest.approx(0.2)
     assert evaluate.hypervolume([(0.5, 0.4), (0.3, 0.3), (0.5, 0.2)]) == pytest.approx(0.2)       # dominated
     for points in itertools.permutations([(1.0, 0.2), (0.6, 0.5), (0.2, 0.9)]):
@@ -160,8 +160,8 @@ def label_boxes(group):
 def test_picture_has_room_for_its_labels():
     """Prevents: labels on top of each other, marks or labels outside the picture, a point without a name."""
     rng = random.Random(1)
-    crowd = [made(f"policy_number_{i}", {n: [min(1.0, max(0.0, c + 0.02 * rng.random() + s)) for s in (-0.1, 0.0, 0.1)] for n, c in
-                                         (("a", i % 3 / 2), ("b", i % 2))}, guide="b" if i % 2 else None) for i in range(24)]
+    near = lambda c: [min(1.0, max(0.0, c + 0.02 * rng.random() + s)) for s in (-0.1, 0.0, 0.1)]
+    crowd = [made(f"policy_number_{i}", {"a": near(i % 3 / 2), "b": near(i % 2)}, guide="b" if i % 2 else None) for i in range(24)]
     rows = crowd + swept([0.9, 0.5, 0.1], [0.1, 0.5, 0.9]) + swept([0.8, 0.5, 0.2], [0.2, 0.5, 0.8], "soup")
     root = ElementTree.fromstring(evaluate.pareto_svg(rows))
     width, height = map(float, root.get("viewBox").split()[2:])
@@ -196,7 +196,7 @@ def test_first_errors_by_hand():
     assert found == [1, 1, 0, 0, 0, 0] and passed == [0, 0, 1, 0, 0, 0]
     shifted = [[s + 5 for s in row] if f == 1 else row for row, f in zip(scores, folds)]
     columns = evaluate.localise(shifted, labels, folds)
-    assert [columns[1][i] + columns[3][i] for i, f in enumerate(folds) if f == 0] == [0.0, 0.0]       # all below the other's threshold
+    assert [columns[1][i] + columns[3][i] for i, f in enumerate(folds) if f == 0] == [0, 0]      # all below the other's cut
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def cells(capsys):
 def test_scoring_answers(judged, capsys):
     """Prevents: answers scored as text, or one model's under another's name."""
     _, write = judged
-    rows = [{"question": "q", "answer": f"#### {i}", "a": {"solution": f"so it is {i}.0"}, "b": {"solution": "A: 1"}} for i in range(4)]
+    rows = [{"question": "q", "answer": f"#### {i}", "a": {"solution": f"it is {i}.0"}, "b": {"solution": "A: 1"}} for i in range(4)]
     evaluate.main(["--score", write("answers.jsonl", rows)])
     found, _ = cells(capsys)
     assert found == [["a", "4", "1.000 ±0.000"], ["b", "4", "0.250 ±0.796"]]
@@ -250,13 +250,14 @@ def test_scoring_first_errors(judged, capsys):
 def test_scoring_pairs_by_a_prm(judged, capsys):
     """Prevents: chosen and rejected swapped, or scored by another output than the one named."""
     directory, write = judged
-    pairs = [{"prompt": f"what of {i} ?", "chosen": "the color is red ." * (i % 3 + 1), "rejected": "no idea ."} for i in range(9)]
+    pairs = [{"prompt": f"what of {i} ?", "chosen": "the color is red ." * (i % 3 + 1), "rejected": "no ."} for i in range(9)]
     path = write("pairs.jsonl", pairs + [{"prompt": "what ?", "chosen": "red " * 200, "rejected": "no"}])
     evaluate.main([directory, "--score", path, "--objective", "honesty"])
     found, out = cells(capsys)
     prm = load_prm(directory)
     tokenizer = prm.backbone.tokenizer
-    ids = lambda p, key: tokenizer.encode_chat([{"role": "user", "content": p["prompt"]}]) + tokenizer.encode(p[key]) + [tokenizer.eos_id]
+    prompt = lambda p: tokenizer.encode_chat([{"role": "user", "content": p["prompt"]}])
+    ids = lambda p, key: prompt(p) + tokenizer.encode(p[key]) + [tokenizer.eos_id]
     value = lambda p, key: float(prm(torch.tensor([ids(p, key)]))[0, -1, 1])
     right = [float(value(p, "chosen") > value(p, "rejected")) for p in pairs]
     assert found == [["PRM honesty", "9", "-", "-", evaluate.cell(evaluate.summary(right)), "-"]]
@@ -266,7 +267,7 @@ def test_scoring_pairs_by_a_prm(judged, capsys):
 @pytest.mark.parametrize("argv, rows, message", [
     (["--score", "nowhere.jsonl"], None, "nowhere.jsonl: no such file"), ([], None, "name the run"),
     (["--score", "f.jsonl"], [{"prompt": "p", "chosen": "a", "rejected": "b"}], "name the run or the PRM"),
-    (["prm", "--score", "f.jsonl", "--objective", "wit"], [{"prompt": "p", "chosen": "a", "rejected": "b"}], "math_accuracy, honesty"),
+    (["prm", "--score", "f.jsonl", "--objective", "wit"], [{"prompt": "p", "chosen": "a", "rejected": "b"}], "accuracy, honesty"),
     (["prm", "--score", "f.jsonl"], [{"problem": "p", "steps": ["a"], "label": 0}], "1 responses are left"),
     (["prm", "--score", "f.jsonl"], [{"prompt": "p", "chosen": "a " * 300, "rejected": "b"}], "no pair is left"),
     (["--score", "f.jsonl"], [{"question": "q", "answer": "#### 2"}], "f.jsonl:1: no text of a response")])

@@ -816,7 +816,8 @@ def short_answers():
 @pytest.fixture(scope="module")
 def together(small_worlds, checkpoint, tmp_path_factory):
     """Two trainings, stopped in the second and resumed with two sweeps -> (directory, common options, output)."""
-    common, out = ["--objective", "math_engagement,helpfulness,honesty", "--init", checkpoint, *TINY, "--k", "2"], str(tmp_path_factory.mktemp("seeds") / "run")
+    common = ["--objective", "math_engagement,helpfulness,honesty", "--init", checkpoint, *TINY, "--k", "2"]
+    out = str(tmp_path_factory.mktemp("seeds") / "run")
     with short_answers():
         with pytest.MonkeyPatch.context() as stop, pytest.raises(SystemExit):
             stop.setattr(train, "train_sft", stop_at(train.train_sft, 2))
@@ -861,20 +862,26 @@ def test_a_sweep_equals_runs_from_scratch(together, tmp_path):
             assert open(os.path.join(variant, file), "rb").read() == open(os.path.join(scratch, file), "rb").read(), file
         assert read_json(os.path.join(variant, "results.json")) == read_json(os.path.join(scratch, "results.json"))
         assert by_stage(variant) == by_stage(scratch)
-    rows = [re.split(r" *\| *", line)[1:5] for line in printed.split("### math, by perturbation")[1].split("###")[0].splitlines() if line[:1] == "|"]
-    assert [r[0] for r in rows if r[1:3] == ["sft", "-"]] == ["any"] and [r[0] for r in rows if r[1:3] == ["mah_dpo", "-"]] == ["0.001", "0.5"]
+    lines = printed.split("### math, by perturbation")[1].split("###")[0].splitlines()
+    rows = [re.split(r" *\| *", line)[1:5] for line in lines if line[:1] == "|"]
+    values = lambda policy: [r[0] for r in rows if r[1:3] == [policy, "-"]]
+    assert values("sft") == ["any"] and values("mah_dpo") == ["0.001", "0.5"]
     found = read_json(os.path.join(out, "perturbation=0.5", "results.json"))
     row = next(r for r in found if r["policy"] == "mah_dpo" and r["guide"] is None)["metrics"]["math_engagement"]
     assert next(r[3] for r in rows if r[:2] == ["0.5", "mah_dpo"]) == evaluate.cell(row)
 
 
 @pytest.mark.parametrize("sweep, message", [
-    ("gamma", "write FIELD=a,b,c"), ("seed=1,2", "write FIELD=a,b,c with one of the fields dtype"), ("gamma=a,b", "'a' is no float"),
-    ("alpha=math_accuracy=2;honesty=1", "no 'honesty' here"), ("k=0", "--k 0 is out of range"), ("n_test=10000000", "ask for less")])
+    ("gamma", "write FIELD=a,b,c"), ("seed=1,2", "with one of the fields dtype"), ("gamma=a,b", "'a' is no float"),
+    ("alpha=math_accuracy=2;honesty=1", "no 'honesty' here"), ("k=0", "--k 0 is out of range"), ("n_test=9999999", "ask for less")])
 def test_sweeps_that_cannot_work_leave_nothing_behind(sweep, message, capsys, tmp_path, small_worlds, monkeypatch):
     """Prevents: a sweep whose mistake shows after the first values have been trained."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(World, "problems", lambda self, split, n, dice: Dice and (_ for _ in ()).throw(InputError("ask for less")) if n > 10**6 else [])
+
+    def problems(self, split, n, dice):
+        if n > 10**6:
+            raise InputError("ask for less")
+    monkeypatch.setattr(World, "problems", problems)
     assert message in refused(["--objective", "math", "--sweep", sweep], capsys)
     assert os.listdir(tmp_path) == []
 
@@ -887,13 +894,16 @@ def test_other_variants_are_not_taken_over(tmp_path):
     os.makedirs(run.path)
     write_lines(source.file("log.jsonl"), [{"stage": s} for s in ("base", "prm", "mah_dpo")])
     train.take_over(run, source, "perturbation")
-    assert sorted(os.listdir(run.path)) == ["dpo_honesty", "log.jsonl", "prm", "sft"] and os.path.samefile(run.file("prm"), source.file("prm"))
+    assert sorted(os.listdir(run.path)) == ["dpo_honesty", "log.jsonl", "prm", "sft"]
+    assert os.path.samefile(run.file("prm"), source.file("prm"))
     assert [r["stage"] for r in rows_of(run.file("log.jsonl"))] == ["base", "prm"]
 
 
 def test_every_option_is_swept_or_cannot_be():
     """Prevents: a new option that --sweep does not know, or takes over files for that depend on it."""
-    assert set(train.UNTOUCHED) | {"objective", "out", "init", "data", "seed", "seeds", "device", "grad_checkpoint", "weight_steps", "checkpoint_every"} == {f.name for f in fields(Config)}
+    fixed = {"objective", "out", "init", "data", "seed", "seeds", "device", "grad_checkpoint", "weight_steps",
+             "checkpoint_every"}
+    assert set(train.UNTOUCHED) | fixed == {f.name for f in fields(Config)}
     assert all(set(stages.split()) <= set(train.WRITTEN) for stages in train.UNTOUCHED.values())
 
 
@@ -936,7 +946,8 @@ def test_samples_side_by_side(whole, capsys):
     """Prevents: a policy whose responses are not shown, scores beside another's response, lines too long to read."""
     evaluate.main([whole, "--samples", "2"])
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 100 and out.count("=== values, test prompt") == 2 == out.count("=== tutoring, test prompt")
+    assert max(map(len, out.splitlines())) <= 100
+    assert out.count("=== values, test prompt") == 2 == out.count("=== tutoring, test prompt")
     for name in ("base", "sft_greedy", "soup", "mah_dpo:honesty", "sft + helpfulness", "mah_dpo + unified"):
         assert len(re.findall(rf"^{re.escape(name)} +helpfulness \d.\d\d  honesty", out, re.M)) == 2
     bench, job = evaluate.Bench(whole), evaluate.Job("sft", {"sft": 1.0})
@@ -948,10 +959,9 @@ def test_samples_side_by_side(whole, capsys):
 
 def test_scoring_pairs_by_a_run(whole, tmp_path, capsys):
     """Prevents: a policy left out, rewards against another reference, pairs that count although the run was trained on them."""
-    trained = next(Pair(**r) for r in rows_of(os.path.join(whole, "pairs.jsonl")) if r["objective"] == "honesty" and r["split"] == "train")
-    tokenizer = load_hf(os.path.join(whole, "sft")).tokenizer
-    known = next(p for p in DOMAINS["values"].problems("train", 8, Run(whole, Config(objective="values")).dice("samples", "values", "train"))
-                 if tokenizer.encode_chat(p.messages()) == trained.prompt)
+    trained = [r["prompt"] for r in rows_of(os.path.join(whole, "pairs.jsonl")) if r["split"] == "train"]
+    tokenizer, dice = load_hf(os.path.join(whole, "sft")).tokenizer, Dice(seed_of(0, "samples", "values", "train"))
+    known = next(p for p in DOMAINS["values"].problems("train", 8, dice) if tokenizer.encode_chat(p.messages()) in trained)
     write_lines(tmp_path / "honesty.jsonl", [preference(1), preference(2), preference(3) | {"prompt": known.prompt}])
     evaluate.main([whole, "--score", str(tmp_path / "honesty.jsonl")])
     out = capsys.readouterr().out
@@ -1265,7 +1275,8 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     tables = [r for r in results if r["domain"] == "math"]
     assert {(r["policy"], r["guide"]) for r in tables} >= \
         {("sft", None), ("sft_vote", None), ("mah_dpo_vote", None), ("sft", "math_accuracy"), ("mah_dpo", "math_accuracy")}
-    assert all(set(r["metrics"]) <= {"math_accuracy", "tokens", "drawn", "kl", "kl/answer"} and 0 <= r["metrics"]["math_accuracy"]["mean"] <= 1 for r in tables)
+    assert all(set(r["metrics"]) <= {"math_accuracy", "tokens", "drawn", "kl", "kl/answer"} for r in tables)
+    assert all(0 <= r["metrics"]["math_accuracy"]["mean"] <= 1 for r in tables)
     assert {r["metrics"]["math_accuracy"]["n"] for r in tables} == {2}
 
 
