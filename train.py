@@ -18,7 +18,6 @@ with final answers, which are sampled and verified; and DIR/<objective>.steps.js
 """
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -29,6 +28,11 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from itertools import islice
+
+try:
+    import fcntl
+except ImportError:     # Windows has no such locks
+    fcntl = None
 
 
 def claim(argv):
@@ -1090,14 +1094,16 @@ def open_run(config, path):
 def alone(path):
     """Hold a run directory. InputError if a train.py is at work there already, say the processes that go on after their torchrun
     was killed: two would write the same files."""
+    if fcntl is None or rank() > 0:
+        yield
+        return
     directory = os.open(path, os.O_RDONLY)
     try:
-        if rank() == 0:
-            with contextlib.suppress(OSError):              # a file system without locks
-                try:
-                    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise InputError(f"{path}: a train.py is at work there already; wait for it, or end its processes") from None
+        with contextlib.suppress(OSError):                  # a file system without locks
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{path}: a train.py is at work there already; wait for it, or end its processes") from None
         yield
     finally:
         os.close(directory)
