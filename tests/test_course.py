@@ -8,9 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from data import InputError
 from tests.grade import Pupil, submitted
 from tests.make_assignment import FILES, HOME, between, left_out, make_assignment, read, read_exercises
-from tests.mutants import MUTANTS, mutated, plant
+from tests.make_assignment import main as make_assignment_main
+from tests.mutants import MUTANTS, mutated
+from tests.mutants import main as mutants_main
 
 EXERCISES = read_exercises()
 
@@ -67,7 +70,7 @@ def test_left_out_keeps_what_is_not_the_answer():
 @pytest.fixture(scope="module")
 def handed_out(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("course") / "copy")
-    make_assignment(out)
+    make_assignment_main([out])
     return out
 
 
@@ -201,7 +204,26 @@ def test_bugs_can_be_planted():
 def test_a_planted_bug_is_not_told(tmp_path, capsys):
     """A copy that says where its bug is, or has none, or several."""
     for n in (1, len(MUTANTS)):
-        plant(n, str(tmp_path / str(n)))
+        mutants_main(["--plant", str(n), str(tmp_path / str(n))])
         differ = [f for f in FILES if read(tmp_path / str(n), f) != read(HOME, f)]
         assert differ == [MUTANTS[n - 1].file] and not os.path.exists(tmp_path / str(n) / "tests" / "mutants.py")
         assert MUTANTS[n - 1].hint in (printed := capsys.readouterr().out) and MUTANTS[n - 1].file not in printed
+
+
+@pytest.mark.parametrize("argv", [["0"], ["--plant", "0", "OUT"], ["--plant", "x", "OUT"],
+                                  ["--plant", str(len(MUTANTS) + 1), "OUT"]])
+def test_a_number_without_a_bug(argv, tmp_path):
+    """A traceback, or the last bug for number 0."""
+    with pytest.raises(InputError, match=f"numbers from 1 to {len(MUTANTS)}"):
+        mutants_main([str(tmp_path / "out") if a == "OUT" else a for a in argv])
+
+
+def test_readme_hands_out_what_there_is():
+    """A handout whose points, files or bugs are those of last year."""
+    readme = read(HOME, "README.md")
+    rows = re.findall(r"^\| ([0-9]+) \| `(.*?)` \| (.*?) \| .* \| `pytest -k ex([0-9]+)` \| ([0-9]+) \| [0-9]+ \|$", readme, re.M)
+    assert [(int(n), file, re.findall("`(.*?)`", names), int(ex), int(points)) for n, file, names, ex, points in rows] == \
+        [(e.number, e.file, e.functions, e.number, e.points) for e in EXERCISES]
+    bugs = re.findall(r"^\| ([0-9]+) \| ([^|`]*\.) \|$", readme, re.M)
+    assert len(bugs) >= 10 and all(MUTANTS[int(n) - 1].hint == hint for n, hint in bugs)
+    assert f"There are {len(MUTANTS)};" in readme and f"they are {sum(e.points for e in EXERCISES)} points" in readme
