@@ -829,6 +829,7 @@ def save_directory(directory, tensors, model, **extra):
 
 @functools.cache
 def mesh(device):
+    """All processes in one row, which share every tensor; made once for each device."""
     return init_device_mesh(torch.device(device).type, (ranks(),))
 
 
