@@ -253,11 +253,10 @@ def fit(run, stage, model, optimizer, steps, *, rate, batches, backward, tokens,
                 bad = [where(item) for item in batch if not gradient(optimizer, [item] * ranks(), backward, clip)[-1]]
                 refuse_step(stage, step, bad or [where(item) for item in batch])
             optimizer.step()
-            row = {"step": step, "gradient_norm": norm.item()} | log_row(found, names)
             seconds, n_tokens = seconds + time.perf_counter() - begun, n_tokens + sum(map(tokens, batch))
             if step % 10 == 0 or step == steps - 1:
-                log.append(row)
-                bar.set_postfix_str(brief(row, names), refresh=False)
+                log.append({"step": step, "gradient_norm": norm.item()} | log_row(found, names))
+                bar.set_postfix_str(brief(log[-1], names), refresh=False)
             bar.update()
             stopping = bool(total(torch.tensor(int(run.stopping), device=run.device)))
             if stopping or (step + 1) % run.config.checkpoint_every == 0 and step + 1 < steps:
@@ -266,8 +265,8 @@ def fit(run, stage, model, optimizer, steps, *, rate, batches, backward, tokens,
                 raise KeyboardInterrupt
     run.training = False
     measure(steps)
-    run.log(stage, [{"steps": steps - start, "tokens": n_tokens, "seconds": seconds, "tokens_per_second": n_tokens / seconds}],
-            "timings.jsonl")
+    run.log(stage, [{"steps": steps - start, "tokens": n_tokens, "seconds": seconds,
+                     "tokens_per_second": n_tokens / max(seconds, 1e-9)}], "timings.jsonl")
     return log
 
 

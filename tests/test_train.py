@@ -718,14 +718,14 @@ def test_kill_9_loses_nothing(small_worlds, tmp_path):
         assert open(os.path.join(killed, name), "rb").read() == open(os.path.join(calm, name), "rb").read(), name
 
 
-def stopped_in_training(run, gpt, tokenizer, monkeypatch):
-    """A policy's training that gets SIGTERM in its second step of three: it takes that step, saves and stops."""
+def stopped_in_training(run, gpt, tokenizer, monkeypatch, step=2):
+    """A policy's training that gets SIGTERM in its second step of three, or another: it takes that step, saves and stops."""
     policy_run(run, gpt, tokenizer)
     plain, calls = train.gradient, []
 
     def gradient(*args):
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == step:
             run.stop()
         return plain(*args)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -735,10 +735,11 @@ def stopped_in_training(run, gpt, tokenizer, monkeypatch):
     return run.file("checkpoint.safetensors")
 
 
-def test_a_stop_in_training_is_saved(run, gpt, tokenizer, monkeypatch):
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_stop_in_training_is_saved(step, run, gpt, tokenizer, monkeypatch):
     """Prevents: Ctrl-C that loses the steps since the last checkpoint, or stops between the weights and the optimiser's state."""
-    path = stopped_in_training(run, gpt, tokenizer, monkeypatch)
-    assert train.read_metadata(path)["step"] == "2"
+    path = stopped_in_training(run, gpt, tokenizer, monkeypatch, step)
+    assert train.read_metadata(path)["step"] == str(step)
     train.train_policy(run, "mah_dpo", list(run.objectives), run.objectives)
     resumed = open(run.file("mah_dpo/model.safetensors"), "rb").read(), open(run.file("log.jsonl")).read()
     os.remove(path)
