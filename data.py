@@ -9,6 +9,8 @@
     read_*       pairs, ratings, labelled steps and questions from real files (DATA_HELP shows their rows)
     same_answer  do two final answers agree? What verifies real questions
     pad          ragged lists of ids -> one (B, T) tensor
+    rank, mine, gather, writing
+                 what several processes (torchrun) share out and write once; with one process they do nothing more
 
 A conversation is a list of {"role": "user" | "assistant", "content": str}. Math and Values have one assistant turn,
 Tutoring has three. Training labels come from noisy judges (`judge`), tables from the noise-free scores.

@@ -35,7 +35,7 @@ from data import (DATA_HELP, DOMAINS, OBJECTIVES, Dice, InputError, batches_by_l
 from decode import domain_mix, draw, find_prm, generate, guided_decode, ingest, read_run, score_candidates
 from mah_dpo import dpo_loss, encode_pair, log_ratio_margin, pair_logps, soup
 from model import linear, load_hf, pick_device, sampling_dtype
-from prm import PRM, encode_steps, load_prm, score_steps
+from prm import PRM, encode_steps, load_prm, score_sequences
 
 
 def seed_of(seed, *what):
@@ -88,9 +88,9 @@ def plain_responder(model, world, weights, temperature, generator, samples=1, pr
                            temperature=temperature, generator=generator, samples=samples, progress=progress)
         out = []
         for i, c in enumerate(conversations):
-            mine = answers[i * samples:(i + 1) * samples]
-            c.drawn += sum(map(len, mine))
-            out.append(mine[majority([model.tokenizer.decode(r) for r in mine])] if samples > 1 else mine[0])
+            tried = answers[i * samples:(i + 1) * samples]
+            c.drawn += sum(map(len, tried))
+            out.append(tried[majority([model.tokenizer.decode(r) for r in tried])] if samples > 1 else tried[0])
         return out
     return respond
 
@@ -500,12 +500,12 @@ def report(rows, config, variants):
     if lines:
         parts.append(findings_table(lines))
     for domain in [d for d in DOMAINS if any(r["domain"] == d for r in rows)]:
-        mine, names = [r for r in rows if r["domain"] == domain], domain_objectives(domain, config["objectives"])
-        plain, areas = [r for r in mine if "sweep" not in r], []
+        measured, names = [r for r in rows if r["domain"] == domain], domain_objectives(domain, config["objectives"])
+        plain, areas = [r for r in measured if "sweep" not in r], []
         parts.append(table(f"{domain}, {plain[0]['n']} {config['split']} prompts", show("policy", "guide"), plain,
                            [*names, "tokens", "drawn", "kl", "kl/answer"]))
         for pair in itertools.combinations(names, 2):
-            mixes = sorted((r for r in mine if r.get("sweep") == list(pair)), key=lambda r: r["policy"])
+            mixes = sorted((r for r in measured if r.get("sweep") == list(pair)), key=lambda r: r["policy"])
             if mixes:
                 weight = {f"w {n}": lambda r, n=n: f"{r['weights'].get(n, 0):.1f}" for n in pair}
                 details.append(table(f"{domain}, a sweep of weights", show("policy") | weight, mixes,
@@ -739,7 +739,7 @@ def score_first_errors(prm, output, path, seen):
     if len({(f, t >= 0) for f, t in zip(folds, labels)}) < 4:
         raise InputError(f"{path}: {len(labels)} responses are left ({left}); each half of them, by hash of the prompt, must "
                          "hold right and wrong ones")
-    columns = localise(score_steps(prm, output, sequences), labels, folds)
+    columns = localise(score_sequences(prm, output, sequences), labels, folds)
     part = lambda whole, hit: summary([h for w, h in zip(columns[whole], columns[hit]) if w])
     return {"policy": f"PRM {output}", "metrics": {"errors found": part(0, 1), "right ones passed": part(2, 3),
                                                    "F1": summary(jackknife(first_error_f1, columns))}}, left
@@ -763,7 +763,7 @@ def score_preferences(bench, prm, output, seen, path):
             rows += pair_metrics_rows(name, found, logps["sft"], pairs, bench.config["beta"], bench.seed)
     sides = [[encode_steps(reader.tokenizer, preferences[i].prompt, [text(preferences[i])], "turn", prm.marker) for i in fresh]
              for text in (lambda p: p.chosen, lambda p: p.rejected)]
-    chosen, rejected = (score_steps(prm, output, side) for side in sides)
+    chosen, rejected = (score_sequences(prm, output, side) for side in sides)
     right = summary([float(c > r) for (c,), (r,) in zip(chosen, rejected)])
     return rows + [{"policy": f"PRM {output}", "metrics": {"reward_accuracy": right}}], left
 

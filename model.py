@@ -217,12 +217,12 @@ def rotate(x, cos, sin):
 
 
 def linear(x, W, bias=None):
-    """x W^T + bias, as F.linear, by the fastest public way that torch has for float32 on a CPU. F.linear there leaves cores
-    idle when x has few rows and, on processors of some makers, half of every core always; the same product is
+    """x W^T + bias, as F.linear, by the fastest way known here for float32 on a CPU. With few rows, as in decoding, F.linear
+    keeps one core busy; with many it is half as fast as a convolution on the AMD processor that this was measured on. So
 
-        up to 8 rows        a batch of products with blocks of W: views, no copies, all cores busy. Decoding is nothing else
-        up to 200           a 1 x 1 convolution of W, the image (one pixel per row of W), with the rows of x as filters:
-                            torch has other kernels for convolutions, which use all of a core on every processor
+        up to 8 rows        a batch of products with blocks of W (views, no copies), which keeps all cores busy; as W x^T unless
+                            W is wide and the rows several
+        up to 200           a 1 x 1 convolution of W, the image (one pixel per row of W), with the rows of x as filters
         more, or training   the other way round, x being the image and W the filters
     """
     (N, K), n = W.shape, x.numel() // W.shape[1]

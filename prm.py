@@ -144,7 +144,7 @@ def encode_steps(tokenizer, prompt, steps, boundary, marker=None):
 
 
 @torch.no_grad()
-def score_steps(prm, output, sequences):
+def score_sequences(prm, output, sequences):
     """[(ids, ends)] -> one output's scores at the ends of each sequence: list of lists."""
     found, p = [None] * len(sequences), prm.outputs.index(output)
     for index in batches_by_length([len(ids) for ids, _ in sequences]):

@@ -298,7 +298,8 @@ def log_row(found, names):
 def brief(row, names):
     """A row of the log in one line: means over the objectives."""
     each = [row[n] for n in names if n in row] or [row]
-    shown = {m: sum(r[m] for r in each) / len(each) for m in ("loss", "margin", "accuracy", "chosen", "rejected", "kl") if m in each[0]}
+    wanted = ("loss", "margin", "accuracy", "chosen", "rejected", "kl")
+    shown = {m: sum(r[m] for r in each) / len(each) for m in wanted if m in each[0]}
     return " ".join(f"{m} {v:.3g}" for m, v in (shown | {"gradient": row["gradient_norm"]}).items())
 
 
@@ -333,7 +334,8 @@ def load_checkpoint(run, stage, model, optimizer, key):
             own[rest].copy_(like(tensor, own[rest]))
         else:
             i, what = rest.split(".")
-            saved["state"].setdefault(int(i), {})[what] = tensor.clone() if what == "step" else like(tensor.clone(), parameters[int(i)])
+            state = saved["state"].setdefault(int(i), {})
+            state[what] = tensor.clone() if what == "step" else like(tensor.clone(), parameters[int(i)])
     optimizer.load_state_dict(saved)
     return int(about["step"]), json.loads(about["log"])
 
@@ -520,9 +522,10 @@ def sample_world(run, model, world, split, share, cuts, pairs, labels):
     names = [o for o in run.objectives if o in world.objectives]
     dice, generator = run.dice("samples", domain, split), run.generator("samples", domain, split, *run.own)
     problems = mine(world.problems(split, max(8, int(share * config.n_prompts) // world.turns), dice))
+    # The processes have drawn the same problems; from here on each draws apart.
     dice = run.dice("samples", domain, split, *run.own) if run.own else dice
-    total = len(problems) * world.turns * (config.n_samples + 1)
-    with tqdm(total=total, desc=f"{domain} {split}", unit="sample", disable=None) as bar:
+    n_responses = len(problems) * world.turns * (config.n_samples + 1)
+    with tqdm(total=n_responses, desc=f"{domain} {split}", unit="sample", disable=None) as bar:
         # The contexts to answer: the problems themselves, or every turn of a dialogue played by the SFT policy.
         respond = plain_responder(model, world, 0, config.temperature, generator, progress=bar.update)
         played = converse(world, problems, tokenizer, respond, seed_of(config.seed, "samples", domain, split, "student", *run.own))
@@ -707,9 +710,9 @@ def train_prm(run, name, outputs):
 def measure_prm(run, prm, sources):
     """Held-out quality of every output, printed; sets prm.scale. For the value model: R^2 beside predict-the-mean (0)."""
     found, quality = {o: [] for o in prm.outputs}, {}
-    batches = lambda items, n: ([items[i] for i in index] for index in batches_by_length([n(x) for x in items]))
+    batches = lambda items: ([items[i] for i in index] for index in batches_by_length([len(x) for x in items]))
     for rows in sources[0]:
-        parts = [step_scores(prm, part, run.objectives) for part in batches(rows, lambda r: len(r.ids))]
+        parts = [step_scores(prm, part, run.objectives) for part in batches(rows)]
         scores, targets = (torch.cat(t) for t in zip(*parts))
         for p, name in enumerate(prm.outputs):
             has = ~targets[:, p].isnan()
@@ -722,7 +725,7 @@ def measure_prm(run, prm, sources):
                                  "commoner_label": max(common, 1 - common), "n": len(s)}
             found[name].append(s)
     for pairs in sources[1]:
-        chosen, rejected = (torch.cat(t) for t in zip(*(pair_scores(prm, part) for part in batches(pairs, len))))
+        chosen, rejected = (torch.cat(t) for t in zip(*(pair_scores(prm, part) for part in batches(pairs))))
         quality[pairs[0].objective] = {"pair_accuracy": float((chosen > rejected).float().mean()), "n": len(chosen)}
         found[pairs[0].objective] += [chosen, rejected]
     for p, name in enumerate(prm.outputs):
@@ -938,7 +941,7 @@ def take_over(run, source, swept):
     total(torch.zeros(1))                      # the other processes look for the links only now
 
 
-def part(path, config):
+def inner_run(path, config):
     """A run inside another run's directory, begun if it is not yet there."""
     run = Run(path, config)
     if not os.path.exists(run.file("config.json")):
@@ -954,7 +957,7 @@ def carry_out(run, source=None, swept=None):
     if run.config.seeds > 1:
         for i, path in enumerate(trainings):
             print(f"\n{path}: training {i + 1} of {len(trainings)}")
-            one = part(path, replace(run.config, seed=run.config.seed + i, seeds=1))
+            one = inner_run(path, replace(run.config, seed=run.config.seed + i, seeds=1))
             carry_out(one, source and Run(seed_runs(source.path)[i], one.config), swept)
     else:
         if source:
@@ -1130,7 +1133,7 @@ def main(argv=None):
         if sweep:
             name, configs = check_sweep(sweep, run.config)
             for changed in configs:
-                part(run.file(f"{name}={getattr(changed, name)}"), changed)
+                inner_run(run.file(f"{name}={getattr(changed, name)}"), changed)
         try:
             carry_out(run)
         except KeyboardInterrupt:
