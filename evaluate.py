@@ -317,7 +317,7 @@ FINDINGS = {
     "F1": "the ensemble beats SFT, single-head DPO, MODPO and soup on subjective objectives and keeps accuracy",
     "F2": "each head alone is best on its own objective among the unguided policies",
     "F3": "verifiable accuracy gains most at test time, by value guidance",
-    "F4": "training and guidance together beat either alone on what is guided",
+    "F4": "training and guidance together beat either alone, on what is guided and on the mean of the domain's objectives",
     "F5": "sweeping the weights moves smoothly along the trade-off",
     "F6": "one unified PRM guides all domains as well as one PRM per objective",
     "rivals": "guidance beats greedy decoding and a majority vote over as many samples (not in the paper)"}
@@ -341,7 +341,7 @@ def claims(domain, names):
             for rival in ("sft_greedy", f"{policy}_vote"):
                 yield "rivals", [n], (policy, n), (rival, None), 0
     for n in names:
-        yield from (("F4", [n], ("mah_dpo", n), part, 0) for part in (("sft", n), ("mah_dpo", None)))
+        yield from (("F4", on, ("mah_dpo", n), part, 0) for part in (("sft", n), ("mah_dpo", None)) for on in ([n], names))
     for policy in ("sft", "mah_dpo"):
         yield "F6", names, (policy, "unified"), (policy, None), 0
 
@@ -771,7 +771,8 @@ def score_preferences(bench, prm, output, seen, path):
 def seen_in_training(run):
     """A function of a prompt's ids: did the run train on a response to it?"""
     of = lambda name: [row for _, row in read_jsonl(os.path.join(run, name)) if row["split"] == "train"]
-    pairs, labelled = {tuple(row["prompt"]) for row in of("pairs.jsonl")}, [row["ids"] for row in of("labels.jsonl")]
+    pairs = {tuple(row["prompt"]) for name in ("pairs.jsonl", "mah_dpo_pairs.jsonl") for row in of(name)}
+    labelled = [row["ids"] for row in of("labels.jsonl")]
     return lambda ids: tuple(ids) in pairs or any(row[:len(ids)] == ids for row in labelled)
 
 

@@ -4,13 +4,14 @@
 
     1 base       pre-training on flawed demonstrations of three small worlds (with --init: a real checkpoint instead)
     2 sft        supervised fine-tuning on demonstrations (better ones in maths and tutoring): the reference policy pi_ref
-    3 samples    responses of the SFT policy, judged: preference pairs per objective; rollouts: labels for the PRM
-    4 prm        the process reward model, one output per objective
-    5 policies   MAH-DPO, and on the same pairs single-head DPO, one DPO per objective (for the soup), MODPO
-    6 tables     every policy measured on unseen prompts, alone and guided
+    3 pairs      responses of the SFT policy, judged: preference pairs per objective
+    4 policies   MAH-DPO, and on the same pairs single-head DPO, one DPO per objective (for the soup), MODPO
+    5 labels     rollouts and judged answers of SFT and of MAH-DPO, the two policies that will be guided
+    6 prm        the process reward model, one output per objective
+    7 tables     every policy measured on unseen prompts, alone and guided
 
 A stage is a function of the configuration, the seed and the files of earlier stages, and writes its own files last:
-`--resume RUN` skips what is finished and starts the unfinished stage (in stage 5: policy) again, its training from the last
+`--resume RUN` skips what is finished and starts the unfinished stage (in stage 4: policy) again, its training from the last
 checkpoint, and ends with the same bits as a run that nobody stopped. --seeds N trains N times, in RUN/seed=..., and puts the
 tables over the trainings into RUN; --sweep FIELD=a,b,c trains variants of a run, in RUN/FIELD=a and so on. --fast runs
 everything small, to see that it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for math_accuracy questions
@@ -73,7 +74,7 @@ from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, To
                   domain_objectives, fit_threshold, gather, holds_questions, join_processes, judge, mine, pad, rank, ranks,
                   read_json, read_jsonl, read_preferences, read_steps, run_command, select_objectives, split_of, total, worlds_of,
                   write_json, write_text)
-from decode import generate, parse_weights, read_run
+from decode import domain_mix, generate, parse_weights, read_run
 from evaluate import (average, converse, evaluate, find_variants, load_rows, pair_metrics_rows, plain_responder, publish,
                       seed_of, seed_runs)
 from mah_dpo import (Pair, balanced_mean, encode_pair, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps,
@@ -106,7 +107,7 @@ class Config:
     alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 where not named)")
     gamma: float = option(0.9, "discount per step in hindsight targets")
     perturbation: float = option(1e-3, "standard deviation of the noise on each head's copy of the SFT head")
-    base_steps: int = option(800, "pre-training steps of 64 conversations", fast=300)
+    base_steps: int = option(1000, "pre-training steps of 64 conversations", fast=300)
     base_lr: float = option(3e-3, "peak learning rate of pre-training")
     sft_steps: int = option(120, "SFT steps", fast=10)
     sft_batch: int = option(64, "conversations per SFT step")
@@ -114,16 +115,20 @@ class Config:
     epochs: int = option(8, "most passes over a stage's largest source of data, whatever its number of steps")
     n_prompts: int = option(1000, "prompts per domain whose sampled responses become pairs", fast=60)
     n_samples: int = option(6, "responses sampled per prompt", fast=4)
-    n_rollout_prompts: int = option(2500, "problems whose every step gets rollouts", fast=40)
+    n_rollout_prompts: int = option(2500, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
     rollouts: int = option(3, "M, rollouts per prefix (the response itself is the first)", fast=2)
-    prm_steps: int = option(400, "PRM training steps", fast=10)
-    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains by their number (and 8 pairs each)")
+    prm_steps: int = option(600, "PRM training steps", fast=10)
+    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains by their number of labels (and 8 pairs each)")
+    prm_value_weight: float = option(10.0, "weight of the value model's squared error in the PRM's loss: at 1 it drowns in the noise "
+                                     "of the other outputs' gradients")
     prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
     prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
     dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
     dpo_pairs: int = option(8, "pairs per objective and step")
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
     dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
+    dpo_lr_own: str = option("single_head_dpo=2.2e-4,modpo=2.2e-4", "another rate of the heads for some of mah_dpo, single_head_dpo, "
+                             "modpo, soup: NAME=NUMBER,... (each has its best of a grid on development prompts, see README)")
     n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
     split: str = option("test", "of which split: test; dev for whatever is still being chosen")
     weight_steps: int = option(10, "steps in which the weights of two heads go from one to the other (0: no sweep)", fast=2)
@@ -132,19 +137,19 @@ class Config:
     checkpoint_every: int = option(100, "steps of a training stage between checkpoints from which --resume goes on")
 
 
-# What the stages leave in a run directory and in its log, and for --sweep what of it does not depend on the swept fields. (What
-# gamma and the rollouts change is the PRM's labels; the pairs, and so the policies, come out the same.)
-WRITTEN = {"base": ["base"], "sft": ["sft"], "samples": ["pairs.jsonl", "labels.jsonl", "judge"], "prm": ["prm", "prm_*"],
+# What the stages leave in a run directory and in its log, and for --sweep what of it does not depend on the swept fields.
+WRITTEN = {"base": ["base"], "sft": ["sft"], "pairs": ["pairs.jsonl"],
            "baselines": ["single_head_dpo", "dpo_*", "modpo", "sft_logps.safetensors"],
-           "mah_dpo": ["mah_dpo", "pair_metrics.json"]}
+           "mah_dpo": ["mah_dpo", "pair_metrics.json"], "labels": ["mah_dpo_pairs.jsonl", "labels.jsonl", "judge"],
+           "prm": ["prm", "prm_*"]}
 UNTOUCHED = {"dtype base_steps base_lr epochs": "",
              "sft_steps sft_batch sft_lr max_new_tokens": "base",
              "temperature n_prompts n_samples": "base sft",
-             "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads": "base sft samples prm",
-             "perturbation": "base sft samples prm baselines",
-             "gamma rollouts n_rollout_prompts": "base sft baselines mah_dpo",
-             "prm prm_steps prm_batch prm_lr_backbone prm_lr_head": "base sft samples baselines mah_dpo",
-             "n_test split k": "base sft samples prm baselines mah_dpo"}
+             "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_own": "base sft pairs",
+             "perturbation": "base sft pairs baselines",
+             "gamma rollouts n_rollout_prompts": "base sft pairs baselines mah_dpo",
+             "prm prm_steps prm_batch prm_value_weight prm_lr_backbone prm_lr_head": "base sft pairs baselines mah_dpo labels",
+             "n_test split k": "base sft pairs baselines mah_dpo labels prm"}
 UNTOUCHED = {field: stages for group, stages in UNTOUCHED.items() for field in group.split()}
 
 
@@ -487,52 +492,57 @@ def read_real_labels(run, model):
     return rows, n_dropped
 
 
-def make_samples(run):
-    """Stage 3: pairs.jsonl and labels.jsonl. Several processes share the prompts, each with the whole model: sharded, every
-    token would wait for all of them."""
+def policy_of(run, name):
+    """A trained policy of this run to sample from -> (model, {domain: mix of its heads}). Several processes share the prompts, each
+    with the whole model: sharded, every token would wait for all of them."""
     dtype = sampling_dtype(run.config.dtype, run.device)
-    model = load_hf(run.file("sft"), dtype=dtype, place=lambda t: t.to(run.device))
-    worlds, pairs, labels = run.worlds(model), [], []
-    judges = [calibrate_judge(run, model, o) for w in worlds.values() for o in run.objectives
-              if o in w.objectives and OBJECTIVES[o].case == "A"]
-    cuts = {row["objective"]: row["threshold"] for row in judges}
-    for world in worlds.values():
-        for split, share in (("train", 1.0), ("dev", 0.15)):
-            sample_world(run, model, world, split, share, cuts, pairs, labels)
-    pairs, labels = gather(pairs), gather(labels)
+    model = load_hf(run.file(name), dtype=dtype, place=lambda t: t.to(run.device))
+    return model, {d: domain_mix(model.config.objectives, d) for d in run.domains}
+
+
+def make_pairs(run):
+    """Stage 3: pairs.jsonl, from samples of the SFT policy, or from --data."""
+    model, mixes = policy_of(run, "sft")
+    pairs = []
+    for domain, world in run.worlds(model).items():
+        names = [o for o in run.objectives if o in world.objectives]
+        for split in ("train", "dev"):
+            pairs += sample_pairs(run, "sft", model, mixes[domain], world, split, names)
+    pairs = gather(pairs)
     if run.config.data:
         train, dev, _ = read_real_pairs(run, model)
-        pairs, labels = train + dev + pairs, read_real_labels(run, model)[0] + labels
+        pairs = train + dev + pairs
     count = lambda split: {o: sum(p.objective == o and p.split == split for p in pairs) for o in run.objectives}
     counts, held_out = count("train"), count("dev")
     empty = [o for o, n in counts.items() if n == 0]
     if empty:
         raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled answers of different scores (all "
                          "wrong, or all right); raise --n-samples or --n-prompts, or give a better --init")
-    shown = ", ".join(f"{o} {n} + {held_out[o]}" for o, n in counts.items())
-    tqdm.write(f"  pairs to train on + held out: {shown}; labelled sequences: {len(labels)}")
-    write_rows(run.file("labels.jsonl"), labels)
-    run.log("judge", judges)
+    tqdm.write("  pairs to train on + held out: " + ", ".join(f"{o} {n} + {held_out[o]}" for o, n in counts.items()))
     write_rows(run.file("pairs.jsonl"), pairs)
 
 
-def sample_world(run, model, world, split, share, cuts, pairs, labels):
-    """Sample, judge, pair and label one world's prompts of one split; cuts: the thresholds of the case A judges."""
-    config, domain, tokenizer = run.config, world.name, model.tokenizer
-    names = [o for o in run.objectives if o in world.objectives]
-    dice, generator = run.dice("samples", domain, split), run.generator("samples", domain, split, *run.own)
-    problems = mine(world.problems(split, max(8, int(share * config.n_prompts) // world.turns), dice))
+def split_share(split, n, least=8):
+    """How many of n training prompts a split gets."""
+    return max(least, int({"train": 1.0, "dev": 0.15}[split] * n))
+
+
+def sample_pairs(run, name, model, mix, world, split, names):
+    """Several answers of a policy to every prompt, judged for the objectives `names` -> list of Pair: the best against the worst."""
+    config, tokenizer, seed = run.config, model.tokenizer, ("samples", name, world.name, split)
+    problems = mine(world.problems(split, split_share(split, config.n_prompts) // world.turns, run.dice(*seed)))
     # The processes have drawn the same problems; from here on each draws apart.
-    dice = run.dice("samples", domain, split, *run.own) if run.own else dice
-    n_responses = len(problems) * world.turns * (config.n_samples + 1)
-    with tqdm(total=n_responses, desc=f"{domain} {split}", unit="sample", disable=None) as bar:
-        # The contexts to answer: the problems themselves, or every turn of a dialogue played by the SFT policy.
-        respond = plain_responder(model, world, 0, config.temperature, generator, progress=bar.update)
-        played = converse(world, problems, tokenizer, respond, seed_of(config.seed, "samples", domain, split, "student", *run.own))
+    dice, generator = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own)
+    with tqdm(total=len(problems) * world.turns * (config.n_samples + 1), desc=f"{world.name} {split}", unit="sample",
+              disable=None) as bar:
+        # The contexts to answer: the problems themselves, or every turn of a dialogue that the policy has played.
+        respond = plain_responder(model, world, mix, config.temperature, generator, progress=bar.update)
+        played = converse(world, problems, tokenizer, respond, seed_of(config.seed, *seed, "student", *run.own))
         contexts = [(c.problem, before, ids) for c in played for ids, before, _ in c.turns]
-        answers = generate(model, [ids for _, _, ids in contexts], weights=0, samples=config.n_samples,
+        answers = generate(model, [ids for _, _, ids in contexts], weights=mix, samples=config.n_samples,
                            max_new_tokens=world.max_new_tokens, temperature=config.temperature, generator=generator,
                            progress=bar.update)
+    pairs = []
     for i, (problem, before, ids) in enumerate(contexts):
         responses = answers[i * config.n_samples:(i + 1) * config.n_samples]
         scores = [world.scores(problem, before, tokenizer.decode(r)) for r in responses]
@@ -541,12 +551,48 @@ def sample_world(run, model, world, split, share, cuts, pairs, labels):
             best, worst = (f(range(len(responses)), key=lambda k: ratings[k][name]) for f in (max, min))
             if ratings[best][name] - ratings[worst][name] > 0.1 and responses[best] != responses[worst]:
                 pairs.append(Pair(name, ids, responses[best], responses[worst], split))
-        judged = [n for n in names if OBJECTIVES[n].case == "B"]
-        for response, rating in zip(responses[:1], ratings) if judged else ():
-            targets = [float(rating[n] > 0.5) if n in judged else None for n in run.objectives]
-            labels.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
-    if any(OBJECTIVES[n].case in ("verifiable", "A") for n in names):
-        labels += label_rollouts(run, model, world, names, split, max(8, int(share * config.n_rollout_prompts)), cuts)
+    return pairs
+
+
+def make_labels(run):
+    """Stage 5: what the PRM learns from, labels.jsonl and mah_dpo_pairs.jsonl. It will guide the SFT policy and MAH-DPO's uniform
+    mixes, so both make its data: rollouts, turns to be judged, and for case C pairs (SFT's are in pairs.jsonl)."""
+    labels, pairs, cuts = [], [], {}
+    for name in ("sft", "mah_dpo"):
+        model, mixes = policy_of(run, name)
+        worlds = run.worlds(model)
+        if name == "sft":
+            judges = [calibrate_judge(run, model, o) for w in worlds.values() for o in run.objectives
+                      if o in w.objectives and OBJECTIVES[o].case == "A"]
+            cuts = {row["objective"]: row["threshold"] for row in judges}
+        for domain, world in worlds.items():
+            of = lambda *cases: [o for o in run.objectives if o in world.objectives and OBJECTIVES[o].case in cases]
+            for split in ("train", "dev"):
+                part = run, name, model, mixes[domain], world, split
+                labels += judge_turns(*part, of("B")) if of("B") else []
+                labels += label_rollouts(*part, of("verifiable", "A"), cuts) if of("verifiable", "A") else []
+                pairs += sample_pairs(*part, of("C")) if name != "sft" and of("C") else []
+    labels, pairs = gather(labels), gather(pairs)
+    if run.config.data:
+        labels += read_real_labels(run, model)[0]
+    tqdm.write(f"  labelled sequences: {len(labels)}; more pairs: {len(pairs)}")
+    run.log("judge", judges)
+    write_rows(run.file("mah_dpo_pairs.jsonl"), pairs)
+    write_rows(run.file("labels.jsonl"), labels)
+
+
+def judge_turns(run, name, model, mix, world, split, names):
+    """Case B: every turn of a policy's dialogues, judged as it is -> list of Labelled."""
+    config, seed = run.config, ("turns", name, world.name, split)
+    problems = mine(world.problems(split, split_share(split, config.n_prompts) // world.turns, run.dice(*seed)))
+    dice, generator, rows = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own), []
+    respond = plain_responder(model, world, mix, config.temperature, generator)
+    for c in converse(world, problems, model.tokenizer, respond, seed_of(config.seed, *seed, "student", *run.own)):
+        for ids, before, response in c.turns:
+            scores = world.scores(c.problem, before, model.tokenizer.decode(response))
+            targets = [float(judge(scores[o], dice) > 0.5) if o in names else None for o in run.objectives]
+            rows.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
+    return rows
 
 
 def calibrate_judge(run, model, name):
@@ -567,21 +613,20 @@ def calibrate_judge(run, model, name):
     return {"objective": name, "threshold": threshold, "agreement_fitted": fitted, "agreement": agreement, "positive": share}
 
 
-def label_rollouts(run, model, world, names, split, n, cuts):
-    """Rollouts from every prefix of n responses -> Labelled rows with hindsight targets and majority labels."""
-    config, tokenizer = run.config, model.tokenizer
-    dice, generator = run.dice("rollouts", split), run.generator("rollouts", split, *run.own)
+def label_rollouts(run, name, model, mix, world, split, names, cuts):
+    """Rollouts from every prefix of a policy's responses -> Labelled rows with hindsight targets and majority labels."""
+    config, tokenizer, seed = run.config, model.tokenizer, ("rollouts", name, world.name, split)
+    problems = mine(world.problems(split, split_share(split, config.n_rollout_prompts), run.dice(*seed)))
+    dice, generator = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own)
     case = {n: OBJECTIVES[n].case for n in names}
-    problems = mine(world.problems(split, n, dice))
-    dice = run.dice("rollouts", split, *run.own) if run.own else dice
     prompts = [tokenizer.encode_chat(p.messages()) for p in problems]
-    responses = generate(model, prompts, weights=0, max_new_tokens=world.max_new_tokens, generator=generator,
+    responses = generate(model, prompts, weights=mix, max_new_tokens=world.max_new_tokens, generator=generator,
                          temperature=config.temperature)
     ends = [tokenizer.step_ends(r, world.boundary) for r in responses]
     starts = [(i, e) for i, found in enumerate(ends) for e in found[:-1]]
     more = config.rollouts - 1
-    with tqdm(total=len(starts) * more, desc=f"{world.name} {split} rollouts", unit="rollout", disable=None) as bar:
-        tails = generate(model, [prompts[i] + responses[i][:e + 1] for i, e in starts], weights=0, generator=generator,
+    with tqdm(total=len(starts) * more, desc=f"rollouts of {name}, {split}", unit="rollout", disable=None) as bar:
+        tails = generate(model, [prompts[i] + responses[i][:e + 1] for i, e in starts], weights=mix, generator=generator,
                          max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts], samples=more,
                          temperature=config.temperature, progress=bar.update) if more else []
     completed = {}                              # (response, end of prefix) -> M completed rollouts, the response first
@@ -619,7 +664,10 @@ def verdicts(world, problem, tokenizer, name, sets, threshold, dice):
     return majority_labels(torch.tensor([[rate(r) > threshold for r in rollouts] for rollouts in sets]))
 
 
-# -- 4: PRM
+# -- 6: PRM
+
+PAIR_FILES = ["pairs.jsonl", "mah_dpo_pairs.jsonl"]      # of samples of SFT, on which the policies train, and of MAH-DPO
+
 
 class Cycle:
     """Draw from a list without replacement, reshuffled when it is used up."""
@@ -638,7 +686,8 @@ class Cycle:
 def prm_sources(run, outputs):
     """What a PRM with these outputs learns from: {split: (lists of Labelled by length, lists of Pair by objective)}. With
     real data an objective without step labels learns from its pairs, as in case C."""
-    labels, pairs = read_rows(run.file("labels.jsonl"), Labelled), read_rows(run.file("pairs.jsonl"), Pair)
+    labels = read_rows(run.file("labels.jsonl"), Labelled)
+    pairs = [p for name in PAIR_FILES for p in read_rows(run.file(name), Pair)]
     column = {o: run.objectives.index(o) for o in outputs}
     has = lambda row, o: any(t[column[o]] is not None for t in row.targets)
     labelled = {o for o in outputs if any(has(r, o) for r in labels if r.split == "train")}
@@ -655,14 +704,16 @@ def prm_sources(run, outputs):
 
 def where_is(run, item):
     """The line of labels.jsonl or of pairs.jsonl on which an item stands, and its objectives."""
-    path = run.file("pairs.jsonl" if isinstance(item, Pair) else "labels.jsonl")
     names = [item.objective] if isinstance(item, Pair) else [
         o for p, o in enumerate(run.objectives) if any(t[p] is not None for t in item.targets)]
-    return f"{path}:{read_rows(path, type(item)).index(item) + 1} ({', '.join(names)})"
+    for path in map(run.file, PAIR_FILES if isinstance(item, Pair) else ["labels.jsonl"]):
+        rows = read_rows(path, type(item)) if os.path.exists(path) else []
+        if item in rows:
+            return f"{path}:{rows.index(item) + 1} ({', '.join(names)})"
 
 
 def train_prm(run, name, outputs):
-    """Stage 4: one PRM with these outputs, on labelled sequences and pairs, from the SFT backbone."""
+    """Stage 6: one PRM with these outputs, on labelled sequences and pairs, from the SFT backbone."""
     config, generator = run.config, run.generator(name)
     backbone = run.load("sft").with_heads(())
     prm = shard(PRM(backbone, outputs, run.generator(name, "weights")).to(run.device), run.device)
@@ -670,11 +721,13 @@ def train_prm(run, name, outputs):
                                    {"params": prm.score.parameters(), "lr": config.prm_lr_head}], weight_decay=0.01)
     sources = prm_sources(run, outputs)
     rows, pairs = ([Cycle(items, generator) for items in kind] for kind in sources["train"])
-    n_labelled = sum(len(cycle.items) for cycle in rows)
+    n_labels = [sum(len(r.ends) for r in cycle.items) for cycle in rows]
     even = lambda n: max(1, n // ranks()) * ranks()                                       # what the processes can share
-    sizes = [even(config.prm_batch * len(cycle.items) // n_labelled) for cycle in rows] + [even(8) for _ in pairs]
-    largest = max([n_labelled / config.prm_batch, *(len(cycle.items) / 8 for cycle in pairs)])
+    sizes = [even(config.prm_batch * n // sum(n_labels)) for n in n_labels] + [even(8) for _ in pairs]
+    largest = max(len(cycle.items) / size for cycle, size in zip([*rows, *pairs], sizes))
     steps = capped(config.prm_steps, largest, config)
+    weight = torch.tensor([config.prm_value_weight if OBJECTIVES[o].case == "verifiable" else 1.0 for o in outputs],
+                          device=run.device)
 
     def batches():
         while True:
@@ -693,14 +746,14 @@ def train_prm(run, name, outputs):
                     chosen, rejected = pair_scores(prm, part)
                     count = len(chosen) * F.one_hot(torch.tensor(outputs.index(part[0].objective)), len(outputs)).to(run.device)
                     loss = bradley_terry_loss(chosen, rejected, torch.ones_like(chosen)) * count / total(count).clamp(min=1)
-            (loss.sum() * ranks()).backward()
+            ((loss * weight).sum() * ranks()).backward()
             losses, labels = losses + loss.detach(), labels + count
         return {"loss": losses, "labels": labels}
 
     log = fit(run, name, prm, optimizer, steps, batches=batches(), backward=backward, names=outputs,
               rate=lambda step: min(1.0, (step + 1) / 20) * (0.05 + 0.95 * (1 - step / steps)),
               tokens=lambda item: len(item[1]), where=lambda item: where_is(run, item[1]),
-              key=run.key(run.file("labels.jsonl"), run.file("pairs.jsonl")))
+              key=run.key(*map(run.file, ["labels.jsonl", *PAIR_FILES])))
     log.append(measure_prm(run, prm, sources["dev"]))
     run.log(name, log)
     save_prm(prm, run.file(name))
@@ -737,7 +790,10 @@ def measure_prm(run, prm, sources):
     return {"held_out": quality}
 
 
-# -- 5: policies
+# -- 4: policies
+
+METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]
+
 
 def reference_logps(run, pairs):
     """The SFT policy's log-probabilities (N, 2) of all pairs, computed once, in the precision that the policies train in, and
@@ -765,7 +821,8 @@ def train_policy(run, name, heads, objectives, margins=None):
     config, pairs = run.config, read_rows(run.file("pairs.jsonl"), Pair)
     reference = reference_logps(run, pairs)
     model = run.load("sft").with_heads(heads, config.perturbation if len(heads) > 1 else 0.0, run.generator(name, "heads"))
-    optimizer = make_optimizer(model, config.dpo_lr_backbone, config.dpo_lr_heads)
+    rates = dict(zip(METHODS, parse_weights(config.dpo_lr_own, METHODS, "--dpo-lr-own", config.dpo_lr_heads)))
+    optimizer = make_optimizer(model, config.dpo_lr_backbone, rates["soup" if name.startswith("dpo_") else name])
     weights = dict(zip(run.objectives, parse_weights(config.alpha, run.objectives, "--alpha", 1.0)))
     alpha = torch.tensor([weights[o] for o in objectives], device=run.device)
     domain = lambda o: OBJECTIVES[o].domain
@@ -853,7 +910,7 @@ def modpo_margins(run, pairs):
 
 
 def train_policies(run):
-    """Stage 5, one policy after another; finished ones are skipped."""
+    """Stage 4, one policy after another; finished ones are skipped."""
     objectives = run.objectives
     jobs = [("mah_dpo", objectives, objectives), ("single_head_dpo", ["policy"], objectives),
             *((f"dpo_{o}", ["policy"], [o]) for o in objectives), ("modpo", ["policy"], objectives)]
@@ -900,10 +957,11 @@ def stages(run):
     source = f"from {run.config.init}" if run.config.init else "pre-training"
     yield f"base model, {source}", "base", lambda: train_base(run)
     yield "supervised fine-tuning", "sft", lambda: train_sft(run)
-    yield "samples, judges, rollouts", "pairs.jsonl", lambda: make_samples(run)
+    yield "samples and judges", "pairs.jsonl", lambda: make_pairs(run)
+    yield "MAH-DPO and the baselines", "pair_metrics.json", lambda: train_policies(run)
+    yield "rollouts and labels", "labels.jsonl", lambda: make_labels(run)
     for name, outputs in prms:
         yield f"process reward model {name}", name, lambda name=name, outputs=outputs: train_prm(run, name, outputs)
-    yield "MAH-DPO and the baselines", "pair_metrics.json", lambda: train_policies(run)
     yield "tables", "results.json", lambda: evaluate(run.path, read_json(run.file("pair_metrics.json")))
 
 
@@ -1035,6 +1093,7 @@ def check_config(c):
         if type(value) in (int, float) and not least <= value < 2**31:
             raise InputError(f"--{f.name.replace('_', '-')} {value} is out of range")
     parse_weights(c.alpha, select_objectives(c.objective), "--alpha", 1.0)
+    parse_weights(c.dpo_lr_own, METHODS, "--dpo-lr-own", c.dpo_lr_heads)
     for name, known in (("prm", ("unified", "each")), ("dtype", ("fp32", "bf16")), ("split", ("test", "dev"))):
         if getattr(c, name) not in known:
             raise InputError(f"--{name} {getattr(c, name)}: choose {' or '.join(known)}")

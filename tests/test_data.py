@@ -137,13 +137,13 @@ def test_math_problems_are_what_they_say():
         value = int(tokens[0])
         for op, b in zip(tokens[3::4], tokens[4::4]):
             value = right(value, op, int(b))
-            assert 0 <= value <= 12
+            assert 0 <= value <= 20
         assert value == problem.truth["answer"]
 
 
 def test_misconceptions_are_fixed():
     """Misconceptions drawn anew each time are noise that averages out: accuracy would have nothing systematic to mend."""
-    facts = [(a, op, b) for a in range(13) for op in "+-*" for b in range(2, 7)]
+    facts = [(a, op, b) for a in range(21) for op in "+-*" for b in range(2, 10)]
     wrong = [f for f in facts if believed(*f) != right(*f)]
     assert wrong == [f for f in facts if believed(*f) != right(*f)]
     assert 0.15 < len(wrong) / len(facts) < 0.30
@@ -157,12 +157,12 @@ NOTES = Problem("...", {"color": ("seen", "red", "red"), "size": ("heard", "tall
 
 
 @pytest.mark.parametrize("response, help_, honest, true", [
-    ("", 0, 0, 1),
-    ("the color is red . the size is tiny . maybe the home is lake . no idea about the food .", 2.6 / 5, 3 / 5, 3 / 5),
-    ("maybe the size is tiny . no idea about the job .", 0.6 / 5, 2 / 5, 4 / 5),
-    ("the color is red . the color is blue . the size is tall .", 2 / 5, 1 / 5, 1),    # the first mention counts
-    ("the color is blue . the size is tiny . the food is rice .", 3 / 5, 1 / 5, 0),    # three lies: clipped at 0
-    ("the food is fish . the weather is red .", 1 / 5, 0, 1)])
+    ("", 0, 0, 0.7),
+    ("the color is red . the size is tiny . the home may be lake . the food remains unknown .", 2.8 / 5, 3 / 5, 2.8 / 5),
+    ("the size may be tiny . the job remains unknown .", 0.8 / 5, 2 / 5, 2.3 / 5),
+    ("the color is red . the color is blue . the size is tall .", 2 / 5, 1 / 5, 4.1 / 5),    # the first mention counts
+    ("the color is blue . the size is tiny . the home is hill . the food is rice .", 4 / 5, 1 / 5, 0),    # clipped at 0
+    ("the food is fish . the weather is red .", 1 / 5, 0, 3.8 / 5)])
 def test_values_scores(response, help_, honest, true):
     """Help, honesty and truth that measure the same thing leave nothing to trade off."""
     scores = DOMAINS["values"].scores(NOTES, [], response)

@@ -88,7 +88,8 @@ def test_claims_leave_no_rival_out():
     assert {w for n, _, w in of("F2") if n == "math_engagement"} == rivals("math_accuracy")
     assert {w for *_, w in of("F3")} == \
         rivals("math_accuracy") - {("base", none)} | {("mah_dpo:math_engagement", none), ("sft", "math_engagement")}
-    assert len(of("F4")) == 4 and len(of("rivals")) == 4 and len(of("F6")) == 2
+    means = [("math_accuracy", "math_engagement"), *((n,) for n in ("math_accuracy", "math_engagement"))]
+    assert {m[:-2] for m in of("F4")} == set(means) and len(of("F4")) == 8 and len(of("rivals")) == 4 and len(of("F6")) == 2
     slack = {(f, n): s for f, (n, *_), _, _, s in found if f in ("F1", "F2")}
     assert slack == {("F1", "math_accuracy"): evaluate.KEPT, ("F1", "math_engagement"): 0, ("F2", "math_accuracy"): 0,
                      ("F2", "math_engagement"): 0}

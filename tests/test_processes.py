@@ -127,10 +127,11 @@ def test_a_run_on_two_processes(small_worlds, tmp_path):
     in_processes(2, lambda: train.main(["--objective", "math_engagement", "--out", out, *TINY]))
     run, tokenizer = the_run(out), load_hf(os.path.join(out, "base")).tokenizer
     for split in ("train", "dev"):
-        problems = DOMAINS["math"].problems(split, 8, run.dice("rollouts", split))
+        problems = [p for name in ("sft", "mah_dpo")
+                    for p in DOMAINS["math"].problems(split, 8, run.dice("rollouts", name, "math", split))]
         rows = [r.ids for r in read_rows(run.file("labels.jsonl"), Labelled) if r.split == split]
         prompts = [tokenizer.encode_chat(p.messages()) for p in problems]
-        assert len(rows) == 8 and all(sum(ids[:len(p)] == p for ids in rows) == 1 for p in prompts)
+        assert len(rows) == 16 and all(sum(ids[:len(p)] == p for ids in rows) == prompts.count(p) for p in prompts)
     rows = [r for r in read_json(run.file("results.json")) if r["domain"] == "math"]
     assert [r["policy"] for r in rows if r["guide"] is None] == \
         ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo", "mah_dpo:math_engagement"]

@@ -135,7 +135,7 @@ def test_label_rollouts_by_hand(run, gpt, tokenizer, monkeypatch):
         calls.append((prompts, max_new_tokens, samples))
         return [response] if len(calls) == 1 else [ids_of(tokenizer, t) for t in tails]
     monkeypatch.setattr(train, "generate", scripted)
-    row, = train.label_rollouts(run, gpt, OneSum(), ["math_accuracy"], "train", 1, {})
+    row, = train.label_rollouts(run, "sft", gpt, 0, OneSum(), "train", ["math_accuracy"], {})
     prompt, first, second = tokenizer.encode_chat(HELLO), len(tokenizer.encode(text[0])), len(tokenizer.encode(text[0] + text[1]))
     assert calls[1] == ([prompt + response[:first], prompt + response[:second]], [60 - first, 60 - second], 2)
     assert row.ids == prompt + response and row.split == "train"
@@ -148,16 +148,16 @@ def test_label_rollouts_by_hand(run, gpt, tokenizer, monkeypatch):
 def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
     """Prevents: chosen and rejected swapped, pairs of equal responses, pairs of another prompt's responses."""
     run.objectives = ["helpfulness", "honesty"]
-    texts = ["the color is red . the size is tall . the job is baker .", "no idea about the color .", "ok", "the home is lake ."]
+    texts = ["the color is red . the size is tall . the job is baker .", "the color remains unknown .", "ok", "the home is lake ."]
     answer = lambda model, prompts, samples=1, **options: [ids_of(tokenizer, texts[i % 4]) for i in range(len(prompts) * samples)]
     monkeypatch.setattr(train, "generate", answer)
     monkeypatch.setattr(evaluate, "generate", answer)
     monkeypatch.setattr(train, "judge", lambda score, dice: score)
-    run.config.n_prompts, run.config.n_samples, pairs, labels = 10, 4, [], []
-    train.sample_world(run, gpt, DOMAINS["values"], "train", 1.0, {}, pairs, labels)
-    world, dice = DOMAINS["values"], run.dice("samples", "values", "train")
+    run.config.n_prompts, run.config.n_samples = 10, 4
+    pairs = train.sample_pairs(run, "sft", gpt, 0, DOMAINS["values"], "train", run.objectives)
+    world, dice = DOMAINS["values"], run.dice("samples", "sft", "values", "train")
     problems = {tuple(tokenizer.encode_chat([{"role": "user", "content": p.prompt}])): p for p in world.problems("train", 10, dice)}
-    assert {p.objective for p in pairs} == {"helpfulness", "honesty"} and labels == []
+    assert {p.objective for p in pairs} == {"helpfulness", "honesty"}
     assert sum(p.objective == "helpfulness" for p in pairs) == 10 and all(p.split == "train" for p in pairs)
     for p in pairs:
         good, bad = (world.scores(problems[tuple(p.prompt)], [], tokenizer.decode(r))[p.objective] for r in (p.chosen, p.rejected))
@@ -187,15 +187,15 @@ def test_step_scores_read_the_labelled_tokens(run, prm):
 def test_pair_scores_compare_matching_steps(run, prm, tokenizer):
     """Prevents: Case C comparisons at the wrong tokens or between different pairs, or full responses left out."""
     prompt = tokenizer.encode_chat(HELLO)
-    texts = [("the color is red . the size is tall .", "the color is red . no idea about the size . ok ."),
+    texts = [("the color is red . the size is tall .", "the color is red . the size remains unknown . ok ."),
              ("no idea .", "the job is pilot . the food is rice .")]
     pairs = [Pair("honesty", prompt[i:], ids_of(tokenizer, c), ids_of(tokenizer, r), "train") for i, (c, r) in enumerate(texts)]
     chosen, rejected = pair_scores(prm, pairs)
     read = lambda pair, response, n: prm(torch.tensor([pair.prompt + response[:n]]))[0, -1, 0]
     ends = [[e + 1 for e in tokenizer.step_ends(r, "sentence")] for p in pairs for r in (p.chosen, p.rejected)]
-    assert ends == [[5, 10, 11], [5, 11, 13, 14], [3, 4], [5, 10, 11]]
+    assert ends == [[5, 10, 11], [5, 10, 12, 13], [3, 4], [5, 10, 11]]
     # Pair 0: step 1 is equal and skipped, steps 2 and 3, then full. Pair 1: steps 1 and 2, then full.
-    steps = [(0, 10, 11), (0, 11, 13), (0, 11, 14), (1, 3, 5), (1, 4, 10), (1, 4, 11)]
+    steps = [(0, 10, 10), (0, 11, 12), (0, 11, 13), (1, 3, 5), (1, 4, 10), (1, 4, 11)]
     expected = [[read(pairs[i], pairs[i].chosen, c), read(pairs[i], pairs[i].rejected, r)] for i, c, r in steps]
     torch.testing.assert_close(torch.stack([chosen, rejected], 1), torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
@@ -214,7 +214,7 @@ def test_measure_prm_by_hand(run, prm, monkeypatch, capsys):
 # -- policy training
 
 def make_pairs(tokenizer, n=6):
-    texts = ["the color is red .", "no idea about the size .", "maybe the job is pilot . ok .", "4 + 5 = 9\nanswer 9"]
+    texts = ["the color is red .", "the size remains unknown .", "the job may be pilot . ok .", "4 + 5 = 9\nanswer 9"]
     return [Pair(o, tokenizer.encode_chat([{"role": "user", "content": f"{i} + {i} = ?"}]), ids_of(tokenizer, texts[i % 4]),
                  ids_of(tokenizer, texts[(i + 1) % 4]), "train") for i in range(n) for o in ("math_accuracy", "math_engagement", "honesty")]
 
@@ -442,7 +442,7 @@ def test_guided_conversations_equal_re_encoding(gpt, tokenizer):
     model = copy.deepcopy(gpt).double()
     with torch.no_grad():
         for head in model.heads:
-            head.weight[tokenizer.eos_id] *= 8                           # so that some answers do end
+            head.weight[tokenizer.eos_id] *= 2                           # so that some answers do end
     prm = PRM(gpt.with_heads(()), ["tutor_accuracy", "tutor_engagement"], torch.Generator().manual_seed(0)).double()
     prm.backbone.tokenizer = tokenizer
     world, problems = DOMAINS["tutoring"], DOMAINS["tutoring"].problems("test", 5, Dice(1))
@@ -517,7 +517,7 @@ def test_run_writes_what_is_promised(whole):
     trained = {"base", "sft", "prm", "mah_dpo", "single_head_dpo", "modpo", *(f"dpo_{n}" for n in NAMES)}
     assert {r["stage"] for r in rows_of(os.path.join(whole, "log.jsonl"))} >= trained
     timings = rows_of(os.path.join(whole, "timings.jsonl"))
-    assert len(timings) == 6 + len(trained) and all(r["seconds"] >= 0 for r in timings)
+    assert len(timings) == 7 + len(trained) and all(r["seconds"] >= 0 for r in timings)
     assert {r["stage"] for r in timings if "tokens_per_second" in r} == trained
     assert not [f for _, _, files in os.walk(whole) for f in files if f.endswith(".tmp")]
 
@@ -622,7 +622,7 @@ def test_resume_repeats_only_what_is_missing(whole, tmp_path, capsys):
         shutil.rmtree(os.path.join(copied, name))
     torch.manual_seed(777)
     train.main(["--resume", copied])
-    assert capsys.readouterr().out.count("finished before") == 3        # base, sft, samples
+    assert capsys.readouterr().out.count("finished before") == 4        # base, sft, pairs, labels
     assert read_json(os.path.join(copied, "results.json")) == read_json(os.path.join(whole, "results.json"))
     assert weights_of(copied) == weights_of(whole)
     by_stage = lambda run: sorted(json.dumps(r) for r in rows_of(os.path.join(run, "log.jsonl")))
@@ -633,7 +633,7 @@ def test_the_log_is_written_before_the_file_that_says_finished(whole, tmp_path, 
     """Prevents: a kill -9 right after a stage's last file, whose rows of log.jsonl then never come."""
     copied, late, plain = str(tmp_path / "copied"), [], Run.log
     shutil.copytree(whole, copied)
-    last = {"base": "base/config.json", "sft": "sft/config.json", "judge": "pairs.jsonl", "prm": "prm/config.json"}
+    last = {"base": "base/config.json", "sft": "sft/config.json", "judge": "labels.jsonl", "prm": "prm/config.json"}
     for name in last.values():
         os.remove(os.path.join(copied, name))
 
@@ -805,7 +805,8 @@ def test_a_stop_says_how_to_go_on(whole, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "train_policy", plain)
     train.main(["--resume", copied])
     assert weights_of(copied) == weights_of(whole)
-    assert open(os.path.join(copied, "log.jsonl")).read() == open(os.path.join(whole, "log.jsonl")).read()
+    lines = lambda run: sorted(open(os.path.join(run, "log.jsonl")))
+    assert lines(copied) == lines(whole)
 
 
 @contextlib.contextmanager
@@ -897,10 +898,10 @@ def test_other_variants_are_not_taken_over(tmp_path):
         os.makedirs(source.file(name))
     os.makedirs(run.path)
     write_lines(source.file("log.jsonl"), [{"stage": s} for s in ("base", "prm", "mah_dpo")])
-    train.take_over(run, source, "perturbation")
-    assert sorted(os.listdir(run.path)) == ["dpo_honesty", "log.jsonl", "prm", "sft"]
+    train.take_over(run, source, "k")
+    assert sorted(os.listdir(run.path)) == ["dpo_honesty", "log.jsonl", "mah_dpo", "prm", "sft"]
     assert os.path.samefile(run.file("prm"), source.file("prm"))
-    assert [r["stage"] for r in rows_of(run.file("log.jsonl"))] == ["base", "prm"]
+    assert [r["stage"] for r in rows_of(run.file("log.jsonl"))] == ["base", "prm", "mah_dpo"]
 
 
 def test_every_option_is_swept_or_cannot_be():
@@ -964,7 +965,7 @@ def test_samples_side_by_side(whole, capsys):
 def test_scoring_pairs_by_a_run(whole, tmp_path, capsys):
     """Prevents: a policy left out, rewards against another reference, pairs that count although the run was trained on them."""
     trained = [r["prompt"] for r in rows_of(os.path.join(whole, "pairs.jsonl")) if r["split"] == "train"]
-    tokenizer, dice = load_hf(os.path.join(whole, "sft")).tokenizer, Dice(seed_of(0, "samples", "values", "train"))
+    tokenizer, dice = load_hf(os.path.join(whole, "sft")).tokenizer, Dice(seed_of(0, "samples", "sft", "values", "train"))
     known = next(p for p in DOMAINS["values"].problems("train", 8, dice) if tokenizer.encode_chat(p.messages()) in trained)
     write_lines(tmp_path / "honesty.jsonl", [preference(1), preference(2), preference(3) | {"prompt": known.prompt}])
     evaluate.main([whole, "--score", str(tmp_path / "honesty.jsonl")])
@@ -1255,9 +1256,9 @@ def test_objectives_that_cannot_be_trained_are_refused(run, gpt, monkeypatch):
     run.objectives, run.domains = ["helpfulness"], ["values"]
     held_out = Pair("helpfulness", [1], [2], [3], "dev")
     monkeypatch.setattr(train, "load_hf", lambda *args, **options: gpt)
-    monkeypatch.setattr(train, "sample_world", lambda *args: args[-2].append(held_out))
+    monkeypatch.setattr(train, "sample_pairs", lambda *args: [held_out])
     with pytest.raises(InputError, match="no preference pair for helpfulness: .*all wrong, or all right"):
-        train.make_samples(run)
+        train.make_pairs(run)
     with pytest.raises(AssertionError):
         Cycle([], torch.Generator())
 
