@@ -242,9 +242,9 @@ class Report:
                 pupil.stop()             # tests come in the order of the exercises
 
 
-def grade(directory, limit, seed):
-    """-> (exercises, {number: points}, {number: what to say})"""
-    exercises, pupils, said = read_exercises(), {}, {}
+def grade(exercises, directory, limit, seed):
+    """-> ({number: points}, {number: what to say})"""
+    pupils, said = {}, {}
     files = [*FILES, *(os.path.join("tests", n) for n in ("grade.py", "make_assignment.py", "test_exercises.py"))]
     own = {file: read(HOME, file) for file in files}
     for e in exercises:
@@ -271,12 +271,19 @@ def grade(directory, limit, seed):
         right = 0 < report.tests.get(e.number, 0) == report.passed.get(e.number, 0)
         points[e.number] = e.points if right else 0
         said.setdefault(e.number, report.messages.get(e.number, "" if right else "its tests did not run"))
-    return exercises, points, said
+    return points, said
 
 
 def proxy(pupil, name):
     """What stands for an exercise's function while its tests run."""
     return lambda *args, **kwargs: pupil.call(name, args, kwargs)
+
+
+def write_results(path, exercises, points, said, seed):
+    """The results as Gradescope reads them."""
+    write_json(path, {"score": sum(points.values()), "extra_data": {"seed": seed}, "tests": [
+        {"name": e.title, "number": str(e.number), "score": points[e.number], "max_score": e.points, "output": said[e.number],
+         "status": "passed" if points[e.number] else "failed"} for e in exercises]})
 
 
 def main(argv=None):
@@ -292,15 +299,16 @@ def main(argv=None):
     if args.directory is None or not os.path.isdir(args.directory):
         raise InputError(f"{args.directory}: no such directory; give that of a submission")
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    exercises, points, said = grade(args.directory, args.limit, seed)
+    exercises = read_exercises()          # a submission that kills the grader is left with these results
+    write_results(args.out, exercises, {e.number: 0 for e in exercises},
+                  {e.number: "the grader was ended while it ran this submission" for e in exercises}, seed)
+    points, said = grade(exercises, args.directory, args.limit, seed)
     for e in exercises:
         line = f"{points[e.number]:2d} / {e.points}   exercise {e.number:2d}: {e.title}"
         print(line + ("\n" + "\n".join(f"         {text}" for text in said[e.number].splitlines()) if said[e.number] else ""))
     total = sum(points.values())
     print(f"{total:2d} / {sum(e.points for e in exercises)}   (seed {seed})")
-    write_json(args.out, {"score": total, "extra_data": {"seed": seed}, "tests": [
-        {"name": e.title, "number": str(e.number), "score": points[e.number], "max_score": e.points, "output": said[e.number],
-         "status": "passed" if points[e.number] else "failed"} for e in exercises]})
+    write_results(args.out, exercises, points, said, seed)
 
 
 if __name__ == "__main__":

@@ -179,6 +179,17 @@ def test_a_submission_costs_its_own_exercise_only(tmp_path):
     assert set(results["tests"][0]) == {"name", "number", "score", "max_score", "output", "status"}
 
 
+def test_a_submission_that_kills_the_grader_has_no_points(tmp_path):
+    """A submission without results, which a course's platform takes for a fault of the grader."""
+    directory = submission(tmp_path / "s", {1: "import os\nos.kill(os.getppid(), 9)"})
+    out = str(tmp_path / "results.json")
+    run("-m", "tests.grade", directory, "--out", out)
+    with open(out) as f:
+        results = json.load(f)
+    assert results["score"] == 0 and len(results["tests"]) == len(EXERCISES)
+    assert all("was ended" in t["output"] and t["score"] == 0 for t in results["tests"])
+
+
 def test_a_submission_that_hangs_is_stopped():
     """A grader that waits for ever."""
     e, files = EXERCISES[1], ["data.py", *(os.path.join("tests", n) for n in ("grade.py", "make_assignment.py"))]
