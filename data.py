@@ -1254,7 +1254,7 @@ def writing(path):
         with suppress(OSError):
             os.remove(f"{path}.tmp")
         raise InputError(f"{path}: cannot be written ({e.strerror}); what stood there is intact. Make room, or get the right "
-                         "to write there, and run the command again") from None
+                         "to write there, and run the command again, train.py with --resume") from None
 
 
 # -- several processes (torchrun): every function here does nothing where there is only one

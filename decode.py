@@ -301,11 +301,14 @@ def commit(model, results, candidates, scores, winners, alive, budget, K):
 def parse_weights(text, names, option="--weights", default=0.0):
     """'a=0.7,b=0.3' -> list of numbers, one per name, `default` for those not named. InputError for an unknown name, a
     broken or negative number, all zero."""
-    weights = dict.fromkeys(names, default)
-    for part in text.split(",") if text else ():
+    weights, parts = dict.fromkeys(names, default), text.split(",") if text else []
+    given = [part.partition("=")[0].strip() for part in parts]
+    for part in parts:
         name, _, value = part.partition("=")
         if name.strip() not in weights:
             raise InputError(f"{option}: no {name.strip()!r} here; choose from {', '.join(names)}")
+        if given.count(name.strip()) > 1:
+            raise InputError(f"{option}: {name.strip()!r} is given twice")
         try:
             weights[name.strip()] = float(value)
         except ValueError:

@@ -451,8 +451,14 @@ def write_rows(path, rows):
 
 
 def read_rows(path, kind):
-    """JSONL -> objects of a dataclass."""
-    return [kind(**row) for _, row in read_jsonl(path)]
+    """JSONL -> objects of a dataclass. InputError for a line that is none."""
+    names, rows = [f.name for f in fields(kind)], []
+    for where, row in read_jsonl(path):
+        if sorted(row) != sorted(names):
+            raise InputError(f"{where}: not a row that this run has written, which has the fields {', '.join(names)}; bring the "
+                             "file back, or remove it to have it made again")
+        rows.append(kind(**row))
+    return rows
 
 
 def read_real_pairs(run, model):

@@ -529,6 +529,7 @@ def test_parse_weights():
 
 @pytest.mark.parametrize("text, message", [
     ("d=1", "no 'd' here.*a, b"), ("a", "'a' is not NAME=NUMBER"), ("a=x", "'a=x' is not NAME=NUMBER"),
+    ("a=1,b=1, a=2", "'a' is given twice"),
     ("a=-1,b=2", "non-negative"), ("a=0,b=0", "positive sum"), ("a=nan", "non-negative"), ("a=inf", "non-negative"),
     ("", "positive sum")])
 def test_parse_weights_refuses(text, message):

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1269,6 +1270,32 @@ def test_alpha_weighs_objectives():
     train.check_config(config)
     with pytest.raises(InputError, match="--alpha: no 'math_accuracy'"):
         train.check_config(read_command(["--objective", "values", "--alpha", "math_accuracy=2"])[0])
+
+
+def test_rows_of_another_kind_are_refused(tmp_path):
+    """Prevents: a traceback for a pairs.jsonl that somebody has written by hand."""
+    write_lines(tmp_path / "pairs.jsonl", [{"objective": "honesty", "prompt": [1], "chosen": [2], "rejected": [3]}])
+    with pytest.raises(InputError, match="pairs.jsonl:1: not a row that this run has written, which has the fields .*split"):
+        train.read_rows(str(tmp_path / "pairs.jsonl"), Pair)
+
+
+def test_readmes_commands_are_accepted(capsys):
+    """Prevents: a command of README that has an option of an earlier version, or a value that is refused."""
+    text = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read().replace("\\\n", " ")
+    found = re.findall(r"(?:^|[` ])(?:python|torchrun --nproc_per_node \d+) ((?:train|decode|evaluate)\.py [^`\n]*)", text, re.M)
+    known = {}
+    for name, command in (("decode.py", decode.main), ("evaluate.py", evaluate.main)):
+        with pytest.raises(SystemExit):
+            command(["--help"])
+        known[name] = capsys.readouterr().out
+    for name, *argv in (shlex.split(line.replace("...", ""), comments=True) for line in found):
+        if name != "train.py":
+            assert all(f"{a} " in known[name] for a in argv if a.startswith("--")), argv
+        elif "--help" not in argv:
+            config, resume, sweep = read_command(argv)
+            train.check_config(config)
+            assert not sweep or train.read_sweep(sweep, config)
+    assert len(found) > 15
 
 
 def test_policies_see_the_same_pairs(whole):
