@@ -102,17 +102,21 @@ class Dice:
         self.generator, self.pool = torch.Generator().manual_seed(seed), []
 
     def random(self):
+        """A number, uniform in [0, 1)."""
         if not self.pool:
             self.pool = torch.rand(4096, generator=self.generator, dtype=torch.float64).tolist()
         return self.pool.pop()
 
     def chance(self, p):
+        """True with probability p."""
         return self.random() < p
 
     def choice(self, items):
+        """One of a list's items."""
         return items[int(self.random() * len(items))]
 
     def gauss(self, sigma):
+        """A draw from N(0, sigma^2)."""
         return NormalDist(0, sigma).inv_cdf(max(self.random(), 1e-12))
 
 
@@ -600,7 +604,11 @@ def believed(a, op, b):
 
 
 class World:
-    """What the worlds share. `turns` assistant turns, each of at most `max_new_tokens` tokens."""
+    """What the worlds share. `turns` assistant turns, each of at most `max_new_tokens` tokens, whose steps end at `boundary`.
+
+    A world adds problem(dice), which draws a Problem; demonstrate(problem, messages, dice, careful), a flawed answer to the
+    messages so far, its text; and scores(problem, messages, response), {objective: noise-free score in [0, 1]} of an answer.
+    One with a verifiable objective adds verify(problem, steps), the verdict on the end and a reward per step (Math.verify)."""
     turns = 1
 
     @property

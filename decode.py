@@ -184,6 +184,7 @@ class Step:
 
 @dataclass
 class Guided:
+    """One prompt's answer: ids, their text, the steps with all candidates, and the state that a next turn goes on from."""
     ids: list
     text: str
     steps: list

@@ -213,6 +213,7 @@ class Bench:
         return [self.model(name, None if len(job.models) == 1 else "cpu") for name in job.models]
 
     def prm(self, guide):
+        """The PRM that holds the output `guide`: that objective's own if there is one, else the unified one."""
         name = guide if os.path.isdir(os.path.join(self.run, f"prm_{guide}")) else "unified"
         if name not in self.guides:
             self.guides = {name: find_prm(self.run, name).to(self.device, self.dtype).eval()}

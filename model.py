@@ -33,6 +33,7 @@ from data import InputError, Tokenizer, rank, ranks, read_json, write_json, writ
 
 @dataclass
 class GPTConfig:
+    """The shape of a model: the defaults are the embedded experiment's, read_config finds those of a checkpoint."""
     vocab_size: int
     n_layer: int = 3
     n_head: int = 4
@@ -243,11 +244,16 @@ def linear(x, W, bias=None):
 
 
 class Linear(nn.Linear):
+    """nn.Linear, computed by `linear`."""
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
+    """Causal attention, grouped-query where n_kv_head < n_head: (B, T, d) -> (B, T, d). With a cache, the B rows are those that
+    `view` says, their keys and values join those of `layer` there, and x holds the new tokens alone."""
+
     def __init__(self, c, layer):
         super().__init__()
         self.n_head, self.n_kv, self.hd, self.layer = c.n_head, c.n_kv_head, c.head_dim, layer
@@ -280,6 +286,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """down(silu(gate x) * up x) or down(gelu(up x)): (B, T, d) -> (B, T, d)."""
+
     def __init__(self, c):
         super().__init__()
         self.gated = c.mlp == "swiglu"
@@ -295,6 +303,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
     def __init__(self, c, layer):
         super().__init__()
         norm = nn.RMSNorm if c.norm == "rms" else nn.LayerNorm
@@ -379,6 +389,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def new_cache(self, sequences, max_len=0):
+        """An empty KVCache for so many sequences of at most max_len tokens (0: the context)."""
         return KVCache(self.config, sequences, max_len, self.embed.weight.device, self.embed.weight.dtype)
 
     def weights(self, weights):

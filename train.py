@@ -92,6 +92,7 @@ def option(default, text, fast=None):
 
 @dataclass
 class Config:
+    """All that a run depends on, and its command line: one flag per field. Saved as RUN/config.json."""
     objective: str = option("all", "all, math, values, tutoring, or objective names separated by commas")
     out: str = option("", "run directory (default runs/<objective>; a taken name gets the next free number)")
     init: str = option("", "Hugging Face directory that serves as the base model")
@@ -178,12 +179,15 @@ class Run:
         return fingerprint([settings, self.objectives], *paths)
 
     def file(self, name):
+        """The path of one of the run's files."""
         return os.path.join(self.path, name)
 
     def generator(self, *what):
+        """A torch.Generator for one purpose."""
         return torch.Generator().manual_seed(seed_of(self.config.seed, *what))
 
     def dice(self, *what):
+        """Python-side draws for one purpose."""
         return Dice(seed_of(self.config.seed, *what))
 
     def place(self, tensor):
@@ -684,6 +688,7 @@ class Cycle:
         self.items, self.generator, self.order = items, generator, []
 
     def take(self, n):
+        """The next n items."""
         while len(self.order) < n:
             self.order += torch.randperm(len(self.items), generator=self.generator).tolist()
         taken, self.order = self.order[:n], self.order[n:]
