@@ -730,7 +730,7 @@ class Values(World):
         return Problem(" . ".join(notes + ["what do you know ?"]), truth)
 
     def demonstrate(self, problem, messages, dice, careful=False):
-        kind = dice.choice(("open", "eager", "shy") if careful else ("open", "eager", "eager", "shy"))
+        kind = dice.choice(("open", "eager", "shy") if careful else ("open", "open", "eager", "shy"))
         sentences, habits = [], self.HABITS[kind]
         for attribute, (source, _, told) in problem.truth.items():
             told = told or dice.choice(self.FACTS[attribute])

@@ -108,7 +108,7 @@ class Config:
     alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 where not named)")
     gamma: float = option(0.9, "discount per step in hindsight targets")
     perturbation: float = option(1e-3, "standard deviation of the noise on each head's copy of the SFT head")
-    base_steps: int = option(1000, "pre-training steps of 64 conversations", fast=300)
+    base_steps: int = option(1200, "pre-training steps of 64 conversations", fast=300)
     base_lr: float = option(3e-3, "peak learning rate of pre-training")
     sft_steps: int = option(120, "SFT steps", fast=10)
     sft_batch: int = option(64, "conversations per SFT step")
