@@ -166,6 +166,22 @@ def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
         assert good == max(others) and bad == min(others) and good > bad
 
 
+def test_both_guided_policies_make_the_labels(whole, tmp_path, monkeypatch):
+    """Prevents: a PRM that has never seen what MAH-DPO says, or a mix of heads other than the one that is guided."""
+    run, seen = Run(str(tmp_path), Config(objective=",".join(NAMES), device="cpu")), []
+    for name in ("sft", "mah_dpo"):
+        os.symlink(os.path.join(whole, name), run.file(name))
+    for made in ("judge_turns", "sample_pairs", "label_rollouts"):
+        monkeypatch.setattr(train, made, lambda run, name, model, mix, world, split, names, *cuts, made=made: seen.append(
+            (made, name, len(model.heads), mix, split, names)) or [])
+    train.make_labels(run)
+    values, tutoring = NAMES[:2], NAMES[2:]
+    assert [s for s in seen if s[4] == "dev"] == [
+        ("judge_turns", "sft", 1, [1.0], "dev", tutoring),
+        ("sample_pairs", "mah_dpo", 3, [1.0, 1.0, 0.0], "dev", values), ("judge_turns", "mah_dpo", 3, [0.0, 0.0, 1.0], "dev", tutoring)]
+    assert len(seen) == 6 and train.read_rows(run.file("labels.jsonl"), Labelled) == []
+
+
 # -- PRM training
 
 @pytest.fixture
