@@ -296,7 +296,8 @@ class Tokenizer:
     """Text <-> token ids. The merging is done by a tiktoken.Encoding built here from a vocabulary.
 
     pieces:   list of bytes by id; b"" for special tokens and unused ids.
-    ranks:    dict bytes -> merge priority, all 256 single bytes among them (tiktoken panics on a byte it lacks).
+    ranks:    dict bytes -> merge priority, ascending from 0; all 256 single bytes are among them (tiktoken panics on a
+              byte it lacks). What tiktoken calls tokens are these priorities; a table translates them to ids.
     specials: dict text -> id. Ordinary text never becomes one: only encode_chat writes them.
     added:    two dicts text -> id of tokens that are cut out of ordinary text before it is merged, the first before
               and the second after the text is brought to Unicode's NFC (if `nfc` says so).
@@ -309,35 +310,25 @@ class Tokenizer:
         self.eos_id, self.pad_id, self.bos_id, self.prefix_space = eos_id, pad_id, bos_id, prefix_space
         self.n_vocab, self.files, self.masks = len(pieces), {}, {}
         self.form, self.form_error = chat_form(None, specials), None
-        # The longest token wins, as in the reference; in a group, so that split() keeps it.
-        choice = lambda tokens: "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+        # The longest token wins, as in the reference; in a group, so that split() keeps it. (?!) matches nowhere.
+        choice = lambda tokens: "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
         self.added = [(tokens, re.compile(f"({choice(tokens)})")) for tokens in added]
         extra = {i for tokens in added for i in tokens.values()}
         ids = {pieces[i]: i for i in extra} | {p: i for i, p in enumerate(pieces) if p and i not in extra}
-        # A byte without an id gets a number past the vocabulary: seeing it, merge() takes the slower way.
-        lost = [bytes([b]) for b in range(256) if bytes([b]) not in ids]
-        self.lost, self.first_lost = b"".join(lost) if unk_id is None else b"", len(pieces)
-        ids |= {b: len(pieces) + i if unk_id is None else unk_id for i, b in enumerate(lost)}
-        # Where ids ascend with the priorities they serve as priorities: tiktoken's numbers are the ids. Else a table
-        # translates. Single bytes are merged with nothing, so any number does for them.
-        by_rank = sorted(ranks, key=ranks.get)
-        merged = [ids[p] for p in by_rank if len(p) > 1]
-        same = merged == sorted(merged) and (unk_id is None or not lost)
-        self.ranks = {p: ids[p] if same else rank for rank, p in enumerate(by_rank)}
-        self.id_of_rank = None if same else [ids[p] for p in by_rank]
-        self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={})
+        self.lost = b"".join(bytes([b]) for b in range(256) if bytes([b]) not in ids)
+        ids |= {bytes([b]): -1 if unk_id is None else unk_id for b in self.lost}      # at -1 merge() takes the slower way
+        self.ranks, self.id_of_rank = ranks, [ids[p] for p in ranks]
+        self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
         """Ordinary text -> ids. The text of a special token is ordinary here; only other added tokens are matched."""
         ids, ((first, cut_first), (then, cut_then)) = [], self.added
-        if not (first or then or self.nfc):
-            return self.merge(text)              # spares a copy of a long list
-        for i, part in enumerate(cut_first.split(text) if first else [text]):
+        for i, part in enumerate(cut_first.split(text)):
             if i % 2:
                 ids.append(first[part])
                 continue
             part = unicodedata.normalize("NFC", part) if self.nfc else part
-            for j, piece in enumerate(cut_then.split(part) if then else [part]):
+            for j, piece in enumerate(cut_then.split(part)):
                 ids += [then[piece]] if j % 2 else self.merge(piece)
         return ids
 
@@ -353,9 +344,8 @@ class Tokenizer:
                 raise
             raise InputError(f"the tokenizer's split pattern fails on {text[:40]!r}... of {len(text)} characters; "
                              "shorten its runs of white space") from None
-        if self.id_of_rank is not None:
-            ids = [self.id_of_rank[i] for i in ids]
-        return self.merge_known(text) if self.lost and max(ids, default=0) >= self.first_lost else ids
+        ids = [self.id_of_rank[i] for i in ids]
+        return self.merge_known(text) if -1 in ids else ids
 
     def merge_known(self, text):
         """Text with bytes that have no token -> ids. In the reference such bytes vanish after the split and before the
@@ -373,7 +363,7 @@ class Tokenizer:
                 continue
             known, start, width = piece.translate(None, self.lost), start + length, 64
             ids += self.encoding._encode_single_piece(known) if known else []
-        return ids if self.id_of_rank is None else [self.id_of_rank[i] for i in ids]
+        return [self.id_of_rank[i] for i in ids]
 
     def decode(self, ids):
         """ids -> text; special tokens vanish, broken UTF-8 becomes U+FFFD."""
