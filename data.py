@@ -152,9 +152,10 @@ PLAIN_FORM = ChatForm("{Role}: {content}\n", "Assistant:")                # for 
 CHATML_FORM = ChatForm("<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n", "\n")
 LLAMA3_FORM = ChatForm("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
                        "<|start_header_id|>assistant<|end_header_id|>\n\n", trim=True)
-# How a template spells {role} and {content}, and how it must end: with the bare head of an answer (Qwen3's empty
-# thoughts are written on demand only).
-ROLE, CONTENT = r"' ?\+ ?message(?:\.role|\['role'\]) ?\+ ?'", r"' ?\+ ?(?:message\.|message\['|)content(?:'\])?"
+# How a template's text, with ' for " and newlines, is brought to the form of ChatForm.turn: 'a' + 'b' is 'ab'.
+SPELLINGS = [(r"' ?\+ ?'", ""), (r" ?\| ?trim", "|trim"), (r"' ?\+ ?message(?:\.role|\['role'\]) ?\+ ?'", "{role}"),
+             (r"' ?\+ ?(?:message\.|message\['|)content(?:'\])?(\|trim)? ?\+ ?'", r"{content\1}")]
+# It must end with the bare head of an answer (Qwen3's empty thoughts are written on demand only).
 LAST = (r"' ?-?\}\}\s*(?:\{%-? if enable_thinking is defined and enable_thinking is false -?%\}[^%]*"
         r"\{%-? endif -?%\}\s*)?(?:\{%-? endif -?%\}\s*)?$")
 
@@ -163,14 +164,12 @@ def chat_form(template, specials):
     """A checkpoint's chat template (text of Jinja, None or "") -> ChatForm. InputError for one of an unknown family."""
     if not template or template == CHAT_TEMPLATE:
         return OWN_FORM if "<|user|>" in specials else PLAIN_FORM
-    text = re.sub(r"' ?\+ ?'", "", template.replace("\\n", "\n").replace('"', "'"))     # 'a' + 'b' is 'ab'
-    for form in (CHATML_FORM, LLAMA3_FORM):
-        content = CONTENT + (r" ?\| ?trim" if form.trim else "") + r" ?\+ ?'"
-        turn = re.escape(form.turn).replace(r"\{role\}", ROLE).replace(r"\{content\}", content)
-        if re.search(f"'{turn}'", text) and re.search(f"'{re.escape(form.answer)}{LAST}", text):
-            break
-    else:
-        form = None
+    text = template.replace("\\n", "\n").replace('"', "'")
+    for pattern, new in SPELLINGS:
+        text = re.sub(pattern, new, text)
+    turn = lambda form: form.turn.replace("{content}", "{content|trim}" if form.trim else "{content}")
+    form = next((form for form in (CHATML_FORM, LLAMA3_FORM) if f"'{turn(form)}'" in text
+                 and re.search(f"'{re.escape(form.answer)}{LAST}", text)), None)
     # The system message that the template makes up is a literal, unlike one that goes on with a variable.
     literal = re.search(r"<\|im_start\|>system(?:\\n|\n)(?!['\"])(.*?)<\|im_end\|>", template, re.DOTALL)
     default = literal[1].encode("ascii", "backslashreplace").decode("unicode-escape") if literal else ""
