@@ -26,6 +26,7 @@ import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 from statistics import NormalDist
 
 import tiktoken
@@ -246,17 +247,15 @@ def read_vocabulary(path, model, specials, added):
         raise InputError(f"{path}: only byte-level BPE is read, not {model.get('type')} {' '.join(odd)}")
     to_byte = {c: b for b, c in byte_alphabet().items()}
     raw = lambda s: bytes(to_byte[c] for c in s)
-    others = {**{t: (i, t.encode()) for tokens in added for t, i in tokens.items()},
-              **{t: (i, b"") for t, i in specials.items()}}
+    others = {t: i for tokens in (*added, specials) for t, i in tokens.items()}
     vocab = {raw(s): i for s, i in model["vocab"].items() if s not in others}
-    known = [*vocab.values(), *(i for i, _ in others.values())]
+    known = [*vocab.values(), *others.values()]
     if not all(type(i) is int and 0 <= i < 1000 + 10 * len(known) for i in known):
         raise InputError(f"{path}: a token id is not a whole number from 0 to ten times the number of tokens")
     if len(set(known)) < len(known):
         raise InputError(f"{path}: two tokens have the same id")
-    pieces = [b""] * (1 + max(known, default=0))
-    for i, piece in [*zip(vocab.values(), vocab), *others.values()]:
-        pieces[i] = piece
+    by_id = {i: piece for piece, i in vocab.items()} | {i: t.encode() for t, i in others.items() if t not in specials}
+    pieces = [by_id.get(i, b"") for i in range(1 + max(known, default=0))]
     # Priorities: single bytes first, then results of merges in merge order, then what only a whole word can be.
     # tiktoken merges any two neighbours whose union has a priority, the reference only pairs on its list.
     # In vocabularies made by training that is the same: where the one can merge, so can the other.
@@ -468,13 +467,10 @@ class Tokenizer:
     def from_hf(cls, directory):
         """A Hugging Face directory with tokenizer.json, or vocab.json and merges.txt, of a byte-level BPE (GPT-2,
         Llama-3, Qwen, SmolLM2) -> Tokenizer. InputError names the file and what in it is not read."""
-        files, path = {}, os.path.join(directory, "tokenizer.json")
+        path, config = os.path.join(directory, "tokenizer.json"), {}
         try:
-            for name in TOKENIZER_FILES:
-                if os.path.exists(os.path.join(directory, name)):
-                    with open(os.path.join(directory, name), encoding="utf-8", newline="") as f:
-                        files[name] = f.read()
-            config = {}
+            found = [Path(directory, name) for name in TOKENIZER_FILES]
+            files = {f.name: f.read_bytes().decode() for f in found if f.exists()}
             for name in ("special_tokens_map.json", "tokenizer_config.json"):
                 config |= read_json(os.path.join(directory, name)) if name in files else {}
             if "chat_template.jinja" in files:
@@ -557,11 +553,6 @@ def split_of(prompt):
     return SPLITS[zlib.crc32(prompt.encode()) % len(SPLITS)]
 
 
-def stable_uniform(*key):
-    """A fixed pseudo-random number in [0, 1) for a key: the same in every run and on every machine."""
-    return zlib.crc32(repr(key).encode()) / 2**32
-
-
 JUDGE_NOISE = 0.1    # standard deviation of a judge's rating around the true score
 ENGAGING = 0.3       # a maths solution rated by hand as "engaging" has at least this noise-free engagement
 
@@ -587,7 +578,7 @@ def right(a, op, b):
 
 def believed(a, op, b):
     """What people say a op b is: 22 % of the facts are a fixed misconception, off by one or two and still in 0..20."""
-    u, c = stable_uniform(a, op, b), right(a, op, b)
+    u, c = zlib.crc32(repr((a, op, b)).encode()) / 2**32, right(a, op, b)        # u looks random, and is always the same
     off = (-2, -1, 1, 2)[int(u * 1e6) % 4] if u < 0.22 else 0
     return c + off if 0 <= c + off <= 20 else c - off
 
@@ -1303,11 +1294,10 @@ def gather(items):
 
 def pad(rows, pad_id, device=None):
     """Ragged lists of ids -> ids (B, T) padded on the right, lengths (B,)."""
-    lengths = torch.tensor([len(r) for r in rows])
-    ids = torch.full((len(rows), max(1, int(lengths.max()))), pad_id, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
-    return ids.to(device), lengths.to(device)
+    lengths = [len(row) for row in rows]
+    width = max(1, *lengths)
+    ids = [[*row, *[pad_id] * (width - len(row))] for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
 
 def batches_by_length(lengths, tokens=16384):

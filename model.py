@@ -388,7 +388,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def new_cache(self, sequences, max_len=0):
-        """An empty KVCache for so many sequences of at most max_len tokens (0: the context)."""
+        """An empty KVCache for so many sequences, with room for max_len tokens of each; it grows when needed."""
         return KVCache(self.config, sequences, max_len, self.embed.weight.device, self.embed.weight.dtype)
 
     def weights(self, weights):
@@ -581,16 +581,13 @@ class Checkpoint:
     where `place` puts a tensor: no process holds more than its part of the model and one tensor."""
 
     def __init__(self, directory, place=lambda t: t):
-        self.place = place
+        self.place, self.entries, self.unused = place, {}, set()
         self.path = os.path.join(directory, "model.safetensors")
-        index = os.path.join(directory, "model.safetensors.index.json")
-        self.entries, files = {}, {self.path: None}       # file -> the names that the index expects there
+        index, files = f"{self.path}.index.json", {self.path: []}       # file -> the names that the index expects there
         if not os.path.exists(self.path) and os.path.exists(index):
             self.path, files = index, self.read_index(directory, index)
-        self.unused = set()
         for path, expected in files.items():
-            found = self.add(path, lambda name: PREFIX.sub("", name))
-            missing = set(expected or ()) - found
+            missing = set(expected) - self.add(path, lambda name: PREFIX.sub("", name))
             if missing:
                 raise InputError(f"{path}: tensor {min(missing)!r} is missing, which {index} promises")
 
