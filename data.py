@@ -898,13 +898,16 @@ def read_jsonl(path):
 
 
 def read_all(path, parse, skipped, kind):
-    """parse(row, where) of every row -> list. Unusable rows are counted by reason in the dict `skipped`, if given."""
+    """parse(row) of every row -> list. Unusable rows are counted by reason in the dict `skipped`, if given; an InputError
+    gets the row's place in front."""
     found, skipped = [], {} if skipped is None else skipped
     for where, row in read_jsonl(path):
         try:
-            found.append(parse(row, where))
+            found.append(parse(row))
         except Unusable as e:
             skipped[str(e)] = skipped.get(str(e), 0) + 1
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from None
     if not found:
         reasons = "".join(f"; {n} skipped: {reason}" for reason, n in skipped.items())
         raise InputError(f"{path}: no rows to use{reasons}; train.py --help shows rows of {kind}")
@@ -932,63 +935,62 @@ def messages_of(value):
     return [{"role": m["role"], "content": m["content"]} for m in value] if good else []
 
 
-def text_field(row, name, where):
+def text_field(row, name):
     """The field as non-empty text; a list of messages gives its last message's content."""
     key = spelling(row, name)
     if key is None:
         also, found = ", ".join(FIELDS.get(name, ())[1:]), ", ".join(sorted(row)) or "no fields"
-        raise InputError(f"{where}: field {name!r} is missing" + (f" ({also} would do)" if also else "")
-                         + f"; the row has {found}")
+        raise InputError(f"field {name!r} is missing{f' ({also} would do)' if also else ''}; the row has {found}")
     messages = [] if isinstance(row[key], str) else messages_of(row[key])
     value = messages[-1]["content"] if messages else row[key]
     if not isinstance(value, str):
-        raise InputError(f"{where}: {key!r} is {type(value).__name__}; give text or a list of role/content messages")
+        raise InputError(f"{key!r} is {type(value).__name__}; give text or a list of role/content messages")
     if not value.strip():
-        raise InputError(f"{where}: {key!r} is empty; remove the row or fill it in")
+        raise InputError(f"{key!r} is empty; remove the row or fill it in")
     return value
 
 
-def prompt_field(row, where):
+def prompt_field(row):
     """The prompt as a list of messages that ends with the user's. Text is one message if it is no transcript."""
-    text, value = text_field(row, "prompt", where), row[spelling(row, "prompt")]
+    text, value = text_field(row, "prompt"), row[spelling(row, "prompt")]
     messages = messages_of(value)
     if messages[-1:] == [UNANSWERED]:
         messages.pop()
     if messages and messages[-1]["role"] != "assistant":
         return messages
     if not isinstance(value, str):
-        raise InputError(f"{where}: 'prompt' ends with the assistant's turn; end it with the user's")
+        raise InputError("'prompt' ends with the assistant's turn; end it with the user's")
     return [{"role": "user", "content": text}]
 
 
-def read_pair(row, where, objective):
+def read_pair(row, objective):
     """A row of pairs -> Preference. A response may come as a whole conversation (a transcript if there is no prompt):
     the last message is the response, what both share before it the prompt."""
     said, heads = [], []
     for key in ("chosen", "rejected"):
-        text = text_field(row, key, where)
+        text = text_field(row, key)
         messages = [] if isinstance(row[key], str) and spelling(row, "prompt") else messages_of(row[key])
         if messages[-1:] == [UNANSWERED]:
             raise Unusable("the transcript ends without a response")
         if messages and messages[-1]["role"] != "assistant":
-            raise InputError(f"{where}: {key!r} does not end with the assistant's turn; end it with that")
+            raise InputError(f"{key!r} does not end with the assistant's turn; end it with that")
         heads.append(messages[:-1])
         said.append(messages[-1]["content"] if messages else text)
     if heads[0] != heads[1] and (all(heads) or not spelling(row, "prompt")):
         raise Unusable("chosen and rejected answer different prompts")
     before = heads[0] or heads[1]
     # Beside whole conversations a prompt may be their first message only, or hold a system message that they lack.
-    prompt = prompt_field(row, where) if spelling(row, "prompt") or not before else before
+    prompt = prompt_field(row) if spelling(row, "prompt") or not before else before
     if before != prompt[len(prompt) - len(before):]:
         prompt = before if prompt == before[:len(prompt)] else []
     if not prompt or prompt[-1]["role"] == "assistant":
         raise Unusable("the responses do not answer the prompt")
     if said[0] == said[1]:
-        raise InputError(f"{where}: 'chosen' equals 'rejected'; a pair must prefer something")
+        raise InputError("'chosen' equals 'rejected'; a pair must prefer something")
     return Preference(objective, prompt, *said)
 
 
-def read_rated(row, where, objective):
+def read_rated(row, objective):
     """A row of rated completions -> Preference: the best against the worst. One rated "N/A" is left out."""
     rated = []
     try:
@@ -999,55 +1001,55 @@ def read_rated(row, where, objective):
         if not all(abs(rating) < 1e9 for rating, _ in rated):           # nor is NaN
             raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise InputError(f"{where}: a completion needs a 'response' and 'annotations', such as "
+        raise InputError("a completion needs a 'response' and 'annotations', such as "
                          f"{{\"{objective}\": {{\"Rating\": \"4\"}}}}; \"N/A\" leaves it out") from None
     worst, best = (pick(rated, key=lambda r: r[0], default=(0, ""))[1] for pick in (min, max))
     if worst == best:                    # of equal ratings both picks take the first
         raise Unusable(f"no two completions have different ratings of {objective}")
-    return Preference(objective, prompt_field(row, where), best, worst)
+    return Preference(objective, prompt_field(row), best, worst)
 
 
 def read_preferences(path, objective, skipped=None):
     """Pairs or rated completions (DATA_HELP) -> list[Preference]. `skipped`: see read_all. InputError as file:line."""
-    def parse(row, where):
+    def parse(row):
         rated = "completions" in row and "chosen" not in row
-        return (read_rated if rated else read_pair)(row, where, objective)
+        return (read_rated if rated else read_pair)(row, objective)
     return read_all(path, parse, skipped, "pairs and ratings")
 
 
 def read_steps(path, skipped=None):
     """Labelled steps (DATA_HELP) -> list[Steps]. From a first wrong step on all are wrong. InputError as file:line."""
-    def parse(row, where):
+    def parse(row):
         key = spelling(row, "steps") or "steps"
         steps, labels = row.get(key), row.get("labels")
         if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in steps):
-            raise InputError(f"{where}: {key!r} must be a non-empty list of non-empty texts")
+            raise InputError(f"{key!r} must be a non-empty list of non-empty texts")
         if "label" in row and "labels" not in row:
             if type(row["label"]) is not int or not -1 <= row["label"] < len(steps):
-                raise InputError(f"{where}: 'label' must be the first wrong step (0 to {len(steps) - 1}) or -1")
+                raise InputError(f"'label' must be the first wrong step (0 to {len(steps) - 1}) or -1")
             labels = [row["label"] == -1 or t < row["label"] for t in range(len(steps))]
         if not isinstance(labels, list) or not all(isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in labels):
-            raise InputError(f"{where}: 'labels' must be a list of numbers from 0 to 1")
+            raise InputError("'labels' must be a list of numbers from 0 to 1")
         if len(steps) != len(labels):
-            raise InputError(f"{where}: {len(steps)} steps but {len(labels)} labels; give one label per step")
-        return Steps(prompt_field(row, where), steps, [float(v) for v in labels])
+            raise InputError(f"{len(steps)} steps but {len(labels)} labels; give one label per step")
+        return Steps(prompt_field(row), steps, [float(v) for v in labels])
     return read_all(path, parse, skipped, "steps")
 
 
-def read_question(row, where):
+def read_question(row):
     """A row of questions -> Question."""
     key = spelling(row, "answer") or spelling(row, "solution")
     value = str(row[key]) if key and type(row[key]) in (int, float) else row.get(key)
     if value in ("", "nan"):         # published files have answers that nobody could extract
         raise Unusable("the answer is empty")
-    given = text_field({key: value} if key else row, key or "answer", where)
+    given = text_field({key: value} if key else row, key or "answer")
     solution = given if marked_answer(given) else ""
     if spelling(row, "solution"):
-        solution = text_field(row, "solution", where)
+        solution = text_field(row, "solution")
     answer = marked_answer(given) or (given.strip() if key in FIELDS["answer"] else None)
     if answer is None:
-        raise InputError(f"{where}: {key!r} marks no final answer; end it in '#### 18' or '\\boxed{{18}}'")
-    return Question(prompt_field(row, where), answer, solution)
+        raise InputError(f"{key!r} marks no final answer; end it in '#### 18' or '\\boxed{{18}}'")
+    return Question(prompt_field(row), answer, solution)
 
 
 def read_questions(path, skipped=None):
@@ -1058,12 +1060,12 @@ def read_questions(path, skipped=None):
 def read_outputs(path, skipped=None):
     """Questions with the responses of models -> [(Question, {model: its text})]. A response stands in "response" (or "output",
     "prediction", "completion"), or several in objects with a "solution", each named after its model."""
-    def parse(row, where):
+    def parse(row):
         key = spelling(row, "response")
         said = {key: row[key]} if key else {k: v.get("solution") for k, v in row.items() if isinstance(v, dict)}
         if not said or not all(isinstance(text, str) for text in said.values()):
-            raise InputError(f"{where}: no text of a response; give it as \"response\", beside the question and its answer")
-        return read_question(row, where), said
+            raise InputError("no text of a response; give it as \"response\", beside the question and its answer")
+        return read_question(row), said
     return read_all(path, parse, skipped, "questions")
 
 
