@@ -444,15 +444,15 @@ class Tokenizer:
         # tiktoken merges any two neighbours whose union is a token: the same as listing every split of every token.
         merges = [[shown(p[:i]), shown(p[i:])] for p in pieces for i in range(1, len(p)) if p[:i] in known and p[i:] in known]
         specials = {s: len(pieces) + i for i, s in enumerate(SPECIALS)}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         spec = {
             "version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [dict(id=i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False,
                                   special=True) for s, i in specials.items()],
             "normalizer": None, "post_processor": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
-            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+                {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}, byte_level]},
+            "decoder": byte_level,
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
                       "vocab": {shown(p): i for i, p in enumerate(pieces)} | specials, "merges": merges}}
@@ -1158,8 +1158,8 @@ class Questions(World):
         self.n_dropped = len(rows) - len(self.rows)
         empty = [split for split, n in self.counts().items() if n == 0]
         if empty:
-            raise InputError(f"{path}: {len(rows)} questions, {len(self.rows)} fit the context of {model.config.max_len} tokens "
-                             f"with {max_new_tokens} for the answer; none is left for {', '.join(empty)}")
+            raise InputError(f"{path}: {len(rows)} questions, {len(self.rows)} fit the context of {model.config.max_len} "
+                             f"tokens with {max_new_tokens} for the answer; none is left for {', '.join(empty)}")
 
     @property
     def objectives(self):

@@ -62,8 +62,8 @@ class GPTConfig:
             raise ValueError("unusable model configuration: sizes must be positive whole numbers (context up to 4 million), "
                              f"not {sizes}")
         self.head_dim = self.head_dim or self.d_model // self.n_head
-        if self.n_head % self.n_kv_head or type(self.head_dim) is not int or self.head_dim < 1 or self.head_dim % 2 \
-                or self.position not in ("rope", "learned") or self.norm not in ("rms", "layer") or self.mlp not in ("swiglu", "gelu"):
+        good = self.position in ("rope", "learned") and self.norm in ("rms", "layer") and self.mlp in ("swiglu", "gelu")
+        if not good or self.n_head % self.n_kv_head or type(self.head_dim) is not int or self.head_dim < 1 or self.head_dim % 2:
             raise ValueError(f"unusable model configuration: {self.n_head} heads of {self.head_dim} channels on "
                              f"{self.n_kv_head}, {self.position}, {self.norm}, {self.mlp}")
         if not all(0 < x < math.inf for x in (self.rope_theta, self.norm_eps)):
