@@ -26,6 +26,7 @@ import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 from statistics import NormalDist
 
 import tiktoken
@@ -152,9 +153,10 @@ PLAIN_FORM = ChatForm("{Role}: {content}\n", "Assistant:")                # for 
 CHATML_FORM = ChatForm("<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n", "\n")
 LLAMA3_FORM = ChatForm("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
                        "<|start_header_id|>assistant<|end_header_id|>\n\n", trim=True)
-# How a template spells {role} and {content}, and how it must end: with the bare head of an answer (Qwen3's empty
-# thoughts are written on demand only).
-ROLE, CONTENT = r"' ?\+ ?message(?:\.role|\['role'\]) ?\+ ?'", r"' ?\+ ?(?:message\.|message\['|)content(?:'\])?"
+# How a template's text, with ' for " and newlines, is brought to the form of ChatForm.turn: 'a' + 'b' is 'ab'.
+SPELLINGS = [(r"' ?\+ ?'", ""), (r" ?\| ?trim", "|trim"), (r"' ?\+ ?message(?:\.role|\['role'\]) ?\+ ?'", "{role}"),
+             (r"' ?\+ ?(?:message\.|message\['|)content(?:'\])?(\|trim)? ?\+ ?'", r"{content\1}")]
+# It must end with the bare head of an answer (Qwen3's empty thoughts are written on demand only).
 LAST = (r"' ?-?\}\}\s*(?:\{%-? if enable_thinking is defined and enable_thinking is false -?%\}[^%]*"
         r"\{%-? endif -?%\}\s*)?(?:\{%-? endif -?%\}\s*)?$")
 
@@ -163,14 +165,12 @@ def chat_form(template, specials):
     """A checkpoint's chat template (text of Jinja, None or "") -> ChatForm. InputError for one of an unknown family."""
     if not template or template == CHAT_TEMPLATE:
         return OWN_FORM if "<|user|>" in specials else PLAIN_FORM
-    text = re.sub(r"' ?\+ ?'", "", template.replace("\\n", "\n").replace('"', "'"))     # 'a' + 'b' is 'ab'
-    for form in (CHATML_FORM, LLAMA3_FORM):
-        content = CONTENT + (r" ?\| ?trim" if form.trim else "") + r" ?\+ ?'"
-        turn = re.escape(form.turn).replace(r"\{role\}", ROLE).replace(r"\{content\}", content)
-        if re.search(f"'{turn}'", text) and re.search(f"'{re.escape(form.answer)}{LAST}", text):
-            break
-    else:
-        form = None
+    text = template.replace("\\n", "\n").replace('"', "'")
+    for pattern, new in SPELLINGS:
+        text = re.sub(pattern, new, text)
+    turn = lambda form: form.turn.replace("{content}", "{content|trim}" if form.trim else "{content}")
+    form = next((form for form in (CHATML_FORM, LLAMA3_FORM) if f"'{turn(form)}'" in text
+                 and re.search(f"'{re.escape(form.answer)}{LAST}", text)), None)
     # The system message that the template makes up is a literal, unlike one that goes on with a variable.
     literal = re.search(r"<\|im_start\|>system(?:\\n|\n)(?!['\"])(.*?)<\|im_end\|>", template, re.DOTALL)
     default = literal[1].encode("ascii", "backslashreplace").decode("unicode-escape") if literal else ""
@@ -247,17 +247,15 @@ def read_vocabulary(path, model, specials, added):
         raise InputError(f"{path}: only byte-level BPE is read, not {model.get('type')} {' '.join(odd)}")
     to_byte = {c: b for b, c in byte_alphabet().items()}
     raw = lambda s: bytes(to_byte[c] for c in s)
-    others = {**{t: (i, t.encode()) for tokens in added for t, i in tokens.items()},
-              **{t: (i, b"") for t, i in specials.items()}}
+    others = {t: i for tokens in (*added, specials) for t, i in tokens.items()}
     vocab = {raw(s): i for s, i in model["vocab"].items() if s not in others}
-    known = [*vocab.values(), *(i for i, _ in others.values())]
+    known = [*vocab.values(), *others.values()]
     if not all(type(i) is int and 0 <= i < 1000 + 10 * len(known) for i in known):
         raise InputError(f"{path}: a token id is not a whole number from 0 to ten times the number of tokens")
     if len(set(known)) < len(known):
         raise InputError(f"{path}: two tokens have the same id")
-    pieces = [b""] * (1 + max(known, default=0))
-    for i, piece in [*zip(vocab.values(), vocab), *others.values()]:
-        pieces[i] = piece
+    by_id = {i: piece for piece, i in vocab.items()} | {i: t.encode() for t, i in others.items() if t not in specials}
+    pieces = [by_id.get(i, b"") for i in range(1 + max(known, default=0))]
     # Priorities: single bytes first, then results of merges in merge order, then what only a whole word can be.
     # tiktoken merges any two neighbours whose union has a priority, the reference only pairs on its list.
     # In vocabularies made by training that is the same: where the one can merge, so can the other.
@@ -296,7 +294,8 @@ class Tokenizer:
     """Text <-> token ids. The merging is done by a tiktoken.Encoding built here from a vocabulary.
 
     pieces:   list of bytes by id; b"" for special tokens and unused ids.
-    ranks:    dict bytes -> merge priority, all 256 single bytes among them (tiktoken panics on a byte it lacks).
+    ranks:    dict bytes -> merge priority, ascending from 0; all 256 single bytes are among them (tiktoken panics on a
+              byte it lacks). What tiktoken calls tokens are these priorities; a table translates them to ids.
     specials: dict text -> id. Ordinary text never becomes one: only encode_chat writes them.
     added:    two dicts text -> id of tokens that are cut out of ordinary text before it is merged, the first before
               and the second after the text is brought to Unicode's NFC (if `nfc` says so).
@@ -309,35 +308,25 @@ class Tokenizer:
         self.eos_id, self.pad_id, self.bos_id, self.prefix_space = eos_id, pad_id, bos_id, prefix_space
         self.n_vocab, self.files, self.masks = len(pieces), {}, {}
         self.form, self.form_error = chat_form(None, specials), None
-        # The longest token wins, as in the reference; in a group, so that split() keeps it.
-        choice = lambda tokens: "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+        # The longest token wins, as in the reference; in a group, so that split() keeps it. (?!) matches nowhere.
+        choice = lambda tokens: "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
         self.added = [(tokens, re.compile(f"({choice(tokens)})")) for tokens in added]
         extra = {i for tokens in added for i in tokens.values()}
         ids = {pieces[i]: i for i in extra} | {p: i for i, p in enumerate(pieces) if p and i not in extra}
-        # A byte without an id gets a number past the vocabulary: seeing it, merge() takes the slower way.
-        lost = [bytes([b]) for b in range(256) if bytes([b]) not in ids]
-        self.lost, self.first_lost = b"".join(lost) if unk_id is None else b"", len(pieces)
-        ids |= {b: len(pieces) + i if unk_id is None else unk_id for i, b in enumerate(lost)}
-        # Where ids ascend with the priorities they serve as priorities: tiktoken's numbers are the ids. Else a table
-        # translates. Single bytes are merged with nothing, so any number does for them.
-        by_rank = sorted(ranks, key=ranks.get)
-        merged = [ids[p] for p in by_rank if len(p) > 1]
-        same = merged == sorted(merged) and (unk_id is None or not lost)
-        self.ranks = {p: ids[p] if same else rank for rank, p in enumerate(by_rank)}
-        self.id_of_rank = None if same else [ids[p] for p in by_rank]
-        self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={})
+        self.lost = b"".join(bytes([b]) for b in range(256) if bytes([b]) not in ids)
+        ids |= {bytes([b]): -1 if unk_id is None else unk_id for b in self.lost}      # at -1 merge() takes the slower way
+        self.ranks, self.id_of_rank = ranks, [ids[p] for p in ranks]
+        self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
         """Ordinary text -> ids. The text of a special token is ordinary here; only other added tokens are matched."""
         ids, ((first, cut_first), (then, cut_then)) = [], self.added
-        if not (first or then or self.nfc):
-            return self.merge(text)              # spares a copy of a long list
-        for i, part in enumerate(cut_first.split(text) if first else [text]):
+        for i, part in enumerate(cut_first.split(text)):
             if i % 2:
                 ids.append(first[part])
                 continue
             part = unicodedata.normalize("NFC", part) if self.nfc else part
-            for j, piece in enumerate(cut_then.split(part) if then else [part]):
+            for j, piece in enumerate(cut_then.split(part)):
                 ids += [then[piece]] if j % 2 else self.merge(piece)
         return ids
 
@@ -353,9 +342,8 @@ class Tokenizer:
                 raise
             raise InputError(f"the tokenizer's split pattern fails on {text[:40]!r}... of {len(text)} characters; "
                              "shorten its runs of white space") from None
-        if self.id_of_rank is not None:
-            ids = [self.id_of_rank[i] for i in ids]
-        return self.merge_known(text) if self.lost and max(ids, default=0) >= self.first_lost else ids
+        ids = [self.id_of_rank[i] for i in ids]
+        return self.merge_known(text) if -1 in ids else ids
 
     def merge_known(self, text):
         """Text with bytes that have no token -> ids. In the reference such bytes vanish after the split and before the
@@ -373,7 +361,7 @@ class Tokenizer:
                 continue
             known, start, width = piece.translate(None, self.lost), start + length, 64
             ids += self.encoding._encode_single_piece(known) if known else []
-        return ids if self.id_of_rank is None else [self.id_of_rank[i] for i in ids]
+        return [self.id_of_rank[i] for i in ids]
 
     def decode(self, ids):
         """ids -> text; special tokens vanish, broken UTF-8 becomes U+FFFD."""
@@ -456,15 +444,15 @@ class Tokenizer:
         # tiktoken merges any two neighbours whose union is a token: the same as listing every split of every token.
         merges = [[shown(p[:i]), shown(p[i:])] for p in pieces for i in range(1, len(p)) if p[:i] in known and p[i:] in known]
         specials = {s: len(pieces) + i for i, s in enumerate(SPECIALS)}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         spec = {
             "version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [dict(id=i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False,
                                   special=True) for s, i in specials.items()],
             "normalizer": None, "post_processor": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
-            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+                {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}, byte_level]},
+            "decoder": byte_level,
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
                       "vocab": {shown(p): i for i, p in enumerate(pieces)} | specials, "merges": merges}}
@@ -479,13 +467,10 @@ class Tokenizer:
     def from_hf(cls, directory):
         """A Hugging Face directory with tokenizer.json, or vocab.json and merges.txt, of a byte-level BPE (GPT-2,
         Llama-3, Qwen, SmolLM2) -> Tokenizer. InputError names the file and what in it is not read."""
-        files, path = {}, os.path.join(directory, "tokenizer.json")
+        path, config = os.path.join(directory, "tokenizer.json"), {}
         try:
-            for name in TOKENIZER_FILES:
-                if os.path.exists(os.path.join(directory, name)):
-                    with open(os.path.join(directory, name), encoding="utf-8", newline="") as f:
-                        files[name] = f.read()
-            config = {}
+            found = [Path(directory, name) for name in TOKENIZER_FILES]
+            files = {f.name: f.read_bytes().decode() for f in found if f.exists()}
             for name in ("special_tokens_map.json", "tokenizer_config.json"):
                 config |= read_json(os.path.join(directory, name)) if name in files else {}
             if "chat_template.jinja" in files:
@@ -568,11 +553,6 @@ def split_of(prompt):
     return SPLITS[zlib.crc32(prompt.encode()) % len(SPLITS)]
 
 
-def stable_uniform(*key):
-    """A fixed pseudo-random number in [0, 1) for a key: the same in every run and on every machine."""
-    return zlib.crc32(repr(key).encode()) / 2**32
-
-
 JUDGE_NOISE = 0.1    # standard deviation of a judge's rating around the true score
 ENGAGING = 0.3       # a maths solution rated by hand as "engaging" has at least this noise-free engagement
 
@@ -598,7 +578,7 @@ def right(a, op, b):
 
 def believed(a, op, b):
     """What people say a op b is: 22 % of the facts are a fixed misconception, off by one or two and still in 0..20."""
-    u, c = stable_uniform(a, op, b), right(a, op, b)
+    u, c = zlib.crc32(repr((a, op, b)).encode()) / 2**32, right(a, op, b)        # u looks random, and is always the same
     off = (-2, -1, 1, 2)[int(u * 1e6) % 4] if u < 0.22 else 0
     return c + off if 0 <= c + off <= 20 else c - off
 
@@ -918,13 +898,16 @@ def read_jsonl(path):
 
 
 def read_all(path, parse, skipped, kind):
-    """parse(row, where) of every row -> list. Unusable rows are counted by reason in the dict `skipped`, if given."""
+    """parse(row) of every row -> list. Unusable rows are counted by reason in the dict `skipped`, if given; an InputError
+    gets the row's place in front."""
     found, skipped = [], {} if skipped is None else skipped
     for where, row in read_jsonl(path):
         try:
-            found.append(parse(row, where))
+            found.append(parse(row))
         except Unusable as e:
             skipped[str(e)] = skipped.get(str(e), 0) + 1
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from None
     if not found:
         reasons = "".join(f"; {n} skipped: {reason}" for reason, n in skipped.items())
         raise InputError(f"{path}: no rows to use{reasons}; train.py --help shows rows of {kind}")
@@ -952,63 +935,62 @@ def messages_of(value):
     return [{"role": m["role"], "content": m["content"]} for m in value] if good else []
 
 
-def text_field(row, name, where):
+def text_field(row, name):
     """The field as non-empty text; a list of messages gives its last message's content."""
     key = spelling(row, name)
     if key is None:
         also, found = ", ".join(FIELDS.get(name, ())[1:]), ", ".join(sorted(row)) or "no fields"
-        raise InputError(f"{where}: field {name!r} is missing" + (f" ({also} would do)" if also else "")
-                         + f"; the row has {found}")
+        raise InputError(f"field {name!r} is missing{f' ({also} would do)' if also else ''}; the row has {found}")
     messages = [] if isinstance(row[key], str) else messages_of(row[key])
     value = messages[-1]["content"] if messages else row[key]
     if not isinstance(value, str):
-        raise InputError(f"{where}: {key!r} is {type(value).__name__}; give text or a list of role/content messages")
+        raise InputError(f"{key!r} is {type(value).__name__}; give text or a list of role/content messages")
     if not value.strip():
-        raise InputError(f"{where}: {key!r} is empty; remove the row or fill it in")
+        raise InputError(f"{key!r} is empty; remove the row or fill it in")
     return value
 
 
-def prompt_field(row, where):
+def prompt_field(row):
     """The prompt as a list of messages that ends with the user's. Text is one message if it is no transcript."""
-    text, value = text_field(row, "prompt", where), row[spelling(row, "prompt")]
+    text, value = text_field(row, "prompt"), row[spelling(row, "prompt")]
     messages = messages_of(value)
     if messages[-1:] == [UNANSWERED]:
         messages.pop()
     if messages and messages[-1]["role"] != "assistant":
         return messages
     if not isinstance(value, str):
-        raise InputError(f"{where}: 'prompt' ends with the assistant's turn; end it with the user's")
+        raise InputError("'prompt' ends with the assistant's turn; end it with the user's")
     return [{"role": "user", "content": text}]
 
 
-def read_pair(row, where, objective):
+def read_pair(row, objective):
     """A row of pairs -> Preference. A response may come as a whole conversation (a transcript if there is no prompt):
     the last message is the response, what both share before it the prompt."""
     said, heads = [], []
     for key in ("chosen", "rejected"):
-        text = text_field(row, key, where)
+        text = text_field(row, key)
         messages = [] if isinstance(row[key], str) and spelling(row, "prompt") else messages_of(row[key])
         if messages[-1:] == [UNANSWERED]:
             raise Unusable("the transcript ends without a response")
         if messages and messages[-1]["role"] != "assistant":
-            raise InputError(f"{where}: {key!r} does not end with the assistant's turn; end it with that")
+            raise InputError(f"{key!r} does not end with the assistant's turn; end it with that")
         heads.append(messages[:-1])
         said.append(messages[-1]["content"] if messages else text)
     if heads[0] != heads[1] and (all(heads) or not spelling(row, "prompt")):
         raise Unusable("chosen and rejected answer different prompts")
     before = heads[0] or heads[1]
     # Beside whole conversations a prompt may be their first message only, or hold a system message that they lack.
-    prompt = prompt_field(row, where) if spelling(row, "prompt") or not before else before
+    prompt = prompt_field(row) if spelling(row, "prompt") or not before else before
     if before != prompt[len(prompt) - len(before):]:
         prompt = before if prompt == before[:len(prompt)] else []
     if not prompt or prompt[-1]["role"] == "assistant":
         raise Unusable("the responses do not answer the prompt")
     if said[0] == said[1]:
-        raise InputError(f"{where}: 'chosen' equals 'rejected'; a pair must prefer something")
+        raise InputError("'chosen' equals 'rejected'; a pair must prefer something")
     return Preference(objective, prompt, *said)
 
 
-def read_rated(row, where, objective):
+def read_rated(row, objective):
     """A row of rated completions -> Preference: the best against the worst. One rated "N/A" is left out."""
     rated = []
     try:
@@ -1019,55 +1001,55 @@ def read_rated(row, where, objective):
         if not all(abs(rating) < 1e9 for rating, _ in rated):           # nor is NaN
             raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise InputError(f"{where}: a completion needs a 'response' and 'annotations', such as "
+        raise InputError("a completion needs a 'response' and 'annotations', such as "
                          f"{{\"{objective}\": {{\"Rating\": \"4\"}}}}; \"N/A\" leaves it out") from None
     worst, best = (pick(rated, key=lambda r: r[0], default=(0, ""))[1] for pick in (min, max))
     if worst == best:                    # of equal ratings both picks take the first
         raise Unusable(f"no two completions have different ratings of {objective}")
-    return Preference(objective, prompt_field(row, where), best, worst)
+    return Preference(objective, prompt_field(row), best, worst)
 
 
 def read_preferences(path, objective, skipped=None):
     """Pairs or rated completions (DATA_HELP) -> list[Preference]. `skipped`: see read_all. InputError as file:line."""
-    def parse(row, where):
+    def parse(row):
         rated = "completions" in row and "chosen" not in row
-        return (read_rated if rated else read_pair)(row, where, objective)
+        return (read_rated if rated else read_pair)(row, objective)
     return read_all(path, parse, skipped, "pairs and ratings")
 
 
 def read_steps(path, skipped=None):
     """Labelled steps (DATA_HELP) -> list[Steps]. From a first wrong step on all are wrong. InputError as file:line."""
-    def parse(row, where):
+    def parse(row):
         key = spelling(row, "steps") or "steps"
         steps, labels = row.get(key), row.get("labels")
         if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in steps):
-            raise InputError(f"{where}: {key!r} must be a non-empty list of non-empty texts")
+            raise InputError(f"{key!r} must be a non-empty list of non-empty texts")
         if "label" in row and "labels" not in row:
             if type(row["label"]) is not int or not -1 <= row["label"] < len(steps):
-                raise InputError(f"{where}: 'label' must be the first wrong step (0 to {len(steps) - 1}) or -1")
+                raise InputError(f"'label' must be the first wrong step (0 to {len(steps) - 1}) or -1")
             labels = [row["label"] == -1 or t < row["label"] for t in range(len(steps))]
         if not isinstance(labels, list) or not all(isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in labels):
-            raise InputError(f"{where}: 'labels' must be a list of numbers from 0 to 1")
+            raise InputError("'labels' must be a list of numbers from 0 to 1")
         if len(steps) != len(labels):
-            raise InputError(f"{where}: {len(steps)} steps but {len(labels)} labels; give one label per step")
-        return Steps(prompt_field(row, where), steps, [float(v) for v in labels])
+            raise InputError(f"{len(steps)} steps but {len(labels)} labels; give one label per step")
+        return Steps(prompt_field(row), steps, [float(v) for v in labels])
     return read_all(path, parse, skipped, "steps")
 
 
-def read_question(row, where):
+def read_question(row):
     """A row of questions -> Question."""
     key = spelling(row, "answer") or spelling(row, "solution")
     value = str(row[key]) if key and type(row[key]) in (int, float) else row.get(key)
     if value in ("", "nan"):         # published files have answers that nobody could extract
         raise Unusable("the answer is empty")
-    given = text_field({key: value} if key else row, key or "answer", where)
+    given = text_field({key: value} if key else row, key or "answer")
     solution = given if marked_answer(given) else ""
     if spelling(row, "solution"):
-        solution = text_field(row, "solution", where)
+        solution = text_field(row, "solution")
     answer = marked_answer(given) or (given.strip() if key in FIELDS["answer"] else None)
     if answer is None:
-        raise InputError(f"{where}: {key!r} marks no final answer; end it in '#### 18' or '\\boxed{{18}}'")
-    return Question(prompt_field(row, where), answer, solution)
+        raise InputError(f"{key!r} marks no final answer; end it in '#### 18' or '\\boxed{{18}}'")
+    return Question(prompt_field(row), answer, solution)
 
 
 def read_questions(path, skipped=None):
@@ -1078,12 +1060,12 @@ def read_questions(path, skipped=None):
 def read_outputs(path, skipped=None):
     """Questions with the responses of models -> [(Question, {model: its text})]. A response stands in "response" (or "output",
     "prediction", "completion"), or several in objects with a "solution", each named after its model."""
-    def parse(row, where):
+    def parse(row):
         key = spelling(row, "response")
         said = {key: row[key]} if key else {k: v.get("solution") for k, v in row.items() if isinstance(v, dict)}
         if not said or not all(isinstance(text, str) for text in said.values()):
-            raise InputError(f"{where}: no text of a response; give it as \"response\", beside the question and its answer")
-        return read_question(row, where), said
+            raise InputError("no text of a response; give it as \"response\", beside the question and its answer")
+        return read_question(row), said
     return read_all(path, parse, skipped, "questions")
 
 
@@ -1176,8 +1158,8 @@ class Questions(World):
         self.n_dropped = len(rows) - len(self.rows)
         empty = [split for split, n in self.counts().items() if n == 0]
         if empty:
-            raise InputError(f"{path}: {len(rows)} questions, {len(self.rows)} fit the context of {model.config.max_len} tokens "
-                             f"with {max_new_tokens} for the answer; none is left for {', '.join(empty)}")
+            raise InputError(f"{path}: {len(rows)} questions, {len(self.rows)} fit the context of {model.config.max_len} "
+                             f"tokens with {max_new_tokens} for the answer; none is left for {', '.join(empty)}")
 
     @property
     def objectives(self):
@@ -1314,11 +1296,10 @@ def gather(items):
 
 def pad(rows, pad_id, device=None):
     """Ragged lists of ids -> ids (B, T) padded on the right, lengths (B,)."""
-    lengths = torch.tensor([len(r) for r in rows])
-    ids = torch.full((len(rows), max(1, int(lengths.max()))), pad_id, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
-    return ids.to(device), lengths.to(device)
+    lengths = [len(row) for row in rows]
+    width = max(1, *lengths)
+    ids = [[*row, *[pad_id] * (width - len(row))] for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
 
 def batches_by_length(lengths, tokens=16384):

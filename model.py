@@ -13,7 +13,6 @@ import copy
 import functools
 import json
 import math
-import mmap
 import os
 import re
 import struct
@@ -63,8 +62,8 @@ class GPTConfig:
             raise ValueError("unusable model configuration: sizes must be positive whole numbers (context up to 4 million), "
                              f"not {sizes}")
         self.head_dim = self.head_dim or self.d_model // self.n_head
-        if self.n_head % self.n_kv_head or type(self.head_dim) is not int or self.head_dim < 1 or self.head_dim % 2 \
-                or self.position not in ("rope", "learned") or self.norm not in ("rms", "layer") or self.mlp not in ("swiglu", "gelu"):
+        good = self.position in ("rope", "learned") and self.norm in ("rms", "layer") and self.mlp in ("swiglu", "gelu")
+        if not good or self.n_head % self.n_kv_head or type(self.head_dim) is not int or self.head_dim < 1 or self.head_dim % 2:
             raise ValueError(f"unusable model configuration: {self.n_head} heads of {self.head_dim} channels on "
                              f"{self.n_kv_head}, {self.position}, {self.norm}, {self.mlp}")
         if not all(0 < x < math.inf for x in (self.rope_theta, self.norm_eps)):
@@ -389,7 +388,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def new_cache(self, sequences, max_len=0):
-        """An empty KVCache for so many sequences of at most max_len tokens (0: the context)."""
+        """An empty KVCache for so many sequences, with room for max_len tokens of each; it grows when needed."""
         return KVCache(self.config, sequences, max_len, self.embed.weight.device, self.embed.weight.dtype)
 
     def weights(self, weights):
@@ -502,30 +501,19 @@ def check_entry(path, name, entry, size):
     return tuple(span)
 
 
-def map_file(path, start, stop):
-    """Bytes start..stop of a file as a uint8 tensor, memory-mapped: nothing is read before it is used, and freeing the
-    tensor frees the map."""
-    if stop == start:
-        return torch.empty(0, dtype=torch.uint8)
-    skip = start % mmap.ALLOCATIONGRANULARITY
-    with open(path, "rb") as f:
-        data = mmap.mmap(f.fileno(), stop - start + skip, access=mmap.ACCESS_COPY, offset=start - skip)
-    return torch.frombuffer(data, dtype=torch.uint8, offset=skip)
-
-
-def shaped(flat, dtype, shape):
-    """Raw bytes -> tensor. torch wants aligned views; the format does not promise them: an odd offset costs a copy."""
-    aligned = flat.data_ptr() % dtype.itemsize == 0 and flat.storage_offset() % dtype.itemsize == 0
-    return (flat if aligned else flat.clone()).view(dtype).view(shape)
+def map_tensors(path, entries):
+    """Entries of read_header -> dict name -> tensor, memory-mapped: nothing is read before it is used, and freeing the tensors
+    frees the map. torch wants aligned views; the format does not promise them: an odd offset costs a copy."""
+    data, found = torch.from_file(path, shared=False, size=os.path.getsize(path), dtype=torch.uint8), {}
+    for name, (dtype, shape, start, stop) in entries.items():
+        flat = data[start:stop] if start % dtype.itemsize == 0 else data[start:stop].clone()
+        found[name] = flat.view(dtype).view(shape)
+    return found
 
 
 def load_safetensors(path):
     """File -> dict name -> tensor, memory-mapped. InputError as in read_header."""
-    header = read_header(path)
-    first = min((start for *_, start, _ in header.values()), default=0)
-    data = map_file(path, first, max((stop for *_, stop in header.values()), default=0))
-    return {name: shaped(data[start - first:stop - first], dtype, shape)
-            for name, (dtype, shape, start, stop) in header.items()}
+    return map_tensors(path, read_header(path))
 
 
 def save_safetensors(tensors, path, metadata=None):
@@ -548,25 +536,17 @@ def save_safetensors(tensors, path, metadata=None):
 
 # -- Hugging Face directories in and out
 
-# Our tensor -> theirs, concatenated along dim 0 where several (fused projections). {i} is the layer. Some programs leave
-# the prefix off ("model." or "transformer."): tensors are found with or without.
+# Our tensor -> theirs, concatenated along dim 0 where several (fused projections); a layer's without the layer's own name.
+# Some programs leave the prefix off ("model." or "transformer."): tensors are found with or without.
 LLAMA = {
-    "embed": ["embed_tokens"],
-    "layers.{i}.norm1": ["layers.{i}.input_layernorm"],
-    "layers.{i}.attn.qkv": ["layers.{i}.self_attn.q_proj", "layers.{i}.self_attn.k_proj", "layers.{i}.self_attn.v_proj"],
-    "layers.{i}.attn.q_norm": ["layers.{i}.self_attn.q_norm"],
-    "layers.{i}.attn.k_norm": ["layers.{i}.self_attn.k_norm"],
-    "layers.{i}.attn.out": ["layers.{i}.self_attn.o_proj"],
-    "layers.{i}.norm2": ["layers.{i}.post_attention_layernorm"],
-    "layers.{i}.mlp.up": ["layers.{i}.mlp.gate_proj", "layers.{i}.mlp.up_proj"],
-    "layers.{i}.mlp.down": ["layers.{i}.mlp.down_proj"],
-    "norm": ["norm"],
+    "embed": ["embed_tokens"], "norm": ["norm"], "norm1": ["input_layernorm"], "norm2": ["post_attention_layernorm"],
+    "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "attn.out": ["self_attn.o_proj"],
+    "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
+    "mlp.up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"],
 }
 GPT2 = {
-    "embed": ["wte"], "positions": ["wpe"],
-    "layers.{i}.norm1": ["h.{i}.ln_1"], "layers.{i}.attn.qkv": ["h.{i}.attn.c_attn"],
-    "layers.{i}.attn.out": ["h.{i}.attn.c_proj"], "layers.{i}.norm2": ["h.{i}.ln_2"],
-    "layers.{i}.mlp.up": ["h.{i}.mlp.c_fc"], "layers.{i}.mlp.down": ["h.{i}.mlp.c_proj"], "norm": ["ln_f"],
+    "embed": ["wte"], "positions": ["wpe"], "norm": ["ln_f"], "norm1": ["ln_1"], "norm2": ["ln_2"],
+    "attn.qkv": ["attn.c_attn"], "attn.out": ["attn.c_proj"], "mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"],
 }
 PREFIX = re.compile(r"^(model|transformer)\.")
 LEFT_BEHIND = re.compile(r".*rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")    # nothing to load
@@ -579,11 +559,10 @@ def is_gpt2(config):
 
 def theirs(config, name):
     """Our backbone parameter's name -> the list of theirs."""
-    stem, _, kind = name.rpartition(".")
-    layer = re.match(r"layers\.(\d+)\.", stem)
-    key = re.sub(r"^layers\.\d+", "layers.{i}", stem)
-    prefix, table = ("transformer.", GPT2) if is_gpt2(config) else ("model.", LLAMA)
-    return [f"{prefix}{t}.{kind}".replace("{i}", layer[1] if layer else "") for t in table[key]]
+    layer, stem, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    prefix, layers, table = ("transformer.", "h", GPT2) if is_gpt2(config) else ("model.", "layers", LLAMA)
+    prefix += f"{layers}.{layer}." if layer else ""
+    return [f"{prefix}{t}.{kind}" for t in table[stem]]
 
 
 def rows_of(config, names, n):
@@ -602,16 +581,13 @@ class Checkpoint:
     where `place` puts a tensor: no process holds more than its part of the model and one tensor."""
 
     def __init__(self, directory, place=lambda t: t):
-        self.place = place
+        self.place, self.entries, self.unused = place, {}, set()
         self.path = os.path.join(directory, "model.safetensors")
-        index = os.path.join(directory, "model.safetensors.index.json")
-        self.entries, files = {}, {self.path: None}       # file -> the names that the index expects there
+        index, files = f"{self.path}.index.json", {self.path: []}       # file -> the names that the index expects there
         if not os.path.exists(self.path) and os.path.exists(index):
             self.path, files = index, self.read_index(directory, index)
-        self.unused = set()
         for path, expected in files.items():
-            found = self.add(path, lambda name: PREFIX.sub("", name))
-            missing = set(expected or ()) - found
+            missing = set(expected) - self.add(path, lambda name: PREFIX.sub("", name))
             if missing:
                 raise InputError(f"{path}: tensor {min(missing)!r} is missing, which {index} promises")
 
@@ -652,12 +628,13 @@ class Checkpoint:
         go one tensor after another. InputError if one is missing, or has another shape or no floating-point numbers."""
         out, row = None, 0
         for name, n in zip(names, rows):
-            path, kind, held, start, stop = self.entry(name)
+            path, *entry = self.entry(name)
+            kind, held = entry[:2]
             wanted = (n, *shape[1:])[::-1] if transpose else (n, *shape[1:])
             if held != wanted or not kind.is_floating_point:
                 raise InputError(f"{path}: tensor {name!r} has shape {held} of {kind}, config.json wants {wanted}")
             out = torch.empty(shape, dtype=dtype) if out is None else out
-            part = shaped(map_file(path, start, stop), kind, held)
+            part = map_tensors(path, {name: entry})[name]
             out[row:row + n].copy_(part.t() if transpose else part)
             row += n
         return self.place(out)
