@@ -23,9 +23,11 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from itertools import islice
@@ -139,20 +141,18 @@ class Config:
     checkpoint_every: int = option(100, "steps of a training stage between checkpoints from which --resume goes on")
 
 
-# What the stages leave in a run directory and in its log, and for --sweep what of it does not depend on the swept fields.
-WRITTEN = {"base": ["base"], "sft": ["sft"], "pairs": ["pairs.jsonl"],
-           "baselines": ["single_head_dpo", "dpo_*", "modpo", "sft_logps.safetensors"],
-           "mah_dpo": ["mah_dpo", "pair_metrics.json"], "labels": ["mah_dpo_pairs.jsonl", "labels.jsonl", "judge"],
-           "prm": ["prm", "prm_*"]}
-UNTOUCHED = {"dtype base_steps base_lr epochs": "",
-             "sft_steps sft_batch sft_lr max_new_tokens": "base",
-             "temperature n_prompts n_samples": "base sft",
-             "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor": "base sft pairs",
-             "perturbation": "base sft pairs baselines",
-             "gamma rollouts n_rollout_prompts": "base sft pairs baselines mah_dpo",
-             "prm prm_steps prm_batch prm_value_weight prm_lr_backbone prm_lr_head": "base sft pairs baselines mah_dpo labels",
-             "n_test split k": "base sft pairs baselines mah_dpo labels prm"}
-UNTOUCHED = {field: stages for group, stages in UNTOUCHED.items() for field in group.split()}
+# In the order of the stages: what they leave in a run directory and in its log, and the options that they are the first to
+# depend on. A variant of --sweep takes over what comes before its option.
+WRITTEN = {"base": "dtype base_steps base_lr epochs",
+           "sft": "sft_steps sft_batch sft_lr max_new_tokens",
+           "pairs.jsonl": "temperature n_prompts n_samples",
+           "single_head_dpo dpo_* modpo sft_logps.safetensors":
+               "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor",
+           "mah_dpo pair_metrics.json": "perturbation",
+           "mah_dpo_pairs.jsonl labels.jsonl judge": "gamma rollouts n_rollout_prompts",
+           "prm prm_*": "prm prm_steps prm_batch prm_value_weight prm_lr_backbone prm_lr_head",
+           "results.json": "n_test split k"}
+UNTOUCHED = {name: " ".join(list(WRITTEN)[:i]).split() for i, names in enumerate(WRITTEN.values()) for name in names.split()}
 
 
 class Run:
@@ -190,13 +190,9 @@ class Run:
         """Python-side draws for one purpose."""
         return Dice(seed_of(self.config.seed, *what))
 
-    def place(self, tensor):
-        """Where training keeps a tensor: see model.placed."""
-        return placed(tensor, self.device)
-
     def load(self, name):
         """A trained model of this run, ready to train on, and sharded over the processes."""
-        model = load_hf(self.file(name), place=self.place)
+        model = load_hf(self.file(name), place=lambda t: placed(t, self.device))
         model.grad_checkpoint = self.config.grad_checkpoint
         return model
 
@@ -352,7 +348,7 @@ def load_checkpoint(run, stage, model, optimizer, key):
 
 def language_model(run, stage, model, examples, steps, lr, batch_size=64, files=()):
     """Next-token training on the masked tokens of (ids, mask) examples; batches of similar length, cosine schedule.
-    files: what the examples were read from. -> rows for the log."""
+    files: what the examples were read from. Logs, saves. -> the rows of the log"""
     steps = capped(steps, len(examples) / batch_size, run.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
 
@@ -367,11 +363,14 @@ def language_model(run, stage, model, examples, steps, lr, batch_size=64, files=
         (loss * ranks()).backward()         # FSDP takes the mean of the processes' gradients; theirs is a sum
         return {"loss": loss}
 
-    return fit(run, stage, model, optimizer, steps, backward=backward, tokens=lambda i: len(examples[i][0]),
-               batches=length_batches([len(ids) for ids, _ in examples], batch_size, run.generator(stage)),
-               rate=lambda step: min(1.0, (step + 1) / 40) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2),
-               where=lambda i: f"example {i + 1} ({model.tokenizer.decode(examples[i][0][:20])!r}...)",
-               key=run.key(*files))
+    log = fit(run, stage, model, optimizer, steps, backward=backward, tokens=lambda i: len(examples[i][0]),
+              batches=length_batches([len(ids) for ids, _ in examples], batch_size, run.generator(stage)),
+              rate=lambda step: min(1.0, (step + 1) / 40) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2),
+              where=lambda i: f"example {i + 1} ({model.tokenizer.decode(examples[i][0][:20])!r}...)",
+              key=run.key(*files))
+    run.log(stage, log)
+    save_hf(model, run.file(stage), weights=0)
+    return log
 
 
 def length_batches(lengths, size, generator):
@@ -398,7 +397,7 @@ def capped(steps, steps_per_epoch, config):
 def load_init(run):
     """The checkpoint given by --init, which must bring its tokenizer."""
     directory = run.config.init
-    model = load_hf(directory, place=run.place)
+    model = load_hf(directory, place=lambda t: placed(t, run.device))
     if model.tokenizer is None:
         raise InputError(f"{directory}: tokenizer.json, or vocab.json and merges.txt, is missing; a base model needs one")
     return model
@@ -416,9 +415,7 @@ def train_base(run):
             examples.append((ids, [True] * len(ids)))
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab), run.generator("base", "weights")).to(run.device)
     model.tokenizer = tokenizer
-    log = language_model(run, "base", shard(model, run.device), examples, run.config.base_steps, run.config.base_lr)
-    run.log("base", log)
-    save_hf(model, run.file("base"), weights=0)
+    language_model(run, "base", shard(model, run.device), examples, run.config.base_steps, run.config.base_lr)
 
 
 def train_sft(run):
@@ -426,9 +423,7 @@ def train_sft(run):
     model, config = run.load("base"), run.config
     examples = sft_examples(run, model)
     files = [os.path.join(config.data, f"{o}.jsonl") for o in run.objectives] if config.data else []
-    log = language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, config.sft_batch, files)
-    run.log("sft", log)
-    save_hf(model, run.file("sft"), weights=0)
+    language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, config.sft_batch, files)
 
 
 def sft_examples(run, model):
@@ -468,18 +463,15 @@ def read_rows(path, kind):
 def read_real_pairs(run, model):
     """DIR/<objective>.jsonl for every objective that has pairs there -> (train pairs, dev pairs, {reason: number of rows
     dropped}). An objective with nothing left to train on or to hold out is an error."""
-    found, dropped = [], {}
+    found, dropped = [], Counter()
     too_long = f"longer than the context of {model.config.max_len} tokens, or alike in this vocabulary"
     for name in run.objectives:
-        path, kept = os.path.join(run.config.data, f"{name}.jsonl"), []
+        path = os.path.join(run.config.data, f"{name}.jsonl")
         if holds_questions(path, name):
             continue
-        for p in read_preferences(path, name, dropped):
-            pair = encode_pair(p, model)
-            if pair:
-                kept.append(pair)
-            else:
-                dropped[too_long] = dropped.get(too_long, 0) + 1
+        encoded = [encode_pair(p, model) for p in read_preferences(path, name, dropped)]
+        kept = [pair for pair in encoded if pair]
+        dropped[too_long] += len(encoded) - len(kept)
         if {p.split for p in kept} != {"train", "dev"}:
             raise InputError(f"{path}: of its rows {len(kept)} fit the context of {model.config.max_len} tokens; pairs to "
                              "train on and to hold out are both needed: add rows, or shorter ones")
@@ -523,38 +515,41 @@ def make_pairs(run):
     if run.config.data:
         train, dev, _ = read_real_pairs(run, model)
         pairs = train + dev + pairs
-    count = lambda split: {o: sum(p.objective == o and p.split == split for p in pairs) for o in run.objectives}
-    counts, held_out = count("train"), count("dev")
-    empty = [o for o, n in counts.items() if n == 0]
+    count = Counter((p.objective, p.split) for p in pairs)
+    empty = [o for o in run.objectives if not count[o, "train"]]
     if empty:
         raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled answers of different scores (all "
                          "wrong, or all right); raise --n-samples or --n-prompts, or give a better --init")
-    tqdm.write("  pairs to train on + held out: " + ", ".join(f"{o} {n} + {held_out[o]}" for o, n in counts.items()))
+    tqdm.write("  pairs to train on + held out: "
+               + ", ".join(f"{o} {count[o, 'train']} + {count[o, 'dev']}" for o in run.objectives))
     write_rows(run.file("pairs.jsonl"), pairs)
 
 
-def split_share(split, n, least=8):
-    """How many of n training prompts a split gets."""
-    return max(least, int({"train": 1.0, "dev": 0.15}[split] * n))
+def play(run, what, name, model, mix, world, split, n):
+    """What every sampling stage begins with: a policy answers the training prompts, n in all, or 15 % as many development prompts.
+    -> (problem, messages before, ids before, response) of every turn, what the judge draws from, what further samples draw from"""
+    seed, n = (what, name, world.name, split), max(8, n if split == "train" else int(0.15 * n)) // world.turns
+    problems = mine(world.problems(split, n, run.dice(*seed)))
+    # The processes have drawn the same problems; from here on each draws apart.
+    dice, generator = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own)
+    student = seed_of(run.config.seed, *seed, "student", *run.own)
+    with tqdm(total=len(problems) * world.turns, desc=f"{world.name}: {what}, {split}", unit="answer", disable=None) as bar:
+        respond = plain_responder(model, world, mix, run.config.temperature, generator, progress=bar.update)
+        played = converse(world, problems, model.tokenizer, respond, student)
+    return [(c.problem, before, ids, response) for c in played for ids, before, response in c.turns], dice, generator
 
 
 def sample_pairs(run, name, model, mix, world, split, names):
     """Several answers of a policy to every prompt, judged for the objectives `names` -> list of Pair: the best against the worst."""
-    config, tokenizer, seed = run.config, model.tokenizer, ("samples", name, world.name, split)
-    problems = mine(world.problems(split, split_share(split, config.n_prompts) // world.turns, run.dice(*seed)))
-    # The processes have drawn the same problems; from here on each draws apart.
-    dice, generator = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own)
-    with tqdm(total=len(problems) * world.turns * (config.n_samples + 1), desc=f"{world.name} {split}", unit="sample",
-              disable=None) as bar:
-        # The contexts to answer: the problems themselves, or every turn of a dialogue that the policy has played.
-        respond = plain_responder(model, world, mix, config.temperature, generator, progress=bar.update)
-        played = converse(world, problems, tokenizer, respond, seed_of(config.seed, *seed, "student", *run.own))
-        contexts = [(c.problem, before, ids) for c in played for ids, before, _ in c.turns]
-        answers = generate(model, [ids for _, _, ids in contexts], weights=mix, samples=config.n_samples,
+    config, tokenizer = run.config, model.tokenizer
+    # The contexts to answer: the problems themselves, or every turn of a dialogue that the policy has played.
+    contexts, dice, generator = play(run, "samples", name, model, mix, world, split, config.n_prompts)
+    with tqdm(total=len(contexts) * config.n_samples, desc=f"{world.name} {split}", unit="sample", disable=None) as bar:
+        answers = generate(model, [ids for _, _, ids, _ in contexts], weights=mix, samples=config.n_samples,
                            max_new_tokens=world.max_new_tokens, temperature=config.temperature, generator=generator,
                            progress=bar.update)
     pairs = []
-    for i, (problem, before, ids) in enumerate(contexts):
+    for i, (problem, before, ids, _) in enumerate(contexts):
         responses = answers[i * config.n_samples:(i + 1) * config.n_samples]
         scores = [world.scores(problem, before, tokenizer.decode(r)) for r in responses]
         ratings = [{n: s[n] if OBJECTIVES[n].case == "verifiable" else judge(s[n], dice) for n in names} for s in scores]
@@ -594,15 +589,12 @@ def make_labels(run):
 
 def judge_turns(run, name, model, mix, world, split, names):
     """Case B: every turn of a policy's dialogues, judged as it is -> list of Labelled."""
-    config, seed = run.config, ("turns", name, world.name, split)
-    problems = mine(world.problems(split, split_share(split, config.n_prompts) // world.turns, run.dice(*seed)))
-    dice, generator, rows = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own), []
-    respond = plain_responder(model, world, mix, config.temperature, generator)
-    for c in converse(world, problems, model.tokenizer, respond, seed_of(config.seed, *seed, "student", *run.own)):
-        for ids, before, response in c.turns:
-            scores = world.scores(c.problem, before, model.tokenizer.decode(response))
-            targets = [float(judge(scores[o], dice) > 0.5) if o in names else None for o in run.objectives]
-            rows.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
+    turns, dice, _ = play(run, "turns", name, model, mix, world, split, run.config.n_prompts)
+    rows = []
+    for problem, before, ids, response in turns:
+        scores = world.scores(problem, before, model.tokenizer.decode(response))
+        targets = [float(judge(scores[o], dice) > 0.5) if o in names else None for o in run.objectives]
+        rows.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
     return rows
 
 
@@ -626,30 +618,22 @@ def calibrate_judge(run, model, name):
 
 def label_rollouts(run, name, model, mix, world, split, names, cuts):
     """Rollouts from every prefix of a policy's responses -> Labelled rows with hindsight targets and majority labels."""
-    config, tokenizer, seed = run.config, model.tokenizer, ("rollouts", name, world.name, split)
-    problems = mine(world.problems(split, split_share(split, config.n_rollout_prompts), run.dice(*seed)))
-    dice, generator = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own)
-    case = {n: OBJECTIVES[n].case for n in names}
-    prompts = [tokenizer.encode_chat(p.messages()) for p in problems]
-    responses = generate(model, prompts, weights=mix, max_new_tokens=world.max_new_tokens, generator=generator,
-                         temperature=config.temperature)
-    ends = [tokenizer.step_ends(r, world.boundary) for r in responses]
-    starts = [(i, e) for i, found in enumerate(ends) for e in found[:-1]]
-    more = config.rollouts - 1
+    config, tokenizer, more = run.config, model.tokenizer, run.config.rollouts - 1
+    answers, dice, generator = play(run, "rollouts", name, model, mix, world, split, config.n_rollout_prompts)
+    ends = [tokenizer.step_ends(response, world.boundary) for *_, response in answers]
+    starts = [(ids + response[:e + 1], e) for (*_, ids, response), found in zip(answers, ends) for e in found[:-1]]
     with tqdm(total=len(starts) * more, desc=f"rollouts of {name}, {split}", unit="rollout", disable=None) as bar:
-        tails = generate(model, [prompts[i] + responses[i][:e + 1] for i, e in starts], weights=mix, generator=generator,
-                         max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts], samples=more,
-                         temperature=config.temperature, progress=bar.update) if more else []
-    completed = {}                              # (response, end of prefix) -> M completed rollouts, the response first
-    for k, (i, e) in enumerate(starts):
-        completed[i, e] = [responses[i]] + [responses[i][:e + 1] + t for t in tails[k * more:(k + 1) * more]]
+        tails = iter(generate(model, [prefix for prefix, _ in starts], weights=mix, generator=generator,
+                              max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts], samples=more,
+                              temperature=config.temperature, progress=bar.update) if more else [])
     rows = []
-    for i, (problem, prompt, response) in enumerate(zip(problems, prompts, responses)):
-        sets = [completed.get((i, e), [response] * config.rollouts) for e in ends[i]]
+    for (problem, _, prompt, response), found in zip(answers, ends):
+        # For every step M completed rollouts, the response first; behind the last step nothing is left to draw.
+        sets = [[response] + [response[:e + 1] + next(tails) for _ in range(more)] for e in found[:-1]] + [[response] * (more + 1)]
         steps = step_texts(tokenizer, response, world.boundary)
-        targets = {name: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if case[name] == "verifiable" else
-                          verdicts(world, problem, tokenizer, name, sets, cuts[name], dice)).tolist() for name in case}
-        rows.append(Labelled(prompt + response, [len(prompt) + e for e in ends[i]],
+        targets = {o: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if OBJECTIVES[o].case == "verifiable" else
+                       verdicts(world, problem, tokenizer, o, sets, cuts[o], dice)).tolist() for o in names}
+        rows.append(Labelled(prompt + response, [len(prompt) + e for e in found],
                              [[targets[o][s] if o in targets else None for o in run.objectives] for s in range(len(steps))],
                              split))
     return rows
@@ -1001,8 +985,7 @@ def run_stages(run):
 
 def take_over(run, source, swept):
     """Link what a run that differs in the swept field need not make again, and copy its part of the log."""
-    patterns = [p for stage in UNTOUCHED[swept].split() for p in WRITTEN[stage]]
-    same = lambda name: "=" not in name and any(fnmatch(name, p) for p in patterns)         # no other variants
+    same = lambda name: "=" not in name and any(fnmatch(name, p) for p in UNTOUCHED[swept])         # no other variants
     if not os.path.exists(run.file("log.jsonl")):
         rows = [row for _, row in read_jsonl(source.file("log.jsonl")) if same(row["stage"])]
         write_text(run.file("log.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
@@ -1057,14 +1040,6 @@ def read_sweep(text, config):
             raise InputError(f"--sweep {text}: {value!r} is no {kind.__name__}") from None
         check_config(found[-1])
     return name, [replace(c, weight_steps=0) for c in found if c != config]
-
-
-def check_sweep(text, config):
-    """read_sweep, and what check_inputs says of every value."""
-    name, configs = read_sweep(text, config)
-    for changed in configs:
-        check_inputs(Run(config.out, changed))
-    return name, configs
 
 
 def read_command(argv):
@@ -1124,43 +1099,43 @@ def check_inputs(run):
     for path in filter(None, (config.data, config.init)):
         if not os.path.isdir(path):
             raise InputError(f"{path}: no such directory")
-    if config.init:
-        model = load_init(run)
-        if config.data:
-            train, dev, dropped = read_real_pairs(run, model)
-            labels, n_bad = read_real_labels(run, model)
-            print(f"pairs: {len(train)} to train on, {len(dev)} held out"
-                  + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items()))
-            if labels or n_bad:
-                print(f"responses with step labels: {len(labels)}, {n_bad} left out")
-            for world in run.worlds(model).values():
-                counts = ", ".join(f"{n} {split}" for split, n in world.counts().items())
-                print(f"questions: {counts}; {world.n_dropped} left out: too long for the context with an answer")
-    for domain in run.domains if not config.data else ():      # a world that is too small for what is asked
+    model = load_init(run) if config.init else None
+    if config.data:
+        train, dev, dropped = read_real_pairs(run, model)
+        labels, n_bad = read_real_labels(run, model)
+        print(f"pairs: {len(train)} to train on, {len(dev)} held out"
+              + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n))
+        if labels or n_bad:
+            print(f"responses with step labels: {len(labels)}, {n_bad} left out")
+        for world in run.worlds(model).values():
+            counts = ", ".join(f"{n} {split}" for split, n in world.counts().items())
+            print(f"questions: {counts}; {world.n_dropped} left out: too long for the context with an answer")
+        return
+    for domain in run.domains:                              # a world that is too small for what is asked
         DOMAINS[domain].problems(config.split, config.n_test, Dice(0))
         DOMAINS[domain].problems("train", max(config.n_prompts, config.n_rollout_prompts), Dice(0))
-    if config.init and not config.data:
+    if model:
         sft_examples(run, model)               # a context that is too short, a chat template that is not read
 
 
 def open_run(config, path):
     """A new run in a directory that is empty or holds the command alone, or the old run there, with its own configuration."""
     held = set(os.listdir(path)) if os.path.isdir(path) else {"nothing"}
-    if "config.json" in held or held and "command.json" not in held:
+    begun = "config.json" in held or held and "command.json" not in held
+    if begun:
         saved = read_run(path)
         unknown = set(saved) - {f.name for f in fields(Config)} - {"objectives"}
         if unknown:
             raise InputError(f"{path}/config.json: not the configuration of a run ({', '.join(sorted(unknown))})")
         saved |= {"device": config.device} if config.device != "auto" else {}
         config = Config(**{k: v for k, v in saved.items() if k != "objectives"})
-        check_config(config)
-        return Run(path, config)
     check_config(config)
     run = Run(path, config)
-    config.out, config.device = path, run.device
-    check_inputs(run)
-    print(f"writing to {path}")
-    write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
+    if not begun:
+        config.out, config.device = path, run.device
+        check_inputs(run)
+        print(f"writing to {path}")
+        write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
     return run
 
 
@@ -1168,19 +1143,17 @@ def open_run(config, path):
 def alone(path):
     """Hold a run directory. InputError if a train.py is at work there already, say the processes that go on after their torchrun
     was killed: two would write the same files."""
-    if fcntl is None or rank() > 0:
-        yield
-        return
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):                  # a file system without locks
+    with contextlib.ExitStack() as stack:
+        if fcntl and rank() == 0:
+            directory = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, directory)
             try:
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"{path}: a train.py is at work there already; wait for it, or end its processes") from None
+            except OSError:                                 # a file system without locks
+                pass
         yield
-    finally:
-        os.close(directory)
 
 
 def main(argv=None):
@@ -1190,22 +1163,19 @@ def main(argv=None):
     path, = gather([CLAIMED or (claim(argv) if rank() == 0 else None)])[:1]
     try:
         config, resume, sweep = read_command(argv)
-        if sweep and not resume:               # a mistake in it shows before anything is written
-            check_config(config)
-            check_sweep(sweep, config)
         run = open_run(config, path or resume)
+        name, variants = read_sweep(sweep, run.config) if sweep else (None, [])
+        for variant in variants:
+            check_inputs(Run(run.path, variant))
     except BaseException:
         if path and rank() == 0:                                # a mistake leaves nothing behind
-            os.remove(os.path.join(path, "command.json"))
-            os.rmdir(path)
+            shutil.rmtree(path)
             with contextlib.suppress(OSError):
                 os.rmdir("runs")
         raise
     with alone(run.path):
-        if sweep:
-            name, configs = check_sweep(sweep, run.config)
-            for changed in configs:
-                inner_run(run.file(f"{name}={getattr(changed, name)}"), changed)
+        for variant in variants:
+            inner_run(run.file(f"{name}={getattr(variant, name)}"), variant)
         try:
             carry_out(run)
         except KeyboardInterrupt:
