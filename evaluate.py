@@ -169,7 +169,9 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
 # -- policies and rows
 
 def average(models, weights=None):
-    """The DPO soup of single-objective policies, uniform if not said otherwise, as a model."""
+    """The DPO soup of single-objective policies, uniform if not said otherwise, as a model. Of one policy: itself."""
+    if len(models) == 1:
+        return models[0]
     mixed = models[0].with_heads(models[0].config.objectives)
     mixed.load_state_dict(soup([m.state_dict() for m in models], weights or [1.0] * len(models)))
     return mixed.eval()
@@ -226,8 +228,7 @@ class Bench:
 
     def play(self, domain, job, problems):
         """The conversations of a row's policy about these problems -> conversations, the model."""
-        world, parts = self.worlds[domain], self.parts(job)
-        model = parts[0] if len(parts) == 1 else average(parts, list(job.models.values())).to(self.device)
+        world, model = self.worlds[domain], average(self.parts(job), list(job.models.values())).to(self.device)
         temperature = self.config["temperature"] if job.temperature is None else job.temperature
         generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", domain))
         if job.guide is None:
@@ -294,6 +295,12 @@ class Bench:
 
 
 # -- preference pairs
+
+def own_logps(model, pairs, progress=None):
+    """Log-probabilities (N, 2) as by pair_logps, each pair under its objective's head, or else under the first."""
+    own = model.config.objectives
+    return pair_logps(model, pairs, lambda o: own.index(o) if o in own else 0, model.tokenizer.pad_id, progress)
+
 
 def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
     """Held-out metrics of one policy per objective. loss, margin, reward_accuracy compare with the reference;
@@ -757,8 +764,7 @@ def score_preferences(bench, prm, output, seen, path):
     if not pairs:
         raise InputError(f"{path}: no pair is left ({left})")
     if bench:
-        head = lambda model, o: model.config.objectives.index(o) if o in model.config.objectives else 0
-        logps = {name: pair_logps(bench.model(name), pairs, lambda o: head(bench.model(name), o), reader.tokenizer.pad_id)
+        logps = {name: own_logps(bench.model(name), pairs)
                  for name in ("sft", "base", "single_head_dpo", "modpo", f"dpo_{output}", "mah_dpo")}
         for name, found in logps.items():
             rows += pair_metrics_rows(name, found, logps["sft"], pairs, bench.config["beta"], bench.seed)

@@ -50,9 +50,8 @@ def claim(argv):
         return None
     if args.resume is not None or {"-h", "--help"} & set(others):
         return None
-    wanted = args.out or os.path.join("runs", args.objective.replace(",", "+"))
-    wanted, number = wanted.rstrip("/"), 2
-    path = wanted
+    wanted = (args.out or os.path.join("runs", args.objective.replace(",", "+"))).rstrip("/")
+    path, number = wanted, 2
     while os.path.lexists(path):
         path, number = f"{wanted}-{number}", number + 1
     os.makedirs(f"{path}.tmp", exist_ok=True)
@@ -77,8 +76,8 @@ from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, To
                   read_json, read_jsonl, read_preferences, read_steps, run_command, select_objectives, split_of, total, worlds_of,
                   write_json, write_text)
 from decode import domain_mix, generate, parse_weights, read_run
-from evaluate import (average, converse, evaluate, find_variants, load_rows, pair_metrics_rows, plain_responder, publish,
-                      seed_of, seed_runs)
+from evaluate import (average, converse, evaluate, find_variants, load_rows, own_logps, pair_metrics_rows, plain_responder,
+                      publish, seed_of, seed_runs)
 from mah_dpo import (Pair, balanced_mean, encode_pair, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps,
                      pair_metrics, policy_logps)
 from model import (GPT, GPTConfig, like, load_hf, load_safetensors, pick_device, placed, read_metadata, sampling_dtype, save_hf,
@@ -526,8 +525,8 @@ def make_pairs(run):
 
 
 def play(run, what, name, model, mix, world, split, n):
-    """What every sampling stage begins with: a policy answers the training prompts, n in all, or 15 % as many development prompts.
-    -> (problem, messages before, ids before, response) of every turn, what the judge draws from, what further samples draw from"""
+    """The beginning of every sampling stage: a policy answers n training prompts, or 15 % as many development prompts. -> every
+    turn as (problem, messages before, ids before, response), the judge's Dice, the generator for further samples"""
     seed, n = (what, name, world.name, split), max(8, n if split == "train" else int(0.15 * n)) // world.turns
     problems = mine(world.problems(split, n, run.dice(*seed)))
     # The processes have drawn the same problems; from here on each draws apart.
@@ -629,10 +628,10 @@ def label_rollouts(run, name, model, mix, world, split, names, cuts):
     rows = []
     for (problem, _, prompt, response), found in zip(answers, ends):
         # For every step M completed rollouts, the response first; behind the last step nothing is left to draw.
-        sets = [[response] + [response[:e + 1] + next(tails) for _ in range(more)] for e in found[:-1]] + [[response] * (more + 1)]
-        steps = step_texts(tokenizer, response, world.boundary)
-        targets = {o: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if OBJECTIVES[o].case == "verifiable" else
-                       verdicts(world, problem, tokenizer, o, sets, cuts[o], dice)).tolist() for o in names}
+        sets = [[response] + [response[:e + 1] + next(tails) for _ in range(more)] for e in found[:-1]]
+        sets, steps = sets + [[response] * config.rollouts], step_texts(tokenizer, response, world.boundary)
+        targets = {o: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if OBJECTIVES[o].case == "verifiable"
+                       else verdicts(world, problem, tokenizer, o, sets, cuts[o], dice)).tolist() for o in names}
         rows.append(Labelled(prompt + response, [len(prompt) + e for e in found],
                              [[targets[o][s] if o in targets else None for o in run.objectives] for s in range(len(steps))],
                              split))
@@ -684,28 +683,28 @@ def prm_sources(run, outputs):
     real data an objective without step labels learns from its pairs, as in case C."""
     labels = read_rows(run.file("labels.jsonl"), Labelled)
     pairs = [p for name in PAIR_FILES for p in read_rows(run.file(name), Pair)]
-    column = {o: run.objectives.index(o) for o in outputs}
-    has = lambda row, o: any(t[column[o]] is not None for t in row.targets)
-    labelled = {o for o in outputs if any(has(r, o) for r in labels if r.split == "train")}
+    labelled = {o for row in labels if row.split == "train" for o in about(run, row)}
     groups = {}
     for row in labels:                          # sequences with the same labelled objectives come from one domain
-        key = tuple(o for o in outputs if has(row, o))
-        if key:
-            groups.setdefault(key, []).append(row)
-    split = lambda items, s: [i for i in items if i.split == s]
-    return {s: ([split(g, s) for g in groups.values() if split(g, s)],
-                [g for o in outputs if o not in labelled for g in [split([p for p in pairs if p.objective == o], s)] if g])
-            for s in ("train", "dev")}
+        groups.setdefault(tuple(o for o in about(run, row) if o in outputs), []).append(row)
+    groups.pop((), None)
+    rest = [[p for p in pairs if p.objective == o] for o in outputs if o not in labelled]
+    split = lambda kind, s: [part for part in ([item for item in items if item.split == s] for items in kind) if part]
+    return {s: (split(groups.values(), s), split(rest, s)) for s in ("train", "dev")}
+
+
+def about(run, item):
+    """The objectives of a Pair or of the labels of a Labelled."""
+    return [item.objective] if isinstance(item, Pair) else [
+        o for p, o in enumerate(run.objectives) if any(t[p] is not None for t in item.targets)]
 
 
 def where_is(run, item):
     """The line of labels.jsonl or of pairs.jsonl on which an item stands, and its objectives."""
-    names = [item.objective] if isinstance(item, Pair) else [
-        o for p, o in enumerate(run.objectives) if any(t[p] is not None for t in item.targets)]
     for path in map(run.file, PAIR_FILES if isinstance(item, Pair) else ["labels.jsonl"]):
         rows = read_rows(path, type(item)) if os.path.exists(path) else []
         if item in rows:
-            return f"{path}:{rows.index(item) + 1} ({', '.join(names)})"
+            return f"{path}:{rows.index(item) + 1} ({', '.join(about(run, item))})"
 
 
 def train_prm(run, name, outputs):
@@ -798,7 +797,7 @@ def reference_logps(run, pairs):
     if not os.path.exists(path):
         model = run.load("sft")
         with run.autocast(), tqdm(total=len(pairs), desc="log-probs of sft", unit="pair", disable=None) as bar:
-            logps = pair_logps(model, pairs, lambda o: 0, model.tokenizer.pad_id, progress=bar.update)
+            logps = own_logps(model, pairs, bar.update)
         bad = (~logps.isfinite().all(1)).nonzero()[:, 0].tolist()
         if bad:
             raise InputError(f"{where_is(run, pairs[bad[0]])}: its log-probability under the SFT policy is not finite, as of "
@@ -865,13 +864,12 @@ def train_policy(run, name, heads, objectives, margins=None):
 
     def develop():
         with run.autocast():
-            logps = pair_logps(model, [pairs[i] for i in dev], head_of, model.tokenizer.pad_id).T.to(run.device)
+            logps = own_logps(model, [pairs[i] for i in dev]).T.to(run.device)
         return judged(logps, dev)[1]
 
-    log = fit(run, name, model, optimizer, steps, batches=batches(), backward=backward, names=objectives,
-              develop=develop if dev else None,
-              rate=lambda step: min(1.0, (step + 1) / 20), tokens=lambda i: len(pairs[i]),
-              where=lambda i: where_is(run, pairs[i]), clip=10.0, key=run.key(run.file("pairs.jsonl")))
+    log = fit(run, name, model, optimizer, steps, batches=batches(), backward=backward, names=objectives, clip=10.0,
+              develop=develop if dev else None, rate=lambda step: min(1.0, (step + 1) / 20), tokens=lambda i: len(pairs[i]),
+              where=lambda i: where_is(run, pairs[i]), key=run.key(run.file("pairs.jsonl")))
     show_progress(name, objectives, log)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
@@ -922,22 +920,15 @@ def train_policies(run):
 def measure_pairs(run):
     """Rows of the held-out pairs' table: every policy, each pair under its own head; the soup under its domain's."""
     pairs = read_rows(run.file("pairs.jsonl"), Pair)
-    dev = [i for i, p in enumerate(pairs) if p.split == "dev"]
-    reference, pairs, rows = reference_logps(run, pairs)[dev], [pairs[i] for i in dev], []
-    measure = lambda name, logps, ref, part: rows.extend(
-        pair_metrics_rows(name, logps, ref, part, run.config.beta, run.config.seed))
-    for name in tqdm(("base", "sft", "single_head_dpo", "modpo", "mah_dpo"), desc="held-out pairs", unit="policy",
-                     disable=None):
-        model = run.load(name)
-        own = model.config.objectives
-        logps = reference if name == "sft" else pair_logps(
-            model, pairs, lambda o: own.index(o) if o in own else 0, model.tokenizer.pad_id)
-        measure(name, logps, reference, pairs)
-    for domain in run.domains:
-        index = [i for i, p in enumerate(pairs) if OBJECTIVES[p.objective].domain == domain]
-        model = average([run.load(f"dpo_{o}") for o in domain_objectives(domain, run.objectives)])
-        part = [pairs[i] for i in index]
-        measure("soup", pair_logps(model, part, lambda o: 0, model.tokenizer.pad_id), reference[index], part)
+    reference, rows = reference_logps(run, pairs), []
+    jobs = [(name, [name], run.objectives) for name in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo")]
+    of = {domain: domain_objectives(domain, run.objectives) for domain in run.domains}
+    jobs += [("soup", [f"dpo_{o}" for o in names], names) for names in of.values()]
+    for policy, members, names in tqdm(jobs, desc="held-out pairs", unit="policy", disable=None):
+        index = [i for i, p in enumerate(pairs) if p.split == "dev" and p.objective in names]
+        part, model = [pairs[i] for i in index], average([run.load(m) for m in members])
+        logps = reference[index] if policy == "sft" else own_logps(model, part)
+        rows += pair_metrics_rows(policy, logps, reference[index], part, run.config.beta, run.config.seed)
     return rows
 
 
