@@ -816,8 +816,8 @@ def train_policy(run, name, heads, objectives, margins=None):
     config, pairs = run.config, read_rows(run.file("pairs.jsonl"), Pair)
     reference = reference_logps(run, pairs)
     model = run.load("sft").with_heads(heads, config.perturbation if len(heads) > 1 else 0.0, run.generator(name, "heads"))
-    factors = dict(zip(METHODS, parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)))
-    factor = factors["soup" if name.startswith("dpo_") else name]
+    factors = parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
+    factor = factors[METHODS.index("soup" if name.startswith("dpo_") else name)]
     optimizer = make_optimizer(model, config.dpo_lr_backbone, factor * config.dpo_lr_heads)
     weights = dict(zip(run.objectives, parse_weights(config.alpha, run.objectives, "--alpha", 1.0)))
     alpha = torch.tensor([weights[o] for o in objectives], device=run.device)
@@ -870,21 +870,20 @@ def train_policy(run, name, heads, objectives, margins=None):
     log = fit(run, name, model, optimizer, steps, batches=batches(), backward=backward, names=objectives, clip=10.0,
               develop=develop if dev else None, rate=lambda step: min(1.0, (step + 1) / 20), tokens=lambda i: len(pairs[i]),
               where=lambda i: where_is(run, pairs[i]), key=run.key(run.file("pairs.jsonl")))
-    show_progress(name, objectives, log)
+    if not name.startswith("dpo_"):         # the soup's members go without
+        show_progress(name, objectives, log)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
 
 
 def show_progress(name, objectives, log):
-    """One aligned line per evaluation on development pairs: loss, margin, accuracy of every objective (the soup's members go
-    without)."""
-    if not name.startswith("dpo_"):
-        names = " ".join(f"{o:>18}" for o in objectives)
-        tqdm.write(f"  {name}: loss, margin, accuracy on development pairs\n        {names}")
-        for row in (r for r in log if r.get("split") == "dev"):
-            cells = [f"{m['loss']:6.3f} {m['margin']:+6.2f} {m['accuracy']:4.2f}" if m else "-"
-                     for m in (row.get(o) for o in objectives)]
-            tqdm.write(f"  {row['step']:5d} " + " ".join(f"{c:>18}" for c in cells))
+    """One aligned line per evaluation on development pairs: loss, margin, accuracy of every objective."""
+    names = " ".join(f"{o:>18}" for o in objectives)
+    tqdm.write(f"  {name}: loss, margin, accuracy on development pairs\n        {names}")
+    for row in (r for r in log if r.get("split") == "dev"):
+        cells = [f"{m['loss']:6.3f} {m['margin']:+6.2f} {m['accuracy']:4.2f}" if m else "-"
+                 for m in (row.get(o) for o in objectives)]
+        tqdm.write(f"  {row['step']:5d} " + " ".join(f"{c:>18}" for c in cells))
 
 
 def modpo_margins(run, pairs):
@@ -922,8 +921,8 @@ def measure_pairs(run):
     pairs = read_rows(run.file("pairs.jsonl"), Pair)
     reference, rows = reference_logps(run, pairs), []
     jobs = [(name, [name], run.objectives) for name in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo")]
-    of = {domain: domain_objectives(domain, run.objectives) for domain in run.domains}
-    jobs += [("soup", [f"dpo_{o}" for o in names], names) for names in of.values()]
+    jobs += [("soup", [f"dpo_{o}" for o in names], names)
+             for names in (domain_objectives(domain, run.objectives) for domain in run.domains)]
     for policy, members, names in tqdm(jobs, desc="held-out pairs", unit="policy", disable=None):
         index = [i for i, p in enumerate(pairs) if p.split == "dev" and p.objective in names]
         part, model = [pairs[i] for i in index], average([run.load(m) for m in members])
