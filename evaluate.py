@@ -22,6 +22,7 @@ import os
 import statistics
 import textwrap
 import time
+import timeit
 import zlib
 from typing import NamedTuple
 
@@ -258,8 +259,7 @@ class Bench:
         if key not in self.known:
             self.known[key] = self.measure(domain, job)
         each = self.known[key]
-        shown = dict(zip(heads, share)) if len(heads) > 1 or job.policy != "soup" else \
-            {n.removeprefix("dpo_"): w for n, w in job.models.items()}
+        shown = dict(zip(heads, share)) if job.policy != "soup" else {n.removeprefix("dpo_"): w for n, w in job.models.items()}
         row = {"policy": job.policy, "weights": shown, "guide": job.guide, "domain": domain, "seed": self.seed,
                "metrics": {name: summary(values) for name, values in each.items()}, "each": each}
         return row | ({"sweep": list(job.sweep)} if job.sweep else {})
@@ -922,11 +922,9 @@ def timing(directory, device, S=2, N=16):
         drawn, = generate(model, [prompt], max_new_tokens=64, temperature=0)              # fewer tokens if it ends itself
         per_token = (time.perf_counter() - start) / len(drawn)
     source = torch.ones(64 * 2**20, device=device)
-    target, speed = torch.empty_like(source), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        target.copy_(source)
-        speed = max(speed, 2 * source.nbytes / (time.perf_counter() - start))
+    target = torch.empty_like(source)
+    copied = min(timeit.repeat(lambda: target.copy_(source)[-1].item(), number=1, repeat=5))       # .item() waits for a GPU
+    speed = 2 * source.nbytes / copied
     read = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith(("heads.", "embed", "positions")))
     read += model.heads[0].weight.nbytes
     print(f"one token: {1e3 * per_token:.2f} ms; reading the {read / 1e6:.0f} MB of weights at the {speed / 1e9:.0f} GB/s of a copy "

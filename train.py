@@ -234,14 +234,16 @@ def chat_example(tokenizer, messages):
     return ids, mask
 
 
-def fit(run, stage, model, optimizer, steps, *, rate, batches, backward, tokens, where, names=(), develop=None, clip=1.0, key):
+def fit(run, stage, model, optimizer, steps, *, batches, backward, tokens, where, key, names=(), develop=None, clip=1.0,
+        warm_up=20, rate=lambda step: 1.0):
     """The training loop of every stage: `steps` updates, each by the gradient of one batch. -> rows for the log
 
-    rate(step): factor on the learning rates. batches: endless iterator of lists of items, a function of the seed alone, so
-    that its position is the step. backward(batch): adds up the gradient of this process's share, returns numbers for the log,
-    {name: tensor, scalar or one per objective of `names`}, which add up over the processes. develop(): the same numbers on
-    development data, taken four times. tokens(item), where(item): its size, and where a person finds it. key: fingerprint of
-    all this. Every config.checkpoint_every steps, and before a stop, all that the next step needs is saved."""
+    batches: endless iterator of lists of items, a function of the seed alone, so that its position is the step.
+    backward(batch): adds up the gradient of this process's share, returns numbers for the log, {name: tensor, scalar or one
+    per objective of `names`}, which add up over the processes. tokens(item), where(item): its size, and where a person finds
+    it. key: fingerprint of all this. rate(step): factor on the learning rates, which rise over `warm_up` steps. develop(): the
+    numbers of backward on development data, taken four times. Every config.checkpoint_every steps, and before a stop, all that
+    the next step needs is saved."""
     top, seconds, n_tokens = [g["lr"] for g in optimizer.param_groups], 0.0, 0
     start, log = load_checkpoint(run, stage, model, optimizer, key)
     measure = lambda step: log.append({"step": step, "split": "dev"} | log_row(develop(), names)) if develop else None
@@ -252,7 +254,7 @@ def fit(run, stage, model, optimizer, steps, *, rate, batches, backward, tokens,
                 measure(step)
             begun = time.perf_counter()
             for group, lr in zip(optimizer.param_groups, top):
-                group["lr"] = lr * rate(step)
+                group["lr"] = lr * (min(1.0, (step + 1) / warm_up) * rate(step))
             found, norm, finite = gradient(optimizer, batch, backward, clip)
             if not finite:
                 bad = [where(item) for item in batch if not gradient(optimizer, [item] * ranks(), backward, clip)[-1]]
@@ -364,7 +366,7 @@ def language_model(run, stage, model, examples, steps, lr, batch_size=64, files=
 
     log = fit(run, stage, model, optimizer, steps, backward=backward, tokens=lambda i: len(examples[i][0]),
               batches=length_batches([len(ids) for ids, _ in examples], batch_size, run.generator(stage)),
-              rate=lambda step: min(1.0, (step + 1) / 40) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2),
+              warm_up=40, rate=lambda step: 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2,
               where=lambda i: f"example {i + 1} ({model.tokenizer.decode(examples[i][0][:20])!r}...)",
               key=run.key(*files))
     run.log(stage, log)
@@ -539,7 +541,7 @@ def play(run, what, name, model, mix, world, split, n):
 
 
 def sample_pairs(run, name, model, mix, world, split, names):
-    """Several answers of a policy to every prompt, judged for the objectives `names` -> list of Pair: the best against the worst."""
+    """Several answers of a policy to every prompt, judged for the objectives `names` -> list of Pair, the best against the worst."""
     config, tokenizer = run.config, model.tokenizer
     # The contexts to answer: the problems themselves, or every turn of a dialogue that the policy has played.
     contexts, dice, generator = play(run, "samples", name, model, mix, world, split, config.n_prompts)
@@ -746,9 +748,8 @@ def train_prm(run, name, outputs):
         return {"loss": losses, "labels": labels}
 
     log = fit(run, name, prm, optimizer, steps, batches=batches(), backward=backward, names=outputs,
-              rate=lambda step: min(1.0, (step + 1) / 20) * (0.05 + 0.95 * (1 - step / steps)),
-              tokens=lambda item: len(item[1]), where=lambda item: where_is(run, item[1]),
-              key=run.key(*map(run.file, ["labels.jsonl", *PAIR_FILES])))
+              rate=lambda step: 0.05 + 0.95 * (1 - step / steps), tokens=lambda item: len(item[1]),
+              where=lambda item: where_is(run, item[1]), key=run.key(*map(run.file, ["labels.jsonl", *PAIR_FILES])))
     log.append(measure_prm(run, prm, sources["dev"]))
     run.log(name, log)
     save_prm(prm, run.file(name))
@@ -868,8 +869,8 @@ def train_policy(run, name, heads, objectives, margins=None):
         return judged(logps, dev)[1]
 
     log = fit(run, name, model, optimizer, steps, batches=batches(), backward=backward, names=objectives, clip=10.0,
-              develop=develop if dev else None, rate=lambda step: min(1.0, (step + 1) / 20), tokens=lambda i: len(pairs[i]),
-              where=lambda i: where_is(run, pairs[i]), key=run.key(run.file("pairs.jsonl")))
+              develop=develop if dev else None, tokens=lambda i: len(pairs[i]), where=lambda i: where_is(run, pairs[i]),
+              key=run.key(run.file("pairs.jsonl")))
     if not name.startswith("dpo_"):         # the soup's members go without
         show_progress(name, objectives, log)
     run.log(name, log)
