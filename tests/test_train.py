@@ -137,6 +137,7 @@ def test_label_rollouts_by_hand(run, gpt, tokenizer, monkeypatch):
         return [response] if len(calls) == 1 else [ids_of(tokenizer, t) for t in tails]
     monkeypatch.setattr(train, "generate", scripted)
     monkeypatch.setattr(evaluate, "generate", scripted)
+    run.config.rollouts = 3
     row, = train.label_rollouts(run, "sft", gpt, 0, OneSum(), "train", ["math_accuracy"], {})
     prompt, first, second = tokenizer.encode_chat(HELLO), len(tokenizer.encode(text[0])), len(tokenizer.encode(text[0] + text[1]))
     assert calls[1] == ([prompt + response[:first], prompt + response[:second]], [60 - first, 60 - second], 2)
