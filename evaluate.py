@@ -22,6 +22,7 @@ import os
 import statistics
 import textwrap
 import time
+import timeit
 import zlib
 from typing import NamedTuple
 
@@ -169,7 +170,9 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
 # -- policies and rows
 
 def average(models, weights=None):
-    """The DPO soup of single-objective policies, uniform if not said otherwise, as a model."""
+    """The DPO soup of single-objective policies, uniform if not said otherwise, as a model. Of one policy: itself."""
+    if len(models) == 1:
+        return models[0]
     mixed = models[0].with_heads(models[0].config.objectives)
     mixed.load_state_dict(soup([m.state_dict() for m in models], weights or [1.0] * len(models)))
     return mixed.eval()
@@ -226,8 +229,7 @@ class Bench:
 
     def play(self, domain, job, problems):
         """The conversations of a row's policy about these problems -> conversations, the model."""
-        world, parts = self.worlds[domain], self.parts(job)
-        model = parts[0] if len(parts) == 1 else average(parts, list(job.models.values())).to(self.device)
+        world, model = self.worlds[domain], average(self.parts(job), list(job.models.values())).to(self.device)
         temperature = self.config["temperature"] if job.temperature is None else job.temperature
         generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", domain))
         if job.guide is None:
@@ -257,8 +259,7 @@ class Bench:
         if key not in self.known:
             self.known[key] = self.measure(domain, job)
         each = self.known[key]
-        shown = dict(zip(heads, share)) if len(heads) > 1 or job.policy != "soup" else \
-            {n.removeprefix("dpo_"): w for n, w in job.models.items()}
+        shown = dict(zip(heads, share)) if job.policy != "soup" else {n.removeprefix("dpo_"): w for n, w in job.models.items()}
         row = {"policy": job.policy, "weights": shown, "guide": job.guide, "domain": domain, "seed": self.seed,
                "metrics": {name: summary(values) for name, values in each.items()}, "each": each}
         return row | ({"sweep": list(job.sweep)} if job.sweep else {})
@@ -294,6 +295,12 @@ class Bench:
 
 
 # -- preference pairs
+
+def own_logps(model, pairs, progress=None):
+    """Log-probabilities (N, 2) as by pair_logps, each pair under its objective's head, or else under the first."""
+    own = model.config.objectives
+    return pair_logps(model, pairs, lambda o: own.index(o) if o in own else 0, model.tokenizer.pad_id, progress)
+
 
 def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
     """Held-out metrics of one policy per objective. loss, margin, reward_accuracy compare with the reference;
@@ -425,6 +432,9 @@ def findings_table(lines):
 
 # -- output
 
+COSTS = ["tokens", "drawn", "kl", "kl/answer"]           # columns beside the objectives
+
+
 def cell(metric):
     """mean ± half the 95 % interval, or a dash where the row has no such metric."""
     if metric is None:
@@ -440,6 +450,11 @@ def table(title, first, rows, columns):
     draw = lambda line: "| " + " | ".join(text.ljust(w) for text, w in zip(line, width)) + " |"
     rule = "|" + "|".join("-" * (w + 2) for w in width) + "|"
     return "\n".join([f"### {title}", "", draw(head), rule, *map(draw, lines), ""])
+
+
+def show(*keys):
+    """The first columns of a table that show a row's entries as they are."""
+    return {key: lambda r, key=key: r[key] or "-" for key in keys}
 
 
 # --- exercise 15: hypervolume (3 points) ---
@@ -482,15 +497,13 @@ def sweep_tables(name, variants, names):
         for same in found.values():
             alike = len(same) == len(variants) and all(r["each"] == next(iter(same.values()))["each"] for r in same.values())
             lines += [{"value": "any" if alike else str(v)} | r for v, r in list(same.items())[:1 if alike else None]]
-        first = {name: lambda r: r["value"], "policy": lambda r: r["policy"], "guide": lambda r: r["guide"] or "-"}
-        columns = [*domain_objectives(domain, names), "tokens", "drawn", "kl", "kl/answer"]
-        yield table(f"{domain}, by {name}", first, lines, columns)
+        yield table(f"{domain}, by {name}", {name: lambda r: r["value"]} | show("policy", "guide"), lines,
+                    [*domain_objectives(domain, names), *COSTS])
 
 
 def report(rows, config, variants):
     """All tables as Markdown text: (what is printed, the details that only results.md has). variants: {swept field: {value:
     rows}}."""
-    show = lambda *keys: {key: lambda r, key=key: r[key] or "-" for key in keys}
     seeds = [config["seed"] + i for i in range(config["seeds"])]
     over = f"{len(seeds)} trainings, seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"Seed {seeds[0]}"
     parts = [f"Objectives: {', '.join(config['objectives'])}. {over}. Sampling temperature {config['temperature']}, beta "
@@ -504,7 +517,7 @@ def report(rows, config, variants):
         measured, names = [r for r in rows if r["domain"] == domain], domain_objectives(domain, config["objectives"])
         plain, areas = [r for r in measured if "sweep" not in r], []
         parts.append(table(f"{domain}, {plain[0]['n']} {config['split']} prompts", show("policy", "guide"), plain,
-                           [*names, "tokens", "drawn", "kl", "kl/answer"]))
+                           [*names, *COSTS]))
         for pair in itertools.combinations(names, 2):
             mixes = sorted((r for r in measured if r.get("sweep") == list(pair)), key=lambda r: r["policy"])
             if mixes:
@@ -757,15 +770,14 @@ def score_preferences(bench, prm, output, seen, path):
     if not pairs:
         raise InputError(f"{path}: no pair is left ({left})")
     if bench:
-        head = lambda model, o: model.config.objectives.index(o) if o in model.config.objectives else 0
-        logps = {name: pair_logps(bench.model(name), pairs, lambda o: head(bench.model(name), o), reader.tokenizer.pad_id)
+        logps = {name: own_logps(bench.model(name), pairs)
                  for name in ("sft", "base", "single_head_dpo", "modpo", f"dpo_{output}", "mah_dpo")}
         for name, found in logps.items():
             rows += pair_metrics_rows(name, found, logps["sft"], pairs, bench.config["beta"], bench.seed)
-    sides = [[encode_steps(reader.tokenizer, preferences[i].prompt, [text(preferences[i])], "turn", prm.marker) for i in fresh]
-             for text in (lambda p: p.chosen, lambda p: p.rejected)]
-    chosen, rejected = (score_sequences(prm, output, side) for side in sides)
-    right = summary([float(c > r) for (c,), (r,) in zip(chosen, rejected)])
+    whole = lambda p, text: encode_steps(reader.tokenizer, p.prompt, [text], "turn", prm.marker)
+    chosen = score_sequences(prm, output, [whole(preferences[i], preferences[i].chosen) for i in fresh])
+    rejected = score_sequences(prm, output, [whole(preferences[i], preferences[i].rejected) for i in fresh])
+    right = summary([float(c > r) for c, r in zip(chosen, rejected)])
     return rows + [{"policy": f"PRM {output}", "metrics": {"reward_accuracy": right}}], left
 
 
@@ -816,34 +828,21 @@ def score(directory, path, output, device):
 
 # -- timings
 
-class Counted:
-    """Counts the tokens fed to a model while it is open."""
-
-    def __init__(self, net):
-        self.tokens = 0
-        self.handle = net.register_forward_hook(self.count)
-
-    def count(self, net, args, output):
-        self.tokens += args[0].numel()
-
-
-def plain_options(model):
-    """Keywords of `draw` for timing: no boundary but the limit, the usual sampling, a fixed seed."""
-    masks = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool, device=model.embed.weight.device)
-    return {"masks": list(masks), "temperature": 1.0, "top_k": 50, "top_p": 1.0, "feed_last": True,
-            "generator": torch.Generator().manual_seed(0)}
+def sampled(model, cache, h, N):
+    """One step for timing: N tokens for every row, no earlier end, the usual sampling."""
+    masks = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool, device=h.device)
+    return draw(model, model.fold(0), cache, h, list(masks), cache.held.new_full((len(h),), N), temperature=1.0, top_k=50,
+                top_p=1.0, generator=None, feed_last=True)
 
 
 def steps_carried(model, prm, prompt, K, S, N):
     """This project's way, S steps of N tokens: both caches carried on. -> bytes of both caches"""
-    options, head = plain_options(model), model.fold(0)
     caches = [net.new_cache(1, len(prompt) + S * N) for net in (model, prm.backbone)]
     h = ingest(model, caches[0], [prompt]).repeat_interleave(K, 0)
     ingest(prm, caches[1], [prompt])
     policy, judge = (cache.fork(K) for cache in caches)
     for _ in range(S):
-        drawn = draw(model, head, policy, h, limits=policy.held.new_full((K,), N), **options)
-        scores, fed = score_candidates(prm, judge, drawn, None)
+        scores, fed = score_candidates(prm, judge, sampled(model, policy, h, N), None)
         winner, size = int(scores[:, 0].argmax()), policy.nbytes() + judge.nbytes()
         policy.keep(winner)
         judge.keep(winner, fed[winner:winner + 1])
@@ -854,14 +853,13 @@ def steps_carried(model, prm, prompt, K, S, N):
 def steps_one_by_one(model, prm, prompt, K, S, N):
     """As published: a cache is carried, but candidates are drawn one after another from copies of it, and the PRM reads
     prompt and steps again for every candidate."""
-    options, head = plain_options(model), model.fold(0)
     running, text = model.new_cache(1, len(prompt) + S * N), list(prompt)
     state = ingest(model, running, [prompt])
     for _ in range(S):
         tried = []
         for _ in range(K):
             cache, h = copy.deepcopy(running), state.clone()
-            ids, = draw(model, head, cache, h, limits=cache.held.new_full((1,), N), **options)
+            ids, = sampled(model, cache, h, N)
             tried.append((float(prm(torch.tensor([text + ids], device=h.device))[0, -1, 0]), ids, cache, h))
         _, ids, running, state = max(tried, key=lambda t: t[0])
         running.keep(0)
@@ -871,12 +869,11 @@ def steps_one_by_one(model, prm, prompt, K, S, N):
 
 def steps_encoded_again(model, prm, prompt, K, S, N):
     """The plain way: every step encodes prompt and text anew, for K rows at once, and so does the PRM."""
-    options, head, text = plain_options(model), model.fold(0), list(prompt)
+    text = list(prompt)
     for _ in range(S):
         cache = model.new_cache(K, len(text) + N)
-        h = ingest(model, cache, [text] * K)
-        drawn = draw(model, head, cache, h, limits=cache.held.new_full((K,), N), **options)
-        scores = prm(torch.tensor([text + ids for ids in drawn], device=h.device))[:, -1, 0]
+        drawn = sampled(model, cache, ingest(model, cache, [text] * K), N)
+        scores = prm(torch.tensor([text + ids for ids in drawn], device=prm.scale.device))[:, -1, 0]
         text += drawn[int(scores.argmax())]
     return cache.nbytes()
 
@@ -895,38 +892,39 @@ def timing(directory, device, S=2, N=16):
     print(f"{size / 1e6:.1f} M parameters, {'its own' if trained else 'a random'} PRM, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}; {S} steps of {N} tokens")
     methods = {"re-encoding": steps_encoded_again, "cached, one by one": steps_one_by_one, "carried (here)": steps_carried}
-    generator, rows = torch.Generator().manual_seed(0), []
+    generator, rows, fed = torch.Generator().manual_seed(0), [], {model: 0, prm.backbone: 0}
+
+    def count(net, args, output):
+        fed[net] += args[0].numel()
+    for net in fed:
+        net.register_forward_hook(count)
     for prefix in (128, 512, 2048):
         if prefix + S * N > room:
             print(f"a prefix of {prefix} does not fit the context of {room}: left out")
             continue
         prompt = torch.randint(0, model.config.vocab_size, (prefix,), generator=generator).tolist()
         for K in tqdm((1, 2, 5, 10), desc=f"prefix {prefix}", unit="K", disable=None):
+            found = {}
             for name, work in methods.items():
                 work(model, prm, prompt, K, 1, 2)                                         # warm up
-                counts = Counted(model), Counted(prm.backbone)
+                fed.update(dict.fromkeys(fed, 0))
                 start = time.perf_counter()
                 held = work(model, prm, prompt, K, S, N)
-                seconds = time.perf_counter() - start
-                for c in counts:
-                    c.handle.remove()
-                rows.append([prefix, K, name, f"{seconds:.2f}", f"{K * S * N / seconds:.0f}", "", f"{held / 1e6:.1f}",
-                             *(c.tokens for c in counts), seconds])
-            for row in rows[-3:]:
-                row[5] = f"{row[-1] / rows[-1][-1]:.1f}"
+                found[name] = time.perf_counter() - start, held, *fed.values()
+            for name, (seconds, held, *tokens) in found.items():
+                rows.append([prefix, K, name, f"{seconds:.2f}", f"{K * S * N / seconds:.0f}",
+                             f"{seconds / found['carried (here)'][0]:.1f}", f"{held / 1e6:.1f}", *tokens])
     head = ["prefix", "K", "method", "seconds", "tokens/s", "x here", "cache MB", "fed to policy", "fed to PRM"]
-    print("\n".join("| " + " | ".join(map(str, line[:9])) + " |" for line in [head, ["---"] * 9, *rows]))
+    print(table("ways to decode", show(*head), [dict(zip(head, map(str, row))) for row in rows], []))
     prompt = torch.randint(0, model.config.vocab_size, (min(64, room // 2),), generator=generator).tolist()
     for _ in range(2):                                                                    # the first warms up
         start = time.perf_counter()
         drawn, = generate(model, [prompt], max_new_tokens=64, temperature=0)              # fewer tokens if it ends itself
         per_token = (time.perf_counter() - start) / len(drawn)
     source = torch.ones(64 * 2**20, device=device)
-    target, speed = torch.empty_like(source), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        target.copy_(source)
-        speed = max(speed, 2 * source.nbytes / (time.perf_counter() - start))
+    target = torch.empty_like(source)
+    copied = min(timeit.repeat(lambda: target.copy_(source)[-1].item(), number=1, repeat=5))       # .item() waits for a GPU
+    speed = 2 * source.nbytes / copied
     read = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith(("heads.", "embed", "positions")))
     read += model.heads[0].weight.nbytes
     print(f"one token: {1e3 * per_token:.2f} ms; reading the {read / 1e6:.0f} MB of weights at the {speed / 1e9:.0f} GB/s of a copy "

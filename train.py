@@ -23,9 +23,11 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from itertools import islice
@@ -48,9 +50,8 @@ def claim(argv):
         return None
     if args.resume is not None or {"-h", "--help"} & set(others):
         return None
-    wanted = args.out or os.path.join("runs", args.objective.replace(",", "+"))
-    wanted, number = wanted.rstrip("/"), 2
-    path = wanted
+    wanted = (args.out or os.path.join("runs", args.objective.replace(",", "+"))).rstrip("/")
+    path, number = wanted, 2
     while os.path.lexists(path):
         path, number = f"{wanted}-{number}", number + 1
     os.makedirs(f"{path}.tmp", exist_ok=True)
@@ -75,8 +76,8 @@ from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, To
                   read_json, read_jsonl, read_preferences, read_steps, run_command, select_objectives, split_of, total, worlds_of,
                   write_json, write_text)
 from decode import domain_mix, generate, parse_weights, read_run
-from evaluate import (average, converse, evaluate, find_variants, load_rows, pair_metrics_rows, plain_responder, publish,
-                      seed_of, seed_runs)
+from evaluate import (average, converse, evaluate, find_variants, load_rows, own_logps, pair_metrics_rows, plain_responder,
+                      publish, seed_of, seed_runs)
 from mah_dpo import (Pair, balanced_mean, encode_pair, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps,
                      pair_metrics, policy_logps)
 from model import (GPT, GPTConfig, like, load_hf, load_safetensors, pick_device, placed, read_metadata, sampling_dtype, save_hf,
@@ -139,20 +140,18 @@ class Config:
     checkpoint_every: int = option(100, "steps of a training stage between checkpoints from which --resume goes on")
 
 
-# What the stages leave in a run directory and in its log, and for --sweep what of it does not depend on the swept fields.
-WRITTEN = {"base": ["base"], "sft": ["sft"], "pairs": ["pairs.jsonl"],
-           "baselines": ["single_head_dpo", "dpo_*", "modpo", "sft_logps.safetensors"],
-           "mah_dpo": ["mah_dpo", "pair_metrics.json"], "labels": ["mah_dpo_pairs.jsonl", "labels.jsonl", "judge"],
-           "prm": ["prm", "prm_*"]}
-UNTOUCHED = {"dtype base_steps base_lr epochs": "",
-             "sft_steps sft_batch sft_lr max_new_tokens": "base",
-             "temperature n_prompts n_samples": "base sft",
-             "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor": "base sft pairs",
-             "perturbation": "base sft pairs baselines",
-             "gamma rollouts n_rollout_prompts": "base sft pairs baselines mah_dpo",
-             "prm prm_steps prm_batch prm_value_weight prm_lr_backbone prm_lr_head": "base sft pairs baselines mah_dpo labels",
-             "n_test split k": "base sft pairs baselines mah_dpo labels prm"}
-UNTOUCHED = {field: stages for group, stages in UNTOUCHED.items() for field in group.split()}
+# In the order of the stages: what they leave in a run directory and in its log, and the options that they are the first to
+# depend on. A variant of --sweep takes over what comes before its option.
+WRITTEN = {"base": "dtype base_steps base_lr epochs",
+           "sft": "sft_steps sft_batch sft_lr max_new_tokens",
+           "pairs.jsonl": "temperature n_prompts n_samples",
+           "single_head_dpo dpo_* modpo sft_logps.safetensors":
+               "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor",
+           "mah_dpo pair_metrics.json": "perturbation",
+           "mah_dpo_pairs.jsonl labels.jsonl judge": "gamma rollouts n_rollout_prompts",
+           "prm prm_*": "prm prm_steps prm_batch prm_value_weight prm_lr_backbone prm_lr_head",
+           "results.json": "n_test split k"}
+UNTOUCHED = {name: " ".join(list(WRITTEN)[:i]).split() for i, names in enumerate(WRITTEN.values()) for name in names.split()}
 
 
 class Run:
@@ -190,13 +189,9 @@ class Run:
         """Python-side draws for one purpose."""
         return Dice(seed_of(self.config.seed, *what))
 
-    def place(self, tensor):
-        """Where training keeps a tensor: see model.placed."""
-        return placed(tensor, self.device)
-
     def load(self, name):
         """A trained model of this run, ready to train on, and sharded over the processes."""
-        model = load_hf(self.file(name), place=self.place)
+        model = load_hf(self.file(name), place=lambda t: placed(t, self.device))
         model.grad_checkpoint = self.config.grad_checkpoint
         return model
 
@@ -239,14 +234,16 @@ def chat_example(tokenizer, messages):
     return ids, mask
 
 
-def fit(run, stage, model, optimizer, steps, *, rate, batches, backward, tokens, where, names=(), develop=None, clip=1.0, key):
+def fit(run, stage, model, optimizer, steps, *, batches, backward, tokens, where, key, names=(), develop=None, clip=1.0,
+        warm_up=20, rate=lambda step: 1.0):
     """The training loop of every stage: `steps` updates, each by the gradient of one batch. -> rows for the log
 
-    rate(step): factor on the learning rates. batches: endless iterator of lists of items, a function of the seed alone, so
-    that its position is the step. backward(batch): adds up the gradient of this process's share, returns numbers for the log,
-    {name: tensor, scalar or one per objective of `names`}, which add up over the processes. develop(): the same numbers on
-    development data, taken four times. tokens(item), where(item): its size, and where a person finds it. key: fingerprint of
-    all this. Every config.checkpoint_every steps, and before a stop, all that the next step needs is saved."""
+    batches: endless iterator of lists of items, a function of the seed alone, so that its position is the step.
+    backward(batch): adds up the gradient of this process's share, returns numbers for the log, {name: tensor, scalar or one
+    per objective of `names`}, which add up over the processes. tokens(item), where(item): its size, and where a person finds
+    it. key: fingerprint of all this. rate(step): factor on the learning rates, which rise over `warm_up` steps. develop(): the
+    numbers of backward on development data, taken four times. Every config.checkpoint_every steps, and before a stop, all that
+    the next step needs is saved."""
     top, seconds, n_tokens = [g["lr"] for g in optimizer.param_groups], 0.0, 0
     start, log = load_checkpoint(run, stage, model, optimizer, key)
     measure = lambda step: log.append({"step": step, "split": "dev"} | log_row(develop(), names)) if develop else None
@@ -257,7 +254,7 @@ def fit(run, stage, model, optimizer, steps, *, rate, batches, backward, tokens,
                 measure(step)
             begun = time.perf_counter()
             for group, lr in zip(optimizer.param_groups, top):
-                group["lr"] = lr * rate(step)
+                group["lr"] = lr * (min(1.0, (step + 1) / warm_up) * rate(step))
             found, norm, finite = gradient(optimizer, batch, backward, clip)
             if not finite:
                 bad = [where(item) for item in batch if not gradient(optimizer, [item] * ranks(), backward, clip)[-1]]
@@ -352,7 +349,7 @@ def load_checkpoint(run, stage, model, optimizer, key):
 
 def language_model(run, stage, model, examples, steps, lr, batch_size=64, files=()):
     """Next-token training on the masked tokens of (ids, mask) examples; batches of similar length, cosine schedule.
-    files: what the examples were read from. -> rows for the log."""
+    files: what the examples were read from. Logs, saves. -> the rows of the log"""
     steps = capped(steps, len(examples) / batch_size, run.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
 
@@ -367,11 +364,14 @@ def language_model(run, stage, model, examples, steps, lr, batch_size=64, files=
         (loss * ranks()).backward()         # FSDP takes the mean of the processes' gradients; theirs is a sum
         return {"loss": loss}
 
-    return fit(run, stage, model, optimizer, steps, backward=backward, tokens=lambda i: len(examples[i][0]),
-               batches=length_batches([len(ids) for ids, _ in examples], batch_size, run.generator(stage)),
-               rate=lambda step: min(1.0, (step + 1) / 40) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2),
-               where=lambda i: f"example {i + 1} ({model.tokenizer.decode(examples[i][0][:20])!r}...)",
-               key=run.key(*files))
+    log = fit(run, stage, model, optimizer, steps, backward=backward, tokens=lambda i: len(examples[i][0]),
+              batches=length_batches([len(ids) for ids, _ in examples], batch_size, run.generator(stage)),
+              warm_up=40, rate=lambda step: 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2,
+              where=lambda i: f"example {i + 1} ({model.tokenizer.decode(examples[i][0][:20])!r}...)",
+              key=run.key(*files))
+    run.log(stage, log)
+    save_hf(model, run.file(stage), weights=0)
+    return log
 
 
 def length_batches(lengths, size, generator):
@@ -398,7 +398,7 @@ def capped(steps, steps_per_epoch, config):
 def load_init(run):
     """The checkpoint given by --init, which must bring its tokenizer."""
     directory = run.config.init
-    model = load_hf(directory, place=run.place)
+    model = load_hf(directory, place=lambda t: placed(t, run.device))
     if model.tokenizer is None:
         raise InputError(f"{directory}: tokenizer.json, or vocab.json and merges.txt, is missing; a base model needs one")
     return model
@@ -416,9 +416,7 @@ def train_base(run):
             examples.append((ids, [True] * len(ids)))
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab), run.generator("base", "weights")).to(run.device)
     model.tokenizer = tokenizer
-    log = language_model(run, "base", shard(model, run.device), examples, run.config.base_steps, run.config.base_lr)
-    run.log("base", log)
-    save_hf(model, run.file("base"), weights=0)
+    language_model(run, "base", shard(model, run.device), examples, run.config.base_steps, run.config.base_lr)
 
 
 def train_sft(run):
@@ -426,9 +424,7 @@ def train_sft(run):
     model, config = run.load("base"), run.config
     examples = sft_examples(run, model)
     files = [os.path.join(config.data, f"{o}.jsonl") for o in run.objectives] if config.data else []
-    log = language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, config.sft_batch, files)
-    run.log("sft", log)
-    save_hf(model, run.file("sft"), weights=0)
+    language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, config.sft_batch, files)
 
 
 def sft_examples(run, model):
@@ -468,18 +464,15 @@ def read_rows(path, kind):
 def read_real_pairs(run, model):
     """DIR/<objective>.jsonl for every objective that has pairs there -> (train pairs, dev pairs, {reason: number of rows
     dropped}). An objective with nothing left to train on or to hold out is an error."""
-    found, dropped = [], {}
+    found, dropped = [], Counter()
     too_long = f"longer than the context of {model.config.max_len} tokens, or alike in this vocabulary"
     for name in run.objectives:
-        path, kept = os.path.join(run.config.data, f"{name}.jsonl"), []
+        path = os.path.join(run.config.data, f"{name}.jsonl")
         if holds_questions(path, name):
             continue
-        for p in read_preferences(path, name, dropped):
-            pair = encode_pair(p, model)
-            if pair:
-                kept.append(pair)
-            else:
-                dropped[too_long] = dropped.get(too_long, 0) + 1
+        encoded = [encode_pair(p, model) for p in read_preferences(path, name, dropped)]
+        kept = [pair for pair in encoded if pair]
+        dropped[too_long] += len(encoded) - len(kept)
         if {p.split for p in kept} != {"train", "dev"}:
             raise InputError(f"{path}: of its rows {len(kept)} fit the context of {model.config.max_len} tokens; pairs to "
                              "train on and to hold out are both needed: add rows, or shorter ones")
@@ -523,38 +516,41 @@ def make_pairs(run):
     if run.config.data:
         train, dev, _ = read_real_pairs(run, model)
         pairs = train + dev + pairs
-    count = lambda split: {o: sum(p.objective == o and p.split == split for p in pairs) for o in run.objectives}
-    counts, held_out = count("train"), count("dev")
-    empty = [o for o, n in counts.items() if n == 0]
+    count = Counter((p.objective, p.split) for p in pairs)
+    empty = [o for o in run.objectives if not count[o, "train"]]
     if empty:
         raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled answers of different scores (all "
                          "wrong, or all right); raise --n-samples or --n-prompts, or give a better --init")
-    tqdm.write("  pairs to train on + held out: " + ", ".join(f"{o} {n} + {held_out[o]}" for o, n in counts.items()))
+    tqdm.write("  pairs to train on + held out: "
+               + ", ".join(f"{o} {count[o, 'train']} + {count[o, 'dev']}" for o in run.objectives))
     write_rows(run.file("pairs.jsonl"), pairs)
 
 
-def split_share(split, n, least=8):
-    """How many of n training prompts a split gets."""
-    return max(least, int({"train": 1.0, "dev": 0.15}[split] * n))
+def play(run, what, name, model, mix, world, split, n):
+    """The beginning of every sampling stage: a policy answers n training prompts, or 15 % as many development prompts. -> every
+    turn as (problem, messages before, ids before, response), the judge's Dice, the generator for further samples"""
+    seed, n = (what, name, world.name, split), max(8, n if split == "train" else int(0.15 * n)) // world.turns
+    problems = mine(world.problems(split, n, run.dice(*seed)))
+    # The processes have drawn the same problems; from here on each draws apart.
+    dice, generator = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own)
+    student = seed_of(run.config.seed, *seed, "student", *run.own)
+    with tqdm(total=len(problems) * world.turns, desc=f"{world.name}: {what}, {split}", unit="answer", disable=None) as bar:
+        respond = plain_responder(model, world, mix, run.config.temperature, generator, progress=bar.update)
+        played = converse(world, problems, model.tokenizer, respond, student)
+    return [(c.problem, before, ids, response) for c in played for ids, before, response in c.turns], dice, generator
 
 
 def sample_pairs(run, name, model, mix, world, split, names):
-    """Several answers of a policy to every prompt, judged for the objectives `names` -> list of Pair: the best against the worst."""
-    config, tokenizer, seed = run.config, model.tokenizer, ("samples", name, world.name, split)
-    problems = mine(world.problems(split, split_share(split, config.n_prompts) // world.turns, run.dice(*seed)))
-    # The processes have drawn the same problems; from here on each draws apart.
-    dice, generator = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own)
-    with tqdm(total=len(problems) * world.turns * (config.n_samples + 1), desc=f"{world.name} {split}", unit="sample",
-              disable=None) as bar:
-        # The contexts to answer: the problems themselves, or every turn of a dialogue that the policy has played.
-        respond = plain_responder(model, world, mix, config.temperature, generator, progress=bar.update)
-        played = converse(world, problems, tokenizer, respond, seed_of(config.seed, *seed, "student", *run.own))
-        contexts = [(c.problem, before, ids) for c in played for ids, before, _ in c.turns]
-        answers = generate(model, [ids for _, _, ids in contexts], weights=mix, samples=config.n_samples,
+    """Several answers of a policy to every prompt, judged for the objectives `names` -> list of Pair, the best against the worst."""
+    config, tokenizer = run.config, model.tokenizer
+    # The contexts to answer: the problems themselves, or every turn of a dialogue that the policy has played.
+    contexts, dice, generator = play(run, "samples", name, model, mix, world, split, config.n_prompts)
+    with tqdm(total=len(contexts) * config.n_samples, desc=f"{world.name} {split}", unit="sample", disable=None) as bar:
+        answers = generate(model, [ids for _, _, ids, _ in contexts], weights=mix, samples=config.n_samples,
                            max_new_tokens=world.max_new_tokens, temperature=config.temperature, generator=generator,
                            progress=bar.update)
     pairs = []
-    for i, (problem, before, ids) in enumerate(contexts):
+    for i, (problem, before, ids, _) in enumerate(contexts):
         responses = answers[i * config.n_samples:(i + 1) * config.n_samples]
         scores = [world.scores(problem, before, tokenizer.decode(r)) for r in responses]
         ratings = [{n: s[n] if OBJECTIVES[n].case == "verifiable" else judge(s[n], dice) for n in names} for s in scores]
@@ -594,15 +590,12 @@ def make_labels(run):
 
 def judge_turns(run, name, model, mix, world, split, names):
     """Case B: every turn of a policy's dialogues, judged as it is -> list of Labelled."""
-    config, seed = run.config, ("turns", name, world.name, split)
-    problems = mine(world.problems(split, split_share(split, config.n_prompts) // world.turns, run.dice(*seed)))
-    dice, generator, rows = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own), []
-    respond = plain_responder(model, world, mix, config.temperature, generator)
-    for c in converse(world, problems, model.tokenizer, respond, seed_of(config.seed, *seed, "student", *run.own)):
-        for ids, before, response in c.turns:
-            scores = world.scores(c.problem, before, model.tokenizer.decode(response))
-            targets = [float(judge(scores[o], dice) > 0.5) if o in names else None for o in run.objectives]
-            rows.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
+    turns, dice, _ = play(run, "turns", name, model, mix, world, split, run.config.n_prompts)
+    rows = []
+    for problem, before, ids, response in turns:
+        scores = world.scores(problem, before, model.tokenizer.decode(response))
+        targets = [float(judge(scores[o], dice) > 0.5) if o in names else None for o in run.objectives]
+        rows.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
     return rows
 
 
@@ -626,30 +619,22 @@ def calibrate_judge(run, model, name):
 
 def label_rollouts(run, name, model, mix, world, split, names, cuts):
     """Rollouts from every prefix of a policy's responses -> Labelled rows with hindsight targets and majority labels."""
-    config, tokenizer, seed = run.config, model.tokenizer, ("rollouts", name, world.name, split)
-    problems = mine(world.problems(split, split_share(split, config.n_rollout_prompts), run.dice(*seed)))
-    dice, generator = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own)
-    case = {n: OBJECTIVES[n].case for n in names}
-    prompts = [tokenizer.encode_chat(p.messages()) for p in problems]
-    responses = generate(model, prompts, weights=mix, max_new_tokens=world.max_new_tokens, generator=generator,
-                         temperature=config.temperature)
-    ends = [tokenizer.step_ends(r, world.boundary) for r in responses]
-    starts = [(i, e) for i, found in enumerate(ends) for e in found[:-1]]
-    more = config.rollouts - 1
+    config, tokenizer, more = run.config, model.tokenizer, run.config.rollouts - 1
+    answers, dice, generator = play(run, "rollouts", name, model, mix, world, split, config.n_rollout_prompts)
+    ends = [tokenizer.step_ends(response, world.boundary) for *_, response in answers]
+    starts = [(ids + response[:e + 1], e) for (*_, ids, response), found in zip(answers, ends) for e in found[:-1]]
     with tqdm(total=len(starts) * more, desc=f"rollouts of {name}, {split}", unit="rollout", disable=None) as bar:
-        tails = generate(model, [prompts[i] + responses[i][:e + 1] for i, e in starts], weights=mix, generator=generator,
-                         max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts], samples=more,
-                         temperature=config.temperature, progress=bar.update) if more else []
-    completed = {}                              # (response, end of prefix) -> M completed rollouts, the response first
-    for k, (i, e) in enumerate(starts):
-        completed[i, e] = [responses[i]] + [responses[i][:e + 1] + t for t in tails[k * more:(k + 1) * more]]
+        tails = iter(generate(model, [prefix for prefix, _ in starts], weights=mix, generator=generator,
+                              max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts], samples=more,
+                              temperature=config.temperature, progress=bar.update) if more else [])
     rows = []
-    for i, (problem, prompt, response) in enumerate(zip(problems, prompts, responses)):
-        sets = [completed.get((i, e), [response] * config.rollouts) for e in ends[i]]
-        steps = step_texts(tokenizer, response, world.boundary)
-        targets = {name: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if case[name] == "verifiable" else
-                          verdicts(world, problem, tokenizer, name, sets, cuts[name], dice)).tolist() for name in case}
-        rows.append(Labelled(prompt + response, [len(prompt) + e for e in ends[i]],
+    for (problem, _, prompt, response), found in zip(answers, ends):
+        # For every step M completed rollouts, the response first; behind the last step nothing is left to draw.
+        sets = [[response] + [response[:e + 1] + next(tails) for _ in range(more)] for e in found[:-1]]
+        sets, steps = sets + [[response] * config.rollouts], step_texts(tokenizer, response, world.boundary)
+        targets = {o: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if OBJECTIVES[o].case == "verifiable"
+                       else verdicts(world, problem, tokenizer, o, sets, cuts[o], dice)).tolist() for o in names}
+        rows.append(Labelled(prompt + response, [len(prompt) + e for e in found],
                              [[targets[o][s] if o in targets else None for o in run.objectives] for s in range(len(steps))],
                              split))
     return rows
@@ -700,28 +685,28 @@ def prm_sources(run, outputs):
     real data an objective without step labels learns from its pairs, as in case C."""
     labels = read_rows(run.file("labels.jsonl"), Labelled)
     pairs = [p for name in PAIR_FILES for p in read_rows(run.file(name), Pair)]
-    column = {o: run.objectives.index(o) for o in outputs}
-    has = lambda row, o: any(t[column[o]] is not None for t in row.targets)
-    labelled = {o for o in outputs if any(has(r, o) for r in labels if r.split == "train")}
+    labelled = {o for row in labels if row.split == "train" for o in about(run, row)}
     groups = {}
     for row in labels:                          # sequences with the same labelled objectives come from one domain
-        key = tuple(o for o in outputs if has(row, o))
-        if key:
-            groups.setdefault(key, []).append(row)
-    split = lambda items, s: [i for i in items if i.split == s]
-    return {s: ([split(g, s) for g in groups.values() if split(g, s)],
-                [g for o in outputs if o not in labelled for g in [split([p for p in pairs if p.objective == o], s)] if g])
-            for s in ("train", "dev")}
+        groups.setdefault(tuple(o for o in about(run, row) if o in outputs), []).append(row)
+    groups.pop((), None)
+    rest = [[p for p in pairs if p.objective == o] for o in outputs if o not in labelled]
+    split = lambda kind, s: [part for part in ([item for item in items if item.split == s] for items in kind) if part]
+    return {s: (split(groups.values(), s), split(rest, s)) for s in ("train", "dev")}
+
+
+def about(run, item):
+    """The objectives of a Pair or of the labels of a Labelled."""
+    return [item.objective] if isinstance(item, Pair) else [
+        o for p, o in enumerate(run.objectives) if any(t[p] is not None for t in item.targets)]
 
 
 def where_is(run, item):
     """The line of labels.jsonl or of pairs.jsonl on which an item stands, and its objectives."""
-    names = [item.objective] if isinstance(item, Pair) else [
-        o for p, o in enumerate(run.objectives) if any(t[p] is not None for t in item.targets)]
     for path in map(run.file, PAIR_FILES if isinstance(item, Pair) else ["labels.jsonl"]):
         rows = read_rows(path, type(item)) if os.path.exists(path) else []
         if item in rows:
-            return f"{path}:{rows.index(item) + 1} ({', '.join(names)})"
+            return f"{path}:{rows.index(item) + 1} ({', '.join(about(run, item))})"
 
 
 def train_prm(run, name, outputs):
@@ -763,9 +748,8 @@ def train_prm(run, name, outputs):
         return {"loss": losses, "labels": labels}
 
     log = fit(run, name, prm, optimizer, steps, batches=batches(), backward=backward, names=outputs,
-              rate=lambda step: min(1.0, (step + 1) / 20) * (0.05 + 0.95 * (1 - step / steps)),
-              tokens=lambda item: len(item[1]), where=lambda item: where_is(run, item[1]),
-              key=run.key(*map(run.file, ["labels.jsonl", *PAIR_FILES])))
+              rate=lambda step: 0.05 + 0.95 * (1 - step / steps), tokens=lambda item: len(item[1]),
+              where=lambda item: where_is(run, item[1]), key=run.key(*map(run.file, ["labels.jsonl", *PAIR_FILES])))
     log.append(measure_prm(run, prm, sources["dev"]))
     run.log(name, log)
     save_prm(prm, run.file(name))
@@ -814,7 +798,7 @@ def reference_logps(run, pairs):
     if not os.path.exists(path):
         model = run.load("sft")
         with run.autocast(), tqdm(total=len(pairs), desc="log-probs of sft", unit="pair", disable=None) as bar:
-            logps = pair_logps(model, pairs, lambda o: 0, model.tokenizer.pad_id, progress=bar.update)
+            logps = own_logps(model, pairs, bar.update)
         bad = (~logps.isfinite().all(1)).nonzero()[:, 0].tolist()
         if bad:
             raise InputError(f"{where_is(run, pairs[bad[0]])}: its log-probability under the SFT policy is not finite, as of "
@@ -833,8 +817,8 @@ def train_policy(run, name, heads, objectives, margins=None):
     config, pairs = run.config, read_rows(run.file("pairs.jsonl"), Pair)
     reference = reference_logps(run, pairs)
     model = run.load("sft").with_heads(heads, config.perturbation if len(heads) > 1 else 0.0, run.generator(name, "heads"))
-    factors = dict(zip(METHODS, parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)))
-    factor = factors["soup" if name.startswith("dpo_") else name]
+    factors = parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
+    factor = factors[METHODS.index("soup" if name.startswith("dpo_") else name)]
     optimizer = make_optimizer(model, config.dpo_lr_backbone, factor * config.dpo_lr_heads)
     weights = dict(zip(run.objectives, parse_weights(config.alpha, run.objectives, "--alpha", 1.0)))
     alpha = torch.tensor([weights[o] for o in objectives], device=run.device)
@@ -881,28 +865,26 @@ def train_policy(run, name, heads, objectives, margins=None):
 
     def develop():
         with run.autocast():
-            logps = pair_logps(model, [pairs[i] for i in dev], head_of, model.tokenizer.pad_id).T.to(run.device)
+            logps = own_logps(model, [pairs[i] for i in dev]).T.to(run.device)
         return judged(logps, dev)[1]
 
-    log = fit(run, name, model, optimizer, steps, batches=batches(), backward=backward, names=objectives,
-              develop=develop if dev else None,
-              rate=lambda step: min(1.0, (step + 1) / 20), tokens=lambda i: len(pairs[i]),
-              where=lambda i: where_is(run, pairs[i]), clip=10.0, key=run.key(run.file("pairs.jsonl")))
-    show_progress(name, objectives, log)
+    log = fit(run, name, model, optimizer, steps, batches=batches(), backward=backward, names=objectives, clip=10.0,
+              develop=develop if dev else None, tokens=lambda i: len(pairs[i]), where=lambda i: where_is(run, pairs[i]),
+              key=run.key(run.file("pairs.jsonl")))
+    if not name.startswith("dpo_"):         # the soup's members go without
+        show_progress(name, objectives, log)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
 
 
 def show_progress(name, objectives, log):
-    """One aligned line per evaluation on development pairs: loss, margin, accuracy of every objective (the soup's members go
-    without)."""
-    if not name.startswith("dpo_"):
-        names = " ".join(f"{o:>18}" for o in objectives)
-        tqdm.write(f"  {name}: loss, margin, accuracy on development pairs\n        {names}")
-        for row in (r for r in log if r.get("split") == "dev"):
-            cells = [f"{m['loss']:6.3f} {m['margin']:+6.2f} {m['accuracy']:4.2f}" if m else "-"
-                     for m in (row.get(o) for o in objectives)]
-            tqdm.write(f"  {row['step']:5d} " + " ".join(f"{c:>18}" for c in cells))
+    """One aligned line per evaluation on development pairs: loss, margin, accuracy of every objective."""
+    names = " ".join(f"{o:>18}" for o in objectives)
+    tqdm.write(f"  {name}: loss, margin, accuracy on development pairs\n        {names}")
+    for row in (r for r in log if r.get("split") == "dev"):
+        cells = [f"{m['loss']:6.3f} {m['margin']:+6.2f} {m['accuracy']:4.2f}" if m else "-"
+                 for m in (row.get(o) for o in objectives)]
+        tqdm.write(f"  {row['step']:5d} " + " ".join(f"{c:>18}" for c in cells))
 
 
 def modpo_margins(run, pairs):
@@ -938,22 +920,15 @@ def train_policies(run):
 def measure_pairs(run):
     """Rows of the held-out pairs' table: every policy, each pair under its own head; the soup under its domain's."""
     pairs = read_rows(run.file("pairs.jsonl"), Pair)
-    dev = [i for i, p in enumerate(pairs) if p.split == "dev"]
-    reference, pairs, rows = reference_logps(run, pairs)[dev], [pairs[i] for i in dev], []
-    measure = lambda name, logps, ref, part: rows.extend(
-        pair_metrics_rows(name, logps, ref, part, run.config.beta, run.config.seed))
-    for name in tqdm(("base", "sft", "single_head_dpo", "modpo", "mah_dpo"), desc="held-out pairs", unit="policy",
-                     disable=None):
-        model = run.load(name)
-        own = model.config.objectives
-        logps = reference if name == "sft" else pair_logps(
-            model, pairs, lambda o: own.index(o) if o in own else 0, model.tokenizer.pad_id)
-        measure(name, logps, reference, pairs)
-    for domain in run.domains:
-        index = [i for i, p in enumerate(pairs) if OBJECTIVES[p.objective].domain == domain]
-        model = average([run.load(f"dpo_{o}") for o in domain_objectives(domain, run.objectives)])
-        part = [pairs[i] for i in index]
-        measure("soup", pair_logps(model, part, lambda o: 0, model.tokenizer.pad_id), reference[index], part)
+    reference, rows = reference_logps(run, pairs), []
+    jobs = [(name, [name], run.objectives) for name in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo")]
+    jobs += [("soup", [f"dpo_{o}" for o in names], names)
+             for names in (domain_objectives(domain, run.objectives) for domain in run.domains)]
+    for policy, members, names in tqdm(jobs, desc="held-out pairs", unit="policy", disable=None):
+        index = [i for i, p in enumerate(pairs) if p.split == "dev" and p.objective in names]
+        part, model = [pairs[i] for i in index], average([run.load(m) for m in members])
+        logps = reference[index] if policy == "sft" else own_logps(model, part)
+        rows += pair_metrics_rows(policy, logps, reference[index], part, run.config.beta, run.config.seed)
     return rows
 
 
@@ -1001,8 +976,7 @@ def run_stages(run):
 
 def take_over(run, source, swept):
     """Link what a run that differs in the swept field need not make again, and copy its part of the log."""
-    patterns = [p for stage in UNTOUCHED[swept].split() for p in WRITTEN[stage]]
-    same = lambda name: "=" not in name and any(fnmatch(name, p) for p in patterns)         # no other variants
+    same = lambda name: "=" not in name and any(fnmatch(name, p) for p in UNTOUCHED[swept])         # no other variants
     if not os.path.exists(run.file("log.jsonl")):
         rows = [row for _, row in read_jsonl(source.file("log.jsonl")) if same(row["stage"])]
         write_text(run.file("log.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
@@ -1057,14 +1031,6 @@ def read_sweep(text, config):
             raise InputError(f"--sweep {text}: {value!r} is no {kind.__name__}") from None
         check_config(found[-1])
     return name, [replace(c, weight_steps=0) for c in found if c != config]
-
-
-def check_sweep(text, config):
-    """read_sweep, and what check_inputs says of every value."""
-    name, configs = read_sweep(text, config)
-    for changed in configs:
-        check_inputs(Run(config.out, changed))
-    return name, configs
 
 
 def read_command(argv):
@@ -1124,43 +1090,43 @@ def check_inputs(run):
     for path in filter(None, (config.data, config.init)):
         if not os.path.isdir(path):
             raise InputError(f"{path}: no such directory")
-    if config.init:
-        model = load_init(run)
-        if config.data:
-            train, dev, dropped = read_real_pairs(run, model)
-            labels, n_bad = read_real_labels(run, model)
-            print(f"pairs: {len(train)} to train on, {len(dev)} held out"
-                  + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items()))
-            if labels or n_bad:
-                print(f"responses with step labels: {len(labels)}, {n_bad} left out")
-            for world in run.worlds(model).values():
-                counts = ", ".join(f"{n} {split}" for split, n in world.counts().items())
-                print(f"questions: {counts}; {world.n_dropped} left out: too long for the context with an answer")
-    for domain in run.domains if not config.data else ():      # a world that is too small for what is asked
+    model = load_init(run) if config.init else None
+    if config.data:
+        train, dev, dropped = read_real_pairs(run, model)
+        labels, n_bad = read_real_labels(run, model)
+        print(f"pairs: {len(train)} to train on, {len(dev)} held out"
+              + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n))
+        if labels or n_bad:
+            print(f"responses with step labels: {len(labels)}, {n_bad} left out")
+        for world in run.worlds(model).values():
+            counts = ", ".join(f"{n} {split}" for split, n in world.counts().items())
+            print(f"questions: {counts}; {world.n_dropped} left out: too long for the context with an answer")
+        return
+    for domain in run.domains:                              # a world that is too small for what is asked
         DOMAINS[domain].problems(config.split, config.n_test, Dice(0))
         DOMAINS[domain].problems("train", max(config.n_prompts, config.n_rollout_prompts), Dice(0))
-    if config.init and not config.data:
+    if model:
         sft_examples(run, model)               # a context that is too short, a chat template that is not read
 
 
 def open_run(config, path):
     """A new run in a directory that is empty or holds the command alone, or the old run there, with its own configuration."""
     held = set(os.listdir(path)) if os.path.isdir(path) else {"nothing"}
-    if "config.json" in held or held and "command.json" not in held:
+    begun = "config.json" in held or held and "command.json" not in held
+    if begun:
         saved = read_run(path)
         unknown = set(saved) - {f.name for f in fields(Config)} - {"objectives"}
         if unknown:
             raise InputError(f"{path}/config.json: not the configuration of a run ({', '.join(sorted(unknown))})")
         saved |= {"device": config.device} if config.device != "auto" else {}
         config = Config(**{k: v for k, v in saved.items() if k != "objectives"})
-        check_config(config)
-        return Run(path, config)
     check_config(config)
     run = Run(path, config)
-    config.out, config.device = path, run.device
-    check_inputs(run)
-    print(f"writing to {path}")
-    write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
+    if not begun:
+        config.out, config.device = path, run.device
+        check_inputs(run)
+        print(f"writing to {path}")
+        write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
     return run
 
 
@@ -1168,19 +1134,17 @@ def open_run(config, path):
 def alone(path):
     """Hold a run directory. InputError if a train.py is at work there already, say the processes that go on after their torchrun
     was killed: two would write the same files."""
-    if fcntl is None or rank() > 0:
-        yield
-        return
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):                  # a file system without locks
+    with contextlib.ExitStack() as stack:
+        if fcntl and rank() == 0:
+            directory = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, directory)
             try:
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"{path}: a train.py is at work there already; wait for it, or end its processes") from None
+            except OSError:                                 # a file system without locks
+                pass
         yield
-    finally:
-        os.close(directory)
 
 
 def main(argv=None):
@@ -1190,22 +1154,19 @@ def main(argv=None):
     path, = gather([CLAIMED or (claim(argv) if rank() == 0 else None)])[:1]
     try:
         config, resume, sweep = read_command(argv)
-        if sweep and not resume:               # a mistake in it shows before anything is written
-            check_config(config)
-            check_sweep(sweep, config)
         run = open_run(config, path or resume)
+        name, variants = read_sweep(sweep, run.config) if sweep else (None, [])
+        for variant in variants:
+            check_inputs(Run(run.path, variant))
     except BaseException:
         if path and rank() == 0:                                # a mistake leaves nothing behind
-            os.remove(os.path.join(path, "command.json"))
-            os.rmdir(path)
+            shutil.rmtree(path)
             with contextlib.suppress(OSError):
                 os.rmdir("runs")
         raise
     with alone(run.path):
-        if sweep:
-            name, configs = check_sweep(sweep, run.config)
-            for changed in configs:
-                inner_run(run.file(f"{name}={getattr(changed, name)}"), changed)
+        for variant in variants:
+            inner_run(run.file(f"{name}={getattr(variant, name)}"), variant)
         try:
             carry_out(run)
         except KeyboardInterrupt:

@@ -313,7 +313,7 @@ MUTANTS = [
            "test_train.py::test_verdicts_by_hand", "--rollouts changes nothing in the engagement labels."),
     Mutant("train.py", "max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts]", "max_new_tokens=world.max_new_tokens",
            "test_train.py::test_label_rollouts_by_hand", "Rollouts succeed more often than answers."),
-    Mutant("train.py", "[len(prompt) + e for e in ends[i]]", "[len(prompt) + e - 1 for e in ends[i]]",
+    Mutant("train.py", "[len(prompt) + e for e in found]", "[len(prompt) + e - 1 for e in found]",
            "test_train.py::test_label_rollouts_by_hand", "Guidance in maths is a little worse than it could be."),
     Mutant("train.py", "key=lambda k: ratings[k][name]) for f in (max, min))",
            "key=lambda k: ratings[k][name]) for f in (min, max))",
