@@ -554,10 +554,10 @@ def sample_pairs(run, name, model, mix, world, split, names):
         responses = answers[i * config.n_samples:(i + 1) * config.n_samples]
         scores = [world.scores(problem, before, tokenizer.decode(r)) for r in responses]
         ratings = [{n: s[n] if OBJECTIVES[n].case == "verifiable" else judge(s[n], dice) for n in names} for s in scores]
-        for name in names:
-            best, worst = (f(range(len(responses)), key=lambda k: ratings[k][name]) for f in (max, min))
-            if ratings[best][name] - ratings[worst][name] > 0.1 and responses[best] != responses[worst]:
-                pairs.append(Pair(name, ids, responses[best], responses[worst], split))
+        for o in names:
+            best, worst = (f(range(len(responses)), key=lambda k: ratings[k][o]) for f in (max, min))
+            if ratings[best][o] - ratings[worst][o] > 0.1 and responses[best] != responses[worst]:
+                pairs.append(Pair(o, ids, responses[best], responses[worst], split))
     return pairs
 
 
