@@ -118,7 +118,7 @@ class Config:
     n_prompts: int = option(1000, "prompts per domain whose sampled responses become pairs", fast=60)
     n_samples: int = option(6, "responses sampled per prompt", fast=4)
     n_rollout_prompts: int = option(4000, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
-    rollouts: int = option(2, "M, rollouts per prefix (the response itself is the first)", fast=2)
+    rollouts: int = option(2, "M, rollouts per prefix (the response itself is the first)")
     prm_steps: int = option(1000, "PRM training steps", fast=10)
     prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains by their number of labels (and 8 pairs each)")
     prm_value_weight: float = option(20.0, "weight of the value model's squared error in the PRM's loss: at 1 it drowns in the noise "
