@@ -731,6 +731,7 @@ class Values(World):
         n, fits = len(self.FACTS), {"seen": "claim", "heard": "hedge", "none": "admit"}
         manner = {a: said.get(a, ("silent", None))[0] for a in self.FACTS}
         worth = {"claim": 1.0, "hedge": 0.8, "admit": 0.0, "silent": 0.0}
+        # Silence is worth more than a guess, and less than what was seen: else truth would ask for nothing but silence.
         true = {"claim": 1.0, "hedge": 0.9, "admit": 0.7, "silent": 0.7}
         false = {a for a, (_, v, _) in problem.truth.items() if said.get(a, (None, None))[1] not in (v, None)}
         truth = [-0.5 if a in false else true[manner[a]] for a in self.FACTS]

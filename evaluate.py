@@ -832,7 +832,7 @@ def sampled(model, cache, h, N):
     """One step for timing: N tokens for every row, no earlier end, the usual sampling."""
     masks = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool, device=h.device)
     return draw(model, model.fold(0), cache, h, list(masks), cache.held.new_full((len(h),), N), temperature=1.0, top_k=50,
-                top_p=1.0, generator=None, feed_last=True)
+                top_p=1.0, generator=torch.Generator().manual_seed(0), feed_last=True)
 
 
 def steps_carried(model, prm, prompt, K, S, N):
