@@ -974,6 +974,15 @@ def run_stages(run):
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py {run.path} --prompt ...")
 
 
+def link(source, target):
+    """A link to a file or a directory, or a copy of it where the system lends links to few (Windows)."""
+    try:
+        os.symlink(os.path.relpath(source, os.path.dirname(target)), target)
+    except OSError:
+        part = f"{target}.tmp"
+        os.replace(shutil.copytree(source, part, dirs_exist_ok=True) if os.path.isdir(source) else shutil.copy(source, part), target)
+
+
 def take_over(run, source, swept):
     """Link what a run that differs in the swept field need not make again, and copy its part of the log."""
     same = lambda name: "=" not in name and any(fnmatch(name, p) for p in UNTOUCHED[swept])         # no other variants
@@ -982,7 +991,7 @@ def take_over(run, source, swept):
         write_text(run.file("log.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     for name in filter(same, sorted(os.listdir(source.path))):
         if rank() == 0 and not os.path.lexists(run.file(name)):
-            os.symlink(os.path.relpath(source.file(name), run.path), run.file(name))
+            link(source.file(name), run.file(name))
     total(torch.zeros(1))                      # the other processes look for the links only now
 
 

@@ -17,6 +17,8 @@ from prm import Labelled
 from test_train import rows_of
 from train import Config, Run, read_rows
 
+pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the tests fork")
+
 
 def in_processes(n, work, *args):
     """Run work(*args) in n forked processes that stand to each other as torchrun's do."""

@@ -172,7 +172,7 @@ def test_both_guided_policies_make_the_labels(whole, tmp_path, monkeypatch):
     """Prevents: a PRM that has never seen what MAH-DPO says, or a mix of heads other than the one that is guided."""
     run, seen = Run(str(tmp_path), Config(objective=",".join(NAMES), device="cpu")), []
     for name in ("sft", "mah_dpo"):
-        os.symlink(os.path.join(whole, name), run.file(name))
+        train.link(os.path.join(whole, name), run.file(name))
     for made in ("judge_turns", "sample_pairs", "label_rollouts"):
         monkeypatch.setattr(train, made, lambda run, name, model, mix, world, split, names, *cuts, made=made: seen.append(
             (made, name, len(model.heads), mix, split, names)) or [])
@@ -699,6 +699,9 @@ def files_of(run):
     return sorted(os.path.relpath(os.path.join(d, f), run) for d, _, names in os.walk(run) for f in names)
 
 
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the test forks")
+
+
 def train_in_child(argv, renames=None, seconds=None):
     """train.main in a forked process which is killed, as by kill -9, at its renames-th rename (at an odd number before it, at an
     even one after it) or after that many seconds. -> its exit code, -9 if it was killed"""
@@ -722,6 +725,7 @@ def train_in_child(argv, renames=None, seconds=None):
     return process.exitcode
 
 
+@needs_fork
 def test_kill_9_loses_nothing(small_worlds, tmp_path):
     """Prevents: a kill at any moment after which --resume ends elsewhere than a run that nobody stopped: a draw that is
     repeated or left out, an optimiser without its past, half a file, a row of the log twice."""
@@ -815,7 +819,7 @@ def test_a_stop_says_how_to_go_on(whole, tmp_path, capsys, monkeypatch):
 
     def stop(run, name, *args):
         run.log(name, [{"half": "done"}])
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         time.sleep(5)
     monkeypatch.setattr(train, "train_policy", stop)
     with pytest.raises(SystemExit) as stopped:
@@ -910,16 +914,23 @@ def test_sweeps_that_cannot_work_leave_nothing_behind(sweep, message, capsys, tm
     assert os.listdir(tmp_path) == []
 
 
-def test_other_variants_are_not_taken_over(tmp_path):
-    """Prevents: a variant of the PRM's learning rate that is taken for a PRM, and linked into the next variant."""
+@pytest.mark.parametrize("links", [True, False])
+def test_other_variants_are_not_taken_over(tmp_path, monkeypatch, links):
+    """Prevents: a variant of the PRM's learning rate that is taken for a PRM, and linked into the next variant; a copy, where
+    there are no links, that a kill has left half made."""
     source, run = (Run(str(tmp_path / d), Config(objective="honesty", device="cpu")) for d in ("a", "b"))
     for name in ("sft", "prm", "dpo_honesty", "mah_dpo", "prm_steps=3", "dpo_pairs=3"):
         os.makedirs(source.file(name))
-    os.makedirs(run.path)
+        write_lines(source.file(f"{name}/config.json"), [{"of": name}])
+    os.makedirs(run.file("sft.tmp"))
     write_lines(source.file("log.jsonl"), [{"stage": s} for s in ("base", "prm", "mah_dpo")])
+    if not links:
+        monkeypatch.setattr(os, "symlink", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "a privilege is not held")))
     train.take_over(run, source, "k")
-    assert sorted(os.listdir(run.path)) == ["dpo_honesty", "log.jsonl", "mah_dpo", "prm", "sft"]
-    assert os.path.samefile(run.file("prm"), source.file("prm"))
+    assert sorted(set(os.listdir(run.path)) - {"sft.tmp"}) == ["dpo_honesty", "log.jsonl", "mah_dpo", "prm", "sft"]
+    assert links or "sft.tmp" not in os.listdir(run.path)
+    for name in ("sft", "prm", "dpo_honesty", "mah_dpo"):
+        assert os.path.islink(run.file(name)) == links and rows_of(run.file(f"{name}/config.json")) == [{"of": name}]
     assert [r["stage"] for r in rows_of(run.file("log.jsonl"))] == ["base", "prm", "mah_dpo"]
 
 
