@@ -1,5 +1,6 @@
 """decode.py: sampling, batched generation, guided decoding against a plain reference that re-encodes everything."""
 import copy
+import inspect
 import io
 import math
 import os
@@ -108,6 +109,7 @@ def test_sample_top_p():
     assert drawn([0.0, 0.999999], top_p=0.49) == [1, 1]
     assert drawn([0.0, 0.6249, 0.6251, 0.999999], top_p=0.51) == [1, 1, 2, 2]
     assert set(drawn([0.0, 0.5, 0.6, 0.85, 0.999999], top_p=0.81)) == {0, 1, 2}
+    assert len(set(drawn([0.0, 0.5, 0.7, 0.999999], torch.zeros(1, 4, dtype=torch.float64), top_p=0.5))) == 2  # of 4 quarters
 
 
 def test_sample_top_p_after_temperature():
@@ -222,6 +224,8 @@ def test_generate_reports_its_progress(toy):
     seen = []
     generate(toy[0], prompts_of(2, 3, 4), max_new_tokens=2, samples=2, batch_size=4, progress=seen.append)
     assert seen == [4, 2]
+    generate(toy[0], prompts_of(2, 3), max_new_tokens=2, samples=3, batch_size=2, progress=seen.append)
+    assert seen == [4, 2, 3, 3]                             # a batch holds at least all samples of one prompt
 
 
 @pytest.mark.parametrize("prompts, message", [([[1], []], "prompt 1 is empty"), ([[1], [1] * 50], "prompt 1 has 50 tokens"),
@@ -384,14 +388,29 @@ def test_no_token_is_fed_twice(toy):
         hook.remove()
 
 
+def test_what_has_ended_is_fed_no_more(toy):
+    """Prevents: forward passes for answers that are over or for a last token that nothing follows, or graphs of any of them."""
+    fed, prompts, options = [], prompts_of(*[4] * 6), dict(max_new_tokens=12, generator=torch.Generator().manual_seed(1))
+    hook = toy[0].register_forward_pre_hook(lambda _, args: fed.append((args[0].numel(), torch.is_grad_enabled())))
+    found = generate(toy[0], prompts, **options)
+    assert len({len(r) for r in found}) > 1 and sum(n for n, _ in fed) == sum(4 + len(r) - 1 for r in found)
+    tokens, fed[:] = fed + [], []
+    found = guided_decode(*toy, prompts, boundary="newline", K=1, guide="math_accuracy", **options)
+    assert len({len(g.steps) for g in found}) > 1 and sum(n for n, _ in fed) == sum(4 + len(g.ids) for g in found)
+    assert not any(graph for _, graph in tokens + fed)
+    hook.remove()
+
+
 @torch.no_grad()
 def test_one_candidate_is_plain_generation(toy):
     """Prevents: step borders that change the distribution: K = 1 draws exactly what `generate` draws."""
     prompt = prompts_of(6, seed=1)
     draw = lambda: torch.Generator().manual_seed(2)
-    guided, = guided_decode(*toy, prompt, boundary="newline", K=1, guide="unified", max_new_tokens=25, generator=draw())
+    guided, = guided_decode(*toy, prompt, boundary="newline", K=1, max_new_tokens=25, generator=draw())
     plain, = generate(toy[0], prompt, max_new_tokens=25, generator=draw())
     assert guided.ids == plain and len(guided.steps) > 1
+    own, other = (inspect.signature(f).parameters for f in (generate, guided_decode))
+    assert all(own[k].default == other[k].default for k in ("weights", "temperature", "top_k", "top_p"))
 
 
 @torch.no_grad()
@@ -435,6 +454,20 @@ def test_a_model_without_a_tokenizer_knows_no_boundary(toy, monkeypatch):
         decode.stop_masks(toy[0], "newline")
     masks = decode.stop_masks(toy[0], "turn")
     assert [m.shape for m in masks] == [(13,)] * 4 and not any(bool(m.any()) for m in masks)
+
+
+def test_bare_checkpoints_are_guided_too():
+    """Prevents: models without a tokenizer, padded to different sizes, that are refused; an id of theirs taken for the end of
+    the turn; a first token of a step that is judged as if the vocabulary's last stood before it."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = dict(n_layer=1, n_head=1, n_kv_head=1, d_model=8, d_ff=8, max_len=32)
+    policy = GPT(GPTConfig(6, **sizes), generator)
+    prm = PRM(GPT(GPTConfig(7, **sizes, objectives=()), generator), ["math_accuracy"], generator)
+    masks = torch.zeros(4, 7, dtype=torch.bool)
+    masks[1], masks[2, 5] = True, True                      # every token is a stop, but for one behind the last id
+    found = guided_decode(policy, prm, [[1, 2]] * 8, boundary=masks, K=2, max_new_tokens=6, generator=generator)
+    assert all(len(g.ids) == 6 and g.text == "" for g in found) and {i for g in found for i in g.ids[:-1]} == set(range(6))
+    assert all(len(c) == 1 for g in found for s in g.steps for c in s.candidates)
 
 
 # -- guided: refusals
@@ -534,7 +567,7 @@ def test_parse_weights():
     ("", "positive sum")])
 def test_parse_weights_refuses(text, message):
     """Prevents: unknown, negative, infinite or vanishing weights that give NaN logits."""
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"^--weights: .*{message}"):
         parse_weights(text, ["a", "b"])
 
 
@@ -600,9 +633,10 @@ def test_main_derives_what_is_not_said(tiny_run, gpt, asked, tmp_path, argv, wei
 def test_main_closes_an_answer_that_was_cut_off(tiny_run, gpt, asked, monkeypatch, capsys):
     """Prevents: a turn without its end, or with two, before the user's next words."""
     monkeypatch.setattr("sys.stdin", io.StringIO("2 + 3 = ?\n4 - 2 = ?\n1 + 1 = ?\n"))
-    decode.main([tiny_run])
+    decode.main([tiny_run, "--seed", str(2**31 - 1)])
     second, third = (gpt.tokenizer.encode_turn(text) for text in ("4 - 2 = ?", "1 + 1 = ?"))
     assert [call["prompts"] for call in asked[1:]] == [[second], [[gpt.tokenizer.eos_id] + third]]
+    assert {call["generator"].initial_seed() for call in asked} == {2**31 - 1}
     assert [call["state"] for call in asked] == [None, "the state", "the state"] and capsys.readouterr().out == "7\n" * 3
 
 
@@ -641,6 +675,10 @@ def test_main_refuses_a_directory_that_is_no_run(tmp_path):
     """Prevents: a traceback for a mistyped run directory."""
     with pytest.raises(InputError, match="config.json: no such file"):
         decode.main([os.path.join(tmp_path, "nowhere"), "--prompt", "x"])
+    for other in ([], {"objectives": ["honesty"]}):
+        write_json(str(tmp_path / "config.json"), other)
+        with pytest.raises(InputError, match="config.json: not the configuration of a run"):
+            decode.main([str(tmp_path), "--prompt", "x"])
 
 
 def test_main_prefers_the_guides_own_prm(tiny_run, gpt, capsys, tmp_path):
@@ -653,6 +691,8 @@ def test_main_prefers_the_guides_own_prm(tiny_run, gpt, capsys, tmp_path):
     assert "step 1" in capsys.readouterr().out
     with pytest.raises(InputError, match="prm/config.json: no such file"):
         decode.main([str(tmp_path), "--guide", "math_accuracy", *argv])
+    with pytest.raises(InputError, match="no unified PRM here"):
+        decode.main([str(tmp_path), "--guide", "unified", *argv])
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": 1e-40}, {"top_p": 0.0}, {"top_p": 1.5},
@@ -664,6 +704,7 @@ def test_sampling_options_without_a_meaning_are_refused(toy, options):
         generate(toy[0], [[1, 2]], **({"max_new_tokens": 4} | options))
     with pytest.raises(InputError, match="need temperature >= 0"):
         guided_decode(*toy, [[1, 2]], **(OPTIONS | options))
+    decode.check_sampling(1, 1e-6, 1e-9)                    # as small as each may be
 
 
 def test_a_full_context_is_refused(toy):

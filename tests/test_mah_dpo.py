@@ -153,9 +153,10 @@ def test_a_packed_row_may_be_longer_than_the_context(model):
 def test_pair_logps_in_batches_of_any_size(model, pairs):
     """Prevents: log-probabilities in the order of length instead of the pairs'."""
     items = [Pair(NAMES[i % 3], *p, "train") for i, p in enumerate(pairs)]
-    seen = []
+    seen, graphs = [], []
+    model.register_forward_hook(lambda module, args, h: graphs.append(h.requires_grad))
     whole = pair_logps(model, items, NAMES.index, 0, progress=seen.append)
-    assert sum(seen) == len(items)
+    assert sum(seen) == len(items) and not any(graphs) and max(map(len, items)) == packed(pairs).ids.shape[1]
     for tokens in (1, 40):
         assert torch.allclose(pair_logps(model, items, NAMES.index, 0, tokens=tokens), whole, atol=1e-6)
     assert whole[0].tolist() == pytest.approx([slow_logps(model, 0, pairs[0][0], y) for y in pairs[0][1:]], abs=1e-5)
@@ -192,7 +193,8 @@ def test_metrics_by_hand():
     """Prevents: an accuracy that asks for a margin above 1, moves from the reference that are not differences, or swapped."""
     pi_c, pi_r, ref_c, ref_r = torch.tensor([[-3.0, -9.0], [-5.0, -4.0], [-3.5, -8.5], [-5.0, -6.0]])     # Delta = 0.5, -2.5
     metrics = pair_metrics(torch.ones(2), pi_c, pi_r, ref_c, ref_r, torch.tensor([0, 1]), 2, 0.1)
-    expected = {"margin": [0.05, -0.25], "accuracy": [1.0, 0.0], "chosen": [0.5, -0.5], "rejected": [0.0, 2.0]}
+    expected = {"margin": [0.05, -0.25], "accuracy": [1.0, 0.0], "chosen": [0.5, -0.5], "rejected": [0.0, 2.0],
+                "kl": [0.25 / 4, (0.25 + 4) / 4]}
     assert {k: metrics[k].tolist() for k in expected} == {k: pytest.approx(v, abs=1e-6) for k, v in expected.items()}
 
 
@@ -227,6 +229,7 @@ def test_exact_copies_start_at_ln2(model, pairs):
     """Prevents: any difference between how policy and reference are scored: exact copies lose exactly ln 2 each."""
     copies = model.with_heads(NAMES)
     loss, metrics = loss_of(copies, model, pairs, torch.tensor([0, 1, 2, 0, 1, 2, 0]))
+    assert loss.requires_grad and not any(v.requires_grad for v in metrics.values())
     assert metrics["loss"].tolist() == pytest.approx([math.log(2)] * 3, abs=1e-12)
     assert metrics["margin"].tolist() == pytest.approx([0.0] * 3, abs=1e-12)
     assert float(loss.detach()) == pytest.approx(3 * math.log(2), abs=1e-12)
@@ -311,7 +314,7 @@ def test_soup_is_the_weighted_average():
     a, b = {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor(0.0)}, {"x": torch.tensor([5.0, -2.0]), "y": torch.tensor(4.0)}
     mixed = soup([a, b], [3.0, 1.0])
     assert mixed["x"].tolist() == [2.0, 1.0] and float(mixed["y"]) == 1.0
-    assert soup([a, b], [0.0, 2.0])["x"].tolist() == [5.0, -2.0]
+    assert soup([a, b], [0.0, 2.0])["x"].tolist() == soup([b], [0.5])["x"].tolist() == [5.0, -2.0]
     assert a["x"].tolist() == [1.0, 2.0]
 
 

@@ -138,7 +138,9 @@ def test_step_loss_missing_labels_have_no_gradient():
     scores = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     targets = torch.full((4, 3), math.nan)
     targets[0, 0], targets[2, 1] = 1.2, 1.0
-    step_loss(OUTPUTS, scores, targets).sum().backward()
+    losses = step_loss(OUTPUTS, scores, targets)
+    losses.sum().backward()
+    assert float(losses[0].detach()) == pytest.approx((scores[0, 0].item() - 1.2) ** 2)
     assert bool(scores.grad.isfinite().all())
     assert (scores.grad != 0).nonzero().tolist() == [[0, 0], [2, 1]]
     assert step_loss(OUTPUTS, scores, torch.full((4, 3), math.nan)).tolist() == [0.0] * 3
@@ -177,6 +179,7 @@ def test_guide_single_output(prm):
     scores = torch.tensor([[6.0, -8.0, 1.0], [2.0, 4.0, 3.0]])
     assert prm.guide(scores, "math_engagement", "newline").tolist() == [-2.0, 1.0]
     assert prm.guide(scores, "tutor_engagement", "newline").tolist() == [2.0, 6.0]
+    assert prm.guide(scores[None], "math_engagement").tolist() == [[-2.0, 1.0]]
 
 
 def test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain(prm):
