@@ -207,7 +207,7 @@ def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
     for prompt, n in zip(prompts, held):
         check_prompts(model, [prompt], limit - n)
     if temperature == 0 and K > 1:
-        warnings.warn("temperature 0 makes all candidates equal: K = 1", stacklevel=3)
+        warnings.warn("temperature 0 makes all candidates equal: K = 1", stacklevel=4)
         K = 1
     if state and state.policy.K != K:
         raise InputError(f"the state carries K = {state.policy.K} candidates, not {K}; go on with the same K")

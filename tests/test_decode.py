@@ -484,9 +484,9 @@ def test_guided_refuses_no_candidates(toy, K):
 
 def test_guided_temperature_zero_needs_one_candidate(toy):
     """Prevents: five equal candidates scored five times; the answer is the greedy one."""
-    with pytest.warns(UserWarning, match="K = 1"):
+    with pytest.warns(UserWarning, match="K = 1") as told:
         found, = guided_decode(*toy, prompts_of(5), K=4, temperature=0, **OPTIONS)
-    assert all(len(s.candidates) == 1 for s in found.steps)
+    assert all(len(s.candidates) == 1 for s in found.steps) and told[0].filename == __file__
     with warnings.catch_warnings():                         # one candidate was asked for: nothing to warn of
         warnings.simplefilter("error")
         assert [g.ids for g in guided_decode(*toy, prompts_of(5), K=1, temperature=0, **OPTIONS)] == [found.ids]
