@@ -486,7 +486,7 @@ def area(objectives, method, rows, pair):
 
 
 def sweep_tables(name, variants, names):
-    """Tables by domain of one swept field: the rows of every value, {value: rows}; one that does not depend on it stands once."""
+    """Tables by domain of one swept field: the rows of every value, {value: rows}; one that reads the same for all stands once."""
     for domain in [d for d in DOMAINS if any(r["domain"] == d for rows in variants.values() for r in rows)]:
         found = {}
         for value, rows in variants.items():
@@ -495,7 +495,7 @@ def sweep_tables(name, variants, names):
                     found.setdefault((r["policy"], r["guide"]), {})[value] = r
         lines = []
         for same in found.values():
-            alike = len(same) == len(variants) and all(r["each"] == next(iter(same.values()))["each"] for r in same.values())
+            alike = len(same) == len(variants) and len({tuple(map(cell, r["metrics"].values())) for r in same.values()}) == 1
             lines += [{"value": "any" if alike else str(v)} | r for v, r in list(same.items())[:1 if alike else None]]
         yield table(f"{domain}, by {name}", {name: lambda r: r["value"]} | show("policy", "guide"), lines,
                     [*domain_objectives(domain, names), *COSTS])
