@@ -358,12 +358,12 @@ def main(argv=None):
     parser.add_argument("--weights", help="mix of heads, NAME=NUMBER,...; default: uniform over the domain of the guide "
                         "(of the run's first objective for 'unified')")
     parser.add_argument("--guide", default=None,
-                        help="objective that guides, or 'unified'; default: that of the heaviest head, else the first")
+                        help="objective that guides, or 'unified'; default: that of the largest weight, else the run's first")
     parser.add_argument("--prm", help="directory of a reward model from elsewhere that guides instead of the run's own")
     parser.add_argument("--k", type=int, default=5, help="candidates per step (default 5)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default 64)")
     parser.add_argument("--temperature", type=float, default=None, help="default: the run's own")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default 0)")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**31:
         raise InputError(f"--seed {args.seed} is out of range")

@@ -323,7 +323,7 @@ def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
 
 FINDINGS = {
     "F1": "the ensemble beats SFT, single-head DPO, MODPO and soup on subjective objectives and keeps accuracy",
-    "F2": "each head alone is best on its own objective among the unguided policies",
+    "F2": "each head alone beats base, SFT, the baselines, the ensemble and the other heads on its own objective",
     "F3": "verifiable accuracy gains most at test time, by value guidance",
     "F4": "training and guidance together beat either alone, on what is guided and on the mean of the domain's objectives",
     "F5": "sweeping the weights moves smoothly along the trade-off",
