@@ -968,9 +968,10 @@ def run_stages(run):
         seconds = time.time() - start
         run.log(title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
         print(f"    {seconds:.0f} s", flush=True)
-    for name in ("checkpoint.safetensors", "checkpoint.safetensors.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(run.file(name))
+    for name in os.listdir(run.path):          # a kill may have left half a file
+        if name == "checkpoint.safetensors" or name.endswith(".tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(run.file(name))
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py {run.path} --prompt ...")
 
 

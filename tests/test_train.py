@@ -826,8 +826,9 @@ def test_a_stop_says_how_to_go_on(whole, tmp_path, capsys, monkeypatch):
         train.main(["--resume", copied])
     assert stopped.value.code == 130 and f"python train.py --resume {copied}" in capsys.readouterr().err
     monkeypatch.setattr(train, "train_policy", plain)
+    open(os.path.join(copied, "labels.jsonl.tmp"), "w").close()         # as a kill may leave it
     train.main(["--resume", copied])
-    assert weights_of(copied) == weights_of(whole)
+    assert weights_of(copied) == weights_of(whole) and files_of(copied) == files_of(whole)
     lines = lambda run: sorted(open(os.path.join(run, "log.jsonl")))
     assert lines(copied) == lines(whole)
 
