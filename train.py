@@ -970,7 +970,7 @@ def run_stages(run):
         print(f"    {seconds:.0f} s", flush=True)
     for name in os.listdir(run.path):          # a kill may have left half a file
         if name == "checkpoint.safetensors" or name.endswith(".tmp"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.remove(run.file(name))
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py {run.path} --prompt ...")
 
