@@ -980,8 +980,12 @@ def link(source, target):
     try:
         os.symlink(os.path.relpath(source, os.path.dirname(target)), target)
     except OSError:
-        part = f"{target}.tmp"
-        os.replace(shutil.copytree(source, part, dirs_exist_ok=True) if os.path.isdir(source) else shutil.copy(source, part), target)
+        part = f"{target}.tmp"                 # half a copy is made again
+        if os.path.isdir(source):
+            shutil.copytree(source, part, dirs_exist_ok=True)
+        else:
+            shutil.copy(source, part)
+        os.replace(part, target)
 
 
 def take_over(run, source, swept):
