@@ -117,14 +117,16 @@ class Config:
     epochs: int = option(8, "most passes over a stage's largest source of data; a stage ends there or at its number of steps")
     n_prompts: int = option(1000, "prompts per domain whose sampled responses become pairs", fast=60)
     n_samples: int = option(6, "responses sampled per prompt", fast=4)
-    n_rollout_prompts: int = option(4000, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
-    rollouts: int = option(2, "M, rollouts per prefix (the response itself is the first)")
-    prm_steps: int = option(1000, "PRM training steps", fast=10)
-    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels, beside 8 pairs per objective")
-    prm_value_weight: float = option(20.0, "weight of the value model's squared error in the PRM's loss: at 1 it drowns in the noise "
+    # For the value model three times the problems are worth more than a second rollout of each, which costs as much.
+    n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
+    rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)", fast=2)
+    prm_steps: int = option(2200, "PRM training steps", fast=10)
+    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels")
+    prm_pairs: int = option(4, "pairs per objective and PRM step")
+    prm_value_weight: float = option(60.0, "weight of the value model's squared error in the PRM's loss: at 1 it drowns in the noise "
                                      "of the other outputs' gradients")
-    prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
-    prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
+    prm_lr_backbone: float = option(1e-3, "PRM learning rate, backbone")
+    prm_lr_head: float = option(4e-3, "PRM learning rate, MLP")
     dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
     dpo_pairs: int = option(8, "pairs per objective and step")
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
@@ -149,7 +151,7 @@ WRITTEN = {"base": "dtype base_steps base_lr epochs",
                "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor",
            "mah_dpo pair_metrics.json": "perturbation",
            "mah_dpo_pairs.jsonl labels.jsonl judge": "gamma rollouts n_rollout_prompts",
-           "prm prm_*": "prm prm_steps prm_batch prm_value_weight prm_lr_backbone prm_lr_head",
+           "prm prm_*": "prm prm_steps prm_batch prm_pairs prm_value_weight prm_lr_backbone prm_lr_head",
            "results.json": "n_test split k"}
 UNTOUCHED = {name: " ".join(list(WRITTEN)[:i]).split() for i, names in enumerate(WRITTEN.values()) for name in names.split()}
 
@@ -720,7 +722,7 @@ def train_prm(run, name, outputs):
     rows, pairs = ([Cycle(items, generator) for items in kind] for kind in sources["train"])
     n_labels = [sum(len(r.ends) for r in cycle.items) for cycle in rows]
     even = lambda n: max(1, n // ranks()) * ranks()                                       # what the processes can share
-    sizes = [even(config.prm_batch * n // sum(n_labels)) for n in n_labels] + [even(8) for _ in pairs]
+    sizes = [even(config.prm_batch * n // sum(n_labels)) for n in n_labels] + [even(config.prm_pairs) for _ in pairs]
     largest = max(len(cycle.items) / size for cycle, size in zip([*rows, *pairs], sizes))
     steps = capped(config.prm_steps, largest, config)
     weight = torch.tensor([config.prm_value_weight if OBJECTIVES[o].case == "verifiable" else 1.0 for o in outputs],
@@ -730,15 +732,26 @@ def train_prm(run, name, outputs):
         while True:
             yield [(k, item) for k, (cycle, n) in enumerate(zip([*rows, *pairs], sizes)) for item in cycle.take(n)]
 
+    def parts(batch):
+        """This process's items of every source, labelled ones a few of similar length at a time: gradients add up, and little is
+        padded. With labelled ones the number of labels (P,) of all that the processes take of their source."""
+        for k in sorted({k for k, _ in batch}):
+            items = [item for j, item in batch if j == k]
+            if k < len(rows):
+                count = [sum(t[run.objectives.index(o)] is not None for r in items for t in r.targets) for o in outputs]
+                for index in dealt_batches([len(r) for r in items], 2048):
+                    yield [items[i] for i in index], torch.tensor(count, device=run.device)
+            else:
+                yield mine(items), None
+
     def backward(batch):
         losses, labels = torch.zeros(2, len(outputs), device=run.device)
-        for k in sorted({k for k, _ in batch}):      # one backward per source: gradients add up, padding stays small
-            part = mine([item for j, item in batch if j == k])
+        for part, of_source in parts(batch):
             with run.autocast():
-                if k < len(rows):
+                if of_source is not None:
                     scores, targets = step_scores(prm, part, run.objectives)
                     count = (~targets.isnan()).sum(0)
-                    loss = step_loss(outputs, scores, targets, total(count))
+                    loss = step_loss(outputs, scores, targets, of_source)
                 else:
                     chosen, rejected = pair_scores(prm, part)
                     count = len(chosen) * F.one_hot(torch.tensor(outputs.index(part[0].objective)), len(outputs)).to(run.device)
@@ -748,7 +761,7 @@ def train_prm(run, name, outputs):
         return {"loss": losses, "labels": labels}
 
     log = fit(run, name, prm, optimizer, steps, batches=batches(), backward=backward, names=outputs,
-              rate=lambda step: 0.05 + 0.95 * (1 - step / steps), tokens=lambda item: len(item[1]),
+              warm_up=100, rate=lambda step: 0.05 + 0.95 * (1 - step / steps), tokens=lambda item: len(item[1]),
               where=lambda item: where_is(run, item[1]), key=run.key(*map(run.file, ["labels.jsonl", *PAIR_FILES])))
     log.append(measure_prm(run, prm, sources["dev"]))
     run.log(name, log)

@@ -219,6 +219,28 @@ def test_pair_scores_compare_matching_steps(run, prm, tokenizer):
     torch.testing.assert_close(torch.stack([chosen, rejected], 1), torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
+def test_train_prm_adds_up_the_parts_of_a_batch(run, gpt, monkeypatch):
+    """Prevents: a part whose loss is the mean of its own labels, which then weigh more where few share a part."""
+    save_hf(gpt, run.file("sft"), weights=0)
+    rows = [Labelled(list(range(5, 8 + 3 * i)), [1, 2 + 3 * i], [[0.5 * i, None if i < 3 else 1.0, None], [2.0, 0.0, None]], split)
+            for split in ("train", "dev") for i in range(6)]
+    train.write_rows(run.file("labels.jsonl"), rows)
+    for name in train.PAIR_FILES:
+        train.write_rows(run.file(name), [])
+    vars(run.config).update(prm_steps=1, prm_batch=6)
+    batches, parts, found = train.dealt_batches, [], []
+    for tokens in (1000, 12):
+        monkeypatch.setattr(train, "dealt_batches", lambda lengths, _: parts.append(batches(lengths, tokens)) or parts[-1])
+        log = []
+        monkeypatch.setattr(run, "log", lambda name, rows, file=None, log=log: log.extend(rows if file is None else []))
+        train.train_prm(run, "prm", run.objectives[:2])
+        found.append(log[0])
+    assert [len(p) for p in parts] == [1, 5]
+    assert [found[0][o]["labels"] for o in run.objectives[:2]] == [12, 9]
+    for one, many in zip(*((row["gradient_norm"], *(row[o]["loss"] for o in run.objectives[:2])) for row in found)):
+        assert one == pytest.approx(many, rel=1e-4) and one > 0
+
+
 def test_measure_prm_by_hand(run, prm, monkeypatch, capsys):
     """Prevents: R^2 on targets of another output, a scale that is not the spread of the scores."""
     scores = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [3.0, 5.0]])
