@@ -167,17 +167,18 @@ def step_scores(prm, rows, objectives):
 
 
 def pair_scores(prm, pairs):
-    """Scores of chosen and rejected at every matching step of pairs of one objective -> (N,), (N,)."""
-    p, tokenizer, n = prm.outputs.index(pairs[0].objective), prm.backbone.tokenizer, len(pairs)
-    boundary, device = OBJECTIVES[pairs[0].objective].boundary, prm.scale.device
+    """Scores of chosen and rejected at every matching step of pairs, each by its objective's output -> (N,), (N,), and the
+    index of that output (N,)."""
+    tokenizer, device, n = prm.backbone.tokenizer, prm.scale.device, len(pairs)
     ids, _ = pad([x.prompt + x.chosen for x in pairs] + [x.prompt + x.rejected for x in pairs], tokenizer.pad_id, device)
-    scores, at = prm(ids)[..., p].float(), []
+    scores, at = prm(ids).float(), []
     for i, x in enumerate(pairs):
+        p, boundary = prm.outputs.index(x.objective), OBJECTIVES[x.objective].boundary
         matches = matching_steps(x.chosen, x.rejected, tokenizer.step_ends(x.chosen, boundary),
                                  tokenizer.step_ends(x.rejected, boundary))
-        at += [(i, len(x.prompt) + c, i + n, len(x.prompt) + r) for c, r in matches]
-    at = torch.tensor(at, dtype=torch.long, device=device).view(-1, 4)
-    return scores[at[:, 0], at[:, 1]], scores[at[:, 2], at[:, 3]]
+        at += [(i, len(x.prompt) + c, i + n, len(x.prompt) + r, p) for c, r in matches]
+    i, c, j, r, p = torch.tensor(at, dtype=torch.long, device=device).view(-1, 5).unbind(1)
+    return scores[i, c, p], scores[j, r, p], p
 
 
 def save_prm(prm, directory):

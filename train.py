@@ -120,7 +120,7 @@ class Config:
     # For the value model three times the problems are worth more than a second rollout of each, which costs as much.
     n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
     rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)", fast=2)
-    prm_steps: int = option(2200, "PRM training steps", fast=10)
+    prm_steps: int = option(1800, "PRM training steps", fast=10)
     prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels")
     prm_pairs: int = option(4, "pairs per objective and PRM step")
     prm_value_weight: float = option(60.0, "weight of the value model's squared error in the PRM's loss: at 1 it drowns in the noise "
@@ -730,39 +730,38 @@ def train_prm(run, name, outputs):
 
     def batches():
         while True:
-            yield [(k, item) for k, (cycle, n) in enumerate(zip([*rows, *pairs], sizes)) for item in cycle.take(n)]
+            yield [item for cycle, n in zip([*rows, *pairs], sizes) for item in cycle.take(n)]
 
     def parts(batch):
-        """This process's items of every source, labelled ones a few of similar length at a time: gradients add up, and little is
-        padded. With labelled ones the number of labels (P,) of all that the processes take of their source."""
-        for k in sorted({k for k, _ in batch}):
-            items = [item for j, item in batch if j == k]
-            if k < len(rows):
-                count = [sum(t[run.objectives.index(o)] is not None for r in items for t in r.targets) for o in outputs]
-                for index in dealt_batches([len(r) for r in items], 2048):
-                    yield [items[i] for i in index], torch.tensor(count, device=run.device)
-            else:
-                yield mine(items), None
+        """This process's items, labelled ones some of similar length at a time: gradients add up, and little is padded."""
+        labelled, pairs = ([x for x in batch if isinstance(x, kind)] for kind in (Labelled, Pair))
+        for index in dealt_batches([len(r) for r in labelled], 2048):
+            yield [labelled[i] for i in index]
+        if pairs:
+            yield mine(pairs)
 
     def backward(batch):
         losses, labels = torch.zeros(2, len(outputs), device=run.device)
-        for part, of_source in parts(batch):
+        of_batch = torch.tensor([sum(t[run.objectives.index(o)] is not None for x in batch if isinstance(x, Labelled)
+                                     for t in x.targets) for o in outputs], device=run.device)
+        for part in parts(batch):
             with run.autocast():
-                if of_source is not None:
+                if isinstance(part[0], Labelled):
                     scores, targets = step_scores(prm, part, run.objectives)
                     count = (~targets.isnan()).sum(0)
-                    loss = step_loss(outputs, scores, targets, of_source)
+                    loss = step_loss(outputs, scores, targets, of_batch)
                 else:
-                    chosen, rejected = pair_scores(prm, part)
-                    count = len(chosen) * F.one_hot(torch.tensor(outputs.index(part[0].objective)), len(outputs)).to(run.device)
-                    loss = bradley_terry_loss(chosen, rejected, torch.ones_like(chosen)) * count / total(count).clamp(min=1)
+                    chosen, rejected, owner = pair_scores(prm, part)
+                    count = owner.bincount(minlength=len(outputs))
+                    loss = torch.stack([bradley_terry_loss(chosen, rejected, owner == p) for p in range(len(outputs))])
+                    loss = loss * count / total(count).clamp(min=1)
             ((loss * weight).sum() * ranks()).backward()
             losses, labels = losses + loss.detach(), labels + count
         return {"loss": losses, "labels": labels}
 
     log = fit(run, name, prm, optimizer, steps, batches=batches(), backward=backward, names=outputs,
-              warm_up=100, rate=lambda step: 0.05 + 0.95 * (1 - step / steps), tokens=lambda item: len(item[1]),
-              where=lambda item: where_is(run, item[1]), key=run.key(*map(run.file, ["labels.jsonl", *PAIR_FILES])))
+              warm_up=100, rate=lambda step: 0.05 + 0.95 * (1 - step / steps), tokens=len,
+              where=lambda item: where_is(run, item), key=run.key(*map(run.file, ["labels.jsonl", *PAIR_FILES])))
     log.append(measure_prm(run, prm, sources["dev"]))
     run.log(name, log)
     save_prm(prm, run.file(name))
@@ -787,7 +786,7 @@ def measure_prm(run, prm, sources):
                                  "commoner_label": max(common, 1 - common), "n": len(s)}
             found[name].append(s)
     for pairs in sources[1]:
-        chosen, rejected = (torch.cat(t) for t in zip(*(pair_scores(prm, part) for part in batches(pairs))))
+        chosen, rejected, _ = (torch.cat(t) for t in zip(*(pair_scores(prm, part) for part in batches(pairs))))
         quality[pairs[0].objective] = {"pair_accuracy": float((chosen > rejected).float().mean()), "n": len(chosen)}
         found[pairs[0].objective] += [chosen, rejected]
     for p, name in enumerate(prm.outputs):

@@ -209,7 +209,8 @@ def test_pair_scores_compare_matching_steps(run, prm, tokenizer):
     texts = [("the color is red . the size is tall .", "the color is red . the size remains unknown . ok ."),
              ("no idea .", "the job is pilot . the food is rice .")]
     pairs = [Pair("honesty", prompt[i:], ids_of(tokenizer, c), ids_of(tokenizer, r), "train") for i, (c, r) in enumerate(texts)]
-    chosen, rejected = pair_scores(prm, pairs)
+    chosen, rejected, owner = pair_scores(prm, pairs)
+    assert owner.tolist() == [0] * 6
     read = lambda pair, response, n: prm(torch.tensor([pair.prompt + response[:n]]))[0, -1, 0]
     ends = [[e + 1 for e in tokenizer.step_ends(r, "sentence")] for p in pairs for r in (p.chosen, p.rejected)]
     assert ends == [[5, 10, 11], [5, 10, 12, 13], [3, 4], [5, 10, 11]]
