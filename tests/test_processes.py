@@ -80,7 +80,7 @@ def record_gradients(run, directory):
     batches = train.dealt_batches
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "gradient", gradient)
-        patch.setattr(train, "dealt_batches", lambda lengths: batches(lengths, tokens=200))       # several parts a step
+        patch.setattr(train, "dealt_batches", lambda lengths, _=0: batches(lengths, tokens=200))       # several parts a step
         margins = torch.zeros(len(read_rows(run.file("pairs.jsonl"), Pair)))
         for stage, work in (("prm", lambda: train.train_prm(run, "prm", run.objectives)),
                             ("mah_dpo", lambda: train.train_policy(run, "mah_dpo", run.objectives, run.objectives)),
