@@ -119,7 +119,7 @@ class Config:
     n_samples: int = option(6, "responses sampled per prompt", fast=4)
     # For the value model three times the problems are worth more than a second rollout of each, which costs as much.
     n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
-    rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)", fast=2)
+    rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
     prm_steps: int = option(1800, "PRM training steps", fast=10)
     prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels")
     prm_pairs: int = option(4, "pairs per objective and PRM step")
