@@ -51,8 +51,8 @@ def stories():
     return directory
 
 
-TINY = ["--fast", "--base-steps", "2", "--sft-steps", "2", "--n-prompts", "8", "--n-samples", "3", "--n-rollout-prompts", "8", "--rollouts", "2",
-        "--prm-steps", "2", "--dpo-steps", "2", "--dpo-pairs", "2", "--n-test", "2", "--device", "cpu"]
+TINY = ["--fast", "--base-steps", "2", "--sft-steps", "2", "--n-prompts", "8", "--n-samples", "3", "--n-rollout-prompts", "8",
+        "--rollouts", "2", "--prm-steps", "2", "--dpo-steps", "2", "--dpo-pairs", "2", "--n-test", "2", "--device", "cpu"]
 NAMES = ["helpfulness", "honesty", "tutor_engagement"]
 
 
