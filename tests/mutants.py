@@ -325,6 +325,8 @@ MUTANTS = [
            "test_train.py::test_modpo_margins_by_hand", "MODPO's margins depend on how long the answers are."),
     Mutant("train.py", "step_loss(outputs, scores, targets, of_batch)", "step_loss(outputs, scores, targets)",
            "test_train.py::test_train_prm_adds_up_the_parts_of_a_batch", "The PRM's gradient is larger the more a batch's lengths differ."),
+    Mutant("train.py", "bradley_terry_loss(chosen, rejected, owner == p)", "bradley_terry_loss(chosen, rejected, owner >= 0)",
+           "test_train.py::test_train_prm_gives_every_objective_the_loss_of_its_own_pairs", "The log shows one loss for all values."),
     Mutant("train.py", "alpha = torch.tensor([weights[o] for o in objectives]", "alpha = torch.tensor([1.0 for o in objectives]",
            "test_train.py::test_train_policy_weighs_the_objectives", "--alpha changes nothing."),
 ]

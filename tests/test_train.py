@@ -242,6 +242,22 @@ def test_train_prm_adds_up_the_parts_of_a_batch(run, gpt, monkeypatch):
         assert one == pytest.approx(many, rel=1e-4) and one > 0
 
 
+def test_train_prm_gives_every_objective_the_loss_of_its_own_pairs(run, gpt, tokenizer):
+    """Prevents: pairs of several objectives, which share a forward pass, under one output or with one mean."""
+    save_hf(gpt, run.file("sft"), weights=0)
+    pairs, outputs = [p for p in make_pairs(tokenizer, 4) if p.objective != "math_accuracy"], ["honesty", "math_engagement"]
+    for name, rows in zip(["labels.jsonl", *train.PAIR_FILES], ([], pairs, [])):
+        train.write_rows(run.file(name), rows)
+    vars(run.config).update(prm_steps=1, prm_pairs=4)
+    prm = PRM(run.load("sft").with_heads(()), outputs, run.generator("prm", "weights"))
+    train.train_prm(run, "prm", outputs)
+    first = json.loads(open(run.file("log.jsonl"), encoding="utf-8").readline())
+    for o in outputs:
+        chosen, rejected, _ = pair_scores(prm, [p for p in pairs if p.objective == o])
+        assert first[o] == {"loss": pytest.approx(-F.logsigmoid(chosen - rejected).mean().item(), rel=1e-4), "labels": len(chosen)}
+    assert first["honesty"]["labels"] != first["math_engagement"]["labels"]
+
+
 def test_measure_prm_by_hand(run, prm, monkeypatch, capsys):
     """Prevents: R^2 on targets of another output, a scale that is not the spread of the scores."""
     scores = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [3.0, 5.0]])
