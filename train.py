@@ -734,11 +734,11 @@ def train_prm(run, name, outputs):
 
     def parts(batch):
         """This process's items, labelled ones some of similar length at a time: gradients add up, and little is padded."""
-        labelled, pairs = ([x for x in batch if isinstance(x, kind)] for kind in (Labelled, Pair))
+        labelled, compared = ([x for x in batch if isinstance(x, kind)] for kind in (Labelled, Pair))
         for index in dealt_batches([len(r) for r in labelled], 2048):
             yield [labelled[i] for i in index]
-        if pairs:
-            yield mine(pairs)
+        if compared:
+            yield mine(compared)
 
     def backward(batch):
         losses, labels = torch.zeros(2, len(outputs), device=run.device)
