@@ -89,7 +89,13 @@ def test_claims_leave_no_rival_out():
     assert {w for *_, w in of("F3")} == \
         rivals("math_accuracy") - {("base", none)} | {("mah_dpo:math_engagement", none), ("sft", "math_engagement")}
     means = [("math_accuracy", "math_engagement"), *((n,) for n in ("math_accuracy", "math_engagement"))]
-    assert {m[:-2] for m in of("F4")} == set(means) and len(of("F4")) == 8 and len(of("rivals")) == 4 and len(of("F6")) == 2
+    assert {m[:-2] for m in of("F4")} == set(means) and len(of("F4")) == 10
+    assert {w[0] for *_, g, w in of("F4") if g == ("mah_dpo", "unified")} == {"sft", "mah_dpo"} and not of("F6")
+    whole = {(p, (p, "math_accuracy"), (f"{p}_{rival}", guide)) for p in ("sft", "mah_dpo") for rival, guide in
+             (("greedy", none), ("vote", none), ("rerank", "math_accuracy"))}
+    assert {(b[0], b, w) for n, b, w in of("rivals") if n == "math_accuracy"} == whole
+    assert {(b, w[0]) for n, b, w in of("rivals") if n == "math_engagement"} == \
+        {((p, "math_engagement"), f"{p}_greedy") for p in ("sft", "mah_dpo")}
     slack = {(f, n): s for f, (n, *_), _, _, s in found if f in ("F1", "F2")}
     assert slack == {("F1", "math_accuracy"): evaluate.KEPT, ("F1", "math_engagement"): 0, ("F2", "math_accuracy"): 0,
                      ("F2", "math_engagement"): 0}
@@ -114,6 +120,10 @@ def test_sweep_lines():
     assert lines[1]["metrics"]["difference"]["level"] == pytest.approx(1 - 0.05 / 3)
     flat = list(evaluate.sweep_lines("math", ("a", "b"), swept([0.9, 0.5, 0.5], [0.1, 0.2, 0.9])))
     assert flat[1]["verdict"] == "holds"                      # a step that leads nowhere does not lead back
+    rows = swept([0.9, 0.5, 0.499], [0.1, 0.2, 0.9])
+    rows[0]["each"]["a"] = [0.1, 0.5, 1.3, 1.7]               # the first step gains on the mean, but might as well lose
+    worst = list(evaluate.sweep_lines("math", ("a", "b"), rows))[1]
+    assert worst["verdict"] == "not significant" and worst["metrics"]["difference"]["mean"] == pytest.approx(0.4, abs=0.01)
     back = list(evaluate.sweep_lines("math", ("a", "b"), swept([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])))
     assert [x["verdict"] for x in back] == ["does not hold", "does not hold", "holds", "holds"]
 

@@ -136,8 +136,8 @@ def test_a_run_on_two_processes(small_worlds, tmp_path):
         assert len(rows) == 16 and all(sum(ids[:len(p)] == p for ids in rows) == prompts.count(p) for p in prompts)
     rows = [r for r in read_json(run.file("results.json")) if r["domain"] == "math"]
     assert [r["policy"] for r in rows if r["guide"] is None] == \
-        ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo", "mah_dpo:math_engagement"]
-    assert len({json.dumps(r["metrics"]) for r in rows}) > 1 and len(rows) == 8 + 4
+        ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo", "mah_dpo_greedy", "mah_dpo:math_engagement"]
+    assert len({json.dumps(r["metrics"]) for r in rows}) > 1 and len(rows) == 9 + 4
     assert {r["stage"] for r in rows_of(run.file("log.jsonl"))} >= {"base", "sft", "judge", "prm", "mah_dpo", "modpo"}
 
 

@@ -466,6 +466,21 @@ def test_majority_vote_and_tokens_drawn(gpt, tokenizer, monkeypatch):
     assert c.drawn == sum(len(ids) for s in steps for ids in s.candidates) and all(len(s.candidates) == 3 for s in steps)
 
 
+def test_reranking_chooses_among_whole_answers(gpt, tokenizer, monkeypatch):
+    """Prevents: a rival of guidance by steps that is guidance by steps, or that the PRM does not choose."""
+    prm = PRM(gpt.with_heads(()), ["math_accuracy"], torch.Generator().manual_seed(0))
+    prm.backbone.tokenizer, found, plain = tokenizer, [], evaluate.guided_decode
+    monkeypatch.setattr(evaluate, "guided_decode", lambda *a, **k: found.append(plain(*a, **k)) or found[-1])
+    world = types.SimpleNamespace(boundary=tokenizer.boundary_masks("newline"), max_new_tokens=20, turns=1)
+    world.boundary[0][:] = True                           # every token ends a step
+    for boundary in (None, "turn"):
+        guided_responder(gpt, prm, world, [1.0, 0.0], "math_accuracy", 0.7, torch.Generator().manual_seed(0), K=3,
+                         boundary=boundary)([Conversation(SUM, tokenizer)])
+    (by_step,), (whole,) = found
+    step, = whole.steps
+    assert len(by_step.steps) == 20 and whole.ids == step.candidates[max(range(3), key=step.scores.__getitem__)]
+
+
 def tutoring_problem():
     return DOMAINS["tutoring"].problem(Dice(4))
 
@@ -588,18 +603,18 @@ def test_results_have_the_promised_rows(whole):
         assert sum(row["weights"].values()) == pytest.approx(1.0)
         for m in row["metrics"].values():
             assert set(m) == {"mean", "stderr", "n"} and math.isfinite(m["mean"]) and m["stderr"] >= 0
-    plain = ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo"]
+    plain = ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo", "mah_dpo_greedy"]
     for domain, names in (("values", NAMES[:2]), ("tutoring", NAMES[2:])):
         rows = [r for r in results if r["domain"] == domain]
         assert all(r["metrics"][n]["n"] == 2 for r in rows for n in names)
         free = [r["policy"] for r in rows if r["guide"] is None]
-        assert free[:7 + len(names)] == plain + [f"mah_dpo:{n}" for n in names]
+        assert free[:8 + len(names)] == plain + [f"mah_dpo:{n}" for n in names]
         assert {(r["policy"], r["guide"]) for r in rows if r["guide"]} == \
             {(p, g) for p in ("sft", "mah_dpo") for g in (*names, "unified")}
         mix = next(r["weights"] for r in rows if r["policy"] == "mah_dpo")
         assert mix == {n: float(n in names) / len(names) for n in NAMES}
         assert next(r["weights"] for r in rows if r["policy"] == f"mah_dpo:{names[0]}") == {n: float(n == names[0]) for n in NAMES}
-        assert all("kl" in r["metrics"] for r in rows if r["guide"] is None and r["policy"] != "sft_greedy")
+        assert all("kl" in r["metrics"] for r in rows if r["guide"] is None and "greedy" not in r["policy"])
         assert next(r for r in rows if r["policy"] == "sft")["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     sweep = [r["weights"]["helpfulness"] for r in results if r["domain"] == "values" and r["policy"] == "mah_dpo" and not r["guide"]]
     assert sweep == [0.5, 1.0, 0.5, 0.0]
@@ -653,7 +668,7 @@ def test_report_and_picture(whole):
     root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
     tag = lambda name: root.findall(".//{http://www.w3.org/2000/svg}" + name)
     assert [len(line.get("points").split()) for line in tag("polyline")] == [3, 3]
-    assert len(tag("circle")) == 7 + 2 + 2 * 3 + 2 * 3
+    assert len(tag("circle")) == 8 + 2 + 2 * 3 + 2 * 3
 
 
 def weights_of(run):
@@ -1139,7 +1154,7 @@ def test_one_objective_run(small_worlds, checkpoint, tmp_path, capsys):
     train.main(["--objective", "math_engagement", "--init", checkpoint, "--out", out, *TINY])
     rows = [r for r in read_json(os.path.join(out, "results.json")) if r["domain"] == "math"]
     assert [r["policy"] for r in rows if r["guide"] is None] == \
-        ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo", "mah_dpo:math_engagement"]
+        ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo", "mah_dpo_greedy", "mah_dpo:math_engagement"]
     assert {r["guide"] for r in rows} == {None, "math_engagement", "unified"}
     judged, = [r for r in rows_of(os.path.join(out, "log.jsonl")) if r["stage"] == "judge" and r["objective"] == "math_engagement"][:1]
     assert 0.5 <= judged["agreement"] <= 1 and 0 <= judged["positive"] <= 1
@@ -1399,7 +1414,8 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     results = json.loads(open(f"{out}/results.json", encoding="utf-8").read())
     tables = [r for r in results if r["domain"] == "math"]
     assert {(r["policy"], r["guide"]) for r in tables} >= \
-        {("sft", None), ("sft_vote", None), ("mah_dpo_vote", None), ("sft", "math_accuracy"), ("mah_dpo", "math_accuracy")}
+        {("sft", None), ("sft_vote", None), ("mah_dpo_vote", None), ("sft", "math_accuracy"), ("mah_dpo", "math_accuracy"),
+         ("mah_dpo_greedy", None), ("sft_rerank", "math_accuracy"), ("mah_dpo_rerank", "math_accuracy")}
     assert all(set(r["metrics"]) <= {"math_accuracy", "tokens", "drawn", "kl", "kl/answer"} for r in tables)
     assert all(0 <= r["metrics"]["math_accuracy"]["mean"] <= 1 for r in tables)
     assert {r["metrics"]["math_accuracy"]["n"] for r in tables} == {2}
