@@ -137,7 +137,7 @@ class Config:
     n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
     split: str = option("test", "prompts of the tables: test, or dev while settings are still being chosen")
     weight_steps: int = option(10, "steps in which the weights of two heads go from one to the other (0: no sweep)", fast=2)
-    k: int = option(5, "K, candidates per step of guided decoding in the tables, samples of a majority vote")
+    k: int = option(5, "K, candidates per step of guided decoding in the tables, and whole answers of their rivals")
     max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
     checkpoint_every: int = option(100, "steps of a training stage between checkpoints from which --resume goes on")
 
