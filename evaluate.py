@@ -356,8 +356,8 @@ def claims(domain, names):
         whole = [(f"{policy}_vote", None), (f"{policy}_rerank", n)] if OBJECTIVES[n].case == "verifiable" else []
         yield from (("rivals", [n], (policy, n), rival, 0) for rival in [(f"{policy}_greedy", None), *whole])
     for guide in [*names, "unified"]:
-        for part in (("sft", guide), ("mah_dpo", None)):
-            yield from (("F4", on, ("mah_dpo", guide), part, 0) for on in ([guide], names) if guide in names or on == names)
+        counted = [[guide], names] if guide in names else [names]
+        yield from (("F4", on, ("mah_dpo", guide), part, 0) for part in (("sft", guide), ("mah_dpo", None)) for on in counted)
 
 
 def verdict(difference, slack=0.0):
