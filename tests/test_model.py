@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError
-from model import (DTYPES, GPT, GPTConfig, KVCache, linear, load_hf, load_safetensors, rotate, save_hf,
+from model import (DTYPES, GPT, GPTConfig, KVCache, attend, linear, load_hf, load_safetensors, rotate, save_hf,
                    save_safetensors)
 
 SHAPES = [(p, n, m, kv) for p in ("rope", "learned") for n in ("rms", "layer") for m in ("swiglu", "gelu") for kv in (1, 2, 4)]
@@ -104,14 +104,25 @@ def test_unusable_configuration(bad):
 
 # -- cache
 
+@pytest.mark.parametrize("n", [3, 9])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cached_equals_uncached(shape):
+def test_cached_equals_uncached(shape, n):
     """SDPA's is_causal is aligned top-left: wrong as soon as several tokens are appended to a cache (trap 3)."""
-    model, ids = small(*shape), tokens(3, 12)
-    cache = model.new_cache(3, 4)                       # too small on purpose: it must grow and lose nothing
+    model, ids = small(*shape), tokens(n, 12)
+    cache = model.new_cache(n, 4)                       # too small on purpose: it must grow and lose nothing
     parts = [model(part, cache) for part in ids.split([5, 1, 4, 2], 1)]
     assert close(torch.cat(parts, 1), model(ids))
-    assert cache.lengths.tolist() == [12] * 3
+    assert cache.lengths.tolist() == [12] * n
+
+
+@pytest.mark.parametrize("G, R", [(3, 2), (8, 2), (30, 10), (8, 65)])
+def test_attend_is_scaled_dot_product_attention(G, R):
+    """Many short sequences attend without the scale, or to places that are masked; or the mask is forgotten with many rows."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(G, 2, n, 6, generator=generator) for n in (R, 7, 7))
+    seen = (torch.rand(G, 1, R, 7, generator=generator) < 0.5) | (torch.arange(7) == 3)
+    for mask in (None, torch.zeros(seen.shape).masked_fill(~seen, -math.inf)):
+        assert torch.allclose(attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
