@@ -250,9 +250,10 @@ class Linear(nn.Linear):
 
 
 def attend(q, k, v, mask):
-    """Attention of a few new rows q (G, n, R, hd) to a cache's k, v (G, n, L, hd), as F.scaled_dot_product_attention. Many short
-    sequences on a CPU, as in sampling, take that two to four times as long as the two products it is made of."""
-    if q.device.type != "cpu" or len(q) < 8 or q.shape[2] > 64:
+    """Attention of new rows q (G, n, R, hd) to a cache's k, v (G, n, L, hd), as F.scaled_dot_product_attention. Many short
+    sequences on a CPU, as in sampling, take that two to four times as long as the two products it is made of, as long as the
+    scores between them fit into the processor's cache."""
+    if q.device.type != "cpu" or len(q) < 8 or q.shape[:3].numel() * k.shape[2] > 2**21:
         return F.scaled_dot_product_attention(q, k, v, mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     return (scores if mask is None else scores + mask).softmax(-1) @ v
