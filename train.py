@@ -120,14 +120,13 @@ class Config:
     # For the value model three times the problems are worth more than a second rollout of each, which costs as much.
     n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
     rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
-    prm_steps: int = option(1200, "PRM training steps", fast=10)
-    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels, none with fewer than "
-                            "prm_pairs")
+    prm_steps: int = option(1800, "PRM training steps", fast=10)
+    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels")
     prm_pairs: int = option(4, "pairs per objective and PRM step")
-    prm_value_weight: float = option(20.0, "weight of the value model's squared error in the PRM's loss: at 1 it drowns in the noise "
+    prm_value_weight: float = option(60.0, "weight of the value model's squared error in the PRM's loss: at 1 it drowns in the noise "
                                      "of the other outputs' gradients")
-    prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
-    prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
+    prm_lr_backbone: float = option(1e-3, "PRM learning rate, backbone")
+    prm_lr_head: float = option(4e-3, "PRM learning rate, MLP")
     dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
     dpo_pairs: int = option(8, "pairs per objective and step")
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
@@ -354,7 +353,7 @@ def language_model(run, stage, model, examples, steps, lr, batch_size=64, files=
     """Next-token training on the masked tokens of (ids, mask) examples; batches of similar length, cosine schedule.
     files: what the examples were read from. Logs, saves. -> the rows of the log"""
     steps = capped(steps, len(examples) / batch_size, run.config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
 
     def backward(index):
         index = mine(index)
@@ -718,14 +717,12 @@ def train_prm(run, name, outputs):
     backbone = run.load("sft").with_heads(())
     prm = shard(PRM(backbone, outputs, run.generator(name, "weights")).to(run.device), run.device)
     optimizer = torch.optim.AdamW([{"params": backbone.parameters(), "lr": config.prm_lr_backbone},
-                                   {"params": prm.score.parameters(), "lr": config.prm_lr_head}],
-                                  betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+                                   {"params": prm.score.parameters(), "lr": config.prm_lr_head}], weight_decay=0.01)
     sources = prm_sources(run, outputs)
     rows, pairs = ([Cycle(items, generator) for items in kind] for kind in sources["train"])
     n_labels = [sum(len(r.ends) for r in cycle.items) for cycle in rows]
     even = lambda n: max(1, n // ranks()) * ranks()                                       # what the processes can share
-    share = lambda n: max(config.prm_pairs, config.prm_batch * n // sum(n_labels))        # few labels are still learned from
-    sizes = [even(share(n)) for n in n_labels] + [even(config.prm_pairs) for _ in pairs]
+    sizes = [even(config.prm_batch * n // sum(n_labels)) for n in n_labels] + [even(config.prm_pairs) for _ in pairs]
     largest = max(len(cycle.items) / size for cycle, size in zip([*rows, *pairs], sizes))
     steps = capped(config.prm_steps, largest, config)
     weight = torch.tensor([config.prm_value_weight if OBJECTIVES[o].case == "verifiable" else 1.0 for o in outputs],

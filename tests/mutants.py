@@ -332,10 +332,6 @@ MUTANTS = [
     Mutant("model.py", "scores if mask is None else scores + mask", "scores",
            "test_model.py::test_attend_is_scaled_dot_product_attention",
            "Samples drawn many at a time read what another sequence left behind."),
-    Mutant("train.py", "max(config.prm_pairs, config.prm_batch * n // sum(n_labels))",
-           "max(1, config.prm_batch * n // sum(n_labels))",
-           "test_train.py::test_train_prm_leaves_no_source_without_its_share",
-           "Guidance in the domain with few labels hardly learns anything."),
 ]
 
 

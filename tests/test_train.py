@@ -242,20 +242,6 @@ def test_train_prm_adds_up_the_parts_of_a_batch(run, gpt, monkeypatch):
         assert one == pytest.approx(many, rel=1e-4) and one > 0
 
 
-def test_train_prm_leaves_no_source_without_its_share(run, gpt):
-    """Prevents: a domain with few labels of which a batch by number of labels holds one in a hundred, and hardly learns."""
-    save_hf(gpt, run.file("sft"), weights=0)
-    rows = [Labelled(list(range(5, 15)), [2, 4, 6, 9], [[0.5, 1.0, None]] * 4, "train") for _ in range(40)]
-    rows += [Labelled(list(range(6, 12)), [5], [[None, None, 1.0]], split) for split in ("train", "train", "train", "dev")]
-    train.write_rows(run.file("labels.jsonl"), rows)
-    for name in train.PAIR_FILES:
-        train.write_rows(run.file(name), [])
-    vars(run.config).update(prm_steps=1, prm_batch=20, prm_pairs=3)
-    train.train_prm(run, "prm", run.objectives)
-    first = json.loads(open(run.file("log.jsonl"), encoding="utf-8").readline())
-    assert [first[o]["labels"] for o in run.objectives] == [4 * (20 * 160 // 163), 4 * (20 * 160 // 163), 3]
-
-
 def test_train_prm_gives_every_objective_the_loss_of_its_own_pairs(run, gpt, tokenizer):
     """Prevents: pairs of several objectives, which share a forward pass, under one output or with one mean."""
     save_hf(gpt, run.file("sft"), weights=0)
