@@ -250,10 +250,11 @@ class Linear(nn.Linear):
 
 
 def attend(q, k, v, mask):
-    """Attention of new rows q (G, n, R, hd) to a cache's k, v (G, n, L, hd), as F.scaled_dot_product_attention. Many short
-    sequences on a CPU, as in sampling, take that two to four times as long as the two products it is made of, as long as the
-    scores between them fit into the processor's cache."""
-    if q.device.type != "cpu" or len(q) < 8 or q.shape[:3].numel() * k.shape[2] > 2**21:
+    """Attention of a cache's new tokens, as F.scaled_dot_product_attention: q (G', n_kv, m T g, hd); k, v (G', n_kv, length, hd);
+    mask as in View. Many short sequences in float32 on a CPU, as in sampling, take that two to four times as long as the two
+    products it is made of, as long as the scores between them (8 MB here) fit into the processor's cache."""
+    small = len(q) >= 8 and q.shape[:3].numel() * k.shape[2] <= 2**21
+    if q.device.type != "cpu" or q.dtype != torch.float32 or not small:
         return F.scaled_dot_product_attention(q, k, v, mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     return (scores if mask is None else scores + mask).softmax(-1) @ v
