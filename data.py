@@ -1180,8 +1180,8 @@ class Questions(World):
         return problem.messages() + [{"role": "assistant", "content": solution}]
 
     def verify(self, problem, steps):
-        """As Math.verify, but only the final answer is known."""
-        return float(same_answer(final_answer("".join(steps)), problem.truth["question"].answer)), [0.0] * len(steps)
+        """As Math.verify, but only the final answer is known: None for every step."""
+        return float(same_answer(final_answer("".join(steps)), problem.truth["question"].answer)), [None] * len(steps)
 
     def scores(self, problem, messages, response):
         return {self.objective: self.verify(problem, [response])[0]}

@@ -19,7 +19,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import OBJECTIVES, InputError, batches_by_length, pad
-from model import GPT, Checkpoint, backbone_tensors, load_tokenizer, read_config, save_directory
+from model import GPT, Checkpoint, backbone_tensors, gathered, load_tokenizer, read_config, save_directory
+
+VERIFIABLE = {name for name, objective in OBJECTIVES.items() if objective.case == "verifiable"}
+STEP = "step_correctness"           # an output that training adds to a value model: r_t by itself, without the rollouts' noise
 
 
 class PRM(nn.Module):
@@ -111,15 +114,14 @@ def step_loss(outputs, scores, targets, count=None):
     in the whole batch, if these are only some of its steps: then the parts' results add up to that of the whole."""
     masks = ~targets.isnan()
     share = masks.sum(0) / (masks.sum(0) if count is None else count).clamp(min=1)
-    losses = [(mse_loss if OBJECTIVES[name].case == "verifiable" else bce_loss)(
-        scores[:, p], targets[:, p].nan_to_num(), masks[:, p]) for p, name in enumerate(outputs)]
+    losses = [(mse_loss if name in VERIFIABLE else bce_loss)(scores[:, p], targets[:, p].nan_to_num(), masks[:, p])
+              for p, name in enumerate(outputs)]
     return torch.stack(losses) * share
 
 
 @dataclass
 class Labelled:
-    """A sequence with PRM labels: at index ends[s] of ids, targets[s] has one number or None per objective
-    of the run."""
+    """A sequence with PRM labels: at index ends[s] of ids, targets[s] is {output: number}, of objectives and STEP."""
     ids: list
     ends: list
     targets: list
@@ -155,14 +157,12 @@ def score_sequences(prm, output, sequences):
     return found
 
 
-def step_scores(prm, rows, objectives):
-    """Scores at every labelled step of Labelled rows, and their targets: (N, P), (N, P), NaN where there is none.
-    objectives: the names that the rows' targets stand for, in order."""
+def step_scores(prm, rows):
+    """Scores at every labelled step of Labelled rows, and their targets: (N, P), (N, P), NaN where there is none."""
     device = prm.scale.device
     ids, _ = pad([r.ids for r in rows], prm.backbone.tokenizer.pad_id, device)
     at = torch.tensor([(i, e) for i, r in enumerate(rows) for e in r.ends], device=device)
-    column = [objectives.index(o) for o in prm.outputs]
-    targets = torch.tensor([[math.nan if t[c] is None else t[c] for c in column] for r in rows for t in r.targets])
+    targets = torch.tensor([[t.get(o, math.nan) for o in prm.outputs] for r in rows for t in r.targets])
     return prm(ids)[at[:, 0], at[:, 1]].float(), targets.to(device)
 
 
@@ -182,9 +182,12 @@ def pair_scores(prm, pairs):
 
 
 def save_prm(prm, directory):
-    """Write a PRM as a Hugging Face directory: the backbone as a checkpoint of its family, the MLP as score.0 and score.2."""
-    tensors = backbone_tensors(prm.backbone) | {f"score.{k}": v.detach() for k, v in prm.score.state_dict().items()}
-    save_directory(directory, tensors | {"score_scale": prm.scale}, prm.backbone, prm_outputs=prm.outputs)
+    """Write a PRM as a Hugging Face directory: the backbone as a checkpoint of its family, the MLP as score.0 and score.2,
+    without the output STEP, which has served when training ends."""
+    kept = [p for p, name in enumerate(prm.outputs) if name != STEP]
+    score = {f"score.{k}": gathered(v)[kept] if k.startswith("2.") else gathered(v) for k, v in prm.score.state_dict().items()}
+    save_directory(directory, backbone_tensors(prm.backbone) | score | {"score_scale": prm.scale[kept]}, prm.backbone,
+                   prm_outputs=[prm.outputs[p] for p in kept])
 
 
 RELEASED = ("ForSequenceClassification", "ForTokenClassification", "ForProcessRewardModel")

@@ -82,8 +82,8 @@ from mah_dpo import (Pair, balanced_mean, encode_pair, mah_dpo_loss, make_optimi
                      pair_metrics, policy_logps)
 from model import (GPT, GPTConfig, like, load_hf, load_safetensors, pick_device, placed, read_metadata, sampling_dtype, save_hf,
                    save_safetensors, shard, whole)
-from prm import (PRM, Labelled, bradley_terry_loss, encode_steps, hindsight_targets, majority_labels, pair_scores, save_prm,
-                 step_loss, step_scores)
+from prm import (PRM, STEP, VERIFIABLE, Labelled, bradley_terry_loss, encode_steps, hindsight_targets, majority_labels,
+                 pair_scores, save_prm, step_loss, step_scores)
 
 
 def option(default, text, fast=None):
@@ -120,13 +120,15 @@ class Config:
     # For the value model three times the problems are worth more than a second rollout of each, which costs as much.
     n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
     rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
-    prm_steps: int = option(1800, "PRM training steps", fast=10)
-    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels")
+    prm_steps: int = option(1400, "PRM training steps", fast=10)
+    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels, none with fewer than "
+                            "prm_pairs")
     prm_pairs: int = option(4, "pairs per objective and PRM step")
-    prm_value_weight: float = option(60.0, "weight of the value model's squared error in the PRM's loss: at 1 it drowns in the noise "
-                                     "of the other outputs' gradients")
-    prm_lr_backbone: float = option(1e-3, "PRM learning rate, backbone")
-    prm_lr_head: float = option(4e-3, "PRM learning rate, MLP")
+    prm_value_weight: float = option(5.0, "weight of the value model's squared error in the PRM's loss")
+    prm_step_weight: float = option(60.0, "weight of a further output in that loss, for training alone: is the step right? The value "
+                                    "model finds what makes steps wrong late or not at all in the noise of rollouts")
+    prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
+    prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
     dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
     dpo_pairs: int = option(8, "pairs per objective and step")
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
@@ -151,7 +153,7 @@ WRITTEN = {"base": "dtype base_steps base_lr epochs",
                "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor",
            "mah_dpo pair_metrics.json": "perturbation",
            "mah_dpo_pairs.jsonl labels.jsonl judge": "gamma rollouts n_rollout_prompts",
-           "prm prm_*": "prm prm_steps prm_batch prm_pairs prm_value_weight prm_lr_backbone prm_lr_head",
+           "prm prm_*": "prm prm_steps prm_batch prm_pairs prm_value_weight prm_step_weight prm_lr_backbone prm_lr_head",
            "results.json": "n_test split k"}
 UNTOUCHED = {name: " ".join(list(WRITTEN)[:i]).split() for i, names in enumerate(WRITTEN.values()) for name in names.split()}
 
@@ -353,7 +355,7 @@ def language_model(run, stage, model, examples, steps, lr, batch_size=64, files=
     """Next-token training on the masked tokens of (ids, mask) examples; batches of similar length, cosine schedule.
     files: what the examples were read from. Logs, saves. -> the rows of the log"""
     steps = capped(steps, len(examples) / batch_size, run.config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
     def backward(index):
         index = mine(index)
@@ -486,11 +488,11 @@ def read_real_labels(run, model):
     """DIR/<objective>.steps.jsonl, where it exists -> (Labelled rows, number of rows dropped: longer than the context, or a
     step without a token of this vocabulary)."""
     rows, n_dropped = [], 0
-    for p, name in enumerate(run.objectives):
+    for name in run.objectives:
         path = os.path.join(run.config.data, f"{name}.steps.jsonl")
         for row in read_steps(path) if os.path.exists(path) else ():
             found = encode_steps(model.tokenizer, row.prompt, row.steps, OBJECTIVES[name].boundary)
-            targets = [[v if i == p else None for i in range(len(run.objectives))] for v in row.labels]
+            targets = [{name: v} for v in row.labels]
             if found and len(found[0]) <= model.config.max_len:
                 rows.append(Labelled(*found, targets, "train" if split_of(json.dumps(row.prompt)) == "train" else "dev"))
             else:
@@ -596,7 +598,7 @@ def judge_turns(run, name, model, mix, world, split, names):
     rows = []
     for problem, before, ids, response in turns:
         scores = world.scores(problem, before, model.tokenizer.decode(response))
-        targets = [float(judge(scores[o], dice) > 0.5) if o in names else None for o in run.objectives]
+        targets = {o: float(judge(scores[o], dice) > 0.5) for o in names}
         rows.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
     return rows
 
@@ -634,11 +636,12 @@ def label_rollouts(run, name, model, mix, world, split, names, cuts):
         # For every step M completed rollouts, the response first; behind the last step nothing is left to draw.
         sets = [[response] + [response[:e + 1] + next(tails) for _ in range(more)] for e in found[:-1]]
         sets, steps = sets + [[response] * config.rollouts], step_texts(tokenizer, response, world.boundary)
-        targets = {o: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if OBJECTIVES[o].case == "verifiable"
+        targets = {o: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if o in VERIFIABLE
                        else verdicts(world, problem, tokenizer, o, sets, cuts[o], dice)).tolist() for o in names}
+        if VERIFIABLE & set(names):
+            targets[STEP] = world.verify(problem, steps)[1]
         rows.append(Labelled(prompt + response, [len(prompt) + e for e in found],
-                             [[targets[o][s] if o in targets else None for o in run.objectives] for s in range(len(steps))],
-                             split))
+                             [{o: v[s] for o, v in targets.items() if v[s] is not None} for s in range(len(steps))], split))
     return rows
 
 
@@ -653,7 +656,8 @@ def hindsight(world, problem, tokenizer, steps, sets, gamma):
     texts = [[step_texts(tokenizer, r, world.boundary) for r in rollouts] for rollouts in sets]
     z = torch.tensor([[world.verify(problem, t)[0] for t in row] for row in texts])
     n = torch.tensor([[len(t) for t in row] for row in texts])
-    return hindsight_targets(torch.tensor(world.verify(problem, steps)[1]), n, z, gamma)
+    r = torch.tensor([reward or 0.0 for reward in world.verify(problem, steps)[1]])
+    return hindsight_targets(r, n, z, gamma)
 
 
 def verdicts(world, problem, tokenizer, name, sets, threshold, dice):
@@ -699,8 +703,7 @@ def prm_sources(run, outputs):
 
 def about(run, item):
     """The objectives of a Pair or of the labels of a Labelled."""
-    return [item.objective] if isinstance(item, Pair) else [
-        o for p, o in enumerate(run.objectives) if any(t[p] is not None for t in item.targets)]
+    return [item.objective] if isinstance(item, Pair) else [o for o in run.objectives if any(o in t for t in item.targets)]
 
 
 def where_is(run, item):
@@ -712,21 +715,22 @@ def where_is(run, item):
 
 
 def train_prm(run, name, outputs):
-    """Stage 6: one PRM with these outputs, on labelled sequences and pairs, from the SFT backbone."""
-    config, generator = run.config, run.generator(name)
-    backbone = run.load("sft").with_heads(())
+    """Stage 6: one PRM with these outputs, and STEP beside a value model, on labelled sequences and pairs, from the SFT backbone."""
+    config, generator, sources = run.config, run.generator(name), prm_sources(run, outputs)
+    backbone, outputs = run.load("sft").with_heads(()), outputs + [STEP] * bool(VERIFIABLE & set(outputs))
     prm = shard(PRM(backbone, outputs, run.generator(name, "weights")).to(run.device), run.device)
     optimizer = torch.optim.AdamW([{"params": backbone.parameters(), "lr": config.prm_lr_backbone},
-                                   {"params": prm.score.parameters(), "lr": config.prm_lr_head}], weight_decay=0.01)
-    sources = prm_sources(run, outputs)
+                                   {"params": prm.score.parameters(), "lr": config.prm_lr_head}],
+                                  betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     rows, pairs = ([Cycle(items, generator) for items in kind] for kind in sources["train"])
     n_labels = [sum(len(r.ends) for r in cycle.items) for cycle in rows]
     even = lambda n: max(1, n // ranks()) * ranks()                                       # what the processes can share
-    sizes = [even(config.prm_batch * n // sum(n_labels)) for n in n_labels] + [even(config.prm_pairs) for _ in pairs]
+    share = lambda n: max(config.prm_pairs, config.prm_batch * n // sum(n_labels))        # few labels are still learned from
+    sizes = [even(share(n)) for n in n_labels] + [even(config.prm_pairs) for _ in pairs]
     largest = max(len(cycle.items) / size for cycle, size in zip([*rows, *pairs], sizes))
     steps = capped(config.prm_steps, largest, config)
-    weight = torch.tensor([config.prm_value_weight if OBJECTIVES[o].case == "verifiable" else 1.0 for o in outputs],
-                          device=run.device)
+    weight = torch.tensor([config.prm_step_weight if o == STEP else config.prm_value_weight if o in VERIFIABLE else 1.0
+                           for o in outputs], device=run.device)
 
     def batches():
         while True:
@@ -742,12 +746,12 @@ def train_prm(run, name, outputs):
 
     def backward(batch):
         losses, labels = torch.zeros(2, len(outputs), device=run.device)
-        of_batch = torch.tensor([sum(t[run.objectives.index(o)] is not None for x in batch if isinstance(x, Labelled)
-                                     for t in x.targets) for o in outputs], device=run.device)
+        labelled = [t for x in batch if isinstance(x, Labelled) for t in x.targets]
+        of_batch = torch.tensor([sum(o in t for t in labelled) for o in outputs], device=run.device)
         for part in parts(batch):
             with run.autocast():
                 if isinstance(part[0], Labelled):
-                    scores, targets = step_scores(prm, part, run.objectives)
+                    scores, targets = step_scores(prm, part)
                     count = (~targets.isnan()).sum(0)
                     loss = step_loss(outputs, scores, targets, of_batch)
                 else:
@@ -773,12 +777,12 @@ def measure_prm(run, prm, sources):
     found, quality = {o: [] for o in prm.outputs}, {}
     batches = lambda items: ([items[i] for i in index] for index in batches_by_length([len(x) for x in items]))
     for rows in sources[0]:
-        parts = [step_scores(prm, part, run.objectives) for part in batches(rows)]
+        parts = [step_scores(prm, part) for part in batches(rows)]
         scores, targets = (torch.cat(t) for t in zip(*parts))
         for p, name in enumerate(prm.outputs):
             has = ~targets[:, p].isnan()
             s, t = scores[has, p], targets[has, p]
-            if len(s) and OBJECTIVES[name].case == "verifiable":
+            if len(s) and name in VERIFIABLE:
                 quality[name] = {"r2": 1 - float(((s - t) ** 2).mean() / t.var(correction=0).clamp(min=1e-9)), "n": len(s)}
             elif len(s):
                 common = float(t.mean())

@@ -152,8 +152,7 @@ MUTANTS = [
            "if n not in OBJECTIVES or boundary != OBJECTIVES[n].boundary]",
            "test_prm.py::test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain",
            "Unified guidance of maths listens to the tutors."),
-    Mutant("prm.py", 'mse_loss if OBJECTIVES[name].case == "verifiable" else bce_loss',
-           'bce_loss if OBJECTIVES[name].case == "verifiable" else mse_loss',
+    Mutant("prm.py", "mse_loss if name in VERIFIABLE else bce_loss", "bce_loss if name in VERIFIABLE else mse_loss",
            "test_prm.py::test_step_loss_dispatches_by_case", "The value model's loss becomes negative."),
     Mutant("prm.py", "targets[:, p].nan_to_num()", "targets[:, p]",
            "test_prm.py::test_step_loss_missing_labels_have_no_gradient", "The PRM is NaN after its first step."),
@@ -332,6 +331,14 @@ MUTANTS = [
     Mutant("model.py", "scores if mask is None else scores + mask", "scores",
            "test_model.py::test_attend_is_scaled_dot_product_attention",
            "Samples drawn many at a time read what another sequence left behind."),
+    Mutant("train.py", "max(config.prm_pairs, config.prm_batch * n // sum(n_labels))",
+           "max(1, config.prm_batch * n // sum(n_labels))",
+           "test_train.py::test_train_prm_leaves_no_source_without_its_share",
+           "Guidance in the domain with few labels hardly learns anything."),
+    Mutant("train.py", "config.prm_step_weight if o == STEP else config.prm_value_weight if", "config.prm_value_weight if",
+           "test_train.py::test_train_prm_adds_step_correctness_and_drops_it", "--prm-step-weight changes nothing."),
+    Mutant("prm.py", "if name != STEP", "if True",
+           "test_train.py::test_train_prm_adds_step_correctness_and_drops_it", "The PRM of a finished run is refused when it is read."),
 ]
 
 

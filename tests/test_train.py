@@ -33,7 +33,7 @@ from data import DOMAINS, Dice, InputError, Problem, World, read_json, run_comma
 from evaluate import Conversation, converse, guided_responder, kl_to_sft, plain_responder, seed_of, summary
 from mah_dpo import Pair, pair_logps
 from model import GPTConfig, load_hf, load_safetensors, save_hf
-from prm import PRM, Labelled, load_prm, pair_scores, step_scores
+from prm import PRM, STEP, Labelled, load_prm, pair_scores, step_scores
 from train import Config, Cycle, Run, chat_example, read_command
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -144,8 +144,7 @@ def test_label_rollouts_by_hand(run, gpt, tokenizer, monkeypatch):
     assert row.ids == prompt + response and row.split == "train"
     assert row.ends == [len(prompt) + first - 1, len(prompt) + second - 1, len(row.ids) - 1]
     values = [1 + 0.9 ** 2 / 3, (0.9 + 0.9 ** 2) / 3, 0.0]                           # M = 3, the response itself first
-    assert [t[0] for t in row.targets] == pytest.approx(values, abs=1e-6)
-    assert all(t[1:] == [None, None] for t in row.targets)
+    assert row.targets == [{"math_accuracy": pytest.approx(v, abs=1e-6), STEP: r} for v, r in zip(values, (1.0, 0.0, 0.0))]
 
 
 def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
@@ -194,9 +193,9 @@ def prm(gpt):
 
 def test_step_scores_read_the_labelled_tokens(run, prm):
     """Prevents: a score read one token early, from a neighbour's row, or a target under another objective's output."""
-    rows = [Labelled([5, 6, 7, 8, 9], [1, 4], [[0.5, None, 1.0], [None, 1.0, None]], "train"),
-            Labelled([50, 60, 70], [2], [[2.0, 0.0, None]], "train")]
-    scores, targets = step_scores(prm, rows, run.objectives)
+    rows = [Labelled([5, 6, 7, 8, 9], [1, 4], [{"math_accuracy": 0.5, "honesty": 1.0}, {"math_engagement": 1.0}], "train"),
+            Labelled([50, 60, 70], [2], [{"math_accuracy": 2.0, "math_engagement": 0.0}], "train")]
+    scores, targets = step_scores(prm, rows)
     expected = [prm(torch.tensor([r.ids[:e + 1]]))[0, -1] for r in rows for e in r.ends]
     torch.testing.assert_close(scores, torch.stack(expected), atol=1e-5, rtol=1e-5)
     assert str(targets.tolist()) == str([[1.0, 0.5], [math.nan, math.nan], [math.nan, 2.0]])
@@ -223,8 +222,9 @@ def test_pair_scores_compare_matching_steps(run, prm, tokenizer):
 def test_train_prm_adds_up_the_parts_of_a_batch(run, gpt, monkeypatch):
     """Prevents: a part whose loss is the mean of its own labels, which then weigh more where few share a part."""
     save_hf(gpt, run.file("sft"), weights=0)
-    rows = [Labelled(list(range(5, 8 + 3 * i)), [1, 2 + 3 * i], [[0.5 * i, None if i < 3 else 1.0, None], [2.0, 0.0, None]], split)
-            for split in ("train", "dev") for i in range(6)]
+    targets = lambda i: [{"math_accuracy": 0.5 * i} | ({"math_engagement": 1.0} if i >= 3 else {}),
+                         {"math_accuracy": 2.0, "math_engagement": 0.0, STEP: i % 2}]
+    rows = [Labelled(list(range(5, 8 + 3 * i)), [1, 2 + 3 * i], targets(i), split) for split in ("train", "dev") for i in range(6)]
     train.write_rows(run.file("labels.jsonl"), rows)
     for name in train.PAIR_FILES:
         train.write_rows(run.file(name), [])
@@ -237,9 +237,43 @@ def test_train_prm_adds_up_the_parts_of_a_batch(run, gpt, monkeypatch):
         train.train_prm(run, "prm", run.objectives[:2])
         found.append(log[0])
     assert [len(p) for p in parts] == [1, 5]
-    assert [found[0][o]["labels"] for o in run.objectives[:2]] == [12, 9]
-    for one, many in zip(*((row["gradient_norm"], *(row[o]["loss"] for o in run.objectives[:2])) for row in found)):
+    names = [*run.objectives[:2], STEP]
+    assert [found[0][o]["labels"] for o in names] == [12, 9, 6]
+    for one, many in zip(*((row["gradient_norm"], *(row[o]["loss"] for o in names)) for row in found)):
         assert one == pytest.approx(many, rel=1e-4) and one > 0
+
+
+def test_train_prm_leaves_no_source_without_its_share(run, gpt):
+    """Prevents: a domain with few labels of which a batch by number of labels holds one in a hundred, and hardly learns."""
+    save_hf(gpt, run.file("sft"), weights=0)
+    accuracy, honesty = {"math_accuracy": 0.5, "math_engagement": 1.0}, {"honesty": 1.0}
+    rows = [Labelled(list(range(5, 15)), [2, 4, 6, 9], [accuracy] * 4, "train") for _ in range(40)]
+    rows += [Labelled(list(range(6, 12)), [5], [honesty], split) for split in ("train", "train", "train", "dev")]
+    train.write_rows(run.file("labels.jsonl"), rows)
+    for name in train.PAIR_FILES:
+        train.write_rows(run.file(name), [])
+    vars(run.config).update(prm_steps=1, prm_batch=20, prm_pairs=3)
+    train.train_prm(run, "prm", run.objectives)
+    first = json.loads(open(run.file("log.jsonl"), encoding="utf-8").readline())
+    assert [first[o]["labels"] for o in run.objectives] == [4 * (20 * 160 // 163), 4 * (20 * 160 // 163), 3]
+
+
+def test_train_prm_adds_step_correctness_and_drops_it(run, gpt):
+    """Prevents: a --prm-step-weight that is read but not used, or a PRM that is saved with an output for training alone."""
+    save_hf(gpt, run.file("sft"), weights=0)
+    rows = [Labelled(list(range(5, 15)), [4, 9], [{"math_accuracy": 1.0, STEP: 0.0}, {"math_accuracy": 0.5, STEP: 1.0}], split)
+            for split in ("train", "dev") for _ in range(8)]
+    train.write_rows(run.file("labels.jsonl"), rows)
+    for name in train.PAIR_FILES:
+        train.write_rows(run.file(name), [])
+    saved = []
+    for weight in (0.0, 60.0):
+        vars(run.config).update(prm_steps=1, prm_batch=4, prm_step_weight=weight)
+        train.train_prm(run, "prm", ["math_accuracy"])
+        saved.append(load_prm(run.file("prm")))
+        assert logged(run)[0][STEP] == {"loss": pytest.approx(0.69, abs=0.3), "labels": 8}
+    assert [prm.outputs for prm in saved] == [["math_accuracy"]] * 2 and [len(prm.scale) for prm in saved] == [1, 1]
+    assert not torch.equal(*(prm.backbone.embed.weight for prm in saved))
 
 
 def test_train_prm_gives_every_objective_the_loss_of_its_own_pairs(run, gpt, tokenizer):
@@ -262,8 +296,8 @@ def test_measure_prm_by_hand(run, prm, monkeypatch, capsys):
     """Prevents: R^2 on targets of another output, a scale that is not the spread of the scores."""
     scores = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [3.0, 5.0]])
     targets = torch.tensor([[1.0, 1.0], [0.0, math.nan], [0.0, 3.0]])
-    monkeypatch.setattr(train, "step_scores", lambda prm, rows, objectives: (scores, targets))
-    held_out = train.measure_prm(run, prm, ([[Labelled([0], [0], [[]], "dev")]], []))["held_out"]
+    monkeypatch.setattr(train, "step_scores", lambda prm, rows: (scores, targets))
+    held_out = train.measure_prm(run, prm, ([[Labelled([0], [0], [{}], "dev")]], []))["held_out"]
     assert held_out["math_accuracy"] == {"r2": pytest.approx(1 - 2.5 / 1.0), "n": 2}
     assert held_out["honesty"] == {"accuracy": pytest.approx(2 / 3), "commoner_label": pytest.approx(2 / 3), "n": 3}
     assert prm.scale.tolist() == pytest.approx([2.0, math.sqrt(4.5)])
@@ -655,7 +689,7 @@ def test_pairs_and_labels_are_well_formed(whole):
     assert not prompts["train"] & prompts["dev"]
     for row in labels:
         assert len(row["ends"]) == len(row["targets"]) and row["ends"][-1] == len(row["ids"]) - 1
-        assert all(t[:2] == [None, None] and t[2] in (0.0, 1.0) for t in row["targets"])
+        assert row["targets"] in [[{NAMES[2]: 0.0}], [{NAMES[2]: 1.0}]]
 
 
 def test_report_and_picture(whole):
@@ -1139,7 +1173,7 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
     base, given = (load_safetensors(os.path.join(d, "model.safetensors")) for d in (os.path.join(out, "base"), checkpoint))
     assert all(torch.equal(base[k], given[k]) for k in given)
     labels = [Labelled(**r) for r in rows_of(os.path.join(out, "labels.jsonl"))]
-    assert len(labels) == 24 and all([t for t in r.targets] == [[None, 1.0], [None, 0.0]] for r in labels)
+    assert len(labels) == 24 and all(r.targets == [{"honesty": 1.0}, {"honesty": 0.0}] for r in labels)
     quality = {k: v for r in rows_of(os.path.join(out, "log.jsonl")) for k, v in r.get("held_out", {}).items()}
     assert "accuracy" in quality["honesty"] and "pair_accuracy" in quality["helpfulness"]
     decode.main([out, "--prompt", "what is the color ?", "--guide", "honesty", "--weights", "helpfulness=1,honesty=3",
@@ -1159,7 +1193,7 @@ def test_one_objective_run(small_worlds, checkpoint, tmp_path, capsys):
     judged, = [r for r in rows_of(os.path.join(out, "log.jsonl")) if r["stage"] == "judge" and r["objective"] == "math_engagement"][:1]
     assert 0.5 <= judged["agreement"] <= 1 and 0 <= judged["positive"] <= 1
     labels = rows_of(os.path.join(out, "labels.jsonl"))
-    assert labels and all(t[0] in (0.0, 1.0) for r in labels for t in r["targets"])
+    assert labels and all(t in ({"math_engagement": 0.0}, {"math_engagement": 1.0}) for r in labels for t in r["targets"])
     ElementTree.parse(os.path.join(out, "pareto.svg"))
     assert rows[-1]["weights"] == {"math_engagement": 1.0} and load_hf(os.path.join(out, "modpo")).config.objectives == ("policy",)
     decode.main([out, "--prompt", SUM.prompt, "--max-new-tokens", "6", "--weights", "math_engagement=1"])
@@ -1410,7 +1444,8 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     mine = [p for p in pairs if p.objective == "math_accuracy"]
     right = lambda p, ids: data.same_answer(data.final_answer(tokenizer.decode(ids)), answers[tuple(p.prompt)])
     assert mine and all(right(p, p.chosen) and not right(p, p.rejected) for p in mine)
-    assert {r.split for r in labels} == {"train", "dev"} and all(0 <= t[0] <= 1 and t[1] is None for r in labels for t in r.targets)
+    assert {r.split for r in labels} == {"train", "dev"}
+    assert all([*t] == ["math_accuracy"] and 0 <= t["math_accuracy"] <= 1 for r in labels for t in r.targets)
     results = json.loads(open(f"{out}/results.json", encoding="utf-8").read())
     tables = [r for r in results if r["domain"] == "math"]
     assert {(r["policy"], r["guide"]) for r in tables} >= \
