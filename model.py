@@ -370,11 +370,12 @@ class GPT(nn.Module):
         model.tokenizer = tokenizer
         return model.to(model.embed.weight)
 
-    def forward(self, ids, cache=None, rows=None, packing=None):
+    def forward(self, ids, cache=None, rows=None, packing=None, below=False):
         """ids (B, T) -> h (B, T, d). Without a cache: rows start at position 0, padded on the right if ragged.
         With a cache: the tokens follow what its rows hold (`rows` as in KVCache.extend, default all), and are added to it;
         after a ragged batch, cache.keep(0, true lengths).
-        packing: positions (B, T) and a mask (B, 1, T, T), added to the scores, of rows that hold several texts."""
+        packing: positions (B, T) and a mask (B, 1, T, T), added to the scores, of rows that hold several texts.
+        below: give also what h is before the last block, (B, T, d)."""
         T, view, mask = ids.shape[1], None, None
         if packing is not None:
             positions, mask = packing
@@ -392,11 +393,12 @@ class GPT(nn.Module):
         else:
             rope = self.cos[inside][:, :, None], self.sin[inside][:, :, None]             # (B or 1, T, 1, hd)
         for layer in self.layers:
+            before = x
             if self.grad_checkpoint and torch.is_grad_enabled():   # keep x alone, compute the rest again in backward
                 x = checkpoint(layer, x, rope, cache, view, mask, use_reentrant=False)
             else:
                 x = layer(x, rope, cache, view, mask)
-        return self.norm(x)
+        return (self.norm(x), self.norm(before)) if below else self.norm(x)
 
     def new_cache(self, sequences, max_len=0):
         """An empty KVCache for so many sequences, with room for max_len tokens of each; it grows when needed."""

@@ -22,7 +22,7 @@ from data import OBJECTIVES, InputError, batches_by_length, pad
 from model import GPT, Checkpoint, backbone_tensors, gathered, load_tokenizer, read_config, save_directory
 
 VERIFIABLE = {name for name, objective in OBJECTIVES.items() if objective.case == "verifiable"}
-STEP = "step_correctness"           # an output that training adds to a value model: r_t by itself, without the rollouts' noise
+STEP = "step_correctness"      # the last output of a value model in training, see PRM.forward
 
 
 class PRM(nn.Module):
@@ -41,8 +41,15 @@ class PRM(nn.Module):
         self.marker = None             # a released PRM may want this token after every step, and is read there
 
     def forward(self, ids, cache=None, rows=None):
-        """ids (B, T) -> scores (B, T, P); cache and rows as in GPT.forward."""
-        return self.score(self.backbone(ids, cache, rows))
+        """ids (B, T) -> scores (B, T, P); cache and rows as in GPT.forward.
+
+        STEP asks of every step up to the first wrong one whether it is right, r_t: the part of V_t without the rollouts' noise.
+        It is read before the last block, so that this can gather over the steps what those below know of each: a value model
+        with a few blocks learns several times as fast (not in the paper)."""
+        if STEP not in self.outputs:
+            return self.score(self.backbone(ids, cache, rows))
+        above, below = map(self.score, self.backbone(ids, cache, rows, below=True))
+        return torch.cat((above[..., :-1], below[..., -1:]), -1)
 
     def guide(self, scores, guide, boundary=None):
         """scores (..., P) -> (...): one output, or for "unified" the mean of the scaled outputs of the domain whose

@@ -120,13 +120,13 @@ class Config:
     # For the value model three times the problems are worth more than a second rollout of each, which costs as much.
     n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
     rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
-    prm_steps: int = option(1400, "PRM training steps", fast=10)
+    prm_steps: int = option(1200, "PRM training steps", fast=10)
     prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels, none with fewer than "
                             "prm_pairs")
     prm_pairs: int = option(4, "pairs per objective and PRM step")
     prm_value_weight: float = option(5.0, "weight of the value model's squared error in the PRM's loss")
-    prm_step_weight: float = option(60.0, "weight of a further output in that loss, for training alone: is the step right? The value "
-                                    "model finds what makes steps wrong late or not at all in the noise of rollouts")
+    prm_step_weight: float = option(60.0, "weight in it of a further output, for training alone: is the step right? Without it the "
+                                    "value model finds out late, or never, in the noise of rollouts")
     prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
     prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
     dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
@@ -639,7 +639,9 @@ def label_rollouts(run, name, model, mix, world, split, names, cuts):
         targets = {o: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if o in VERIFIABLE
                        else verdicts(world, problem, tokenizer, o, sets, cuts[o], dice)).tolist() for o in names}
         if VERIFIABLE & set(names):
-            targets[STEP] = world.verify(problem, steps)[1]
+            r = world.verify(problem, steps)[1]
+            known = r.index(0.0) + 1 if 0.0 in r else len(r)           # behind a wrong step all are wrong, whatever they say
+            targets[STEP] = r[:known] + [None] * (len(r) - known)
         rows.append(Labelled(prompt + response, [len(prompt) + e for e in found],
                              [{o: v[s] for o, v in targets.items() if v[s] is not None} for s in range(len(steps))], split))
     return rows
@@ -715,7 +717,7 @@ def where_is(run, item):
 
 
 def train_prm(run, name, outputs):
-    """Stage 6: one PRM with these outputs, and STEP beside a value model, on labelled sequences and pairs, from the SFT backbone."""
+    """Stage 6: one PRM with these outputs, on labelled sequences and pairs, from the SFT backbone; STEP teaches a value model."""
     config, generator, sources = run.config, run.generator(name), prm_sources(run, outputs)
     backbone, outputs = run.load("sft").with_heads(()), outputs + [STEP] * bool(VERIFIABLE & set(outputs))
     prm = shard(PRM(backbone, outputs, run.generator(name, "weights")).to(run.device), run.device)

@@ -339,6 +339,10 @@ MUTANTS = [
            "test_train.py::test_train_prm_adds_step_correctness_and_drops_it", "--prm-step-weight changes nothing."),
     Mutant("prm.py", "if name != STEP", "if True",
            "test_train.py::test_train_prm_adds_step_correctness_and_drops_it", "The PRM of a finished run is refused when it is read."),
+    Mutant("model.py", "self.norm(before)) if below", "self.norm(x)) if below",
+           "test_prm.py::test_step_correctness_is_read_before_the_last_block", "The value model takes three times as long to learn."),
+    Mutant("train.py", "known = r.index(0.0) + 1 if 0.0 in r else len(r)", "known = len(r)",
+           "test_train.py::test_label_rollouts_by_hand", "The PRM finds the first mistake late, and those behind it early."),
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from data import OBJECTIVES, InputError, pad
 from model import GPT, GPTConfig, load_safetensors, save_hf, save_safetensors
-from prm import (PRM, bce_loss, bradley_terry_loss, hindsight_targets, load_prm, majority_labels, matching_steps, mse_loss,
+from prm import (PRM, STEP, bce_loss, bradley_terry_loss, hindsight_targets, load_prm, majority_labels, matching_steps, mse_loss,
                  save_prm, step_loss)
 
 OUTPUTS = ["math_accuracy", "math_engagement", "tutor_engagement"]
@@ -205,6 +205,16 @@ def test_weights_come_from_the_generator(tokenizer):
     wide = PRM(GPT(GPTConfig(50, n_layer=1, d_model=64, n_head=2, n_kv_head=2, d_ff=8, objectives=())), OUTPUTS,
                torch.Generator().manual_seed(0))
     assert float(wide.score[0].weight.detach().std()) == pytest.approx(1 / 8, rel=0.05)         # keeps the size of h
+
+
+@torch.no_grad()
+def test_step_correctness_is_read_before_the_last_block(prm):
+    """Prevents: an output for training that changes the others, or that the last block has a part in."""
+    taught, ids = copy.deepcopy(prm), torch.tensor([[5, 60, 7, 300, 2], [9, 8, 7, 6, 5]])
+    taught.outputs = [*OUTPUTS[:2], STEP]
+    shorter = copy.deepcopy(prm)
+    del shorter.backbone.layers[-1]
+    torch.testing.assert_close(taught(ids), torch.cat((prm(ids)[..., :2], shorter(ids)[..., 2:]), -1))
 
 
 # -- files

@@ -144,7 +144,7 @@ def test_label_rollouts_by_hand(run, gpt, tokenizer, monkeypatch):
     assert row.ids == prompt + response and row.split == "train"
     assert row.ends == [len(prompt) + first - 1, len(prompt) + second - 1, len(row.ids) - 1]
     values = [1 + 0.9 ** 2 / 3, (0.9 + 0.9 ** 2) / 3, 0.0]                           # M = 3, the response itself first
-    assert row.targets == [{"math_accuracy": pytest.approx(v, abs=1e-6), STEP: r} for v, r in zip(values, (1.0, 0.0, 0.0))]
+    assert row.targets == [{"math_accuracy": pytest.approx(v, abs=1e-6), **r} for v, r in zip(values, ({STEP: 1.0}, {STEP: 0.0}, {}))]
 
 
 def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
