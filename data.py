@@ -588,7 +588,8 @@ class World:
 
     A world adds problem(dice), which draws a Problem; demonstrate(problem, messages, dice, careful), a flawed answer to the
     messages so far, its text; and scores(problem, messages, response), {objective: noise-free score in [0, 1]} of an answer.
-    One with a verifiable objective adds verify(problem, steps), the verdict on the end and a reward per step (Math.verify)."""
+    One with a verifiable objective adds verify(problem, steps), the verdict on the end and of every step whether it is right, or
+    None where that is not known (Math.verify)."""
     turns = 1
 
     @property
@@ -1145,7 +1146,7 @@ def same_answer(a, b):
 
 class Questions(World):
     """Real questions as a world: a response is right if its final answer is. Its steps are lines; nobody verifies them one
-    by one, so their rewards are 0 and the hindsight targets come from the rollouts' ends alone."""
+    by one, so the hindsight targets come from the rollouts' ends alone."""
     boundary = "newline"
 
     def __init__(self, path, objective, max_new_tokens, model):

@@ -9,6 +9,7 @@ depends on the objective (paper, Sec. 4); here every case is one pure function o
     case C       -log sigmoid(P(y+_1:t) - P(y-_1:t))         matching_steps, then bradley_terry_loss
 
 One backbone serves all objectives: an MLP (Linear, ReLU, Linear) with one output per objective, (B, T, d) -> (B, T, P).
+While a value model is trained, an auxiliary output learns r_t by itself, from the block before the last (not in the paper).
 """
 import math
 import os
@@ -22,11 +23,12 @@ from data import OBJECTIVES, InputError, batches_by_length, pad
 from model import GPT, Checkpoint, backbone_tensors, gathered, load_tokenizer, read_config, save_directory
 
 VERIFIABLE = {name for name, objective in OBJECTIVES.items() if objective.case == "verifiable"}
-STEP = "step_correctness"      # the last output of a value model in training, see PRM.forward
+STEP = "step_correctness"      # the auxiliary output, see PRM.forward
 
 
 class PRM(nn.Module):
-    """A backbone and an MLP with P = len(outputs) scores per token. `outputs` are objective names."""
+    """A backbone and an MLP with P = len(outputs) scores per token. `outputs` are objective names; in training STEP may be the
+    last."""
 
     def __init__(self, backbone, outputs, generator=None):
         super().__init__()
@@ -43,9 +45,9 @@ class PRM(nn.Module):
     def forward(self, ids, cache=None, rows=None):
         """ids (B, T) -> scores (B, T, P); cache and rows as in GPT.forward.
 
-        STEP asks of every step up to the first wrong one whether it is right, r_t: the part of V_t without the rollouts' noise.
-        It is read before the last block, so that this can gather over the steps what those below know of each: a value model
-        with a few blocks learns several times as fast (not in the paper)."""
+        STEP is an auxiliary output, trained on r_t of every step up to the first wrong one and dropped when the PRM is saved. V_t
+        needs it of all steps so far; in the noise of rollouts a small model is long in finding that out. It is read before the
+        last block, which then has the verdicts on all steps to attend to."""
         if STEP not in self.outputs:
             return self.score(self.backbone(ids, cache, rows))
         above, below = map(self.score, self.backbone(ids, cache, rows, below=True))
@@ -190,7 +192,7 @@ def pair_scores(prm, pairs):
 
 def save_prm(prm, directory):
     """Write a PRM as a Hugging Face directory: the backbone as a checkpoint of its family, the MLP as score.0 and score.2,
-    without the output STEP, which has served when training ends."""
+    without STEP."""
     kept = [p for p, name in enumerate(prm.outputs) if name != STEP]
     score = {f"score.{k}": gathered(v)[kept] if k.startswith("2.") else gathered(v) for k, v in prm.score.state_dict().items()}
     save_directory(directory, backbone_tensors(prm.backbone) | score | {"score_scale": prm.scale[kept]}, prm.backbone,

@@ -121,12 +121,12 @@ class Config:
     n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
     rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
     prm_steps: int = option(1200, "PRM training steps", fast=10)
-    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels, none with fewer than "
-                            "prm_pairs")
+    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels, but at least prm_pairs "
+                            "of each")
     prm_pairs: int = option(4, "pairs per objective and PRM step")
-    prm_value_weight: float = option(5.0, "weight of the value model's squared error in the PRM's loss")
-    prm_step_weight: float = option(60.0, "weight in it of a further output, for training alone: is the step right? Without it the "
-                                    "value model finds out late, or never, in the noise of rollouts")
+    prm_value_weight: float = option(5.0, "weight of the value model's squared error in the PRM's loss; without an auxiliary output "
+                                     "beside it (--data) it wants more, or drowns in the noise of the other outputs' gradients")
+    prm_step_weight: float = option(60.0, "weight in it of the auxiliary output, for training alone: is this step right?")
     prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
     prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
     dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
@@ -636,12 +636,11 @@ def label_rollouts(run, name, model, mix, world, split, names, cuts):
         # For every step M completed rollouts, the response first; behind the last step nothing is left to draw.
         sets = [[response] + [response[:e + 1] + next(tails) for _ in range(more)] for e in found[:-1]]
         sets, steps = sets + [[response] * config.rollouts], step_texts(tokenizer, response, world.boundary)
-        targets = {o: (hindsight(world, problem, tokenizer, steps, sets, config.gamma) if o in VERIFIABLE
+        r = world.verify(problem, steps)[1] if VERIFIABLE & set(names) else [None] * len(steps)
+        targets = {o: (hindsight(world, problem, tokenizer, r, sets, config.gamma) if o in VERIFIABLE
                        else verdicts(world, problem, tokenizer, o, sets, cuts[o], dice)).tolist() for o in names}
-        if VERIFIABLE & set(names):
-            r = world.verify(problem, steps)[1]
-            known = r.index(0.0) + 1 if 0.0 in r else len(r)           # behind a wrong step all are wrong, whatever they say
-            targets[STEP] = r[:known] + [None] * (len(r) - known)
+        known = r.index(0.0) + 1 if 0.0 in r else len(r)    # what follows a wrong step is judged by that, not by what it says
+        targets[STEP] = r[:known] + [None] * (len(r) - known)
         rows.append(Labelled(prompt + response, [len(prompt) + e for e in found],
                              [{o: v[s] for o, v in targets.items() if v[s] is not None} for s in range(len(steps))], split))
     return rows
@@ -653,13 +652,12 @@ def step_texts(tokenizer, ids, boundary):
     return [tokenizer.decode(ids[a + 1:b + 1]) for a, b in zip([-1, *ends], ends)]
 
 
-def hindsight(world, problem, tokenizer, steps, sets, gamma):
-    """The verifiable case: verify the response's steps and every rollout's end, then hindsight_targets."""
+def hindsight(world, problem, tokenizer, r, sets, gamma):
+    """The verifiable case: verify every rollout's end, then hindsight_targets. r: is the response's step right, None if unknown."""
     texts = [[step_texts(tokenizer, r, world.boundary) for r in rollouts] for rollouts in sets]
     z = torch.tensor([[world.verify(problem, t)[0] for t in row] for row in texts])
     n = torch.tensor([[len(t) for t in row] for row in texts])
-    r = torch.tensor([reward or 0.0 for reward in world.verify(problem, steps)[1]])
-    return hindsight_targets(r, n, z, gamma)
+    return hindsight_targets(torch.tensor([right or 0.0 for right in r]), n, z, gamma)
 
 
 def verdicts(world, problem, tokenizer, name, sets, threshold, dice):
@@ -717,9 +715,13 @@ def where_is(run, item):
 
 
 def train_prm(run, name, outputs):
-    """Stage 6: one PRM with these outputs, on labelled sequences and pairs, from the SFT backbone; STEP teaches a value model."""
+    """Stage 6: one PRM with these outputs, on labelled sequences and pairs, from the SFT backbone."""
     config, generator, sources = run.config, run.generator(name), prm_sources(run, outputs)
-    backbone, outputs = run.load("sft").with_heads(()), outputs + [STEP] * bool(VERIFIABLE & set(outputs))
+    backbone = run.load("sft").with_heads(())
+    # Where it is known which steps are right, a value model is taught that too. (Below the only block nothing is known yet.)
+    known = any(STEP in t for items in sources["train"][0] for row in items for t in row.targets)
+    if known and VERIFIABLE & set(outputs) and backbone.config.n_layer > 1:
+        outputs = [*outputs, STEP]
     prm = shard(PRM(backbone, outputs, run.generator(name, "weights")).to(run.device), run.device)
     optimizer = torch.optim.AdamW([{"params": backbone.parameters(), "lr": config.prm_lr_backbone},
                                    {"params": prm.score.parameters(), "lr": config.prm_lr_head}],
@@ -1147,9 +1149,9 @@ def open_run(config, path):
     begun = "config.json" in held or held and "command.json" not in held
     if begun:
         saved = read_run(path)
-        unknown = set(saved) - {f.name for f in fields(Config)} - {"objectives"}
-        if unknown:
-            raise InputError(f"{path}/config.json: not the configuration of a run ({', '.join(sorted(unknown))})")
+        other = set(saved) ^ {f.name for f in fields(Config)} ^ {"objectives"}
+        if other:
+            raise InputError(f"{path}/config.json: not the configuration of a run of this version ({', '.join(sorted(other))})")
         saved |= {"device": config.device} if config.device != "auto" else {}
         config = Config(**{k: v for k, v in saved.items() if k != "objectives"})
     check_config(config)

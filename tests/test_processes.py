@@ -13,7 +13,7 @@ from conftest import TINY
 from data import DOMAINS, InputError, dealt_batches, gather, join_processes, mine, rank, read_json, total
 from mah_dpo import Pair
 from model import gathered, load_hf, load_safetensors, placed, save_safetensors, whole
-from prm import Labelled
+from prm import STEP, Labelled
 from test_train import rows_of
 from train import Config, Run, read_rows
 
@@ -82,7 +82,7 @@ def record_gradients(run, directory):
         patch.setattr(train, "gradient", gradient)
         patch.setattr(train, "dealt_batches", lambda lengths, _=0: batches(lengths, tokens=200))       # several parts a step
         margins = torch.zeros(len(read_rows(run.file("pairs.jsonl"), Pair)))
-        for stage, work in (("prm", lambda: train.train_prm(run, "prm", run.objectives)),
+        for stage, work in (("prm", lambda: train.train_prm(run, "prm", [*run.objectives, "math_accuracy"])),
                             ("mah_dpo", lambda: train.train_policy(run, "mah_dpo", run.objectives, run.objectives)),
                             ("modpo", lambda: train.train_policy(run, "modpo", ["policy"], run.objectives, margins)),
                             ("sft", lambda: train.train_sft(run)), ("base", lambda: train.train_base(run))):
@@ -99,6 +99,8 @@ def test_two_processes_compute_what_one_computes(whole, tmp_path):
         rows = read_rows(run.file("labels.jsonl"), Labelled)
         for row in rows[::3]:               # some with more labels than others
             row.ends, row.targets = [row.ends[0] - 1, *row.ends], [row.targets[0], *row.targets]
+        for row in rows:                    # and some of a value model, with its auxiliary output
+            row.targets[-1] |= {"math_accuracy": len(row) / 20, STEP: len(row) % 2}
         train.write_rows(run.file("labels.jsonl"), rows)
     record_gradients(runs[0], str(tmp_path / "g1"))
     in_processes(2, lambda: record_gradients(the_run(paths[1], checkpoint_every=1), str(tmp_path / "g2")))

@@ -109,8 +109,7 @@ def test_hindsight_by_hand(tokenizer):
     short, long = (ids_of(tokenizer, t) for t in ("4 + 5 = 9\n9 - 2 = 7\nanswer 7",
                                                   "4 + 5 = 9\n9 - 2 = 8\n8 - 1 = 7\n7 + 0 = 7\nanswer 7"))
     sets = [[response, short], [response, long], [response, response]]
-    steps = ["4 + 5 = 9\n", "9 - 2 = 8\n", "answer 8"]
-    found = train.hindsight(OneSum(), SUM, tokenizer, steps, sets, 0.9)
+    found = train.hindsight(OneSum(), SUM, tokenizer, [1.0, 0.0, None], sets, 0.9)
     assert found.tolist() == pytest.approx([1 + 0.9 ** 2 / 2, 0 + 0.9 ** 3 / 2, 0.0], abs=1e-6)
 
 
@@ -261,7 +260,7 @@ def test_train_prm_leaves_no_source_without_its_share(run, gpt):
 def test_train_prm_adds_step_correctness_and_drops_it(run, gpt):
     """Prevents: a --prm-step-weight that is read but not used, or a PRM that is saved with an output for training alone."""
     save_hf(gpt, run.file("sft"), weights=0)
-    rows = [Labelled(list(range(5, 15)), [4, 9], [{"math_accuracy": 1.0, STEP: 0.0}, {"math_accuracy": 0.5, STEP: 1.0}], split)
+    rows = [Labelled(list(range(5, 15)), [4, 9], [{"math_accuracy": 1.0, STEP: 0.0}, {"math_engagement": 1.0, STEP: 1.0}], split)
             for split in ("train", "dev") for _ in range(8)]
     train.write_rows(run.file("labels.jsonl"), rows)
     for name in train.PAIR_FILES:
@@ -274,6 +273,8 @@ def test_train_prm_adds_step_correctness_and_drops_it(run, gpt):
         assert logged(run)[0][STEP] == {"loss": pytest.approx(0.69, abs=0.3), "labels": 8}
     assert [prm.outputs for prm in saved] == [["math_accuracy"]] * 2 and [len(prm.scale) for prm in saved] == [1, 1]
     assert not torch.equal(*(prm.backbone.embed.weight for prm in saved))
+    train.train_prm(run, "prm_math_engagement", ["math_engagement"])        # no value model: nothing to be taught
+    assert STEP not in logged(run)[-2]
 
 
 def test_train_prm_gives_every_objective_the_loss_of_its_own_pairs(run, gpt, tokenizer):
@@ -1272,15 +1273,16 @@ def test_a_run_at_work_is_refused(whole, capsys):
 
 @pytest.mark.parametrize("edit, message", [
     ({"sft_steps": "four"}, "--sft-steps 'four' is no int"), ({"objective": "valuez"}, "unknown objective 'valuez'"),
-    ({"prm": "both"}, "choose unified or each"), ({"beta": -1}, "--beta -1 is out of range"), ({}, "--sft-batch 64: 3 processes")])
+    ({"prm": "both"}, "choose unified or each"), ({"beta": -1}, "--beta -1 is out of range"), ({}, "--sft-batch 64: 3 processes"),
+    ({"prm_step_weight": None}, "not the configuration of a run of this version (prm_step_weight)")])
 def test_resume_checks_the_saved_configuration(edit, message, capsys, monkeypatch, tmp_path):
     """Prevents: a traceback, or training with a batch that the processes share unevenly, when a run is resumed with an edited
-    config.json or with other processes; and a run that is refused for the default options, which are not its own."""
+    or older config.json or with other processes; and a run that is refused for the default options, which are not its own."""
     monkeypatch.setattr(train, "ranks", lambda: 3)
     monkeypatch.setattr(train, "carry_out", lambda run: print("goes on"))
     saved = vars(Config(objective="honesty", init="moved", beta=1)) | {"objectives": ["honesty"]}
     path = str(tmp_path / "config.json")
-    write_json(path, saved | edit)
+    write_json(path, {k: v for k, v in (saved | edit).items() if v is not None})
     assert message in refused(["--resume", str(tmp_path)], capsys)
     write_json(path, saved | {"sft_batch": 6, "dpo_pairs": 6})
     train.main(["--resume", str(tmp_path)])
