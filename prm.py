@@ -9,7 +9,7 @@ depends on the objective (paper, Sec. 4); here every case is one pure function o
     case C       -log sigmoid(P(y+_1:t) - P(y-_1:t))         matching_steps, then bradley_terry_loss
 
 One backbone serves all objectives: an MLP (Linear, ReLU, Linear) with one output per objective, (B, T, d) -> (B, T, P).
-While a value model is trained, an auxiliary output learns r_t by itself, from the block before the last (not in the paper).
+While a value model is trained, an auxiliary output, one block lower, learns r_t by itself (not in the paper).
 """
 import math
 import os
@@ -46,8 +46,8 @@ class PRM(nn.Module):
         """ids (B, T) -> scores (B, T, P); cache and rows as in GPT.forward.
 
         STEP is an auxiliary output, trained on r_t of every step up to the first wrong one and dropped when the PRM is saved. V_t
-        needs it of all steps so far; in the noise of rollouts a small model is long in finding that out. It is read before the
-        last block, which then has the verdicts on all steps to attend to."""
+        depends on r_1..r_t; in the noise of rollouts a small model is long in finding out what makes a step wrong. STEP is read
+        before the last block, which can then attend to the verdicts on all steps."""
         if STEP not in self.outputs:
             return self.score(self.backbone(ids, cache, rows))
         above, below = map(self.score, self.backbone(ids, cache, rows, below=True))

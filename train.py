@@ -653,8 +653,8 @@ def step_texts(tokenizer, ids, boundary):
 
 
 def hindsight(world, problem, tokenizer, r, sets, gamma):
-    """The verifiable case: verify every rollout's end, then hindsight_targets. r: is the response's step right, None if unknown."""
-    texts = [[step_texts(tokenizer, r, world.boundary) for r in rollouts] for rollouts in sets]
+    """The verifiable case: verify every rollout's end, then hindsight_targets. r: verdicts on the response's steps, or None."""
+    texts = [[step_texts(tokenizer, ids, world.boundary) for ids in rollouts] for rollouts in sets]
     z = torch.tensor([[world.verify(problem, t)[0] for t in row] for row in texts])
     n = torch.tensor([[len(t) for t in row] for row in texts])
     return hindsight_targets(torch.tensor([right or 0.0 for right in r]), n, z, gamma)
@@ -718,9 +718,9 @@ def train_prm(run, name, outputs):
     """Stage 6: one PRM with these outputs, on labelled sequences and pairs, from the SFT backbone."""
     config, generator, sources = run.config, run.generator(name), prm_sources(run, outputs)
     backbone = run.load("sft").with_heads(())
-    # Where it is known which steps are right, a value model is taught that too. (Below the only block nothing is known yet.)
-    known = any(STEP in t for items in sources["train"][0] for row in items for t in row.targets)
-    if known and VERIFIABLE & set(outputs) and backbone.config.n_layer > 1:
+    # Where it is known which steps are right, a value model is taught that too. (Below an only block there is nothing to read.)
+    verified = any(STEP in t for items in sources["train"][0] for row in items for t in row.targets)
+    if verified and VERIFIABLE & set(outputs) and backbone.config.n_layer > 1:
         outputs = [*outputs, STEP]
     prm = shard(PRM(backbone, outputs, run.generator(name, "weights")).to(run.device), run.device)
     optimizer = torch.optim.AdamW([{"params": backbone.parameters(), "lr": config.prm_lr_backbone},

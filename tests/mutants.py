@@ -343,7 +343,7 @@ MUTANTS = [
            "test_prm.py::test_step_correctness_is_read_before_the_last_block", "The value model learns late which steps are wrong."),
     Mutant("train.py", "known = r.index(0.0) + 1 if 0.0 in r else len(r)", "known = len(r)",
            "test_train.py::test_label_rollouts_by_hand", "The PRM finds the first mistake late, and those behind it early."),
-    Mutant("train.py", "if known and VERIFIABLE & set(outputs) and", "if known and",
+    Mutant("train.py", "if verified and VERIFIABLE & set(outputs) and", "if verified and",
            "test_train.py::test_train_prm_adds_step_correctness_and_drops_it", "With --prm each engagement's PRM learns arithmetic first."),
 ]
 
