@@ -588,8 +588,8 @@ class World:
 
     A world adds problem(dice), which draws a Problem; demonstrate(problem, messages, dice, careful), a flawed answer to the
     messages so far, its text; and scores(problem, messages, response), {objective: noise-free score in [0, 1]} of an answer.
-    One with a verifiable objective adds verify(problem, steps), the verdict on the end and of every step whether it is right, or
-    None where that is not known (Math.verify)."""
+    One with a verifiable objective adds verify(problem, steps), the verdicts on the end and on every step, None where a step's is
+    not known (Math.verify)."""
     turns = 1
 
     @property

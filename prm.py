@@ -47,7 +47,7 @@ class PRM(nn.Module):
 
         STEP is an auxiliary output, trained on r_t of every step up to the first wrong one and dropped when the PRM is saved. V_t
         depends on r_1..r_t; in the noise of rollouts a small model is long in finding out what makes a step wrong. STEP is read
-        before the last block, which can then attend to the verdicts on all steps."""
+        before the last block (deep supervision), which can then attend to the verdicts on all steps."""
         if STEP not in self.outputs:
             return self.score(self.backbone(ids, cache, rows))
         above, below = map(self.score, self.backbone(ids, cache, rows, below=True))

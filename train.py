@@ -750,8 +750,8 @@ def train_prm(run, name, outputs):
 
     def backward(batch):
         losses, labels = torch.zeros(2, len(outputs), device=run.device)
-        labelled = [t for x in batch if isinstance(x, Labelled) for t in x.targets]
-        of_batch = torch.tensor([sum(o in t for t in labelled) for o in outputs], device=run.device)
+        named = Counter(o for x in batch if isinstance(x, Labelled) for t in x.targets for o in t)
+        of_batch = torch.tensor([named[o] for o in outputs], device=run.device)
         for part in parts(batch):
             with run.autocast():
                 if isinstance(part[0], Labelled):
