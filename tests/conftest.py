@@ -1,4 +1,5 @@
 """Shared by all tests: the repository root on the path, one thread (tiny models are slower with more), tiny fixtures."""
+import contextlib
 import os
 import re
 import sys
@@ -56,8 +57,8 @@ TINY = ["--fast", "--base-steps", "2", "--sft-steps", "2", "--n-prompts", "8", "
 NAMES = ["helpfulness", "honesty", "tutor_engagement"]
 
 
-@pytest.fixture(scope="session")
-def small_worlds():
+@contextlib.contextmanager
+def few_problems():
     """At most 40 problems wherever a stage asks for thousands: whole runs in seconds."""
     plain = World.problems
     with pytest.MonkeyPatch.context() as patch:
@@ -65,9 +66,17 @@ def small_worlds():
         yield
 
 
+@pytest.fixture(scope="module")
+def small_worlds():
+    """few_problems in a file of tests, and not in those after it."""
+    with few_problems():
+        yield
+
+
 @pytest.fixture(scope="session")
-def whole(small_worlds, tmp_path_factory):
+def whole(tmp_path_factory):
     """One finished run of three objectives in two domains. Shared: do not change it."""
     out = str(tmp_path_factory.mktemp("whole") / "run")
-    train.main(["--objective", ",".join(NAMES), "--out", out, *TINY])
+    with few_problems():
+        train.main(["--objective", ",".join(NAMES), "--out", out, *TINY])
     return out

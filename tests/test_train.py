@@ -36,6 +36,7 @@ from model import GPTConfig, load_hf, load_safetensors, save_hf
 from prm import PRM, STEP, Labelled, load_prm, pair_scores, step_scores
 from train import Config, Cycle, Run, chat_example, read_command
 
+pytestmark = pytest.mark.usefixtures("small_worlds")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SUM = Problem("4 + 5 - 2 = ?")
 HELLO = [{"role": "user", "content": "4 + 5 - 2 = ?"}]
@@ -815,7 +816,7 @@ def train_in_child(argv, renames=None, seconds=None):
 
 
 @needs_fork
-def test_kill_9_loses_nothing(small_worlds, tmp_path):
+def test_kill_9_loses_nothing(tmp_path):
     """Prevents: a kill at any moment after which --resume ends elsewhere than a run that nobody stopped: a draw that is
     repeated or left out, an optimiser without its past, half a file, a row of the log twice."""
     options = ["--objective", "honesty", *TINY, "--checkpoint-every", "1", "--base-steps", "5", "--prm-steps", "4"]
@@ -992,7 +993,7 @@ def test_a_sweep_equals_runs_from_scratch(together, tmp_path):
 @pytest.mark.parametrize("sweep, message", [
     ("gamma", "write FIELD=a,b,c"), ("seed=1,2", "with one of the fields dtype"), ("gamma=a,b", "'a' is no float"),
     ("alpha=math_accuracy=2;honesty=1", "no 'honesty' here"), ("k=0", "--k 0 is out of range"), ("n_test=9999999", "ask for less")])
-def test_sweeps_that_cannot_work_leave_nothing_behind(sweep, message, capsys, tmp_path, small_worlds, monkeypatch):
+def test_sweeps_that_cannot_work_leave_nothing_behind(sweep, message, capsys, tmp_path, monkeypatch):
     """Prevents: a sweep whose mistake shows after the first values have been trained."""
     monkeypatch.chdir(tmp_path)
 
@@ -1182,7 +1183,7 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
     assert "->" in capsys.readouterr().out
 
 
-def test_one_objective_run(small_worlds, checkpoint, tmp_path, capsys):
+def test_one_objective_run(checkpoint, tmp_path, capsys):
     """Prevents: a run that needs several objectives, or rollouts (Case A) that only work beside a verifier: one head, one
     PRM output, no sweep, and the third command answers."""
     out = str(tmp_path / "run")
