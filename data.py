@@ -280,7 +280,7 @@ def two_file_spec(directory, config, merges):
     named = [config.get(k) for k in ("bos_token", "eos_token", "unk_token", "pad_token")]
     named += [*(config.get("additional_special_tokens") or []), "<|endoftext|>"]
     named = {t["content"] if isinstance(t, dict) else t for t in named if t} & ids.keys()
-    for s in named | (ids.keys() - vocab.keys()):
+    for s in sorted(named | (ids.keys() - vocab.keys())):
         tokens.setdefault(s, {"id": ids[s], "content": s, "special": s in named, "normalized": s not in named})
     split = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated"}
     byte_level = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space")), "use_regex": False}
@@ -537,7 +537,7 @@ class Tokenizer:
 @dataclass
 class Problem:
     """What is asked, a user's message or a list of messages, and what the world knows about it (never shown to a model)."""
-    prompt: str
+    prompt: str | list
     truth: dict = field(default_factory=dict)
 
     def messages(self):
@@ -1019,8 +1019,9 @@ def read_preferences(path, objective, skipped=None):
     return read_all(path, parse, skipped, "pairs and ratings")
 
 
-def read_steps(path, skipped=None):
-    """Labelled steps (DATA_HELP) -> list[Steps]. From a first wrong step on all are wrong. InputError as file:line."""
+def read_steps(path):
+    """Labelled steps (DATA_HELP) -> list[Steps]. With `label` all steps from the first wrong one on are wrong. InputError as
+    file:line."""
     def parse(row):
         key = spelling(row, "steps") or "steps"
         steps, labels = row.get(key), row.get("labels")
@@ -1035,7 +1036,7 @@ def read_steps(path, skipped=None):
         if len(steps) != len(labels):
             raise InputError(f"{len(steps)} steps but {len(labels)} labels; give one label per step")
         return Steps(prompt_field(row), steps, [float(v) for v in labels])
-    return read_all(path, parse, skipped, "steps")
+    return read_all(path, parse, {}, "steps")
 
 
 def read_question(row):
@@ -1151,13 +1152,15 @@ class Questions(World):
 
     def __init__(self, path, objective, max_new_tokens, model):
         """The rows of `path` that fit the model's context with their solution and with max_new_tokens; the others are
-        counted."""
-        self.name, self.objective, self.max_new_tokens = OBJECTIVES[objective].domain, objective, max_new_tokens
-        rows, encode = read_questions(path), model.tokenizer.encode
+        counted in `dropped`, {reason: number}."""
+        self.name, self.objective, self.max_new_tokens, self.dropped = OBJECTIVES[objective].domain, objective, max_new_tokens, {}
+        rows, encode = read_questions(path, self.dropped), model.tokenizer.encode
         fits = lambda q: len(model.tokenizer.encode_chat(q.prompt)) + max(max_new_tokens, len(encode(q.solution)) + 1) \
             <= model.config.max_len
-        self.rows = {json.dumps(q.prompt): q for q in rows if fits(q)}
-        self.n_dropped = len(rows) - len(self.rows)
+        kept = [q for q in rows if fits(q)]
+        self.rows = {json.dumps(q.prompt): q for q in kept}
+        self.dropped |= {"too long for the context with an answer": len(rows) - len(kept),
+                         "asked before": len(kept) - len(self.rows)}
         empty = [split for split, n in self.counts().items() if n == 0]
         if empty:
             raise InputError(f"{path}: {len(rows)} questions, {len(self.rows)} fit the context of {model.config.max_len} "
@@ -1190,7 +1193,8 @@ class Questions(World):
 
 def holds_questions(path, objective):
     """Does the file of a verifiable objective hold questions, not pairs?"""
-    return OBJECTIVES[objective].case == "verifiable" and "chosen" not in next(read_jsonl(path), (0, {"chosen": 0}))[1]
+    row = next(read_jsonl(path), ("", {"chosen": ""}))[1]
+    return OBJECTIVES[objective].case == "verifiable" and not {"chosen", "completions"} & row.keys()
 
 
 def worlds_of(objectives, data, max_new_tokens, model):

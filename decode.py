@@ -48,10 +48,9 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 # --- end of exercise 10 ---
 
 
-def check_prompts(model, prompts, limit=None):
-    """InputError for an empty prompt or one that leaves no room for an answer in the context (`limit` tokens of it)."""
-    limit = model.config.max_len if limit is None else limit
-    for i, prompt in enumerate(prompts):
+def check_prompts(prompts, room):
+    """InputError for an empty prompt or one that leaves no room for an answer. room: a prompt's tokens in the context."""
+    for i, (prompt, limit) in enumerate(zip(prompts, room)):
         if not prompt:
             raise InputError(f"prompt {i} is empty; give it at least one token")
         if len(prompt) >= limit:
@@ -146,7 +145,7 @@ def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_
 
     weights: as in GPT.weights. samples: responses per prompt, which stand together in the result; the prompt is encoded
     once for all of them. progress: called with the number of new responses after each batch of batch_size."""
-    check_prompts(model, prompts)
+    check_prompts(prompts, [model.config.max_len] * len(prompts))
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     check_sampling(min(most, default=1), temperature, top_p)
     head, masks, out = model.fold(weights), stop_masks(model, "turn"), [None] * len(prompts)
@@ -200,12 +199,11 @@ def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
     known = [net.tokenizer.pieces if net.tokenizer else [b""] * net.config.vocab_size for net in (model, prm.backbone)]
     if any(a != b for a, b in zip_longest(*known, fillvalue=b"")):
         raise InputError("policy and PRM have different tokenizers; the PRM must read the policy's own ids")
-    limit = min(model.config.max_len, prm.backbone.config.max_len)
+    limit = min(model.config.max_len, prm.backbone.config.max_len - (prm.marker is not None))
     held = torch.maximum(state.policy.held, state.prm.held).tolist() if state else [0] * len(prompts)
     if len(held) != len(prompts):
         raise InputError(f"the state holds {len(held)} conversations, {len(prompts)} new texts came")
-    for prompt, n in zip(prompts, held):
-        check_prompts(model, [prompt], limit - n)
+    check_prompts(prompts, [limit - n for n in held])
     if temperature == 0 and K > 1:
         warnings.warn("temperature 0 makes all candidates equal: K = 1", stacklevel=4)
         K = 1
@@ -237,11 +235,12 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         state.h = ingest(model, state.policy, prompts).repeat_interleave(K, 0)
         ingest(prm, state.prm, prompts)
     results = [Guided([], "", [], state) for _ in prompts]
-    budget = torch.clamp(limit - torch.maximum(state.policy.held, state.prm.held), max=max_new_tokens)      # (B,)
+    end = state.policy.held + torch.clamp(limit - torch.maximum(state.policy.held, state.prm.held), max=max_new_tokens)   # (B,)
+    budget = lambda: torch.minimum(end - state.policy.held, limit - state.prm.held)     # markers take room in the PRM alone
     alive = torch.arange(B, device=state.h.device)
     while len(alive):
         groups = alive if len(alive) < B else None
-        candidates = draw(model, head, state.policy, state.h, masks, budget.repeat_interleave(K), temperature=temperature,
+        candidates = draw(model, head, state.policy, state.h, masks, budget().repeat_interleave(K), temperature=temperature,
                           top_k=top_k, top_p=top_p, generator=generator, feed_last=True, groups=groups)
         scores, fed = score_candidates(prm, state.prm, candidates, groups)
         scores = prm.guide(scores, guide, named).view(-1, K)
@@ -249,7 +248,7 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
             number = len(results[int(alive[0])].steps) + 1
             raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
         winners = promote(state, scores, torch.tensor([len(c) for c in candidates], device=alive.device), fed, alive)
-        alive = commit(model, results, candidates, scores.tolist(), winners.tolist(), alive, budget, K)
+        alive = commit(model, results, candidates, scores.tolist(), winners.tolist(), alive, budget(), K)
     for result in results:
         result.text = model.tokenizer.decode(result.ids) if model.tokenizer else ""
     return results
@@ -293,7 +292,6 @@ def commit(model, results, candidates, scores, winners, alive, budget, K):
         ids = step.candidates[step.winner]
         results[b].ids += ids
         results[b].steps.append(step)
-        budget[b] -= len(ids)
         if ids[-1] != eos and int(budget[b]) > 0:
             going.append(b)
     return alive.new_tensor(going)
@@ -328,12 +326,12 @@ def read_run(run):
     return config
 
 
-def find_prm(run, guide):
+def find_prm(run, guide, dtype=torch.float32):
     """The PRM of a run that has the output `guide`: RUN/prm, or with one PRM per objective RUN/prm_<guide>."""
     single = os.path.join(run, f"prm_{guide}")
     if guide == "unified" and not os.path.isdir(os.path.join(run, "prm")):
         raise InputError(f"{run}: no unified PRM here; guide by an objective that has one (prm_<objective>)")
-    return load_prm(single if os.path.isdir(single) else os.path.join(run, "prm"))
+    return load_prm(single if os.path.isdir(single) else os.path.join(run, "prm"), dtype)
 
 
 def domain_mix(heads, domain):

@@ -35,7 +35,7 @@ from data import (DATA_HELP, DOMAINS, OBJECTIVES, Dice, InputError, batches_by_l
                   response_mask, run_command, same_answer, worlds_of, write_json, write_text)
 from decode import domain_mix, draw, find_prm, generate, guided_decode, ingest, read_run, score_candidates
 from mah_dpo import dpo_loss, encode_pair, log_ratio_margin, pair_logps, soup
-from model import linear, load_hf, pick_device, sampling_dtype
+from model import GPT, linear, load_hf, pick_device, sampling_dtype
 from prm import PRM, encode_steps, load_prm, score_sequences
 
 
@@ -147,6 +147,9 @@ def jackknife(statistic, columns):
     return [whole + (n - 1) * (statistics.fmean(rest) - r) for r in rest]
 
 
+LOGITS = 2**28       # at once, a gigabyte in float32: the KL needs five such tensors
+
+
 @torch.no_grad()
 def kl_to_sft(model, head, reference, conversations, pad_id):
     """KL(pi || pi_sft) of the next-token distributions (all tokens, temperature 1), in nats: exact at every position of
@@ -159,10 +162,12 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
         ids, lengths = pad([a + b for a, b in part], pad_id, head.device)
         mask = response_mask(torch.tensor([len(a) for a, _ in part], device=head.device), lengths, ids.shape[1])
         r, t = mask[:, 1:].nonzero(as_tuple=True)
-        log_pi = F.log_softmax(linear(model(ids)[r, t], head).float(), -1)
-        log_ref = F.log_softmax(reference.logits(reference(ids)[r, t]).float(), -1)
-        kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                                  # (N,)
-        for i, value in zip(index, torch.zeros(len(part), device=head.device).index_add(0, r, kl).tolist()):
+        kl, some = [], max(1, LOGITS // len(head))            # positions at a time
+        for h, h_ref in zip(model(ids)[r, t].split(some), reference(ids)[r, t].split(some)):
+            log_pi = F.log_softmax(linear(h, head).float(), -1)
+            log_ref = F.log_softmax(reference.logits(h_ref).float(), -1)
+            kl.append((log_pi.exp() * (log_pi - log_ref)).sum(-1))
+        for i, value in zip(index, torch.zeros(len(part), device=head.device).index_add(0, r, torch.cat(kl)).tolist()):
             sums[i] = value
     turns, means = len(rows) // len(conversations), [s / len(response) for s, (_, response) in zip(sums, rows)]
     return [[statistics.fmean(values[i:i + turns]) for i in range(0, len(rows), turns)] for values in (means, sums)]
@@ -174,9 +179,8 @@ def average(models, weights=None):
     """The DPO soup of single-objective policies, uniform if not said otherwise, as a model. Of one policy: itself."""
     if len(models) == 1:
         return models[0]
-    mixed = models[0].with_heads(models[0].config.objectives)
-    mixed.load_state_dict(soup([m.state_dict() for m in models], weights or [1.0] * len(models)))
-    return mixed.eval()
+    state = soup([m.state_dict() for m in models], weights or [1.0] * len(models))
+    return GPT.from_state(models[0].config, state, models[0].tokenizer).eval()
 
 
 class Job(NamedTuple):
@@ -207,10 +211,10 @@ class Bench:
         """A model of the run, on the run's device if not said otherwise."""
         key = name, device or self.device
         if key not in self.loaded:
-            model = load_hf(os.path.join(self.run, name), dtype=self.dtype, place=lambda t: t.to(key[1])).eval()
-            if sum(p.numel() for p in model.parameters()) > 1e9:      # beside a large model only SFT stays, for the KL
+            sft = self.loaded.get(("sft", self.device))
+            if sft and sum(p.numel() for p in sft.parameters()) > 1e9:      # beside a large model only SFT stays, for the KL
                 self.loaded = {k: m for k, m in self.loaded.items() if k[0] == "sft" or k[1] != key[1]}
-            self.loaded[key] = model
+            self.loaded[key] = load_hf(os.path.join(self.run, name), dtype=self.dtype, place=lambda t: t.to(key[1])).eval()
         return self.loaded[key]
 
     def parts(self, job):
@@ -221,7 +225,7 @@ class Bench:
         """The PRM that holds the output `guide`: that objective's own if there is one, else the unified one."""
         name = guide if os.path.isdir(os.path.join(self.run, f"prm_{guide}")) else "unified"
         if name not in self.guides:
-            self.guides = {name: find_prm(self.run, name).to(self.device, self.dtype).eval()}
+            self.guides = {name: find_prm(self.run, name, self.dtype).to(self.device).eval()}
         return self.guides[name]
 
     def problems(self, domain, n):
@@ -339,7 +343,7 @@ FINDINGS = {
 KEPT = 0.02      # "keeps", "smoothly" and "as well as" allow to lose less than this
 
 
-def claims(domain, names):
+def claims(names):
     """What the findings say of a domain's rows: (finding, objectives (their mean counts), row that is better, row that is
     worse, slack); a row is (policy, guide). F5 and F6 are in sweep_lines and scorecard."""
     heads = {n: (f"mah_dpo:{n}", None) for n in names}
@@ -410,7 +414,7 @@ def scorecard(rows, objectives, separate=()):
     for domain in [d for d in DOMAINS if any(r["domain"] == d for r in rows)]:
         measured, own = index(rows, domain), index(separate, domain)
         names = [n for n in domain_objectives(domain, objectives) if n in measured["sft", None]["metrics"]]
-        lines += [compare(finding, domain, *claim, measured, measured) for finding, *claim in claims(domain, names)]
+        lines += [compare(finding, domain, *claim, measured, measured) for finding, *claim in claims(names)]
         for n, p in itertools.product(names, ("sft", "mah_dpo")):
             line = compare("F6", domain, [n], (p, n), (p, n), KEPT, measured, own)
             lines.append(line | {"compared": f"{label(p, n)} - guided by its own PRM"})
@@ -667,13 +671,15 @@ def find_variants(run):
 
 def load_rows(run):
     """The rows of a finished run as `publish` takes them. "each" holds the values that intervals are made of: one per prompt,
-    or with several seeds one per training, its mean."""
+    or with several seeds one per training, its mean, of the rows that all trainings have."""
     results = [read_json(os.path.join(r, "results.json")) for r in seed_runs(run)]
     if len(results) == 1:
         each = [row["each"] for _, row in read_jsonl(os.path.join(run, "scores.jsonl"))]
         return [row | ({"each": each[i]} if i < len(each) else {}) for i, row in enumerate(results[0])]
-    rows = []
-    for same in zip(*results, strict=True):
+    rows, found = [], {}
+    for row in itertools.chain(*results):      # not by their places: held-out pairs come as the samples of a training had them
+        found.setdefault(repr([row.get(k) for k in ("policy", "guide", "domain", "weights", "sweep")]), []).append(row)
+    for same in (s for s in found.values() if len(s) == len(results)):
         each = {m: [r["metrics"][m]["mean"] for r in same] for m in same[0]["metrics"] if all(m in r["metrics"] for r in same)}
         n = round(statistics.fmean(next(iter(r["metrics"].values()))["n"] for r in same))
         rows.append(same[0] | {"each": each, "metrics": {m: summary(values) for m, values in each.items()},
@@ -709,12 +715,12 @@ def show_samples(run, n, device=None):
 # -- real outputs
 
 def score_answers(path):
-    """Models' answers to questions, verified (data.same_answer) -> rows of a table."""
-    found = {}
-    for question, said in read_outputs(path):
+    """Models' answers to questions, verified (data.same_answer) -> rows of a table, what was left out."""
+    found, left = {}, {}
+    for question, said in read_outputs(path, left):
         for name, text in said.items():
             found.setdefault(name, []).append(float(same_answer(final_answer(text), question.answer)))
-    return [{"policy": name, "metrics": {"accuracy": summary(right)}} for name, right in found.items()]
+    return [{"policy": name, "metrics": {"accuracy": summary(right)}} for name, right in found.items()], left
 
 
 def first_error_f1(sums):
@@ -768,11 +774,12 @@ def score_first_errors(prm, output, path, seen):
 def score_preferences(bench, prm, output, seen, path):
     """Accuracy on real pairs: of the implicit rewards of a run's policies (bench, if it is a run), and of a PRM's output on
     whole responses -> rows of a table, what was left out."""
-    reader, preferences, rows = bench.sft if bench else prm.backbone, read_preferences(path, output), []
+    reader, rows, left = bench.sft if bench else prm.backbone, [], {}
+    preferences = read_preferences(path, output, left)
     encoded = [encode_pair(p, reader) for p in preferences]
     fresh = [i for i, p in enumerate(encoded) if p and not seen(p.prompt)]
     pairs, unfit = [encoded[i] for i in fresh], encoded.count(None)
-    left = {"seen in training": len(encoded) - unfit - len(fresh), "too long or alike": unfit}
+    left |= {"seen in training": len(encoded) - unfit - len(fresh), "too long or alike": unfit}
     if not pairs:
         raise InputError(f"{path}: no pair is left ({left})")
     if bench:
@@ -787,12 +794,15 @@ def score_preferences(bench, prm, output, seen, path):
     return rows + [{"policy": f"PRM {output}", "metrics": {"reward_accuracy": right}}], left
 
 
-def seen_in_training(run):
-    """A function of a prompt's ids: did the run train on a response to it?"""
-    of = lambda name: [row for _, row in read_jsonl(os.path.join(run, name)) if row["split"] == "train"]
-    pairs = {tuple(row["prompt"]) for name in ("pairs.jsonl", "mah_dpo_pairs.jsonl") for row in of(name)}
+def seen_in_training(bench):
+    """A function of a prompt's ids: did the run train on a response to it? (On any of the training questions in --data, it may
+    have.)"""
+    of = lambda name: [row for _, row in read_jsonl(os.path.join(bench.run, name)) if row["split"] == "train"]
+    known = {tuple(row["prompt"]) for name in ("pairs.jsonl", "mah_dpo_pairs.jsonl") for row in of(name)}
+    for world in bench.worlds.values() if bench.config["data"] else ():
+        known |= {tuple(bench.tokenizer.encode_chat(p.messages())) for p in world.problems("train", len(world.rows), Dice(0))}
     labelled = [row["ids"] for row in of("labels.jsonl")]
-    return lambda ids: tuple(ids) in pairs or any(row[:len(ids)] == ids for row in labelled)
+    return lambda ids: tuple(ids) in known or any(row[:len(ids)] == ids for row in labelled)
 
 
 def open_scored(directory, path, output, default, device):
@@ -803,11 +813,13 @@ def open_scored(directory, path, output, default, device):
     bench, seen = None, lambda ids: False
     if {"objectives", "seeds"} <= read_json(os.path.join(directory, "config.json")).keys():
         directory = seed_runs(directory)[0]
-        bench, seen = Bench(directory, device), seen_in_training(directory)
-        stem = os.path.basename(path).split(".")[0]
+        bench = Bench(directory, device)
+        seen, stem = seen_in_training(bench), os.path.basename(path).split(".")[0]
         known, output = bench.objectives, output or (stem if stem in bench.objectives else default)
     else:
         prm = load_prm(directory).to(pick_device(device or "auto")).eval()
+        if prm.backbone.tokenizer is None:
+            raise InputError(f"{directory}: no tokenizer.json, nor vocab.json and merges.txt: without one it reads no texts")
         known, output = prm.outputs, output or prm.outputs[0]
     if output not in known:
         raise InputError(f"{path}: say with --objective what it is about: {', '.join(known)}")
@@ -817,7 +829,7 @@ def open_scored(directory, path, output, default, device):
 @torch.no_grad()
 def score(directory, path, output, device):
     """Print how real outputs fare; a file's kind shows in its rows. directory: a run, or a PRM's; answers need none."""
-    row, left = next(read_jsonl(path), ("", {}))[1], {}
+    row = next(read_jsonl(path), ("", {}))[1]
     if {"label", "labels"} & row.keys():
         _, prm, output, seen = open_scored(directory, path, output, "math_accuracy", device)
         found, left = score_first_errors(prm, output, path, seen)
@@ -826,7 +838,7 @@ def score(directory, path, output, device):
         rows, left = score_preferences(*open_scored(directory, path, output, None, device), path)
         columns = ["loss", "margin", "reward_accuracy", "logp_accuracy"]
     else:
-        rows, columns = score_answers(path), ["accuracy"]
+        (rows, left), columns = score_answers(path), ["accuracy"]
     first = {"scored": lambda r: r["policy"], "n": lambda r: str(max(m["n"] for m in r["metrics"].values()))}
     print(table(path, first, rows, columns) + "\nMean ± half the 95 % interval."
           + "".join(f" {n} rows left out: {why}." for why, n in left.items() if n))

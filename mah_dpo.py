@@ -202,8 +202,7 @@ def make_optimizer(model, lr_backbone, lr_heads):
     The paper's RMSprop has no bias correction, so its first steps are as long as its largest: harmless over thousands
     of steps at 1e-6, not over the hundred or so taken here. No weight decay: it would pull heads away from SFT."""
     heads = list(model.heads.parameters())
-    known = {id(p) for p in heads}
-    backbone = [p for p in model.parameters() if id(p) not in known]
+    backbone = [p for name, p in model.named_parameters() if not name.startswith("heads.")]
     return torch.optim.AdamW([{"params": backbone, "lr": lr_backbone, "name": "backbone"},
                               {"params": heads, "lr": lr_heads, "name": "heads"}],
                              betas=(0.9, 0.99), weight_decay=0.0, fused=True)

@@ -37,7 +37,7 @@ class PRM(nn.Module):
         for layer in (self.score[0], self.score[2]):
             nn.init.normal_(layer.weight, std=d ** -0.5, generator=generator)
             nn.init.zeros_(layer.bias)
-        # Spread of each output over training steps: brings values, logits and preference scores to one unit, so that
+        # Spread of each output over held-out steps: brings values, logits and preference scores to one unit, so that
         # "unified" guidance may average them.
         self.register_buffer("scale", torch.ones(len(self.outputs)))
         self.marker = None             # a released PRM may want this token after every step, and is read there

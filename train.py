@@ -531,8 +531,8 @@ def make_pairs(run):
 
 
 def play(run, what, name, model, mix, world, split, n):
-    """The beginning of every sampling stage: a policy answers n training prompts, or 15 % as many development prompts. -> every
-    turn as (problem, messages before, ids before, response), the judge's Dice, the generator for further samples"""
+    """The beginning of every sampling stage: a policy answers training problems of n turns in all, or 15 % as many development
+    problems. -> every turn as (problem, messages before, ids before, response), the judge's Dice, the generator for further samples"""
     seed, n = (what, name, world.name, split), max(8, n if split == "train" else int(0.15 * n)) // world.turns
     problems = mine(world.problems(split, n, run.dice(*seed)))
     # The processes have drawn the same problems; from here on each draws apart.
@@ -687,7 +687,7 @@ class Cycle:
 
 
 def prm_sources(run, outputs):
-    """What a PRM with these outputs learns from: {split: (lists of Labelled by length, lists of Pair by objective)}. With
+    """What a PRM with these outputs learns from: {split: (lists of Labelled by objectives, lists of Pair by objective)}. With
     real data an objective without step labels learns from its pairs, as in case C."""
     labels = read_rows(run.file("labels.jsonl"), Labelled)
     pairs = [p for name in PAIR_FILES for p in read_rows(run.file(name), Pair)]
@@ -770,13 +770,13 @@ def train_prm(run, name, outputs):
     log = fit(run, name, prm, optimizer, steps, batches=batches(), backward=backward, names=outputs,
               warm_up=100, rate=lambda step: 0.05 + 0.95 * (1 - step / steps), tokens=len,
               where=lambda item: where_is(run, item), key=run.key(*map(run.file, ["labels.jsonl", *PAIR_FILES])))
-    log.append(measure_prm(run, prm, sources["dev"]))
+    log.append(measure_prm(prm, sources["dev"]))
     run.log(name, log)
     save_prm(prm, run.file(name))
 
 
 @torch.no_grad()
-def measure_prm(run, prm, sources):
+def measure_prm(prm, sources):
     """Held-out quality of every output, printed; sets prm.scale. For the value model: R^2 beside predict-the-mean (0)."""
     found, quality = {o: [] for o in prm.outputs}, {}
     batches = lambda items: ([items[i] for i in index] for index in batches_by_length([len(x) for x in items]))
@@ -879,7 +879,8 @@ def train_policy(run, name, heads, objectives, margins=None):
             found.append(metrics)
         found = {metric: sum(m[metric] for m in found) for metric in found[0]}
         if len(heads) > 1:              # a head's gradient comes from its objective alone
-            norms = [whole(model.heads[head_of(o)].weight.grad.norm()) for o in objectives]
+            grads = [model.heads[head_of(o)].weight.grad for o in objectives]     # None without a pair of the objective
+            norms = [torch.zeros((), device=run.device) if g is None else whole(g.norm()) for g in grads]
             found["gradient_norm"] = torch.stack(norms) / ranks()
         return found
 
@@ -1134,11 +1135,13 @@ def check_inputs(run):
             print(f"responses with step labels: {len(labels)}, {n_bad} left out")
         for world in run.worlds(model).values():
             counts = ", ".join(f"{n} {split}" for split, n in world.counts().items())
-            print(f"questions: {counts}; {world.n_dropped} left out: too long for the context with an answer")
+            print(f"questions: {counts}" + "".join(f"; {n} left out: {reason}" for reason, n in world.dropped.items() if n))
         return
     for domain in run.domains:                              # a world that is too small for what is asked
-        DOMAINS[domain].problems(config.split, config.n_test, Dice(0))
-        DOMAINS[domain].problems("train", max(config.n_prompts, config.n_rollout_prompts), Dice(0))
+        world, names = DOMAINS[domain], domain_objectives(domain, run.objectives)
+        rolled = {OBJECTIVES[o].case for o in names} & {"verifiable", "A"}
+        world.problems(config.split, config.n_test, Dice(0))
+        world.problems("train", max(config.n_prompts, config.n_rollout_prompts if rolled else 0) // world.turns, Dice(0))
     if model:
         sft_examples(run, model)               # a context that is too short, a chat template that is not read
 
@@ -1155,13 +1158,11 @@ def open_run(config, path):
         saved |= {"device": config.device} if config.device != "auto" else {}
         config = Config(**{k: v for k, v in saved.items() if k != "objectives"})
     check_config(config)
-    run = Run(path, config)
     if not begun:
-        config.out, config.device = path, run.device
-        check_inputs(run)
+        config.out, config.device = path, pick_device(config.device)
+        check_inputs(Run(path, config))
         print(f"writing to {path}")
-        write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
-    return run
+    return inner_run(path, config)
 
 
 @contextlib.contextmanager

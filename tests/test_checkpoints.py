@@ -342,7 +342,7 @@ def marked_tokenizer(n):
 
 def test_a_marker_stands_behind_every_step_and_is_read(tmp_path, monkeypatch):
     """Qwen's PRM is trained to be read at <extra_0>, behind the step and before the end of the turn; read elsewhere, or
-    with the markers of earlier steps missing, its scores mean nothing."""
+    with the markers of earlier steps missing, or beyond the end of its context, its scores mean nothing."""
     tokenizer, head = marked_tokenizer(23), mlp_head(2)
     reward_model(str(tmp_path), "Qwen2ForProcessRewardModel", head)
     with pytest.raises(InputError, match="<extra_0>"):
@@ -351,12 +351,13 @@ def test_a_marker_stands_behind_every_step_and_is_read(tmp_path, monkeypatch):
     prm = load_prm(str(tmp_path))
     policy = GPT(GPTConfig(23, n_layer=1, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=64, init_std=0.02),
                  torch.Generator().manual_seed(0))
-    policy.tokenizer, ended, steps = tokenizer, 0, 0
+    policy.tokenizer, ended, steps, held = tokenizer, 0, 0, []
     for seed in range(8):
         fed = [1, 2, 3]
-        result, = guided_decode(policy, prm, [fed], boundary="newline", K=3, weights=0, guide="reward", max_new_tokens=40,
+        result, = guided_decode(policy, prm, [fed], boundary="newline", K=3, weights=0, guide="reward", max_new_tokens=60,
                                 generator=torch.Generator().manual_seed(seed))
         steps = max(steps, len(result.steps))
+        held.append(int(result.state.prm.held))
         for step in result.steps:
             for candidate, score in zip(step.candidates, step.scores):
                 end = candidate[-1] == tokenizer.eos_id
@@ -366,7 +367,7 @@ def test_a_marker_stands_behind_every_step_and_is_read(tmp_path, monkeypatch):
                 assert score == pytest.approx(float(raw[1] - raw[0]), abs=1e-3)
             best = step.candidates[step.winner]
             fed = fed + (best[:-1] + [22, 21] if best[-1] == 21 else best + [22])
-    assert ended and steps > 2
+    assert ended and steps > 2 and prm.backbone.config.max_len - 1 <= max(held) <= prm.backbone.config.max_len
 
 
 @pytest.mark.parametrize("change, words", [

@@ -709,8 +709,8 @@ def test_sampling_options_without_a_meaning_are_refused(toy, options):
 
 def test_a_full_context_is_refused(toy):
     """Prevents: a limit of 0 read as 'no limit given': garbage at a clamped position instead of an error."""
-    with pytest.raises(InputError, match="room for 0"):
-        decode.check_prompts(toy[0], [[1]], limit=0)
+    with pytest.raises(InputError, match="prompt 1 .*room for 0"):
+        decode.check_prompts([[1, 2], [1]], [3, 0])
 
 
 def test_generate_without_a_tokenizer_runs_to_its_budget(toy, monkeypatch):

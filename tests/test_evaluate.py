@@ -3,6 +3,7 @@ tested with train.py.)"""
 import itertools
 import json
 import math
+import os
 import random
 import re
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import evaluate
-from data import InputError
+from data import InputError, write_json
 from model import GPT, GPTConfig, save_hf
 from prm import PRM, load_prm, save_prm
 
@@ -79,7 +80,7 @@ def test_comparisons_are_paired():
 
 def test_claims_leave_no_rival_out():
     """Prevents: a scorecard that looks better because a baseline, a head or an objective is missing from it."""
-    found = list(evaluate.claims("math", ["math_accuracy", "math_engagement"]))
+    found = list(evaluate.claims(["math_accuracy", "math_engagement"]))
     of = lambda finding: {(*names, better, worse) for f, names, better, worse, _ in found if f == finding}
     baselines, none = ("sft", "single_head_dpo", "modpo", "soup"), None
     assert of("F1") == {(n, ("mah_dpo", none), (b, none)) for n in ("math_accuracy", "math_engagement") for b in baselines}
@@ -228,11 +229,12 @@ def cells(capsys):
 
 
 def test_scoring_answers(judged, capsys):
-    """Prevents: answers scored as text, or one model's under another's name."""
+    """Prevents: answers scored as text, or one model's under another's name, or left out in silence."""
     _, write = judged
     rows = [{"question": "q", "answer": f"#### {i}", "a": {"solution": f"it is {i}.0"}, "b": {"solution": "A: 1"}} for i in range(4)]
-    evaluate.main(["--score", write("answers.jsonl", rows)])
-    found, _ = cells(capsys)
+    evaluate.main(["--score", write("answers.jsonl", rows + [rows[0] | {"answer": ""}])])
+    found, out = cells(capsys)
+    assert "1 rows left out: the answer is empty." in out
     assert found == [["a", "4", "1.000 ±0.000"], ["b", "4", "0.250 ±0.796"]]
 
 
@@ -269,10 +271,14 @@ def test_scoring_pairs_by_a_prm(judged, capsys):
     tokenizer = prm.backbone.tokenizer
     prompt = lambda p: tokenizer.encode_chat([{"role": "user", "content": p["prompt"]}])
     ids = lambda p, key: prompt(p) + tokenizer.encode(p[key]) + [tokenizer.eos_id]
-    value = lambda p, key: float(prm(torch.tensor([ids(p, key)]))[0, -1, 1])
+    value = lambda p, key: prm(torch.tensor([ids(p, key)]))[0, -1, 1].item()
     right = [float(value(p, "chosen") > value(p, "rejected")) for p in pairs]
     assert found == [["PRM honesty", "9", "-", "-", evaluate.cell(evaluate.summary(right)), "-"]]
     assert "1 rows left out: too long or alike." in out
+    rated = lambda a, b: {"instruction": "what ?", "completions": [
+        {"response": text, "annotations": {"honesty": {"Rating": rating}}} for text, rating in (("yes .", a), ("no .", b))]}
+    evaluate.main([directory, "--score", write("rated.jsonl", [rated("1", "5"), rated("3", "3")]), "--objective", "honesty"])
+    assert "1 rows left out: no two completions have different ratings of honesty." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv, rows, message", [
@@ -289,6 +295,33 @@ def test_scoring_refuses(judged, argv, rows, message, tmp_path, monkeypatch):
         judged[1]("f.jsonl", rows)
     with pytest.raises(InputError, match=message):
         evaluate.main(argv)
+
+
+def test_scoring_by_a_prm_without_a_tokenizer(judged):
+    """A traceback for a reward model that came without a tokenizer that is read here."""
+    for name in os.listdir(judged[0]):
+        if name.startswith("tokenizer"):
+            os.remove(os.path.join(judged[0], name))
+    path = judged[1]("f.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(InputError, match="no tokenizer.json"):
+        evaluate.main([judged[0], "--score", path])
+
+
+def test_trainings_are_averaged_row_by_row(tmp_path):
+    """Prevents: another objective's figures in a mean over trainings, because held-out pairs come in another order; a traceback
+    because one training lacks a row."""
+    row = lambda domain, value, **more: {"policy": "sft", "weights": {"policy": 1.0}, "guide": None, "domain": domain,
+                                         "metrics": {"loss": {"mean": value, "stderr": 0.1, "n": 8}}} | more
+    write_json(str(tmp_path / "config.json"), {"objectives": [], "temperature": 1, "seed": 3, "seeds": 2})
+    guided, swept = {"guide": "honesty"}, {"sweep": ["honesty", "helpfulness"]}
+    for seed, rows in ((3, [row("pairs:honesty", 1.0), row("pairs:helpfulness", 2.0), row("values", 3.0), row("values", 4.0, **guided),
+                            row("values", 5.0, **swept)]),
+                       (4, [row("pairs:helpfulness", 20.0), row("values", 50.0, **swept), row("values", 30.0),
+                            row("values", 40.0, **guided)])):
+        (tmp_path / f"seed={seed}").mkdir()
+        write_json(str(tmp_path / f"seed={seed}" / "results.json"), [r | {"seed": seed} for r in rows])
+    found = [(r["domain"], r["guide"], r["metrics"]["loss"]["mean"]) for r in evaluate.load_rows(str(tmp_path))]
+    assert found == [("pairs:helpfulness", None, 11.0), ("values", None, 16.5), ("values", "honesty", 22.0), ("values", None, 27.5)]
 
 
 # -- timings

@@ -12,11 +12,11 @@ from collections import Counter
 
 import pytest
 
-from data import (DATA_HELP, InputError, Preference, Question, Steps, answer_parts, final_answer, majority, marked_answer,
-                  read_jsonl, read_outputs, read_preferences, read_questions, read_steps, same_answer)
+from data import (DATA_HELP, InputError, Preference, Question, Steps, answer_parts, final_answer, holds_questions, majority,
+                  marked_answer, read_jsonl, read_outputs, read_preferences, read_questions, read_steps, same_answer)
 
 USER, BOT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
-READERS = {"pairs": lambda p, s=None: read_preferences(p, "honesty", s), "steps": read_steps, "questions": read_questions,
+READERS = {"pairs": lambda p, s=None: read_preferences(p, "honesty", s), "steps": lambda p, s=None: read_steps(p), "questions": read_questions,
            "outputs": read_outputs}
 READERS["ratings"] = READERS["pairs"]
 
@@ -193,6 +193,16 @@ def rows_of_the_help():
             continue
         yield kind, row
         text = ""
+
+
+@pytest.mark.parametrize("row, questions", [
+    ({"question": "q", "answer": "2"}, True), ({"prompt": "p", "chosen": "a", "rejected": "b"}, False),
+    ({"instruction": "p", "completions": []}, False), (None, False)])
+def test_which_files_hold_questions(tmp_path, row, questions):
+    """Rated completions of accuracy taken for questions without an answer."""
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) if row else "")
+    assert holds_questions(str(tmp_path / "x.jsonl"), "math_accuracy") is questions
+    assert not holds_questions(str(tmp_path / "x.jsonl"), "honesty")
 
 
 def test_the_rows_of_the_help_are_read(read):

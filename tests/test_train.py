@@ -299,7 +299,7 @@ def test_measure_prm_by_hand(run, prm, monkeypatch, capsys):
     scores = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [3.0, 5.0]])
     targets = torch.tensor([[1.0, 1.0], [0.0, math.nan], [0.0, 3.0]])
     monkeypatch.setattr(train, "step_scores", lambda prm, rows: (scores, targets))
-    held_out = train.measure_prm(run, prm, ([[Labelled([0], [0], [{}], "dev")]], []))["held_out"]
+    held_out = train.measure_prm(prm, ([[Labelled([0], [0], [{}], "dev")]], []))["held_out"]
     assert held_out["math_accuracy"] == {"r2": pytest.approx(1 - 2.5 / 1.0), "n": 2}
     assert held_out["honesty"] == {"accuracy": pytest.approx(2 / 3), "commoner_label": pytest.approx(2 / 3), "n": 3}
     assert prm.scale.tolist() == pytest.approx([2.0, math.sqrt(4.5)])
@@ -407,8 +407,8 @@ def test_an_objective_without_development_pairs_is_left_out_of_their_log(run, gp
     assert dev and all(set(r) == {"stage", "step", "split", "math_accuracy", "math_engagement"} for r in dev)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_training_that_diverges_names_its_examples(what, run, gpt, tokenizer, monkeypatch):
+@pytest.mark.parametrize("what, name", [("loss", "dpo_honesty"), ("gradient", "dpo_honesty"), ("loss", "mah_dpo")])
+def test_training_that_diverges_names_its_examples(what, name, run, gpt, tokenizer, monkeypatch):
     """Prevents: NaN weights that are saved and found out in the tables; a stop that does not say which example to look at; a
     good checkpoint lost to it."""
     pairs = policy_run(run, gpt, tokenizer, checkpoint_every=1, dpo_steps=5)
@@ -424,11 +424,11 @@ def test_training_that_diverges_names_its_examples(what, run, gpt, tokenizer, mo
     monkeypatch.setattr(train, "policy_logps", policy_logps)
     monkeypatch.setattr(train, "save_checkpoint", lambda *args: saved.append(args[4]) or save(*args))
     with pytest.raises(InputError) as refused:
-        train.train_policy(run, "dpo_honesty", ["policy"], ["honesty"])
+        train.train_policy(run, name, *{"dpo_honesty": (["policy"], ["honesty"]), "mah_dpo": (run.objectives, run.objectives)}[name])
     where = f"{run.file('pairs.jsonl')}:{line} (honesty)"
-    assert f"dpo_honesty, step {saved[-1]}: the loss or its gradient is not finite for {where}; this step was not" in str(refused.value)
+    assert f"{name}, step {saved[-1]}: the loss or its gradient is not finite for {where}; this step was not" in str(refused.value)
     kept = load_safetensors(run.file("checkpoint.safetensors"))
-    assert not os.path.exists(run.file("dpo_honesty")) and all(bool(t.isfinite().all()) for t in kept.values())
+    assert not os.path.exists(run.file(name)) and all(bool(t.isfinite().all()) for t in kept.values())
 
 
 def test_modpo_margins_by_hand(run, gpt, tokenizer, monkeypatch):
@@ -462,9 +462,9 @@ def talk(*turns):
     return types.SimpleNamespace(turns=[(before, [], response) for before, response in turns])
 
 
-def test_kl_to_sft(gpt, tokenizer):
+def test_kl_to_sft(gpt, tokenizer, monkeypatch):
     """Prevents: a KL over prompt or padding, of the wrong direction, or estimated from the samples: exact, per token and per
-    answer, turns averaged before conversations."""
+    answer, turns averaged before conversations; another one where the logits do not fit at once."""
     talks = [talk(([400, 5, 6], [7, 8, 9, 10]), ([400, 5, 6, 7], [8])), talk(([400, 50], [60]), ([9], [8, 7]))]
     assert kl_to_sft(gpt, gpt.heads[0].weight, gpt, talks, tokenizer.pad_id) == [[pytest.approx(0.0, abs=1e-6)] * 2] * 2
     other, expected = gpt.heads[1].weight, ([], [])
@@ -482,6 +482,8 @@ def test_kl_to_sft(gpt, tokenizer):
                 kind.append(sum(values) / 2)
     found = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id)
     assert found == [pytest.approx(e, rel=1e-4) for e in expected] and min(found[0]) > 0.01
+    monkeypatch.setattr(evaluate, "LOGITS", 3 * len(other))
+    assert kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id) == [pytest.approx(f) for f in found]
 
 
 def test_majority_vote_and_tokens_drawn(gpt, tokenizer, monkeypatch):
@@ -597,6 +599,14 @@ def test_too_many_prompts_are_a_users_mistake():
     small.problem = lambda dice: SUM
     with pytest.raises(InputError, match="fewer than 3 distinct .* prompts; ask for less"):
         World.problems(small, data.split_of(SUM.prompt), 3, Dice(0))
+
+
+def test_no_more_prompts_are_asked_of_a_world_than_it_must_give(tmp_path, monkeypatch):
+    """Prevents: tutoring that must hold as many problems as have rollouts in maths, or three where one dialogue has three turns."""
+    asked = []
+    monkeypatch.setattr(World, "problems", lambda self, split, n, dice: asked.append((self.name, split, n)))
+    train.check_inputs(Run(str(tmp_path), Config(objective="math_engagement,tutoring", n_prompts=90, n_rollout_prompts=7000, n_test=5)))
+    assert asked == [("math", "test", 5), ("math", "train", 7000), ("tutoring", "test", 5), ("tutoring", "train", 30)]
 
 
 def test_longest_conversations_leave_room(tokenizer):
@@ -1435,13 +1445,19 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     save_hf(gpt.with_heads(["policy"]), base, weights=0)
     rows_dir.mkdir()
     rows = [{"question": f"{a} + {b} = ?", "answer": f"a {a} + {b} = {a + b}\n#### {a + b if a % 2 else 7}"} for a in range(9) for b in range(9)]
-    write_lines(rows_dir / "math_accuracy.jsonl", rows + [{"question": "4 " * 200, "answer": "#### 1"}])
+    write_lines(rows_dir / "math_accuracy.jsonl", rows + [{"question": "4 " * 200, "answer": "#### 1"}, {"question": "?", "answer": ""},
+                                                          *rows[:3]])
     write_lines(rows_dir / "math_engagement.jsonl", [{"prompt": f"go {i}", "chosen": "nice work so far !", "rejected": "no"} for i in range(30)])
     out = str(tmp_path / "run")
     train.main(["--objective", "math", "--init", base, "--data", str(rows_dir), "--out", out, "--max-new-tokens", "24", *TINY,
                 "--sft-steps", "150", "--sft-lr", "3e-3", "--n-prompts", "40", "--n-samples", "4", "--epochs", "200"])
     printed = capsys.readouterr().out
-    assert "pairs: " in printed and "1 left out: too long" in printed and "train, " in printed
+    assert "pairs: " in printed and "train, " in printed
+    assert "; 1 left out: the answer is empty; 1 left out: too long for the context with an answer; 3 left out: asked before\n" in printed
+    seen = evaluate.seen_in_training(evaluate.Bench(out))
+    for question in (r["question"] for r in rows):
+        message = {"role": "user", "content": question}
+        assert seen(tokenizer.encode_chat([message])) == (data.split_of(json.dumps([message])) == "train")
     pairs, labels = train.read_rows(f"{out}/pairs.jsonl", Pair), train.read_rows(f"{out}/labels.jsonl", Labelled)
     answers = {tuple(tokenizer.encode_chat([{"role": "user", "content": r["question"]}])): r["answer"].split()[-1] for r in rows}
     mine = [p for p in pairs if p.objective == "math_accuracy"]
