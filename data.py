@@ -1153,7 +1153,8 @@ class Questions(World):
     def __init__(self, path, objective, max_new_tokens, model):
         """The rows of `path` that fit the model's context with their solution and with max_new_tokens; the others are
         counted in `dropped`, {reason: number}."""
-        self.name, self.objective, self.max_new_tokens, self.dropped = OBJECTIVES[objective].domain, objective, max_new_tokens, {}
+        self.name, self.objective, self.max_new_tokens = OBJECTIVES[objective].domain, objective, max_new_tokens
+        self.dropped = {}
         rows, encode = read_questions(path, self.dropped), model.tokenizer.encode
         fits = lambda q: len(model.tokenizer.encode_chat(q.prompt)) + max(max_new_tokens, len(encode(q.solution)) + 1) \
             <= model.config.max_len
@@ -1193,8 +1194,10 @@ class Questions(World):
 
 def holds_questions(path, objective):
     """Does the file of a verifiable objective hold questions, not pairs?"""
+    if OBJECTIVES[objective].case != "verifiable":
+        return False
     row = next(read_jsonl(path), ("", {"chosen": ""}))[1]
-    return OBJECTIVES[objective].case == "verifiable" and not {"chosen", "completions"} & row.keys()
+    return not {"chosen", "completions"} & row.keys()
 
 
 def worlds_of(objectives, data, max_new_tokens, model):

@@ -199,7 +199,7 @@ def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
     known = [net.tokenizer.pieces if net.tokenizer else [b""] * net.config.vocab_size for net in (model, prm.backbone)]
     if any(a != b for a, b in zip_longest(*known, fillvalue=b"")):
         raise InputError("policy and PRM have different tokenizers; the PRM must read the policy's own ids")
-    limit = min(model.config.max_len, prm.backbone.config.max_len - (prm.marker is not None))
+    limit = min(model.config.max_len, prm.backbone.config.max_len - (prm.marker is not None))     # the last step's marker
     held = torch.maximum(state.policy.held, state.prm.held).tolist() if state else [0] * len(prompts)
     if len(held) != len(prompts):
         raise InputError(f"the state holds {len(held)} conversations, {len(prompts)} new texts came")
@@ -235,8 +235,8 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         state.h = ingest(model, state.policy, prompts).repeat_interleave(K, 0)
         ingest(prm, state.prm, prompts)
     results = [Guided([], "", [], state) for _ in prompts]
-    end = state.policy.held + torch.clamp(limit - torch.maximum(state.policy.held, state.prm.held), max=max_new_tokens)   # (B,)
-    budget = lambda: torch.minimum(end - state.policy.held, limit - state.prm.held)     # markers take room in the PRM alone
+    end = (state.policy.held + max_new_tokens).clamp(max=limit)                           # (B,)
+    budget = lambda: torch.minimum(end - state.policy.held, limit - state.prm.held)       # markers fill the PRM's context alone
     alive = torch.arange(B, device=state.h.device)
     while len(alive):
         groups = alive if len(alive) < B else None

@@ -1021,8 +1021,8 @@ def take_over(run, source, swept):
     total(torch.zeros(1))                      # the other processes look for the links only now
 
 
-def inner_run(path, config):
-    """A run inside another run's directory, begun if it is not yet there."""
+def begin(path, config):
+    """The run in a directory, begun with this configuration if there is none yet."""
     run = Run(path, config)
     if not os.path.exists(run.file("config.json")):
         os.makedirs(path, exist_ok=True)
@@ -1037,7 +1037,7 @@ def carry_out(run, source=None, swept=None):
     if run.config.seeds > 1:
         for i, path in enumerate(trainings):
             print(f"\n{path}: training {i + 1} of {len(trainings)}")
-            one = inner_run(path, replace(run.config, seed=run.config.seed + i, seeds=1))
+            one = begin(path, replace(run.config, seed=run.config.seed + i, seeds=1))
             carry_out(one, source and Run(seed_runs(source.path)[i], one.config), swept)
     else:
         if source:
@@ -1162,7 +1162,7 @@ def open_run(config, path):
         config.out, config.device = path, pick_device(config.device)
         check_inputs(Run(path, config))
         print(f"writing to {path}")
-    return inner_run(path, config)
+    return begin(path, config)
 
 
 @contextlib.contextmanager
@@ -1201,7 +1201,7 @@ def main(argv=None):
         raise
     with alone(run.path):
         for variant in variants:
-            inner_run(run.file(f"{name}={getattr(variant, name)}"), variant)
+            begin(run.file(f"{name}={getattr(variant, name)}"), variant)
         try:
             carry_out(run)
         except KeyboardInterrupt:

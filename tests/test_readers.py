@@ -16,8 +16,8 @@ from data import (DATA_HELP, InputError, Preference, Question, Steps, answer_par
                   marked_answer, read_jsonl, read_outputs, read_preferences, read_questions, read_steps, same_answer)
 
 USER, BOT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
-READERS = {"pairs": lambda p, s=None: read_preferences(p, "honesty", s), "steps": lambda p, s=None: read_steps(p), "questions": read_questions,
-           "outputs": read_outputs}
+READERS = {"pairs": lambda p, s=None: read_preferences(p, "honesty", s), "steps": lambda p, s=None: read_steps(p),
+           "questions": read_questions, "outputs": read_outputs}
 READERS["ratings"] = READERS["pairs"]
 
 
