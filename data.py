@@ -25,13 +25,13 @@ import unicodedata
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from statistics import NormalDist
 
 import tiktoken
 import torch
-import torch.distributed as dist
+
+from interop.parallel import rank, ranks, total
 
 
 class InputError(ValueError):
@@ -96,7 +96,7 @@ def domain_objectives(domain, objectives):
     return [n for n in objectives if OBJECTIVES[n].domain == domain]
 
 
-class Dice:
+class RNG:
     """Python-side random draws from one torch.Generator, fetched in blocks because single draws are slow."""
 
     def __init__(self, seed):
@@ -433,10 +433,10 @@ class Tokenizer:
     @classmethod
     def embedded(cls):
         """The tokenizer of the three worlds: 256 bytes, then every word and number that occurs, then the specials."""
-        dice, words = Dice(0), set()
+        rng, words = RNG(0), set()
         for domain in DOMAINS.values():
             for _ in range(1000):
-                for m in domain.conversation(domain.problem(dice), dice):
+                for m in domain.conversation(domain.problem(rng), rng):
                     words.update(w.encode() for w in re.findall(PATTERN, m["content"]))
         pieces = [bytes([b]) for b in range(256)] + sorted(w for w in words if len(w) > 1)
         known, alphabet = set(pieces), byte_alphabet()
@@ -557,9 +557,9 @@ JUDGE_NOISE = 0.1    # standard deviation of a judge's rating around the true sc
 ENGAGING = 0.3       # a maths solution rated by hand as "engaging" has at least this noise-free engagement
 
 
-def judge(score, dice):
+def judge(score, rng):
     """A noisy judge's rating of a response whose true score is `score`."""
-    return score + dice.gauss(JUDGE_NOISE)
+    return score + rng.gauss(JUDGE_NOISE)
 
 
 def fit_threshold(ratings, gold):
@@ -586,7 +586,7 @@ def believed(a, op, b):
 class World:
     """What the worlds share. `turns` assistant turns, each of at most `max_new_tokens` tokens, whose steps end at `boundary`.
 
-    A world adds problem(dice), which draws a Problem; demonstrate(problem, messages, dice, careful), a flawed answer to the
+    A world adds problem(rng), which draws a Problem; demonstrate(problem, messages, rng, careful), a flawed answer to the
     messages so far, its text; and scores(problem, messages, response), {objective: noise-free score in [0, 1]} of an answer.
     One with a verifiable objective adds verify(problem, steps), the verdicts on the end and on every step, None where a step's is
     not known (Math.verify)."""
@@ -597,28 +597,28 @@ class World:
         """The objectives that this world scores."""
         return domain_objectives(self.name, OBJECTIVES)
 
-    def problems(self, split, n, dice):
+    def problems(self, split, n, rng):
         """n distinct problems of one split. InputError if the world is too small for that many."""
         found = {}
         for _ in range(100 * n + 1000):
             if len(found) == n:
                 return list(found.values())
-            problem = self.problem(dice)
+            problem = self.problem(rng)
             if split_of(problem.prompt) == split:
                 found.setdefault(problem.prompt, problem)
         raise InputError(f"the {self.name} world has fewer than {n} distinct {split} prompts; ask for less")
 
-    def reply(self, problem, messages, dice):
+    def reply(self, problem, messages, rng):
         """The user's next message after the assistant's, or None when the conversation is over."""
         return None
 
-    def conversation(self, problem, dice, careful=False):
+    def conversation(self, problem, rng, careful=False):
         """A whole demonstrated conversation. `careful` demonstrations (SFT) err less than the others (pre-training)."""
         messages = problem.messages()
         while messages[-1]["role"] == "user":
-            answer = self.demonstrate(problem, messages, dice, careful)
+            answer = self.demonstrate(problem, messages, rng, careful)
             messages.append({"role": "assistant", "content": answer})
-            follow_up = self.reply(problem, messages, dice)
+            follow_up = self.reply(problem, messages, rng)
             if follow_up is not None:
                 messages.append({"role": "user", "content": follow_up})
         return messages
@@ -634,25 +634,25 @@ class Math(World):
     CHAT = [" . nice work so far !", " . look how neat this is !", " . now it gets fun !", " . you can do this !",
             " . high five for that !", " . what a lovely number !", " . this one is sweet !", " . on we go my friend !"]
 
-    def problem(self, dice):
-        value = first = int(dice.random() * 21)
+    def problem(self, rng):
+        value = first = int(rng.random() * 21)
         terms = []
-        for _ in range(dice.choice((2, 3, 3, 4, 4, 5))):
-            value, op, b = dice.choice([(right(value, op, b), op, b) for op in "+-*" for b in range(2, 10)
+        for _ in range(rng.choice((2, 3, 3, 4, 4, 5))):
+            value, op, b = rng.choice([(right(value, op, b), op, b) for op in "+-*" for b in range(2, 10)
                                         if 0 <= right(value, op, b) <= 20])
             terms.append((op, b))
         prompt = f"{first}" + "".join(f" ; {label} {op} {b}" for label, (op, b) in zip("abcde", terms)) + " = ?"
         return Problem(prompt, {"first": first, "terms": terms, "answer": value})
 
-    def demonstrate(self, problem, messages, dice, careful=False):
+    def demonstrate(self, problem, messages, rng, careful=False):
         # Who has seen only short answers loses its place in long ones: in pre-training some demonstrators chat a lot.
-        wrong, chatty = (0.6, 0.25) if careful else (0.7, dice.random())
+        wrong, chatty = (0.6, 0.25) if careful else (0.7, rng.random())
         for _ in range(20):      # a chain that errs must stay within 0..20, so that every fact in it is a known one
             lines, value = [], problem.truth["first"]
             for op, b in problem.truth["terms"]:
-                result = believed(value, op, b) if dice.chance(wrong) else right(value, op, b)
-                result += dice.choice((-1, 1)) if dice.chance(0.01) else 0
-                chat = dice.choice(self.CHAT) if dice.chance(chatty) else ""
+                result = believed(value, op, b) if rng.chance(wrong) else right(value, op, b)
+                result += rng.choice((-1, 1)) if rng.chance(0.01) else 0
+                chat = rng.choice(self.CHAT) if rng.chance(chatty) else ""
                 lines.append((value, op, b, result, chat))
                 value = result
             if all(0 <= line[3] <= 20 for line in lines):
@@ -699,23 +699,23 @@ class Values(World):
               "eager": {"seen": (0.80, 0.10, 0.00, 0.10), "heard": (0.75, 0.15, 0.00, 0.10), "none": (0.70, 0.10, 0.05, 0.15)},
               "shy": {"seen": (0.45, 0.15, 0.05, 0.35), "heard": (0.10, 0.10, 0.05, 0.75), "none": (0.00, 0.05, 0.10, 0.85)}}
 
-    def problem(self, dice):
+    def problem(self, rng):
         notes, truth = [], {}
         for attribute, values in self.FACTS.items():
-            source = dice.choice(("seen", "seen", "heard", "heard", "none"))
-            value, told = dice.choice(values), None
+            source = rng.choice(("seen", "seen", "heard", "heard", "none"))
+            value, told = rng.choice(values), None
             if source != "none":
-                told = dice.choice([v for v in values if v != value]) if source == "heard" and dice.chance(0.5) else value
+                told = rng.choice([v for v in values if v != value]) if source == "heard" and rng.chance(0.5) else value
             notes.append(f"{attribute} {source} {told}" if told else f"{attribute} unseen")
             truth[attribute] = (source, value, told)
         return Problem(" . ".join(notes + ["what do you know ?"]), truth)
 
-    def demonstrate(self, problem, messages, dice, careful=False):
-        kind = dice.choice(("open", "eager", "shy") if careful else ("open", "open", "eager", "shy"))
+    def demonstrate(self, problem, messages, rng, careful=False):
+        kind = rng.choice(("open", "eager", "shy") if careful else ("open", "open", "eager", "shy"))
         sentences, habits = [], self.HABITS[kind]
         for attribute, (source, _, told) in problem.truth.items():
-            told = told or dice.choice(self.FACTS[attribute])
-            u, (claim, hedge, admit, _) = dice.random(), habits[source]
+            told = told or rng.choice(self.FACTS[attribute])
+            u, (claim, hedge, admit, _) = rng.random(), habits[source]
             if u < claim:
                 sentences.append(f"the {attribute} is {told} .")
             elif u < claim + hedge:
@@ -752,33 +752,33 @@ class Tutoring(World):
     PRAISE = ["good try !", "well done !", "nice thinking !", "i like your effort !"]
     ASK = ["what comes next ?", "can you say why ?", "does that make sense ?", "how would you check it ?"]
 
-    def problem(self, dice):
+    def problem(self, rng):
         while True:
-            x, (op1, op2) = int(dice.random() * 13), (dice.choice("+-*"), dice.choice("+-*"))
-            b, c = int(2 + dice.random() * 5), int(2 + dice.random() * 5)
+            x, (op1, op2) = int(rng.random() * 13), (rng.choice("+-*"), rng.choice("+-*"))
+            b, c = int(2 + rng.random() * 5), int(2 + rng.random() * 5)
             y = right(x, op1, b)
             z = right(y, op2, c)
             if 0 <= y <= 12 and 0 <= z <= 12:
                 break
-        belief = y if dice.chance(0.35) else max(0, y + dice.choice((-2, -1, 1, 2)))
-        p, q, r = dice.choice(self.NAMES)
+        belief = y if rng.chance(0.35) else max(0, y + rng.choice((-2, -1, 1, 2)))
+        p, q, r = rng.choice(self.NAMES)
         prompt = f"{p} = {x} ; {q} = {p} {op1} {b} ; {r} = {q} {op2} {c} . i get {q} = {belief} ."
         return Problem(prompt, {"facts": [(x, op1, b, y), (y, op2, c, z)], "values": {q: y, r: z}, "last": r})
 
-    def demonstrate(self, problem, messages, dice, careful=False):
+    def demonstrate(self, problem, messages, rng, careful=False):
         turn = sum(m["role"] == "assistant" for m in messages)
         a, op, b, _ = problem.truth["facts"][min(turn, 1)]
         wrong, slip = (0.40, 0.12) if careful else (0.5, 0.18)
         fine = self.claim(problem, messages)
         parts = []
-        if dice.chance(0.75):
-            parts.append("yes ." if fine != dice.chance(slip) else "not quite .")
-        if dice.chance(0.25):
-            parts.append(dice.choice(self.PRAISE))
-        if dice.chance(0.7):
-            parts.append(f"{a} {op} {b} = {believed(a, op, b) if dice.chance(wrong) else right(a, op, b)} .")
-        if dice.chance(0.3):
-            parts.append(dice.choice(self.ASK))
+        if rng.chance(0.75):
+            parts.append("yes ." if fine != rng.chance(slip) else "not quite .")
+        if rng.chance(0.25):
+            parts.append(rng.choice(self.PRAISE))
+        if rng.chance(0.7):
+            parts.append(f"{a} {op} {b} = {believed(a, op, b) if rng.chance(wrong) else right(a, op, b)} .")
+        if rng.chance(0.3):
+            parts.append(rng.choice(self.ASK))
         return " ".join(parts or ["ok ."])
 
     def claim(self, problem, messages):
@@ -801,77 +801,34 @@ class Tutoring(World):
         return {"tutor_accuracy": min(1.0, max(0.0, accuracy)),
                 "tutor_engagement": 0.4 * any(p in response for p in self.PRAISE) + 0.6 * asked}
 
-    def reply(self, problem, messages, dice):
+    def reply(self, problem, messages, rng):
         """The student: a right explanation mends the belief more often the better the mood, a wrong one spoils it."""
         turn = sum(m["role"] == "assistant" for m in messages)
         if turn == self.turns:
             return None
         scores = self.scores(problem, messages[:-1], messages[-1]["content"])
-        happy = dice.chance(0.2 + 0.7 * scores["tutor_engagement"])
-        learnt = dice.chance(0.15 + 0.5 * scores["tutor_accuracy"] + 0.25 * happy)
+        happy = rng.chance(0.2 + 0.7 * scores["tutor_engagement"])
+        learnt = rng.chance(0.15 + 0.5 * scores["tutor_accuracy"] + 0.25 * happy)
         name = problem.truth["last"]
         value = problem.truth["values"][name]
-        said = value if learnt else max(0, value + dice.choice((-2, -1, 1, 2)))
+        said = value if learnt else max(0, value + rng.choice((-2, -1, 1, 2)))
         return f"{'oh nice' if happy else 'hmm ok'} . i get {name} = {said} ."
 
 
 DOMAINS = {world.name: world for world in (Math(), Values(), Tutoring())}
 
 
-# -- real data, files
+# -- JSON files
 
-@dataclass
-class Preference:
-    """One preference pair of an objective; prompt is a conversation that ends with a user message."""
-    objective: str
-    prompt: list
-    chosen: str
-    rejected: str
-
-
-@dataclass
-class Steps:
-    """A response to `prompt` cut into steps, with a label in [0, 1] for each."""
-    prompt: list
-    steps: list
-    labels: list
-
-
-@dataclass
-class Question:
-    """A question with its final answer, for the verifier, and the worked solution ("" where the file has none)."""
-    prompt: list
-    answer: str
-    solution: str
-
-
-DATA_HELP = r"""Files of real data hold one JSON object per line, or one JSON list of them. The rows that are read:
-pairs      {"prompt": "Name a fruit.", "chosen": "A pear.", "rejected": "A brick."}
-           {"question": "Tutor: What is 2 + 3?\n\nStudent: 6\n\nTutor:", "chosen": "Count again.", "rejected": "Yes."}
-           {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}
-ratings    {"instruction": "Name a fruit.", "completions": [
-              {"response": "A pear.", "annotations": {"honesty": {"Rating": "5"}, "helpfulness": {"Rating": "4"}}},
-              {"response": "A brick.", "annotations": {"honesty": {"Rating": "1"}, "helpfulness": {"Rating": "N/A"}}}]}
-questions  {"question": "What is 9 + 9?", "answer": "9 + 9 = 18\n#### 18"}
-           {"problem": "Halve 1.", "solution": "It is $\\boxed{\\frac{1}{2}}$."}
-steps      {"prompt": "What is 2 + 3 - 1?", "completions": ["2 + 3 = 5", "5 - 1 = 3"], "labels": [true, false]}
-           {"problem": "What is 2 + 3 - 1?", "steps": ["2 + 3 = 5", "5 - 1 = 3"], "label": 1}  (first wrong step, or -1)
-outputs    {"question": "What is 9 + 9?", "answer": "#### 18", "response": "I get 18."}  (evaluate.py --score)
-Prompts and responses are text or lists of {"role", "content"} messages. In a transcript the first word of a paragraph
-is the speaker: Human, User, Student, Assistant or Tutor. Ratings give the best completion against the worst, for each
-objective that is rated. Rows that cannot serve, such as ties, are left out; a row with a fault is an error."""
-
-# What a field is called in published files (the first that a row has is read), and who speaks in their transcripts.
-FIELDS = {"prompt": ("prompt", "question", "instruction", "problem"), "steps": ("steps", "completions"),
-          "answer": ("answer", "final_answer"), "solution": ("solution", "ground_truth"),
-          "response": ("response", "output", "prediction", "completion")}
-SPEAKERS = {"Human": "user", "User": "user", "Student": "user", "Assistant": "assistant", "Tutor": "assistant"}
-TURN = re.compile(rf"(?:^|\n\r?\n)({'|'.join(SPEAKERS)}):")
-UNANSWERED = {"role": "assistant", "content": ""}            # the turn of a transcript that ends with 'Assistant:'
-
-
-class Unusable(Exception):
-    """A well-formed row that cannot serve, such as a tie: it is skipped, and counted under this reason."""
+def read_json(path):
+    """A JSON file -> object. InputError if it is missing or broken."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; the directory must hold it") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not a JSON file ({e})") from None
 
 
 def read_jsonl(path):
@@ -897,330 +854,6 @@ def read_jsonl(path):
                 if not isinstance(row, dict):
                     raise InputError(f"{where}: {type(row).__name__}, not an object; write {{\"prompt\": ...}}")
                 yield where, row
-
-
-def read_all(path, parse, skipped, kind):
-    """parse(row) of every row -> list. Unusable rows are counted by reason in the dict `skipped`, if given; an InputError
-    gets the row's place in front."""
-    found, skipped = [], {} if skipped is None else skipped
-    for where, row in read_jsonl(path):
-        try:
-            found.append(parse(row))
-        except Unusable as e:
-            skipped[str(e)] = skipped.get(str(e), 0) + 1
-        except InputError as e:
-            raise InputError(f"{where}: {e}") from None
-    if not found:
-        reasons = "".join(f"; {n} skipped: {reason}" for reason, n in skipped.items())
-        raise InputError(f"{path}: no rows to use{reasons}; train.py --help shows rows of {kind}")
-    return found
-
-
-def spelling(row, name):
-    """The key under which `row` has the field `name`, or None."""
-    return next((key for key in FIELDS.get(name, (name,)) if key in row), None)
-
-
-def messages_of(value):
-    """A list of messages or a transcript -> [{"role", "content"}], [] if it is neither. What a transcript says before
-    the first speaker is the user's, or a system message if the user speaks first."""
-    if isinstance(value, str):
-        opening, *parts = TURN.split(value)
-        messages = [{"role": SPEAKERS[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
-        if not opening.strip():
-            return messages
-        first = {"role": "system" if messages and messages[0]["role"] == "user" else "user", "content": opening.strip()}
-        return [first] + messages if any(m["role"] == "assistant" for m in messages) else []
-    good = isinstance(value, list) and all(
-        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
-        for m in value)
-    return [{"role": m["role"], "content": m["content"]} for m in value] if good else []
-
-
-def text_field(row, name):
-    """The field as non-empty text; a list of messages gives its last message's content."""
-    key = spelling(row, name)
-    if key is None:
-        also, found = ", ".join(FIELDS.get(name, ())[1:]), ", ".join(sorted(row)) or "no fields"
-        raise InputError(f"field {name!r} is missing{f' ({also} would do)' if also else ''}; the row has {found}")
-    messages = [] if isinstance(row[key], str) else messages_of(row[key])
-    value = messages[-1]["content"] if messages else row[key]
-    if not isinstance(value, str):
-        raise InputError(f"{key!r} is {type(value).__name__}; give text or a list of role/content messages")
-    if not value.strip():
-        raise InputError(f"{key!r} is empty; remove the row or fill it in")
-    return value
-
-
-def prompt_field(row):
-    """The prompt as a list of messages that ends with the user's. Text is one message if it is no transcript."""
-    text, value = text_field(row, "prompt"), row[spelling(row, "prompt")]
-    messages = messages_of(value)
-    if messages[-1:] == [UNANSWERED]:
-        messages.pop()
-    if messages and messages[-1]["role"] != "assistant":
-        return messages
-    if not isinstance(value, str):
-        raise InputError("'prompt' ends with the assistant's turn; end it with the user's")
-    return [{"role": "user", "content": text}]
-
-
-def read_pair(row, objective):
-    """A row of pairs -> Preference. A response may come as a whole conversation (a transcript if there is no prompt):
-    the last message is the response, what both share before it the prompt."""
-    said, heads = [], []
-    for key in ("chosen", "rejected"):
-        text = text_field(row, key)
-        messages = [] if isinstance(row[key], str) and spelling(row, "prompt") else messages_of(row[key])
-        if messages[-1:] == [UNANSWERED]:
-            raise Unusable("the transcript ends without a response")
-        if messages and messages[-1]["role"] != "assistant":
-            raise InputError(f"{key!r} does not end with the assistant's turn; end it with that")
-        heads.append(messages[:-1])
-        said.append(messages[-1]["content"] if messages else text)
-    if heads[0] != heads[1] and (all(heads) or not spelling(row, "prompt")):
-        raise Unusable("chosen and rejected answer different prompts")
-    before = heads[0] or heads[1]
-    # Beside whole conversations a prompt may be their first message only, or hold a system message that they lack.
-    prompt = prompt_field(row) if spelling(row, "prompt") or not before else before
-    if before != prompt[len(prompt) - len(before):]:
-        prompt = before if prompt == before[:len(prompt)] else []
-    if not prompt or prompt[-1]["role"] == "assistant":
-        raise Unusable("the responses do not answer the prompt")
-    if said[0] == said[1]:
-        raise InputError("'chosen' equals 'rejected'; a pair must prefer something")
-    return Preference(objective, prompt, *said)
-
-
-def read_rated(row, objective):
-    """A row of rated completions -> Preference: the best against the worst. One rated "N/A" is left out."""
-    rated = []
-    try:
-        for c in row["completions"]:
-            rating = c["annotations"].get(objective, {}).get("Rating", "N/A")
-            if rating not in ("N/A", None) and c["response"].strip():
-                rated.append((float(str(rating)), c["response"]))       # str: true is not a rating
-        if not all(abs(rating) < 1e9 for rating, _ in rated):           # nor is NaN
-            raise ValueError
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise InputError("a completion needs a 'response' and 'annotations', such as "
-                         f"{{\"{objective}\": {{\"Rating\": \"4\"}}}}; \"N/A\" leaves it out") from None
-    worst, best = (pick(rated, key=lambda r: r[0], default=(0, ""))[1] for pick in (min, max))
-    if worst == best:                    # of equal ratings both picks take the first
-        raise Unusable(f"no two completions have different ratings of {objective}")
-    return Preference(objective, prompt_field(row), best, worst)
-
-
-def read_preferences(path, objective, skipped=None):
-    """Pairs or rated completions (DATA_HELP) -> list[Preference]. `skipped`: see read_all. InputError as file:line."""
-    def parse(row):
-        rated = "completions" in row and "chosen" not in row
-        return (read_rated if rated else read_pair)(row, objective)
-    return read_all(path, parse, skipped, "pairs and ratings")
-
-
-def read_steps(path):
-    """Labelled steps (DATA_HELP) -> list[Steps]. With `label` all steps from the first wrong one on are wrong. InputError as
-    file:line."""
-    def parse(row):
-        key = spelling(row, "steps") or "steps"
-        steps, labels = row.get(key), row.get("labels")
-        if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in steps):
-            raise InputError(f"{key!r} must be a non-empty list of non-empty texts")
-        if "label" in row and "labels" not in row:
-            if type(row["label"]) is not int or not -1 <= row["label"] < len(steps):
-                raise InputError(f"'label' must be the first wrong step (0 to {len(steps) - 1}) or -1")
-            labels = [row["label"] == -1 or t < row["label"] for t in range(len(steps))]
-        if not isinstance(labels, list) or not all(isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in labels):
-            raise InputError("'labels' must be a list of numbers from 0 to 1")
-        if len(steps) != len(labels):
-            raise InputError(f"{len(steps)} steps but {len(labels)} labels; give one label per step")
-        return Steps(prompt_field(row), steps, [float(v) for v in labels])
-    return read_all(path, parse, {}, "steps")
-
-
-def read_question(row):
-    """A row of questions -> Question."""
-    key = spelling(row, "answer") or spelling(row, "solution")
-    value = str(row[key]) if key and type(row[key]) in (int, float) else row.get(key)
-    if value in ("", "nan"):         # published files have answers that nobody could extract
-        raise Unusable("the answer is empty")
-    given = text_field({key: value} if key else row, key or "answer")
-    solution = given if marked_answer(given) else ""
-    if spelling(row, "solution"):
-        solution = text_field(row, "solution")
-    answer = marked_answer(given) or (given.strip() if key in FIELDS["answer"] else None)
-    if answer is None:
-        raise InputError(f"{key!r} marks no final answer; end it in '#### 18' or '\\boxed{{18}}'")
-    return Question(prompt_field(row), answer, solution)
-
-
-def read_questions(path, skipped=None):
-    """Questions with a final answer, alone or marked in a solution (DATA_HELP) -> list[Question]."""
-    return read_all(path, read_question, skipped, "questions")
-
-
-def read_outputs(path, skipped=None):
-    """Questions with the responses of models -> [(Question, {model: its text})]. A response stands in "response" (or "output",
-    "prediction", "completion"), or several in objects with a "solution", each named after its model."""
-    def parse(row):
-        key = spelling(row, "response")
-        said = {key: row[key]} if key else {k: v.get("solution") for k, v in row.items() if isinstance(v, dict)}
-        if not said or not all(isinstance(text, str) for text in said.values()):
-            raise InputError("no text of a response; give it as \"response\", beside the question and its answer")
-        return read_question(row), said
-    return read_all(path, parse, skipped, "questions")
-
-
-# -- final answers
-
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-MARKER = re.compile(r"####|^[ \t]*(?-i:A):|\banswer(?:\s*(?:\bis\b|:|=))+|^[ \t]*answer(?=\s+[-$\\\d])", re.I | re.M)
-NUMBER = re.compile(r"\\[dt]?frac\{\d+\}\{\d+\}|(?:(?<![\w)}])-)?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?")
-VALUE = re.compile(r"([-+]?)\s*(?:(\d+)\s+(?=.*/))?(\d+(?:\.\d*)?|\.\d+)(?:\s*/\s*(\d+(?:\.\d+)?))?")
-GROUP = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})+)\}|(\d))"            # an argument of \frac: {anything} or one digit
-AFTER = r"(?:(?<=[\d)}])|(?<=\\pi))\s*"                       # a unit follows a value, and changes it not as these do:
-SCALE = r"(?!\s*(?:hundred|thousand|[mb]illion|dozen|sin|cos|tan|log|exp|sqrt)\b)"
-SIMPLER = [(re.compile(pattern, re.I), new) for pattern, new in [
-    ("\u2212", "-"), (r"\\[dtc]frac", r"\\frac"), (r"\{,\}", ","), (r"\\cdot|\\times", "*"),
-    (r"(?<!\\)\\[!,;:()\[\]]\s*|\\(?:left|right)(?![a-z])|\\displaystyle|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|°|\*\*", ""),
-    (r"(?<!\\)\\(?=\s)", ""), (r"^\s+|[.\s]+$", ""),
-    (AFTER + r"\\(?:text|mbox|mathrm)\s*\{" + SCALE + r"[a-z /.]*\}(?:\^\{?[23]\}?)?$", ""),
-    (AFTER + SCALE + r"(?:[a-z]{3,}|[ckm]m|kg|ft|in|lb|oz|hr|ml|[ap]m)\b[a-z /.]*(?:\^\{?[23]\}?)?$", ""),
-    (r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1"),
-    (r"^\\?[a-z]+\s*(?:=|\\in(?![a-z]))(?!.*=)", ""), (r"^\(([a-z])\)$", r"\1"),          # 'x = 5', choice '(C)'
-    (r"\\?sqrt\s*(?:\((\w+)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"), (r"([_^])\s*(-?\d+|[a-z])", r"\1{\2}"),
-    (r"\\frac" + GROUP + GROUP, lambda m: " {}/{}".format(*(          # \frac{a + b}{2} -> (a + b)/2
-        g if re.fullmatch(r"-?[\w.]+|\\\w+(?:\{\w+\})?", g) else f"({g})" for g in m.groups("") if g))),
-    # 1,000 is one number, but in (1,000) and in '1, 000' the comma separates two.
-    (r"^[^(\[]*$", lambda m: re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda n: n[0].replace(",", ""), m[0]))]]
-
-
-def marked_answer(text):
-    """The answer that a text marks, or None: its last \\boxed{...}, or what follows the last '####', 'A:', 'answer'."""
-    start, depth = max((m.end() for m in BOX.finditer(text)), default=len(text)), 1
-    for m in re.finditer(r"\\.|[{}]", text[start:]):
-        depth += {"{": 1, "}": -1}.get(m[0], 0)
-        if depth == 0:
-            return text[start:start + m.start()].strip() or None
-    start = max((m.end() for m in MARKER.finditer(text)), default=len(text))
-    return re.split(r"\.\s|\n|,? (?:because|since)\s", text[start:].strip(), maxsplit=1)[0].strip(" *.") or None
-
-
-def final_answer(text):
-    """The answer that a response marks, else its last number, else None."""
-    return marked_answer(text) or (NUMBER.findall(text) or [None])[-1]
-
-
-def majority(texts):
-    """Responses -> the index of the first one that gives the answer which most of them mark (mention, if none marks one)."""
-    answers = [marked_answer(t) for t in texts]
-    if not any(answers):
-        answers = [final_answer(t) for t in texts]
-    keys = [a and tuple(answer_parts(a)) for a in answers]
-    votes = [0 if key is None else keys.count(key) for key in keys]
-    return votes.index(max(votes))
-
-
-def answer_parts(text):
-    """An answer -> its parts between brackets and commas, in one spelling: numbers as fractions, LaTeX undressed."""
-    if len(text) > 300:      # no final answer is that long: arithmetic on it would only cost time
-        return [text.strip()]
-    for pattern, new in SIMPLER:
-        text = pattern.sub(new, text)
-    parts = []
-    for part in re.split(r"(\\\\|\\[{}]|[,;&()\[\]]|\\(?:begin|end)\{\w+\})", text):
-        m = VALUE.fullmatch(part.strip())
-        if m and (not m[4] or float(m[4])):
-            part = str(int(m[1] + "1") * (int(m[2] or 0) + Fraction(m[3]) / Fraction(m[4] or 1)))
-        elif part != "\\\\":
-            part = re.sub(r"(?<!\d)\s+|\s+(?!\d)|\\(?=[a-z])", "", part)
-        parts.append(part.lower() if re.fullmatch("[A-Za-z]{3,}", part) else part)
-    return parts
-
-
-def same_answer(a, b):
-    """Are two final answers the same? Numbers by exact value (1,000 = 1000.0, 1\\frac12 = 3/2 = 1.5), the rest as text.
-    Units, $, % and degrees do not count (50% = 50, not 0.5); order does. None, for no answer, equals nothing."""
-    return a is not None and b is not None and answer_parts(a) == answer_parts(b)
-
-
-class Questions(World):
-    """Real questions as a world: a response is right if its final answer is. Its steps are lines; nobody verifies them one
-    by one, so the hindsight targets come from the rollouts' ends alone."""
-    boundary = "newline"
-
-    def __init__(self, path, objective, max_new_tokens, model):
-        """The rows of `path` that fit the model's context with their solution and with max_new_tokens; the others are
-        counted in `dropped`, {reason: number}."""
-        self.name, self.objective, self.max_new_tokens = OBJECTIVES[objective].domain, objective, max_new_tokens
-        self.dropped = {}
-        rows, encode = read_questions(path, self.dropped), model.tokenizer.encode
-        fits = lambda q: len(model.tokenizer.encode_chat(q.prompt)) + max(max_new_tokens, len(encode(q.solution)) + 1) \
-            <= model.config.max_len
-        kept = [q for q in rows if fits(q)]
-        self.rows = {json.dumps(q.prompt): q for q in kept}
-        self.dropped |= {"too long for the context with an answer": len(rows) - len(kept),
-                         "asked before": len(kept) - len(self.rows)}
-        empty = [split for split, n in self.counts().items() if n == 0]
-        if empty:
-            raise InputError(f"{path}: {len(rows)} questions, {len(self.rows)} fit the context of {model.config.max_len} "
-                             f"tokens with {max_new_tokens} for the answer; none is left for {', '.join(empty)}")
-
-    @property
-    def objectives(self):
-        return [self.objective]
-
-    def counts(self):
-        """Number of questions by split."""
-        return {s: sum(split_of(key) == s for key in self.rows) for s in ("train", "dev", "test")}
-
-    def problems(self, split, n, dice):
-        """n questions of a split in random order, or all that there are."""
-        found = sorted((dice.random(), key) for key in self.rows if split_of(key) == split)[:n]
-        return [Problem(self.rows[key].prompt, {"question": self.rows[key]}) for _, key in found]
-
-    def conversation(self, problem, dice, careful=False):
-        solution = problem.truth["question"].solution or problem.truth["question"].answer
-        return problem.messages() + [{"role": "assistant", "content": solution}]
-
-    def verify(self, problem, steps):
-        """As Math.verify, but only the final answer is known: None for every step."""
-        return float(same_answer(final_answer("".join(steps)), problem.truth["question"].answer)), [None] * len(steps)
-
-    def scores(self, problem, messages, response):
-        return {self.objective: self.verify(problem, [response])[0]}
-
-
-def holds_questions(path, objective):
-    """Does the file of a verifiable objective hold questions, not pairs?"""
-    if OBJECTIVES[objective].case != "verifiable":
-        return False
-    row = next(read_jsonl(path), ("", {"chosen": ""}))[1]
-    return not {"chosen", "completions"} & row.keys()
-
-
-def worlds_of(objectives, data, max_new_tokens, model):
-    """domain -> world to sample and to measure in: the embedded worlds of the objectives, or with a directory `data` those
-    of the verifiable objectives whose files hold questions."""
-    if not data:
-        return {OBJECTIVES[o].domain: DOMAINS[OBJECTIVES[o].domain] for o in objectives}
-    files = {o: os.path.join(data, f"{o}.jsonl") for o in objectives}
-    return {OBJECTIVES[o].domain: Questions(path, o, max_new_tokens, model)
-            for o, path in files.items() if holds_questions(path, o)}
-
-
-# -- JSON files
-
-def read_json(path):
-    """A JSON file -> object. InputError if it is missing or broken."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; the directory must hold it") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not a JSON file ({e})") from None
 
 
 def write_json(path, value):
@@ -1254,51 +887,6 @@ def writing(path):
             os.remove(f"{path}.tmp")
         raise InputError(f"{path}: cannot be written ({e.strerror}); what stood there is intact. Make room, or get the right "
                          "to write there, and run the command again, train.py with --resume") from None
-
-
-# -- several processes (torchrun): every function here does nothing where there is only one
-
-def join_processes():
-    """Meet the other processes that torchrun started; only the first talks."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if rank() > 0:
-            sys.stdout = open(os.devnull, "w")
-            sys.stderr.isatty = lambda: False           # tqdm draws no bars then
-
-
-def rank():
-    """The number of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks():
-    """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def mine(items):
-    """This process's part of a list."""
-    return items[rank()::ranks()]
-
-
-def total(t):
-    """The sum of a tensor over all processes."""
-    if ranks() > 1:
-        t = t.clone()
-        dist.all_reduce(t)
-    return t
-
-
-def gather(items):
-    """The lists of all processes as one, the same in each."""
-    if ranks() > 1:
-        found = [None] * ranks()
-        dist.all_gather_object(found, items)
-        items = [item for part in found for item in part]
-    return items
 
 
 # -- batches
@@ -1339,11 +927,11 @@ def response_mask(prompt_lengths, lengths, width):
 
 
 if __name__ == "__main__":
-    tokenizer, dice = Tokenizer.embedded(), Dice(1)
+    tokenizer, rng = Tokenizer.embedded(), RNG(1)
     print(f"{tokenizer.n_vocab} tokens\n")
     for world in DOMAINS.values():
-        problem = world.problem(dice)
-        messages = world.conversation(problem, dice)
+        problem = world.problem(rng)
+        messages = world.conversation(problem, rng)
         for m in messages:
             print(f"{m['role']:>10}: " + m["content"].replace("\n", "\n" + " " * 12))
         print(f"{'scores':>10}: {world.scores(problem, messages[:1], messages[1]['content'])}\n")

@@ -22,7 +22,7 @@ from itertools import zip_longest
 import torch
 import torch.nn.functional as F
 
-from data import OBJECTIVES, InputError, domain_objectives, ends_step, pad, read_json, run_command
+from data import InputError, OBJECTIVES, domain_objectives, ends_step, pad, read_json, run_command
 from model import KVCache, linear, load_hf
 from prm import load_prm
 
@@ -66,7 +66,7 @@ def check_sampling(max_new_tokens, temperature, top_p):
                          f"{temperature}, {top_p}, {max_new_tokens}")
 
 
-def ingest(net, cache, prompts):
+def prefill(net, cache, prompts):
     """Feed new text to one row of every sequence and commit it; return the hidden states (or scores) at its last token."""
     ids, n = pad(prompts, 0, cache.held.device)
     out = net(ids, cache, (torch.arange(len(n), device=n.device) * cache.K)[:, None])
@@ -153,7 +153,7 @@ def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_
     for start in range(0, len(prompts), size):
         batch = order[start:start + size]                # of similar length, so that little is padded
         cache = model.new_cache(len(batch))
-        h = ingest(model, cache, [prompts[i] for i in batch]).repeat_interleave(samples, 0)
+        h = prefill(model, cache, [prompts[i] for i in batch]).repeat_interleave(samples, 0)
         new = cache.held.new_tensor([most[i] for i in batch])
         limits = torch.minimum(model.config.max_len - cache.held, new).repeat_interleave(samples)
         drawn = draw(model, head, cache.fork(samples), h, masks, limits, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -228,12 +228,12 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
     if state is None:        # the prompt is encoded once, by one row per prompt, then forked into K
         room = min(max_new_tokens, limit)
         caches = [net.new_cache(B, max(map(len, prompts)) + room) for net in (model, prm.backbone)]
-        h = ingest(model, caches[0], prompts)
-        ingest(prm, caches[1], prompts)
+        h = prefill(model, caches[0], prompts)
+        prefill(prm, caches[1], prompts)
         state = State(caches[0].fork(K), caches[1].fork(K), h.repeat_interleave(K, 0))
     else:
-        state.h = ingest(model, state.policy, prompts).repeat_interleave(K, 0)
-        ingest(prm, state.prm, prompts)
+        state.h = prefill(model, state.policy, prompts).repeat_interleave(K, 0)
+        prefill(prm, state.prm, prompts)
     results = [Guided([], "", [], state) for _ in prompts]
     end = (state.policy.held + max_new_tokens).clamp(max=limit)                           # (B,)
     budget = lambda: torch.minimum(end - state.policy.held, limit - state.prm.held)       # markers fill the PRM's context alone
@@ -247,7 +247,7 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         if not bool(scores.isfinite().all()):
             number = len(results[int(alive[0])].steps) + 1
             raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
-        winners = promote(state, scores, torch.tensor([len(c) for c in candidates], device=alive.device), fed, alive)
+        winners = select(state, scores, torch.tensor([len(c) for c in candidates], device=alive.device), fed, alive)
         alive = commit(model, results, candidates, scores.tolist(), winners.tolist(), alive, budget(), K)
     for result in results:
         result.text = model.tokenizer.decode(result.ids) if model.tokenizer else ""
@@ -267,8 +267,8 @@ def score_candidates(prm, cache, candidates, groups):
     return prm(ids, cache, rows)[torch.arange(len(n), device=device), at], n
 
 
-# --- exercise 12: promote (4 points) ---
-def promote(state, scores, drawn, fed, alive):
+# --- exercise 12: select (4 points) ---
+def select(state, scores, drawn, fed, alive):
     """The best candidate of every sequence goes on (paper, Sec. 5): both caches keep its step, all K rows its hidden state.
 
     scores (G', K) of the candidates of the sequences `alive` (G',), some of the G that `state` (State, changed in place)

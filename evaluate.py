@@ -2,9 +2,6 @@
 
     python evaluate.py RUN                     measure every policy of a run directory again and rewrite its tables
     python evaluate.py RUN --samples 3         every policy's responses to the same prompts, with their scores
-    python evaluate.py [RUN] --score FILE      real outputs: answers to GSM8K or MATH questions by the verifier, ProcessBench's
-                                               F1 for the value model or a PRM, accuracy on preference pairs
-    python evaluate.py DIR --timing            what guided decoding costs: re-encoding, cached, and as done here
 
 A row is a policy (base, sft, sft_greedy, the baselines, mah_dpo, each head alone), a mix of heads, and perhaps a guide;
 a column is an objective's noise-free score, averaged over test prompts that no stage has seen, with half its 95 % interval:
@@ -13,7 +10,6 @@ students, and start from the same random seed: differences are paired. KL is the
 on its own samples: methods should be compared at equal distance. Results go to results.json, results.md and pareto.svg.
 """
 import argparse
-import copy
 import functools
 import itertools
 import json
@@ -21,8 +17,6 @@ import math
 import os
 import statistics
 import textwrap
-import time
-import timeit
 import zlib
 from typing import NamedTuple
 
@@ -30,13 +24,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (DATA_HELP, DOMAINS, OBJECTIVES, Dice, InputError, batches_by_length, domain_objectives, final_answer, gather,
-                  join_processes, majority, mine, pad, read_json, read_jsonl, read_outputs, read_preferences, read_steps,
-                  response_mask, run_command, same_answer, worlds_of, write_json, write_text)
-from decode import domain_mix, draw, find_prm, generate, guided_decode, ingest, read_run, score_candidates
-from mah_dpo import dpo_loss, encode_pair, log_ratio_margin, pair_logps, soup
+from data import (DOMAINS, RNG, InputError, OBJECTIVES, batches_by_length, domain_objectives, pad,
+                  read_json, read_jsonl, response_mask, run_command, write_json, write_text)
+from decode import domain_mix, find_prm, generate, guided_decode, read_run
+from interop.answers import majority
+from interop.datasets import worlds_of
+from interop.parallel import gather, join_processes, local_items
+from mah_dpo import dpo_loss, log_ratio_margin, pair_logps, soup
 from model import GPT, linear, load_hf, pick_device, sampling_dtype
-from prm import PRM, encode_steps, load_prm, score_sequences
 
 
 def seed_of(seed, *what):
@@ -53,12 +48,12 @@ class Conversation:
         self.turns = []                    # (ids before, messages before, response ids) of every assistant turn
         self.drawn = 0                     # tokens sampled for them, those of rejected candidates included
 
-    def answer(self, response, world, tokenizer, dice):
+    def answer(self, response, world, tokenizer, rng):
         """Record the assistant's response and play the user's reply, if there is one."""
         text = tokenizer.decode(response)
         self.turns.append((self.ids, list(self.messages), response))
         self.messages.append({"role": "assistant", "content": text})
-        reply = world.reply(self.problem, self.messages, dice)
+        reply = world.reply(self.problem, self.messages, rng)
         if reply is not None:
             self.messages.append({"role": "user", "content": reply})
             closing = [] if response[-1] == tokenizer.eos_id else [tokenizer.eos_id]
@@ -74,10 +69,10 @@ class Conversation:
 def converse(world, problems, tokenizer, respond, seed):
     """Play all conversations of a world at once; respond(conversations) -> one response (ids) for each."""
     conversations = [Conversation(p, tokenizer) for p in problems]
-    dice = [Dice(seed_of(seed, i)) for i in range(len(problems))]     # one per student: whom they meet does not matter
+    rng = [RNG(seed_of(seed, i)) for i in range(len(problems))]     # one per student: whom they meet does not matter
     for _ in range(world.turns):
         for i, response in enumerate(respond(conversations)):
-            conversations[i].answer(response, world, tokenizer, dice[i])
+            conversations[i].answer(response, world, tokenizer, rng[i])
     return conversations
 
 
@@ -231,9 +226,9 @@ class Bench:
     def problems(self, domain, n):
         """The prompts of a domain's tables: of the split that the configuration names."""
         split = self.config["split"]
-        return self.worlds[domain].problems(split, n, Dice(seed_of(self.seed, split, domain)))
+        return self.worlds[domain].problems(split, n, RNG(seed_of(self.seed, split, domain)))
 
-    def play(self, domain, job, problems):
+    def rollout(self, domain, job, problems):
         """The conversations of a row's policy about these problems -> conversations, the model."""
         world, model = self.worlds[domain], average(self.parts(job), list(job.models.values())).to(self.device)
         temperature = self.config["temperature"] if job.temperature is None else job.temperature
@@ -247,7 +242,7 @@ class Bench:
 
     def measure(self, domain, job):
         """-> {metric: its values, one per prompt}: noise-free scores, the answers' length, the tokens drawn, the KL."""
-        conversations, model = self.play(domain, job, self.problems(domain, self.config["n_test"]))
+        conversations, model = self.rollout(domain, job, self.problems(domain, self.config["n_test"]))
         scores = [c.scores(self.worlds[domain], self.tokenizer) for c in conversations]
         each = {name: [s[name] for s in scores] for name in scores[0]}
         each["tokens"] = [sum(len(r) for *_, r in c.turns) / len(c.turns) for c in conversations]
@@ -629,7 +624,7 @@ def evaluate(run, pair_rows, device=None):
     """Measure every row of a run of one seed, then publish. device: default the run's own."""
     bench = Bench(run, device)
     jobs = [(d, job) for d in bench.worlds for job in bench.jobs(d)] + [(d, job) for d in bench.worlds for job in bench.sweep(d)]
-    measured = [(i, bench.row(*jobs[i])) for i in tqdm(mine(range(len(jobs))), desc="tables", unit="row", disable=None)]
+    measured = [(i, bench.row(*jobs[i])) for i in tqdm(local_items(range(len(jobs))), desc="tables", unit="row", disable=None)]
     rows = [row for _, row in sorted(gather(measured), key=lambda pair: pair[0])] + pair_rows
     lines = [json.dumps({k: r[k] for k in ("domain", "policy", "guide", "weights", "each")}, separators=(",", ":"))
              for r in rows if "each" in r]
@@ -697,7 +692,7 @@ def show_samples(run, n, device=None):
                                                 for line in text.splitlines()))
     for domain, world in bench.worlds.items():
         problems, jobs = bench.problems(domain, n), list(bench.jobs(domain))
-        played = [bench.play(domain, job, problems)[0] for job in tqdm(jobs, desc=domain, unit="policy", disable=None)]
+        played = [bench.rollout(domain, job, problems)[0] for job in tqdm(jobs, desc=domain, unit="policy", disable=None)]
         for i, problem in enumerate(problems):
             print(f"=== {domain}, {bench.config['split']} prompt {i + 1}")
             for m in problem.messages():
@@ -712,261 +707,14 @@ def show_samples(run, n, device=None):
             print()
 
 
-# -- real outputs
-
-def score_answers(path):
-    """Models' answers to questions, verified (data.same_answer) -> rows of a table, what was left out."""
-    found, left = {}, {}
-    for question, said in read_outputs(path, left):
-        for name, text in said.items():
-            found.setdefault(name, []).append(float(same_answer(final_answer(text), question.answer)))
-    return [{"policy": name, "metrics": {"accuracy": summary(right)}} for name, right in found.items()], left
-
-
-def first_error_f1(sums):
-    """Sums or means of four columns of 0 and 1 (the response errs; and its first error is found; it is right; and it is passed)
-    -> ProcessBench's F1, the harmonic mean of the accuracies on responses that err and on right ones (arXiv 2412.06559)."""
-    errs, found, right, passed = sums
-    a, b = found / errs if errs else 0.0, passed / right if right else 0.0
-    return 2 * a * b / (a + b) if a + b else 0.0
-
-
-def localise(scores, labels, folds):
-    """Step scores of responses, their first wrong step (or -1) and a fold in {0, 1} of each -> the four columns of
-    first_error_f1. The first step that scores below a threshold is taken for the first error; a fold's threshold is the one
-    of the largest F1 on the other fold, so that no response has a say in its own."""
-    guess = lambda i, cut: next((t for t, s in enumerate(scores[i]) if s < cut), -1)
-    hit = lambda i, cut: (labels[i] >= 0, labels[i] == guess(i, cut) >= 0, labels[i] < 0, labels[i] == guess(i, cut) < 0)
-    rows = [None] * len(scores)
-    for fold in (0, 1):
-        others = [i for i, f in enumerate(folds) if f != fold]
-        steps = sorted(s for i in others for s in scores[i])
-        quality = lambda cut: first_error_f1(map(sum, zip(*(hit(i, cut) for i in others))))
-        best = max(steps[::max(1, len(steps) // 200)], key=quality)
-        for i in range(len(scores)):
-            rows[i] = hit(i, best) if folds[i] == fold else rows[i]
-    return [list(map(float, column)) for column in zip(*rows)]
-
-
-def score_first_errors(prm, output, path, seen):
-    """ProcessBench's measure of a PRM's output on labelled steps -> the row of a table, what was left out."""
-    boundary = OBJECTIVES[output].boundary if output in OBJECTIVES else "newline"
-    tokenizer, sequences, labels, folds, left = prm.backbone.tokenizer, [], [], [], {"seen in training": 0, "too long": 0}
-    for row in read_steps(path):
-        found = encode_steps(tokenizer, row.prompt, row.steps, boundary, prm.marker)
-        why = "seen in training" if seen(tokenizer.encode_chat(row.prompt)) else \
-            "too long" if not found or len(found[0]) > prm.backbone.config.max_len else None
-        if why:
-            left[why] += 1
-        else:
-            sequences.append(found)
-            labels.append(next((t for t, v in enumerate(row.labels) if v < 0.5), -1))
-            folds.append(zlib.crc32(json.dumps(row.prompt).encode()) % 2)
-    if len({(f, t >= 0) for f, t in zip(folds, labels)}) < 4:
-        raise InputError(f"{path}: {len(labels)} responses are left ({left}); each half of them, by hash of the prompt, must "
-                         "hold right and wrong ones")
-    columns = localise(score_sequences(prm, output, sequences), labels, folds)
-    part = lambda whole, hit: summary([h for w, h in zip(columns[whole], columns[hit]) if w])
-    return {"policy": f"PRM {output}", "metrics": {"errors found": part(0, 1), "right ones passed": part(2, 3),
-                                                   "F1": summary(jackknife(first_error_f1, columns))}}, left
-
-
-def score_preferences(bench, prm, output, seen, path):
-    """Accuracy on real pairs: of the implicit rewards of a run's policies (bench, if it is a run), and of a PRM's output on
-    whole responses -> rows of a table, what was left out."""
-    reader, rows, left = bench.sft if bench else prm.backbone, [], {}
-    preferences = read_preferences(path, output, left)
-    encoded = [encode_pair(p, reader) for p in preferences]
-    fresh = [i for i, p in enumerate(encoded) if p and not seen(p.prompt)]
-    pairs, unfit = [encoded[i] for i in fresh], encoded.count(None)
-    left |= {"seen in training": len(encoded) - unfit - len(fresh), "too long or alike": unfit}
-    if not pairs:
-        raise InputError(f"{path}: no pair is left ({left})")
-    if bench:
-        logps = {name: own_logps(bench.model(name), pairs)
-                 for name in ("sft", "base", "single_head_dpo", "modpo", f"dpo_{output}", "mah_dpo")}
-        for name, found in logps.items():
-            rows += pair_metrics_rows(name, found, logps["sft"], pairs, bench.config["beta"], bench.seed)
-    whole = lambda p, text: encode_steps(reader.tokenizer, p.prompt, [text], "turn", prm.marker)
-    chosen = score_sequences(prm, output, [whole(preferences[i], preferences[i].chosen) for i in fresh])
-    rejected = score_sequences(prm, output, [whole(preferences[i], preferences[i].rejected) for i in fresh])
-    right = summary([float(c > r) for c, r in zip(chosen, rejected)])
-    return rows + [{"policy": f"PRM {output}", "metrics": {"reward_accuracy": right}}], left
-
-
-def seen_in_training(bench):
-    """A function of a prompt's ids: did the run train on a response to it? (On any of the training questions in --data, it may
-    have.)"""
-    of = lambda name: [row for _, row in read_jsonl(os.path.join(bench.run, name)) if row["split"] == "train"]
-    known = {tuple(row["prompt"]) for name in ("pairs.jsonl", "mah_dpo_pairs.jsonl") for row in of(name)}
-    for world in bench.worlds.values() if bench.config["data"] else ():
-        known |= {tuple(bench.tokenizer.encode_chat(p.messages())) for p in world.problems("train", len(world.rows), Dice(0))}
-    labelled = [row["ids"] for row in of("labels.jsonl")]
-    return lambda ids: tuple(ids) in known or any(row[:len(ids)] == ids for row in labelled)
-
-
-def open_scored(directory, path, output, default, device):
-    """What is to be scored on a file -> (Bench of a run, or None; PRM; its output; seen_in_training). A run's objective may be
-    named by the file, as in --data."""
-    if directory is None:
-        raise InputError(f"{path}: name the run or the PRM that is to be scored: evaluate.py RUN --score {path}")
-    bench, seen = None, lambda ids: False
-    if {"objectives", "seeds"} <= read_json(os.path.join(directory, "config.json")).keys():
-        directory = seed_runs(directory)[0]
-        bench = Bench(directory, device)
-        seen, stem = seen_in_training(bench), os.path.basename(path).split(".")[0]
-        known, output = bench.objectives, output or (stem if stem in bench.objectives else default)
-    else:
-        prm = load_prm(directory).to(pick_device(device or "auto")).eval()
-        if prm.backbone.tokenizer is None:
-            raise InputError(f"{directory}: no tokenizer.json, nor vocab.json and merges.txt: without one it reads no texts")
-        known, output = prm.outputs, output or prm.outputs[0]
-    if output not in known:
-        raise InputError(f"{path}: say with --objective what it is about: {', '.join(known)}")
-    return bench, bench.prm(output) if bench else prm, output, seen
-
-
-@torch.no_grad()
-def score(directory, path, output, device):
-    """Print how real outputs fare; a file's kind shows in its rows. directory: a run, or a PRM's; answers need none."""
-    row = next(read_jsonl(path), ("", {}))[1]
-    if {"label", "labels"} & row.keys():
-        _, prm, output, seen = open_scored(directory, path, output, "math_accuracy", device)
-        found, left = score_first_errors(prm, output, path, seen)
-        rows, columns = [found], ["errors found", "right ones passed", "F1"]
-    elif {"chosen", "completions"} & row.keys():
-        rows, left = score_preferences(*open_scored(directory, path, output, None, device), path)
-        columns = ["loss", "margin", "reward_accuracy", "logp_accuracy"]
-    else:
-        (rows, left), columns = score_answers(path), ["accuracy"]
-    first = {"scored": lambda r: r["policy"], "n": lambda r: str(max(m["n"] for m in r["metrics"].values()))}
-    print(table(path, first, rows, columns) + "\nMean ± half the 95 % interval."
-          + "".join(f" {n} rows left out: {why}." for why, n in left.items() if n))
-
-
-# -- timings
-
-def sampled(model, cache, h, N):
-    """One step for timing: N tokens for every row, no earlier end, the usual sampling."""
-    masks = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool, device=h.device)
-    return draw(model, model.fold(0), cache, h, list(masks), cache.held.new_full((len(h),), N), temperature=1.0, top_k=50,
-                top_p=1.0, generator=torch.Generator().manual_seed(0), feed_last=True)
-
-
-def steps_carried(model, prm, prompt, K, S, N):
-    """This project's way, S steps of N tokens: both caches carried on. -> bytes of both caches"""
-    caches = [net.new_cache(1, len(prompt) + S * N) for net in (model, prm.backbone)]
-    h = ingest(model, caches[0], [prompt]).repeat_interleave(K, 0)
-    ingest(prm, caches[1], [prompt])
-    policy, judge = (cache.fork(K) for cache in caches)
-    for _ in range(S):
-        scores, fed = score_candidates(prm, judge, sampled(model, policy, h, N), None)
-        winner, size = int(scores[:, 0].argmax()), policy.nbytes() + judge.nbytes()
-        policy.keep(winner)
-        judge.keep(winner, fed[winner:winner + 1])
-        h[:] = h[winner].clone()
-    return size
-
-
-def steps_one_by_one(model, prm, prompt, K, S, N):
-    """As published: a cache is carried, but candidates are drawn one after another from copies of it, and the PRM reads
-    prompt and steps again for every candidate."""
-    running, text = model.new_cache(1, len(prompt) + S * N), list(prompt)
-    state = ingest(model, running, [prompt])
-    for _ in range(S):
-        tried = []
-        for _ in range(K):
-            cache, h = copy.deepcopy(running), state.clone()
-            ids, = sampled(model, cache, h, N)
-            tried.append((float(prm(torch.tensor([text + ids], device=h.device))[0, -1, 0]), ids, cache, h))
-        _, ids, running, state = max(tried, key=lambda t: t[0])
-        running.keep(0)
-        text += ids
-    return K * running.nbytes()
-
-
-def steps_encoded_again(model, prm, prompt, K, S, N):
-    """The plain way: every step encodes prompt and text anew, for K rows at once, and so does the PRM."""
-    text = list(prompt)
-    for _ in range(S):
-        cache = model.new_cache(K, len(text) + N)
-        drawn = sampled(model, cache, ingest(model, cache, [text] * K), N)
-        scores = prm(torch.tensor([text + ids for ids in drawn], device=prm.scale.device))[:, -1, 0]
-        text += drawn[int(scores.argmax())]
-    return cache.nbytes()
-
-
-@torch.no_grad()
-def timing(directory, device, S=2, N=16):
-    """Print the cost of guided decoding (S steps of N tokens) with the model of a run or of a Hugging Face directory, its
-    PRM a run's own or one with random weights on the same backbone; and one-token decoding beside the memory's speed."""
-    run = os.path.isdir(os.path.join(directory, "mah_dpo"))
-    model = load_hf(os.path.join(directory, "mah_dpo") if run else directory).to(device).eval()
-    trained = os.path.isdir(os.path.join(directory, "prm"))
-    prm = load_prm(os.path.join(directory, "prm")) if trained else \
-        PRM(model.with_heads(()), ["reward"], torch.Generator().manual_seed(0))
-    prm.to(device)
-    size, room = sum(p.numel() for p in model.parameters()), min(model.config.max_len, prm.backbone.config.max_len)
-    print(f"{size / 1e6:.1f} M parameters, {'its own' if trained else 'a random'} PRM, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}; {S} steps of {N} tokens")
-    methods = {"re-encoding": steps_encoded_again, "cached, one by one": steps_one_by_one, "carried (here)": steps_carried}
-    generator, rows, fed = torch.Generator().manual_seed(0), [], {model: 0, prm.backbone: 0}
-
-    def count(net, args, output):
-        fed[net] += args[0].numel()
-    for net in fed:
-        net.register_forward_hook(count)
-    for prefix in (128, 512, 2048):
-        if prefix + S * N > room:
-            print(f"a prefix of {prefix} does not fit the context of {room}: left out")
-            continue
-        prompt = torch.randint(0, model.config.vocab_size, (prefix,), generator=generator).tolist()
-        for K in tqdm((1, 2, 5, 10), desc=f"prefix {prefix}", unit="K", disable=None):
-            found = {}
-            for name, work in methods.items():
-                work(model, prm, prompt, K, 1, 2)                                         # warm up
-                fed.update(dict.fromkeys(fed, 0))
-                start = time.perf_counter()
-                held = work(model, prm, prompt, K, S, N)
-                found[name] = time.perf_counter() - start, held, *fed.values()
-            for name, (seconds, held, *tokens) in found.items():
-                rows.append([prefix, K, name, f"{seconds:.2f}", f"{K * S * N / seconds:.0f}",
-                             f"{seconds / found['carried (here)'][0]:.1f}", f"{held / 1e6:.1f}", *tokens])
-    head = ["prefix", "K", "method", "seconds", "tokens/s", "x here", "cache MB", "fed to policy", "fed to PRM"]
-    print(table("ways to decode", show(*head), [dict(zip(head, map(str, row))) for row in rows], []))
-    prompt = torch.randint(0, model.config.vocab_size, (min(64, room // 2),), generator=generator).tolist()
-    for _ in range(2):                                                                    # the first warms up
-        start = time.perf_counter()
-        drawn, = generate(model, [prompt], max_new_tokens=64, temperature=0)              # fewer tokens if it ends itself
-        per_token = (time.perf_counter() - start) / len(drawn)
-    source = torch.ones(64 * 2**20, device=device)
-    target = torch.empty_like(source)
-    copied = min(timeit.repeat(lambda: target.copy_(source)[-1].item(), number=1, repeat=5))       # .item() waits for a GPU
-    speed = 2 * source.nbytes / copied
-    read = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith(("heads.", "embed", "positions")))
-    read += model.heads[0].weight.nbytes
-    print(f"one token: {1e3 * per_token:.2f} ms; reading the {read / 1e6:.0f} MB of weights at the {speed / 1e9:.0f} GB/s of a copy "
-          f"takes {1e3 * read / speed:.2f} ms, {read / speed / per_token:.0%} of that")
-
-
 def main(argv=None):
-    """The command line: measure a finished run again, show its responses, score real outputs, or time decoding."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="a run directory written by train.py")
+    """The command line: measure a finished run again, or show its responses."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run directory written by train.py")
     parser.add_argument("--device", help="auto, cpu, cuda or mps (default: the run's own)")
     parser.add_argument("--samples", type=int, metavar="N", help="print every policy's responses to N prompts of each domain")
-    parser.add_argument("--score", metavar="FILE", help="score real outputs instead: models' answers (no run needed), labelled "
-                        "steps or preference pairs (`run` may be a PRM's directory)")
-    parser.add_argument("--objective", help="the objective that FILE is about, where its name does not tell")
-    parser.add_argument("--timing", action="store_true", help="time guided decoding instead; `run` may be any checkpoint")
     args = parser.parse_args(argv)
     join_processes()
-    if args.score is not None:
-        return score(args.run, args.score, args.objective, args.device)
-    if args.run is None:
-        raise InputError("name the run: python evaluate.py RUN")
-    if args.timing:
-        return timing(args.run, pick_device(args.device or "auto"))
     if not os.path.isfile(os.path.join(args.run, "results.json")):
         raise InputError(f"{args.run}: not a finished run (no results.json); finish it with train.py --resume {args.run}")
     if args.samples is not None:

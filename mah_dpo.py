@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data import dealt_batches, gather, pad, ranks, split_of
+from data import dealt_batches, pad, split_of
+from interop.parallel import gather, ranks
 from model import linear
 
 CHUNK = 4096     # response positions whose logits are made at once: without gradients, memory is bounded at CHUNK x V

@@ -10,7 +10,6 @@ into forward and never hidden in a layer; K candidate rows of one sequence share
 Checkpoints are Hugging Face directories; safetensors files are read and written here.
 """
 import copy
-import functools
 import json
 import math
 import os
@@ -22,12 +21,11 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, Tokenizer, rank, ranks, read_json, write_json, writing
+from data import InputError, Tokenizer, read_json, write_json, writing
+from interop.parallel import gathered, like, rank, shard, whole
 
 
 @dataclass
@@ -128,7 +126,7 @@ class KVCache:
         # A CPU looks at what is there; an accelerator at all places, so that shapes stay the same from token to token.
         length, mask = end if device.type == "cpu" else self.k[0].shape[2], None
         if K > 1 or T > 1 or device.type != "cpu" or bool((held != self.high).any()):
-            seen = visible(held, self.high, K, k, t, length).flatten(1, 2).repeat_interleave(self.per_key, 1)[:, None]
+            seen = attention_mask(held, self.high, K, k, t, length).flatten(1, 2).repeat_interleave(self.per_key, 1)[:, None]
             mask = torch.zeros(seen.shape, device=device, dtype=self.k[0].dtype).masked_fill(~seen, -math.inf)
         return View(groups, places, length, positions, mask)
 
@@ -183,8 +181,8 @@ class KVCache:
         return sum(x.nbytes for x in (*self.k, *self.v))
 
 
-# --- exercise 9: visible (3 points) ---
-def visible(held, high, K, k, t, length):
+# --- exercise 9: attention_mask (3 points) ---
+def attention_mask(held, high, K, k, t, length):
     """Which places of a KVCache T new tokens of m rows of each of G' sequences see -> (G' or 1, m, T, length) bool.
 
     held (G',) prefix places that a sequence has filled, from 0; at `high` the steps begin, where the K rows take turns:
@@ -824,47 +822,6 @@ def save_directory(directory, tensors, model, **extra):
     save_safetensors(tensors, os.path.join(directory, "model.safetensors"))
     dtype = model.embed.weight.dtype
     write_json(os.path.join(directory, "config.json"), hf_config(model.config, dtype, **extra))
-
-
-# -- several processes (torchrun)
-
-@functools.cache
-def mesh(device):
-    """All processes in one row, which share every tensor; made once for each device."""
-    return init_device_mesh(torch.device(device).type, (ranks(),))
-
-
-def shard(net, device):
-    """Split every parameter over the processes by its rows (FSDP2): a block's are gathered when it computes, those outside
-    the blocks, such as embedding and heads, for the length of a step; gradients come out as means over the processes."""
-    if ranks() > 1:
-        for module in [*getattr(net, "layers", ()), net]:
-            fully_shard(module, mesh=mesh(device))
-    return net
-
-
-def placed(t, device):
-    """t on a device; of several processes each keeps its shard of the rows."""
-    if ranks() == 1:
-        return t.to(device)
-    return distribute_tensor(t.to(device), mesh(device), [Shard(0)], src_data_rank=None).clone()     # lets go of the whole
-
-
-def whole(t):
-    """A tensor of which every process may hold a shard, in full."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def gathered(p):
-    """A parameter to be saved: where it is sharded, in full in the first process's main memory, and nowhere else."""
-    if not isinstance(p, DTensor):
-        return p.detach()
-    return whole(p.detach()).to("cpu" if rank() == 0 else "meta")
-
-
-def like(t, other):
-    """t on the device of `other`, and sharded as that is."""
-    return placed(t, other.device) if isinstance(other, DTensor) else t.to(other.device)
 
 
 def sampling_dtype(dtype, device):

@@ -19,8 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import OBJECTIVES, InputError, batches_by_length, pad
-from model import GPT, Checkpoint, backbone_tensors, gathered, load_tokenizer, read_config, save_directory
+from data import InputError, OBJECTIVES, batches_by_length, pad
+from interop.parallel import gathered
+from model import Checkpoint, GPT, backbone_tensors, load_tokenizer, read_config, save_directory
 
 VERIFIABLE = {name for name, objective in OBJECTIVES.items() if objective.case == "verifiable"}
 STEP = "step_correctness"      # the auxiliary output, see PRM.forward

@@ -71,19 +71,21 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import (DATA_HELP, DOMAINS, ENGAGING, OBJECTIVES, Dice, InputError, Tokenizer, batches_by_length, dealt_batches,
-                  domain_objectives, fit_threshold, gather, holds_questions, join_processes, judge, mine, pad, rank, ranks,
-                  read_json, read_jsonl, read_preferences, read_steps, run_command, select_objectives, split_of, total, worlds_of,
-                  write_json, write_text)
+from data import (DOMAINS, RNG, ENGAGING, InputError, OBJECTIVES, Tokenizer, batches_by_length,
+                  dealt_batches, domain_objectives, fit_threshold, judge, pad, read_json,
+                  read_jsonl, run_command, select_objectives, split_of, write_json, write_text)
 from decode import domain_mix, generate, parse_weights, read_run
-from evaluate import (average, converse, evaluate, find_variants, load_rows, own_logps, pair_metrics_rows, plain_responder,
-                      publish, seed_of, seed_runs)
-from mah_dpo import (Pair, balanced_mean, encode_pair, mah_dpo_loss, make_optimizer, modpo_loss, pack, pair_logps,
-                     pair_metrics, policy_logps)
-from model import (GPT, GPTConfig, like, load_hf, load_safetensors, pick_device, placed, read_metadata, sampling_dtype, save_hf,
-                   save_safetensors, shard, whole)
-from prm import (PRM, STEP, VERIFIABLE, Labelled, bradley_terry_loss, encode_steps, hindsight_targets, majority_labels,
-                 pair_scores, save_prm, step_loss, step_scores)
+from evaluate import (average, converse, evaluate, find_variants, load_rows, own_logps,
+                      pair_metrics_rows, plain_responder, publish, seed_of, seed_runs)
+from interop.datasets import DATA_HELP, holds_questions, read_preferences, read_steps, worlds_of
+from interop.parallel import (gather, join_processes, like, local_items, placed, rank, ranks, shard,
+                              total, whole)
+from mah_dpo import (Pair, balanced_mean, encode_pair, mah_dpo_loss, make_optimizer, modpo_loss,
+                     pack, pair_logps, pair_metrics, policy_logps)
+from model import (GPT, GPTConfig, load_hf, load_safetensors, pick_device, read_metadata,
+                   sampling_dtype, save_hf, save_safetensors)
+from prm import (Labelled, PRM, STEP, VERIFIABLE, bradley_terry_loss, encode_steps,
+                 hindsight_targets, majority_labels, pair_scores, save_prm, step_loss, step_scores)
 
 
 def option(default, text, fast=None):
@@ -189,9 +191,9 @@ class Run:
         """A torch.Generator for one purpose."""
         return torch.Generator().manual_seed(seed_of(self.config.seed, *what))
 
-    def dice(self, *what):
+    def rng(self, *what):
         """Python-side draws for one purpose."""
-        return Dice(seed_of(self.config.seed, *what))
+        return RNG(seed_of(self.config.seed, *what))
 
     def load(self, name):
         """A trained model of this run, ready to train on, and sharded over the processes."""
@@ -358,7 +360,7 @@ def language_model(run, stage, model, examples, steps, lr, batch_size=64, files=
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
     def backward(index):
-        index = mine(index)
+        index = local_items(index)
         ids, _ = pad([examples[i][0] for i in index], model.tokenizer.pad_id, run.device)
         mask, _ = pad([[int(m) for m in examples[i][1]] for i in index], 0, run.device)
         r, t = mask[:, 1:].nonzero(as_tuple=True)
@@ -413,10 +415,10 @@ def train_base(run):
     if run.config.init:
         save_hf(load_init(run), run.file("base"), weights=0)
         return
-    tokenizer, dice, examples = Tokenizer.embedded(), run.dice("base", "data"), []
+    tokenizer, rng, examples = Tokenizer.embedded(), run.rng("base", "data"), []
     for domain in DOMAINS.values():
-        for problem in domain.problems("train", 8000, dice):
-            ids, _ = chat_example(tokenizer, domain.conversation(problem, dice))
+        for problem in domain.problems("train", 8000, rng):
+            ids, _ = chat_example(tokenizer, domain.conversation(problem, rng))
             examples.append((ids, [True] * len(ids)))
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab), run.generator("base", "weights")).to(run.device)
     model.tokenizer = tokenizer
@@ -434,12 +436,12 @@ def train_sft(run):
 def sft_examples(run, model):
     """Stage 2's (ids, mask): careful demonstrations, or the chosen responses of real pairs. InputError if one is longer
     than the context."""
-    dice, config = run.dice("sft", "data"), run.config
+    rng, config = run.rng("sft", "data"), run.config
     examples = [(p.prompt + p.chosen, [False] * len(p.prompt) + [True] * len(p.chosen))
                 for p in read_real_pairs(run, model)[0]] if config.data else []
     for world in run.worlds(model).values():
-        for problem in world.problems("train", min(2500, 25 * config.sft_steps), dice):
-            examples.append(chat_example(model.tokenizer, world.conversation(problem, dice, careful=True)))
+        for problem in world.problems("train", min(2500, 25 * config.sft_steps), rng):
+            examples.append(chat_example(model.tokenizer, world.conversation(problem, rng, careful=True)))
     longest = max(len(ids) for ids, _ in examples)
     if longest > model.config.max_len:
         raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short for the embedded worlds, "
@@ -530,25 +532,25 @@ def make_pairs(run):
     write_rows(run.file("pairs.jsonl"), pairs)
 
 
-def play(run, what, name, model, mix, world, split, n):
+def rollout(run, what, name, model, mix, world, split, n):
     """The beginning of every sampling stage: a policy answers training problems of n turns in all, or 15 % as many development
-    problems. -> every turn as (problem, messages before, ids before, response), the judge's Dice, the generator for further samples"""
+    problems. -> every turn as (problem, messages before, ids before, response), the judge's RNG, the generator for further samples"""
     seed, n = (what, name, world.name, split), max(8, n if split == "train" else int(0.15 * n)) // world.turns
-    problems = mine(world.problems(split, n, run.dice(*seed)))
+    problems = local_items(world.problems(split, n, run.rng(*seed)))
     # The processes have drawn the same problems; from here on each draws apart.
-    dice, generator = run.dice(*seed, "judge", *run.own), run.generator(*seed, *run.own)
+    rng, generator = run.rng(*seed, "judge", *run.own), run.generator(*seed, *run.own)
     student = seed_of(run.config.seed, *seed, "student", *run.own)
     with tqdm(total=len(problems) * world.turns, desc=f"{world.name}: {what}, {split}", unit="answer", disable=None) as bar:
         respond = plain_responder(model, world, mix, run.config.temperature, generator, progress=bar.update)
         played = converse(world, problems, model.tokenizer, respond, student)
-    return [(c.problem, before, ids, response) for c in played for ids, before, response in c.turns], dice, generator
+    return [(c.problem, before, ids, response) for c in played for ids, before, response in c.turns], rng, generator
 
 
 def sample_pairs(run, name, model, mix, world, split, names):
     """Several answers of a policy to every prompt, judged for the objectives `names` -> list of Pair, the best against the worst."""
     config, tokenizer = run.config, model.tokenizer
     # The contexts to answer: the problems themselves, or every turn of a dialogue that the policy has played.
-    contexts, dice, generator = play(run, "samples", name, model, mix, world, split, config.n_prompts)
+    contexts, rng, generator = rollout(run, "samples", name, model, mix, world, split, config.n_prompts)
     with tqdm(total=len(contexts) * config.n_samples, desc=f"{world.name} {split}", unit="sample", disable=None) as bar:
         answers = generate(model, [ids for _, _, ids, _ in contexts], weights=mix, samples=config.n_samples,
                            max_new_tokens=world.max_new_tokens, temperature=config.temperature, generator=generator,
@@ -557,7 +559,7 @@ def sample_pairs(run, name, model, mix, world, split, names):
     for i, (problem, before, ids, _) in enumerate(contexts):
         responses = answers[i * config.n_samples:(i + 1) * config.n_samples]
         scores = [world.scores(problem, before, tokenizer.decode(r)) for r in responses]
-        ratings = [{n: s[n] if OBJECTIVES[n].case == "verifiable" else judge(s[n], dice) for n in names} for s in scores]
+        ratings = [{n: s[n] if OBJECTIVES[n].case == "verifiable" else judge(s[n], rng) for n in names} for s in scores]
         for o in names:
             best, worst = (f(range(len(responses)), key=lambda k: ratings[k][o]) for f in (max, min))
             if ratings[best][o] - ratings[worst][o] > 0.1 and responses[best] != responses[worst]:
@@ -594,11 +596,11 @@ def make_labels(run):
 
 def judge_turns(run, name, model, mix, world, split, names):
     """Case B: every turn of a policy's dialogues, judged as it is -> list of Labelled."""
-    turns, dice, _ = play(run, "turns", name, model, mix, world, split, run.config.n_prompts)
+    turns, rng, _ = rollout(run, "turns", name, model, mix, world, split, run.config.n_prompts)
     rows = []
     for problem, before, ids, response in turns:
         scores = world.scores(problem, before, model.tokenizer.decode(response))
-        targets = {o: float(judge(scores[o], dice) > 0.5) for o in names}
+        targets = {o: float(judge(scores[o], rng) > 0.5) for o in names}
         rows.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
     return rows
 
@@ -606,12 +608,12 @@ def judge_turns(run, name, model, mix, world, split, names):
 def calibrate_judge(run, model, name):
     """Case A: the judge's threshold, fitted on 200 rated development examples, and the agreement on another 200.
     -> a row for the log."""
-    world, dice, generator = DOMAINS[OBJECTIVES[name].domain], run.dice("judge", name), run.generator("judge", name)
+    world, rng, generator = DOMAINS[OBJECTIVES[name].domain], run.rng("judge", name), run.generator("judge", name)
     respond = plain_responder(model, world, 0, run.config.temperature, generator)
     student = seed_of(run.config.seed, "judge", name)
-    rated = converse(world, world.problems("dev", 400, dice), model.tokenizer, respond, student)
+    rated = converse(world, world.problems("dev", 400, rng), model.tokenizer, respond, student)
     scores = [c.scores(world, model.tokenizer)[name] for c in rated]
-    ratings, gold = [judge(s, dice) for s in scores], [s >= ENGAGING for s in scores]
+    ratings, gold = [judge(s, rng) for s in scores], [s >= ENGAGING for s in scores]
     half = len(scores) // 2
     threshold, fitted = fit_threshold(ratings[:half], gold[:half])
     agreement = sum((r > threshold) == g for r, g in zip(ratings[half:], gold[half:])) / half
@@ -624,7 +626,7 @@ def calibrate_judge(run, model, name):
 def label_rollouts(run, name, model, mix, world, split, names, cuts):
     """Rollouts from every prefix of a policy's responses -> Labelled rows with hindsight targets and majority labels."""
     config, tokenizer, more = run.config, model.tokenizer, run.config.rollouts - 1
-    answers, dice, generator = play(run, "rollouts", name, model, mix, world, split, config.n_rollout_prompts)
+    answers, rng, generator = rollout(run, "rollouts", name, model, mix, world, split, config.n_rollout_prompts)
     ends = [tokenizer.step_ends(response, world.boundary) for *_, response in answers]
     starts = [(ids + response[:e + 1], e) for (*_, ids, response), found in zip(answers, ends) for e in found[:-1]]
     with tqdm(total=len(starts) * more, desc=f"rollouts of {name}, {split}", unit="rollout", disable=None) as bar:
@@ -638,7 +640,7 @@ def label_rollouts(run, name, model, mix, world, split, names, cuts):
         sets, steps = sets + [[response] * config.rollouts], step_texts(tokenizer, response, world.boundary)
         r = world.verify(problem, steps)[1] if VERIFIABLE & set(names) else [None] * len(steps)
         targets = {o: (hindsight(world, problem, tokenizer, r, sets, config.gamma) if o in VERIFIABLE
-                       else verdicts(world, problem, tokenizer, o, sets, cuts[o], dice)).tolist() for o in names}
+                       else verdicts(world, problem, tokenizer, o, sets, cuts[o], rng)).tolist() for o in names}
         known = r.index(0.0) + 1 if 0.0 in r else len(r)    # what follows a wrong step is judged by that, not by what it says
         targets[STEP] = r[:known] + [None] * (len(r) - known)
         rows.append(Labelled(prompt + response, [len(prompt) + e for e in found],
@@ -660,9 +662,9 @@ def hindsight(world, problem, tokenizer, r, sets, gamma):
     return hindsight_targets(torch.tensor([right or 0.0 for right in r]), n, z, gamma)
 
 
-def verdicts(world, problem, tokenizer, name, sets, threshold, dice):
+def verdicts(world, problem, tokenizer, name, sets, threshold, rng):
     """Case A: the judge's verdict on every completed rollout, then majority_labels."""
-    rate = lambda r: judge(world.scores(problem, [], tokenizer.decode(r))[name], dice)
+    rate = lambda r: judge(world.scores(problem, [], tokenizer.decode(r))[name], rng)
     return majority_labels(torch.tensor([[rate(r) > threshold for r in rollouts] for rollouts in sets]))
 
 
@@ -746,7 +748,7 @@ def train_prm(run, name, outputs):
         for index in dealt_batches([len(r) for r in labelled], 2048):
             yield [labelled[i] for i in index]
         if compared:
-            yield mine(compared)
+            yield local_items(compared)
 
     def backward(batch):
         losses, labels = torch.zeros(2, len(outputs), device=run.device)
@@ -1140,8 +1142,8 @@ def check_inputs(run):
     for domain in run.domains:                              # a world that is too small for what is asked
         world, names = DOMAINS[domain], domain_objectives(domain, run.objectives)
         rolled = {OBJECTIVES[o].case for o in names} & {"verifiable", "A"}
-        world.problems(config.split, config.n_test, Dice(0))
-        world.problems("train", max(config.n_prompts, config.n_rollout_prompts if rolled else 0) // world.turns, Dice(0))
+        world.problems(config.split, config.n_test, RNG(0))
+        world.problems("train", max(config.n_prompts, config.n_rollout_prompts if rolled else 0) // world.turns, RNG(0))
     if model:
         sft_examples(run, model)               # a context that is too short, a chat template that is not read
 

@@ -62,7 +62,7 @@ def few_problems():
     """At most 40 problems wherever a stage asks for thousands: whole runs in seconds."""
     plain = World.problems
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(World, "problems", lambda self, split, n, dice: plain(self, split, min(n, 40), dice))
+        patch.setattr(World, "problems", lambda self, split, n, rng: plain(self, split, min(n, 40), rng))
         yield
 
 

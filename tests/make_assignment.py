@@ -20,6 +20,7 @@ from data import InputError, run_command
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILES = ("data.py", "model.py", "prm.py", "mah_dpo.py", "decode.py", "evaluate.py", "train.py")
 BESIDE = ("README.md", "requirements.txt", "LICENSE", ".gitignore")
+FOLDERS = ("interop", "experiments")
 TOOLS = ("make_assignment.py", "grade.py", "mutants.py", "test_course.py")
 FENCE = re.compile(r"\s*# --- (end of )?exercise ([0-9]{1,3})(?:: (.+) \(([0-9]{1,3}) points?\))? ---\s*")
 
@@ -111,7 +112,8 @@ def make_assignment(out, change=None):
              if n.endswith(".py") and n not in TOOLS]
     new = out.rstrip("/\\") + ".tmp"
     shutil.rmtree(new, ignore_errors=True)
-    files = [f for f in (*FILES, *BESIDE, *tests) if os.path.exists(os.path.join(HOME, f))]
+    beside = [os.path.join(d, n) for d in FOLDERS for n in sorted(os.listdir(os.path.join(HOME, d))) if n.endswith(".py")]
+    files = [f for f in (*FILES, *BESIDE, *beside, *tests) if os.path.exists(os.path.join(HOME, f))]
     write(new, {f: change.get(f) or read(HOME, f) for f in files})
     os.replace(new, out)
 

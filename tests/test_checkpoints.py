@@ -259,14 +259,14 @@ def test_parts_of_a_fused_map_must_each_fit(tmp_path):
 def test_random_damage_to_config_and_index(tmp_path):
     """A damaged config.json or index must be refused or read; it must never crash, hang, or take the machine's memory."""
     write(str(tmp_path), CASES["llama3.1"], tensors_of(CASES["llama3.1"], torch.Generator().manual_seed(3)), shards=2)
-    dice, outcomes = random.Random(0), {"read": 0, "refused": 0}
+    rng, outcomes = random.Random(0), {"read": 0, "refused": 0}
     values = [0, -1, 1, 2, 10**9, 10**30, 1e300, 0.5, None, True, "x", "", [], [1], {}, {"a": 1}, "float32"]
     for name in ("config.json", "model.safetensors.index.json"):
         good = (tmp_path / name).read_text()
         for _ in range(300):
             content = json.loads(good)
-            part = dice.choice([content, *(v for v in content.values() if isinstance(v, dict) and v)])
-            part[dice.choice(list(part))] = dice.choice(values)
+            part = rng.choice([content, *(v for v in content.values() if isinstance(v, dict) and v)])
+            part[rng.choice(list(part))] = rng.choice(values)
             (tmp_path / name).write_text(json.dumps(content))
             try:
                 load_hf(str(tmp_path))

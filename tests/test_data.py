@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import data
-from data import (DOMAINS, OBJECTIVES, Dice, InputError, Problem, World, batches_by_length, believed, domain_objectives,
-                  fit_threshold, judge, pad, read_json, response_mask, right, select_objectives, split_of)
+from data import (DOMAINS, RNG, InputError, OBJECTIVES, Problem, World, batches_by_length,
+                  believed, domain_objectives, fit_threshold, judge, pad, read_json, response_mask,
+                  right, select_objectives, split_of)
 
 
 # -- objectives
@@ -51,7 +52,7 @@ def test_domain_objectives():
 def test_dice_depend_on_their_seed_only():
     """Draws from global random state: two runs of the same seed would differ."""
     torch.manual_seed(1)
-    a, b, c = Dice(7), Dice(7), Dice(8)
+    a, b, c = RNG(7), RNG(7), RNG(8)
     first = [a.random() for _ in range(5000)]          # more than one block of the pool
     torch.manual_seed(2)
     assert first == [b.random() for _ in range(5000)]
@@ -61,8 +62,8 @@ def test_dice_depend_on_their_seed_only():
 
 def test_judge_noise_is_calibrated():
     """A biased judge, or a variance where a standard deviation is meant, spoils every training label."""
-    dice = Dice(3)
-    ratings = [judge(0.4, dice) for _ in range(4000)]
+    rng = RNG(3)
+    ratings = [judge(0.4, rng) for _ in range(4000)]
     assert abs(statistics.mean(ratings) - 0.4) < 0.01
     assert abs(statistics.stdev(ratings) - data.JUDGE_NOISE) < 0.005
 
@@ -71,7 +72,7 @@ def test_judge_noise_is_calibrated():
 def test_splits_share_no_prompt(domain):
     """Test prompts seen in training: every number of the tables would be too good."""
     world = DOMAINS[domain]
-    prompts = {s: [p.prompt for p in world.problems(s, 60, Dice(seed))] for seed, s in enumerate(("train", "dev", "test"))}
+    prompts = {s: [p.prompt for p in world.problems(s, 60, RNG(seed))] for seed, s in enumerate(("train", "dev", "test"))}
     for split, found in prompts.items():
         assert len(found) == len(set(found)) == 60
         assert all(split_of(p) == split for p in found)
@@ -89,14 +90,14 @@ def test_too_many_problems_is_an_error():
     class Small(World):
         name = "small"
 
-        def problem(self, dice):
-            return Problem(dice.choice("abcdefghij"))
+        def problem(self, rng):
+            return Problem(rng.choice("abcdefghij"))
 
     held = [c for c in "abcdefghij" if split_of(c) == "train"]
-    found = Small().problems("train", len(held), Dice(0))
+    found = Small().problems("train", len(held), RNG(0))
     assert sorted(p.prompt for p in found) == held and 0 < len(held) < 10
     with pytest.raises(ValueError, match=f"small world has fewer than {len(held) + 1} distinct train"):
-        Small().problems("train", len(held) + 1, Dice(0))
+        Small().problems("train", len(held) + 1, RNG(0))
 
 
 # -- worlds
@@ -132,7 +133,7 @@ def test_math_scores():
 
 def test_math_problems_are_what_they_say():
     """A stored answer that is not the left-to-right value of the prompt, or values outside the facts that are taught."""
-    for problem in DOMAINS["math"].problems("dev", 200, Dice(4)):
+    for problem in DOMAINS["math"].problems("dev", 200, RNG(4)):
         tokens = problem.prompt.removesuffix(" = ?").split()
         value = int(tokens[0])
         for op, b in zip(tokens[3::4], tokens[4::4]):
@@ -200,22 +201,22 @@ def test_student_replies_twice_and_learns_from_good_tutoring():
     for response in ("not quite . 3 + 4 = 7 . good try ! what comes next ?", "yes ."):
         problem, messages = lesson()
         messages.append({"role": "assistant", "content": response})
-        dice = Dice(5)
-        replies = [tutoring.reply(problem, messages, dice) for _ in range(300)]
+        rng = RNG(5)
+        replies = [tutoring.reply(problem, messages, rng) for _ in range(300)]
         assert all(re.fullmatch(r"(oh nice|hmm ok) \. i get z = \d+ \.", r) for r in replies)
         learnt[response] = sum("z = 5 " in r for r in replies) / 300
     good, bad = learnt.values()
     assert good > bad + 0.3
     problem, messages = lesson("ok .", "ok .")
-    assert tutoring.reply(problem, messages + [{"role": "assistant", "content": "ok ."}], Dice(0)) is None
+    assert tutoring.reply(problem, messages + [{"role": "assistant", "content": "ok ."}], RNG(0)) is None
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_conversations_have_the_promised_shape(domain):
     """Roles that do not alternate, or a conversation that ends with the user: there is no response to train on."""
-    world, dice = DOMAINS[domain], Dice(2)
-    for problem in world.problems("train", 30, dice):
-        roles = [m["role"] for m in world.conversation(problem, dice)]
+    world, rng = DOMAINS[domain], RNG(2)
+    for problem in world.problems("train", 30, rng):
+        roles = [m["role"] for m in world.conversation(problem, rng)]
         assert roles == ["user", "assistant"] * (3 if domain == "tutoring" else 1) == ["user", "assistant"] * world.turns
 
 
@@ -224,9 +225,9 @@ def test_careful_demonstrations_err_less():
     for domain, metric in (("math", "math_accuracy"), ("tutoring", "tutor_accuracy")):
         world, mean = DOMAINS[domain], {}
         for careful in (False, True):
-            dice = Dice(9)
-            found = [world.problem(dice) for _ in range(1500)]
-            chats = [world.conversation(p, dice, careful) for p in found]
+            rng = RNG(9)
+            found = [world.problem(rng) for _ in range(1500)]
+            chats = [world.conversation(p, rng, careful) for p in found]
             mean[careful] = statistics.mean(world.scores(p, m[:1], m[1]["content"])[metric] for p, m in zip(found, chats))
         assert 0.1 < mean[False] < mean[True] - 0.02 and mean[True] < 0.95
 

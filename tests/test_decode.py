@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import decode
-from data import PATTERN, InputError, Tokenizer, write_json
+from data import InputError, PATTERN, Tokenizer, write_json
 from decode import generate, guided_decode, parse_weights, sample
 from model import GPT, GPTConfig, save_hf
 from prm import PRM, save_prm

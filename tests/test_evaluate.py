@@ -1,22 +1,15 @@
 """evaluate.py: statistics, findings, picture, timings. Every docstring states the bug that its test prevents. (Whole tables are
 tested with train.py.)"""
 import itertools
-import json
 import math
-import os
 import random
 import re
-import time
 import xml.etree.ElementTree as ElementTree
-import zlib
 
 import pytest
-import torch
 
 import evaluate
-from data import InputError, write_json
-from model import GPT, GPTConfig, save_hf
-from prm import PRM, load_prm, save_prm
+from data import write_json
 
 
 def test_intervals_are_student_t():
@@ -193,120 +186,6 @@ def test_picture_has_room_for_its_labels():
     ElementTree.fromstring(evaluate.pareto_svg([]))
 
 
-# -- real outputs
-
-def test_first_errors_by_hand():
-    """Prevents: another F1 than ProcessBench's, an error found too late that counts, a right response that is blamed and passes,
-    a threshold chosen with the response's own help."""
-    assert evaluate.first_error_f1([4, 1, 10, 5]) == pytest.approx(2 * 0.25 * 0.5 / 0.75)
-    assert evaluate.first_error_f1([4, 0, 10, 9]) == 0 == evaluate.first_error_f1([4, 4, 10, 0])
-    scores = [[0.9, 0.2, 0.1], [0.9, 0.3], [0.8, 0.9], [0.2, 0.9], [0.9, 0.1], [0.7, 0.8]]
-    labels, folds = [1, 1, -1, -1, 0, -1], [0, 1, 0, 1, 1, 1]
-    errs, found, right, passed = evaluate.localise(scores, labels, folds)
-    assert errs == [1, 1, 0, 0, 1, 0] and right == [0, 0, 1, 1, 0, 1]
-    # Fold 1 is best cut at 0.7 (F1 1/2, finding row 1 and passing row 5), fold 0 at 0.8; each is judged by the other's cut.
-    assert found == [1, 1, 0, 0, 0, 0] and passed == [0, 0, 1, 0, 0, 0]
-    shifted = [[s + 5 for s in row] if f == 1 else row for row, f in zip(scores, folds)]
-    columns = evaluate.localise(shifted, labels, folds)
-    assert [columns[1][i] + columns[3][i] for i, f in enumerate(folds) if f == 0] == [0, 0]      # all below the other's cut
-
-
-@pytest.fixture
-def judged(gpt, tmp_path):
-    """A PRM's directory, and a function that writes rows to a file in it."""
-    save_prm(PRM(gpt.with_heads(()), ["math_accuracy", "honesty"], torch.Generator().manual_seed(1)), str(tmp_path / "prm"))
-
-    def write(name, rows):
-        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-        return str(tmp_path / name)
-    return str(tmp_path / "prm"), write
-
-
-def cells(capsys):
-    """The printed table's rows as lists of cells, and the rest."""
-    out = capsys.readouterr().out
-    return [[c.strip() for c in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")][2:], out
-
-
-def test_scoring_answers(judged, capsys):
-    """Prevents: answers scored as text, or one model's under another's name, or left out in silence."""
-    _, write = judged
-    rows = [{"question": "q", "answer": f"#### {i}", "a": {"solution": f"it is {i}.0"}, "b": {"solution": "A: 1"}} for i in range(4)]
-    evaluate.main(["--score", write("answers.jsonl", rows + [rows[0] | {"answer": ""}])])
-    found, out = cells(capsys)
-    assert "1 rows left out: the answer is empty." in out
-    assert found == [["a", "4", "1.000 ±0.000"], ["b", "4", "0.250 ±0.796"]]
-
-
-def test_scoring_first_errors(judged, capsys):
-    """Prevents: steps scored at the wrong tokens, rows that do not fit left out in silence."""
-    directory, write = judged
-    steps = lambda i: [f"a {i} + 4 = 9", f"b 9 - {i} = 7", "answer 7"]
-    rows = [{"problem": f"{i} + 4 ?", "steps": steps(i), "label": -1 if i % 8 < 4 else i % 3} for i in range(12)]
-    path = write("steps.jsonl", rows + [{"problem": "4 " * 200, "steps": ["5"], "label": -1}])
-    evaluate.main([directory, "--score", path])
-    ((name, n, *_, f1),), out = cells(capsys)
-    assert (name, n) == ("PRM math_accuracy", "12") and "1 rows left out: too long." in out
-    prm, scores = load_prm(directory), []
-    tokenizer = prm.backbone.tokenizer
-    for r in rows:
-        ids, ends = tokenizer.encode_chat([{"role": "user", "content": r["problem"]}]), []
-        for text in (*(s + "\n" for s in r["steps"][:-1]), r["steps"][-1]):
-            ids = ids + tokenizer.encode(text) + ([] if text.endswith("\n") else [tokenizer.eos_id])
-            ends.append(len(ids) - 1)
-        scores.append(prm(torch.tensor([ids]))[0, ends, 0].tolist())
-    folds = [zlib.crc32(json.dumps([{"role": "user", "content": r["problem"]}]).encode()) % 2 for r in rows]
-    columns = evaluate.localise(scores, [r["label"] for r in rows], folds)
-    assert f1.startswith(f"{evaluate.first_error_f1(list(map(sum, columns))):.3f} ±")
-
-
-def test_scoring_pairs_by_a_prm(judged, capsys):
-    """Prevents: chosen and rejected swapped, or scored by another output than the one named."""
-    directory, write = judged
-    pairs = [{"prompt": f"what of {i} ?", "chosen": "the color is red ." * (i % 3 + 1), "rejected": "no ."} for i in range(9)]
-    path = write("pairs.jsonl", pairs + [{"prompt": "what ?", "chosen": "red " * 200, "rejected": "no"}])
-    evaluate.main([directory, "--score", path, "--objective", "honesty"])
-    found, out = cells(capsys)
-    prm = load_prm(directory)
-    tokenizer = prm.backbone.tokenizer
-    prompt = lambda p: tokenizer.encode_chat([{"role": "user", "content": p["prompt"]}])
-    ids = lambda p, key: prompt(p) + tokenizer.encode(p[key]) + [tokenizer.eos_id]
-    value = lambda p, key: prm(torch.tensor([ids(p, key)]))[0, -1, 1].item()
-    right = [float(value(p, "chosen") > value(p, "rejected")) for p in pairs]
-    assert found == [["PRM honesty", "9", "-", "-", evaluate.cell(evaluate.summary(right)), "-"]]
-    assert "1 rows left out: too long or alike." in out
-    rated = lambda a, b: {"instruction": "what ?", "completions": [
-        {"response": text, "annotations": {"honesty": {"Rating": rating}}} for text, rating in (("yes .", a), ("no .", b))]}
-    evaluate.main([directory, "--score", write("rated.jsonl", [rated("1", "5"), rated("3", "3")]), "--objective", "honesty"])
-    assert "1 rows left out: no two completions have different ratings of honesty." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("argv, rows, message", [
-    (["--score", "nowhere.jsonl"], None, "nowhere.jsonl: no such file"), ([], None, "name the run"),
-    (["--score", "f.jsonl"], [{"prompt": "p", "chosen": "a", "rejected": "b"}], "name the run or the PRM"),
-    (["prm", "--score", "f.jsonl", "--objective", "wit"], [{"prompt": "p", "chosen": "a", "rejected": "b"}], "accuracy, honesty"),
-    (["prm", "--score", "f.jsonl"], [{"problem": "p", "steps": ["a"], "label": 0}], "1 responses are left"),
-    (["prm", "--score", "f.jsonl"], [{"prompt": "p", "chosen": "a " * 300, "rejected": "b"}], "no pair is left"),
-    (["--score", "f.jsonl"], [{"question": "q", "answer": "#### 2"}], "f.jsonl:1: no text of a response")])
-def test_scoring_refuses(judged, argv, rows, message, tmp_path, monkeypatch):
-    """Prevents: tracebacks for a file that cannot be scored, or without what is to be scored."""
-    monkeypatch.chdir(tmp_path)
-    if rows:
-        judged[1]("f.jsonl", rows)
-    with pytest.raises(InputError, match=message):
-        evaluate.main(argv)
-
-
-def test_scoring_by_a_prm_without_a_tokenizer(judged):
-    """A traceback for a reward model that came without a tokenizer that is read here."""
-    for name in os.listdir(judged[0]):
-        if name.startswith("tokenizer"):
-            os.remove(os.path.join(judged[0], name))
-    path = judged[1]("f.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
-    with pytest.raises(InputError, match="no tokenizer.json"):
-        evaluate.main([judged[0], "--score", path])
-
-
 def test_trainings_are_averaged_row_by_row(tmp_path):
     """Prevents: another objective's figures in a mean over trainings, because held-out pairs come in another order; a traceback
     because one training lacks a row."""
@@ -322,46 +201,3 @@ def test_trainings_are_averaged_row_by_row(tmp_path):
         write_json(str(tmp_path / f"seed={seed}" / "results.json"), [r | {"seed": seed} for r in rows])
     found = [(r["domain"], r["guide"], r["metrics"]["loss"]["mean"]) for r in evaluate.load_rows(str(tmp_path))]
     assert found == [("pairs:helpfulness", None, 11.0), ("values", None, 16.5), ("values", "honesty", 22.0), ("values", None, 27.5)]
-
-
-# -- timings
-
-def test_timing_counts_what_each_way_feeds(tmp_path, capsys):
-    """A benchmark whose ways do unequal work, or that hides tokens fed twice: with prompt P, K candidates, S steps of N tokens
-    the carried way feeds each model P + K S N tokens, published decoders the PRM K times the whole text in every step."""
-    config = GPTConfig(23, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=170)
-    save_hf(GPT(config, torch.Generator().manual_seed(0)), str(tmp_path), weights=0)
-    evaluate.main([str(tmp_path), "--timing"])
-    printed = capsys.readouterr().out
-    rows = [[c.strip() for c in line.strip("| ").split("|")] for line in printed.splitlines() if line.startswith("| 128 ")]
-    assert "a prefix of 512 does not fit the context of 170" in printed and "GB/s of a copy" in printed
-    fed = {(int(r[1]), r[2]): (int(r[7]), int(r[8])) for r in rows}
-    P, S, N = 128, 2, 16
-    assert sorted(fed) == sorted((K, way) for K in (1, 2, 5, 10) for way in ("re-encoding", "cached, one by one", "carried (here)"))
-    for K in (1, 2, 5, 10):
-        assert fed[K, "carried (here)"] == (P + K * S * N, P + K * S * N)
-        assert fed[K, "cached, one by one"] == (P + K * S * N, K * (P + N + P + 2 * N))
-        assert fed[K, "re-encoding"] == (K * (P + N + P + 2 * N), K * (P + N + P + 2 * N))
-
-
-def test_timing_of_a_short_context(tmp_path, capsys):
-    """A traceback for a model that no prefix fits: it still has a speed of one token."""
-    config = GPTConfig(23, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=40)
-    save_hf(GPT(config, torch.Generator().manual_seed(0)), str(tmp_path), weights=0)
-    evaluate.main([str(tmp_path), "--timing"])
-    assert capsys.readouterr().out.count("does not fit the context of 40") == 3
-
-
-def test_one_token_is_timed_by_the_tokens_drawn(tmp_path, capsys, monkeypatch):
-    """A speed 64 times too good from a model that ends its answer at once."""
-    config = GPTConfig(23, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=40)
-    save_hf(GPT(config, torch.Generator().manual_seed(0)), str(tmp_path), weights=0)
-    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **options: time.sleep(0.05) or [[0]])
-    evaluate.main([str(tmp_path), "--timing"])
-    assert float(re.search(r"one token: ([0-9.]+) ms", capsys.readouterr().out)[1]) >= 50
-
-
-def test_timing_needs_a_checkpoint(tmp_path):
-    """A traceback instead of the name of what is missing."""
-    with pytest.raises(InputError, match="config.json: no such file"):
-        evaluate.main([str(tmp_path), "--timing"])

@@ -12,10 +12,10 @@ import torch
 
 import model
 from data import InputError, ends_step
-from decode import State, promote, sample
+from decode import State, select, sample
 from evaluate import hypervolume
 from mah_dpo import balanced_mean, dpo_loss, mah_dpo_loss, modpo_loss, response_logps
-from model import GPT, GPTConfig, KVCache, read_header, visible
+from model import GPT, GPTConfig, KVCache, read_header, attention_mask
 from prm import bradley_terry_loss, hindsight_targets, majority_labels
 
 SEED = int(os.environ.get("EXERCISE_SEED", "0"))       # a grader draws other numbers than those that were handed out
@@ -320,9 +320,9 @@ def test_ex7_masks_and_extremes(rng):
 
 @pytest.fixture
 def cached(monkeypatch):
-    """-> make(sequences), a cache of two layers with one key head of two channels. `visible` (exercise 9) is not needed here."""
+    """-> make(sequences), a cache of two layers with one key head of two channels. `attention_mask` (exercise 9) is not needed here."""
     everything = lambda held, high, K, k, t, length: torch.ones(len(held), k.shape[1], len(t), length, dtype=torch.bool)
-    monkeypatch.setattr(model, "visible", everything)
+    monkeypatch.setattr(model, "attention_mask", everything)
     config = GPTConfig(vocab_size=5, n_layer=2, n_head=2, n_kv_head=1, d_model=4)
     return lambda sequences: KVCache(config, sequences)
 
@@ -428,7 +428,7 @@ def test_ex8_rollback(cached):
     assert found == [[1, 2, 5, 8], [1, 2, 5, 9], [11, 12, 13, 18], [11, 12, 13, 19]], f"after rollback the rows see {found}"
 
 
-# -- 9: visible
+# -- 9: attention_mask
 
 def slow_visible(held, high, K, k, t, length, own=0, stale=False, relative=False, others=False):
     """Place by place. The last arguments are mistakes."""
@@ -459,10 +459,10 @@ def test_ex9_hand_mask():
     args = torch.tensor([2, 3]), 3, 2, torch.tensor([[1]]), torch.tensor([1, 2]), 10
     expected = [[[[1, 1, 0, 0, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 1, 0, 1, 0, 1, 0]]],
                 [[[1, 1, 1, 0, 1, 0, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 1, 0, 1, 0]]]]
-    found = visible(*args)
-    check(found, torch.tensor(expected, dtype=torch.bool), "visible", visible_mistakes(*args))
+    found = attention_mask(*args)
+    check(found, torch.tensor(expected, dtype=torch.bool), "attention_mask", visible_mistakes(*args))
     if found.dtype != torch.bool:
-        fail(f"visible gives {found.dtype}: it should be bool, True where a token sees a place")
+        fail(f"attention_mask gives {found.dtype}: it should be bool, True where a token sees a place")
 
 
 def test_ex9_random(rng):
@@ -473,8 +473,8 @@ def test_ex9_random(rng):
         held, m = torch.randint(0, high + 1, (G,), generator=rng), int(torch.randint(1, K + 1, (), generator=rng))
         k = torch.arange(K)[None] if m == K else torch.randint(0, K, (G, m), generator=rng)
         args = held, high, K, k, start + torch.arange(T), high + (start + T) * K + spare
-        found = visible(*args)
-        check(found.expand(G, -1, -1, -1), slow_visible(*args), f"visible{args}", visible_mistakes(*args))
+        found = attention_mask(*args)
+        check(found.expand(G, -1, -1, -1), slow_visible(*args), f"attention_mask{args}", visible_mistakes(*args))
 
 
 # -- 10: sample
@@ -565,7 +565,7 @@ def test_ex11_where_a_step_ends(step, ends, message):
     check(rows, torch.tensor([ends, False]), f"ends_step on tensors, for {step!r}")
 
 
-# -- 12: promote
+# -- 12: select
 
 class Recorder:
     """Stands for a cache: remembers what it was told to keep."""
@@ -578,9 +578,9 @@ class Recorder:
 
 
 def promoted(scores, drawn, fed, alive, h):
-    """promote on recorders -> winners, {"policy" | "prm": (winners, counts, groups)}, the new h"""
+    """select on recorders -> winners, {"policy" | "prm": (winners, counts, groups)}, the new h"""
     state = State(Recorder(), Recorder(), h.clone())
-    winners, told = promote(state, scores, drawn, fed, alive), {}
+    winners, told = select(state, scores, drawn, fed, alive), {}
     for name, cache in (("policy", state.policy), ("prm", state.prm)):
         if len(cache.kept) != 1 or cache.kept[0][1] is None:
             fail(f"the {name}'s cache must be told once which winners to keep, and how many tokens: it was told {cache.kept}")

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import mah_dpo
 from data import pad, response_mask
-from mah_dpo import (Pair, balanced_mean, dpo_loss, log_ratio_margin, mah_dpo_loss, make_optimizer, modpo_loss, pack,
-                     pair_logps, pair_metrics, policy_logps, response_logps, soup)
+from mah_dpo import (Pair, balanced_mean, dpo_loss, log_ratio_margin, mah_dpo_loss, make_optimizer,
+                     modpo_loss, pack, pair_logps, pair_metrics, policy_logps, response_logps, soup)
 from model import GPT, GPTConfig
 
 NAMES = ("math_accuracy", "math_engagement", "honesty")

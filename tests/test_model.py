@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError
-from model import (DTYPES, GPT, GPTConfig, KVCache, attend, linear, load_hf, load_safetensors, rotate, save_hf,
-                   save_safetensors)
+from model import (DTYPES, GPT, GPTConfig, KVCache, attend, linear, load_hf, load_safetensors,
+                   rotate, save_hf, save_safetensors)
 
 SHAPES = [(p, n, m, kv) for p in ("rope", "learned") for n in ("rms", "layer") for m in ("swiglu", "gelu") for kv in (1, 2, 4)]
 
@@ -501,19 +501,19 @@ def test_safetensors_missing_file(tmp_path):
 
 def test_safetensors_survive_random_damage(tmp_path):
     """A damaged download may be refused or read; it must never raise anything else, and never read out of bounds."""
-    path, dice = tmp_path / "x", random.Random(0)
+    path, rng = tmp_path / "x", random.Random(0)
     save_safetensors({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.int8), "c": torch.ones(40)}, str(path))
     good, outcomes = path.read_bytes(), {"read": 0, "refused": 0}
     for _ in range(2500):
         content = bytearray(good)
-        for _ in range(dice.choice((1, 1, 2, 4))):
-            at, kind = dice.randrange(len(content)), dice.random()
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            at, kind = rng.randrange(len(content)), rng.random()
             if kind < 0.7:
-                content[at] = dice.choice((dice.randrange(256), ord(dice.choice('{}[],:"0123456789-.eE'))))
+                content[at] = rng.choice((rng.randrange(256), ord(rng.choice('{}[],:"0123456789-.eE'))))
             elif kind < 0.85:
-                content.insert(at, dice.randrange(256))
+                content.insert(at, rng.randrange(256))
             else:
-                del content[at:at + dice.choice((1, 3))]
+                del content[at:at + rng.choice((1, 3))]
         path.write_bytes(content)
         try:
             tensors = load_safetensors(str(path))

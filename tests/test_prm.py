@@ -7,10 +7,10 @@ import os
 import pytest
 import torch
 
-from data import OBJECTIVES, InputError, pad
+from data import InputError, OBJECTIVES, pad
 from model import GPT, GPTConfig, load_safetensors, save_hf, save_safetensors
-from prm import (PRM, STEP, bce_loss, bradley_terry_loss, hindsight_targets, load_prm, majority_labels, matching_steps, mse_loss,
-                 save_prm, step_loss)
+from prm import (PRM, STEP, bce_loss, bradley_terry_loss, hindsight_targets, load_prm,
+                 majority_labels, matching_steps, mse_loss, save_prm, step_loss)
 
 OUTPUTS = ["math_accuracy", "math_engagement", "tutor_engagement"]
 

@@ -10,12 +10,13 @@ import torch
 
 import train
 from conftest import TINY
-from data import DOMAINS, InputError, dealt_batches, gather, join_processes, mine, rank, read_json, total
+from data import DOMAINS, InputError, dealt_batches, read_json
+from interop.parallel import gather, gathered, join_processes, local_items, placed, rank, total, whole
 from mah_dpo import Pair
-from model import gathered, load_hf, load_safetensors, placed, save_safetensors, whole
-from prm import STEP, Labelled
-from test_train import rows_of
+from model import load_hf, load_safetensors, save_safetensors
+from prm import Labelled, STEP
 from train import Config, Run, read_rows
+from test_train import rows_of
 
 pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the tests fork")
 
@@ -53,7 +54,7 @@ def test_helpers_in_three_processes():
 
     def work():
         taken = [i for batch in dealt_batches(lengths, 80) for i in batch]
-        assert sorted(taken) == list(range(rank(), 9, 3)) and mine(list(range(9))) == sorted(taken)
+        assert sorted(taken) == list(range(rank(), 9, 3)) and local_items(list(range(9))) == sorted(taken)
         assert len(set(gather([len(dealt_batches(lengths, 80))]))) == 1
         assert all(len(batch) * max(lengths[i] for i in batch) <= 90 for batch in dealt_batches(lengths, 80))
         assert sorted(gather(taken)) == list(range(9)) and int(total(torch.tensor(rank()))) == 3
@@ -132,7 +133,7 @@ def test_a_run_on_two_processes(small_worlds, tmp_path):
     run, tokenizer = the_run(out), load_hf(os.path.join(out, "base")).tokenizer
     for split in ("train", "dev"):
         problems = [p for name in ("sft", "mah_dpo")
-                    for p in DOMAINS["math"].problems(split, 8, run.dice("rollouts", name, "math", split))]
+                    for p in DOMAINS["math"].problems(split, 8, run.rng("rollouts", name, "math", split))]
         rows = [r.ids for r in read_rows(run.file("labels.jsonl"), Labelled) if r.split == split]
         prompts = [tokenizer.encode_chat(p.messages()) for p in problems]
         assert len(rows) == 16 and all(sum(ids[:len(p)] == p for ids in rows) == prompts.count(p) for p in prompts)

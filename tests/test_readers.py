@@ -12,8 +12,10 @@ from collections import Counter
 
 import pytest
 
-from data import (DATA_HELP, InputError, Preference, Question, Steps, answer_parts, final_answer, holds_questions, majority,
-                  marked_answer, read_jsonl, read_outputs, read_preferences, read_questions, read_steps, same_answer)
+from data import InputError, read_jsonl
+from interop.answers import answer_parts, final_answer, majority, marked_answer, same_answer
+from interop.datasets import (DATA_HELP, Preference, Question, Steps, holds_questions,
+                              read_outputs, read_preferences, read_questions, read_steps)
 
 USER, BOT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
 READERS = {"pairs": lambda p, s=None: read_preferences(p, "honesty", s), "steps": lambda p, s=None: read_steps(p),
@@ -224,35 +226,35 @@ GOOD_ROWS = [
     ("questions", {"problem": "q", "solution": "so $\\boxed{\\frac{1}{2}}$", "answer": "\\frac{1}{2}"})]
 
 
-def mutate(value, dice):
+def mutate(value, rng):
     """One random fault somewhere in a row."""
     junk = [None, True, -1, 3, 1e400, float("nan"), "", " ", "N/A", "\n\nAssistant:", "\\boxed{", "\\frac{}{", "\ud800", "9" * 400,
             [], [[]], {}, {"role": "user"}, [USER("x")], [BOT("")], [USER("x"), BOT("y")], {"Rating": [1]}]
-    if isinstance(value, (dict, list)) and value and dice.random() < 0.85:
-        key = dice.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
         value = value.copy()
-        if dice.random() < 0.2:
+        if rng.random() < 0.2:
             del value[key]
         else:
-            value[key] = mutate(value[key], dice)
+            value[key] = mutate(value[key], rng)
         return value
-    if isinstance(value, str) and value and dice.random() < 0.4:
-        i = dice.randrange(len(value))
-        return value[:i] + dice.choice(("", "\n\nHuman:", "####", "{", "}", "\x00", "0/0", "\\")) + value[i + dice.randrange(3):]
-    return dice.choice(junk)
+    if isinstance(value, str) and value and rng.random() < 0.4:
+        i = rng.randrange(len(value))
+        return value[:i] + rng.choice(("", "\n\nHuman:", "####", "{", "}", "\x00", "0/0", "\\")) + value[i + rng.randrange(3):]
+    return rng.choice(junk)
 
 
 def test_faulty_rows_raise_only_input_errors(tmp_path):
     """A field of an unexpected type that ends in a traceback, or goes through as a prompt that is no conversation."""
-    dice, path, outcomes = random.Random(0), tmp_path / "x.jsonl", Counter()
+    rng, path, outcomes = random.Random(0), tmp_path / "x.jsonl", Counter()
     for _ in range(1500):
-        kind, row = dice.choice(GOOD_ROWS)
-        for _ in range(dice.randrange(1, 4)):
-            row = mutate(row, dice)
+        kind, row = rng.choice(GOOD_ROWS)
+        for _ in range(rng.randrange(1, 4)):
+            row = mutate(row, rng)
         content = json.dumps(row).encode()
-        if dice.random() < 0.1:
-            i = dice.randrange(len(content) + 1)
-            content = content[:i] + bytes([dice.randrange(256)]) + content[i + 1:]
+        if rng.random() < 0.1:
+            i = rng.randrange(len(content) + 1)
+            content = content[:i] + bytes([rng.randrange(256)]) + content[i + 1:]
         path.write_bytes(content)
         try:
             for found in READERS[kind](str(path)):

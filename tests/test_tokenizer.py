@@ -7,7 +7,7 @@ import time
 import pytest
 
 import data
-from data import DOMAINS, Dice, InputError, Tokenizer, byte_alphabet, read_json
+from data import DOMAINS, RNG, InputError, Tokenizer, byte_alphabet, read_json
 
 HARD = ["", " ", "  ", "\n", "\r\n\t", "4 + 5 = 9\nanswer 9", "Zyzzyva 1,000,000.5!?", "aaaaabab 00712 007", "e.g. i.e.",
         "café ☃ 你好 👩‍👩‍👧 \u00a0\u2028\u0000\x7f", "<|end|><|pad|> <|user|>", "the the  the\n\nthe", "it's o'clock", "ß" * 9]
@@ -40,9 +40,9 @@ def test_lone_surrogate_and_broken_utf8(tokenizer):
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_demonstrations_need_no_bytes(tokenizer, domain):
     """A word that is missing in the vocabulary falls apart into letters, which a 0.4 M model cannot learn."""
-    world, dice = DOMAINS[domain], Dice(12345)
+    world, rng = DOMAINS[domain], RNG(12345)
     for _ in range(300):
-        for m in world.conversation(world.problem(dice), dice, careful=True):
+        for m in world.conversation(world.problem(rng), rng, careful=True):
             pieces = [tokenizer.pieces[i] for i in tokenizer.encode(m["content"])]
             assert pieces == [w.encode() for w in re.findall(data.PATTERN, m["content"])]
 

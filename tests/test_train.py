@@ -27,13 +27,15 @@ import torch.nn.functional as F
 import data
 import decode
 import evaluate
+import interop.score
 import train
 from conftest import NAMES, TINY
-from data import DOMAINS, Dice, InputError, Problem, World, read_json, run_command, write_json
-from evaluate import Conversation, converse, guided_responder, kl_to_sft, plain_responder, seed_of, summary
+from data import DOMAINS, RNG, InputError, Problem, World, read_json, run_command, write_json
+from evaluate import (Conversation, converse, guided_responder, kl_to_sft, plain_responder,
+                      seed_of, summary)
 from mah_dpo import Pair, pair_logps
 from model import GPTConfig, load_hf, load_safetensors, save_hf
-from prm import PRM, STEP, Labelled, load_prm, pair_scores, step_scores
+from prm import Labelled, PRM, STEP, load_prm, pair_scores, step_scores
 from train import Config, Cycle, Run, chat_example, read_command
 
 pytestmark = pytest.mark.usefixtures("small_worlds")
@@ -94,7 +96,7 @@ class OneSum(World):
     """A world of one problem with a verifier and a judge that can be checked by eye."""
     name, max_new_tokens, boundary = "math", 60, "newline"
 
-    def problems(self, split, n, dice):
+    def problems(self, split, n, rng):
         return [SUM]
 
     def verify(self, problem, steps):
@@ -116,11 +118,11 @@ def test_hindsight_by_hand(tokenizer):
 
 def test_verdicts_by_hand(tokenizer, monkeypatch):
     """Prevents: a judge that reads the prefix instead of the rollout, its threshold ignored, a tie called positive."""
-    monkeypatch.setattr(train, "judge", lambda score, dice: score)
+    monkeypatch.setattr(train, "judge", lambda score, rng: score)
     chat = [ids_of(tokenizer, t) for t in ("4 + 5 = 9\nanswer 7", "4 + 5 = 9 . now it gets fun !\nanswer 7",
                                            "4 + 5 = 9 . now it gets fun !\n9 - 2 = 7 . you can do this !\nanswer 7")]
     sets = [[chat[1], chat[1]], [chat[2], chat[0]], [chat[0], chat[0]]]              # chat: scores 0, 0.5, 1
-    find = lambda cut: train.verdicts(OneSum(), SUM, tokenizer, "math_engagement", sets, cut, Dice(0)).tolist()
+    find = lambda cut: train.verdicts(OneSum(), SUM, tokenizer, "math_engagement", sets, cut, RNG(0)).tolist()
     assert find(0.4) == [1.0, 0.0, 0.0]
     assert find(0.6) == [0.0, 0.0, 0.0]
     assert find(-0.1) == [1.0, 1.0, 1.0]
@@ -154,11 +156,11 @@ def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
     answer = lambda model, prompts, samples=1, **options: [ids_of(tokenizer, texts[i % 4]) for i in range(len(prompts) * samples)]
     monkeypatch.setattr(train, "generate", answer)
     monkeypatch.setattr(evaluate, "generate", answer)
-    monkeypatch.setattr(train, "judge", lambda score, dice: score)
+    monkeypatch.setattr(train, "judge", lambda score, rng: score)
     run.config.n_prompts, run.config.n_samples = 10, 4
     pairs = train.sample_pairs(run, "sft", gpt, 0, DOMAINS["values"], "train", run.objectives)
-    world, dice = DOMAINS["values"], run.dice("samples", "sft", "values", "train")
-    problems = {tuple(tokenizer.encode_chat([{"role": "user", "content": p.prompt}])): p for p in world.problems("train", 10, dice)}
+    world, rng = DOMAINS["values"], run.rng("samples", "sft", "values", "train")
+    problems = {tuple(tokenizer.encode_chat([{"role": "user", "content": p.prompt}])): p for p in world.problems("train", 10, rng)}
     assert {p.objective for p in pairs} == {"helpfulness", "honesty"}
     assert sum(p.objective == "helpfulness" for p in pairs) == 10 and all(p.split == "train" for p in pairs)
     for p in pairs:
@@ -520,7 +522,7 @@ def test_reranking_chooses_among_whole_answers(gpt, tokenizer, monkeypatch):
 
 
 def tutoring_problem():
-    return DOMAINS["tutoring"].problem(Dice(4))
+    return DOMAINS["tutoring"].problem(RNG(4))
 
 
 def test_conversation_ids_are_the_chat_of_its_messages(tokenizer):
@@ -531,7 +533,7 @@ def test_conversation_ids_are_the_chat_of_its_messages(tokenizer):
     assert c.ids == c.new_ids == tokenizer.encode_chat(c.messages)
     for text, end in (("yes . good try !", True), ("not quite .", False), ("ok .", True)):
         before = c.ids
-        c.answer(ids_of(tokenizer, text, end), world, tokenizer, Dice(0))
+        c.answer(ids_of(tokenizer, text, end), world, tokenizer, RNG(0))
         pieces = c.turns[-1]
         assert pieces[0] == before and pieces[2] == ids_of(tokenizer, text, end)
         if c.messages[-1]["role"] == "user":
@@ -544,7 +546,7 @@ def test_conversation_scores_average_over_turns(tokenizer):
     """Prevents: later turns judged without what was said before, or only the last turn counted."""
     world, c = DOMAINS["tutoring"], Conversation(tutoring_problem(), tokenizer)
     for text in ("what comes next ?", "what comes next ?", "good try ! can you say why ?"):
-        c.answer(ids_of(tokenizer, text), world, tokenizer, Dice(0))
+        c.answer(ids_of(tokenizer, text), world, tokenizer, RNG(0))
     assert c.scores(world, tokenizer)["tutor_engagement"] == pytest.approx((0.6 + 0.0 + 1.0) / 3)     # asked before: 0
 
 
@@ -556,7 +558,7 @@ def test_guided_conversations_equal_re_encoding(gpt, tokenizer):
             head.weight[tokenizer.eos_id] *= 2                           # so that some answers do end
     prm = PRM(gpt.with_heads(()), ["tutor_accuracy", "tutor_engagement"], torch.Generator().manual_seed(0)).double()
     prm.backbone.tokenizer = tokenizer
-    world, problems = DOMAINS["tutoring"], DOMAINS["tutoring"].problems("test", 5, Dice(1))
+    world, problems = DOMAINS["tutoring"], DOMAINS["tutoring"].problems("test", 5, RNG(1))
     seeded = lambda: torch.Generator().manual_seed(2)
     carried = converse(world, problems, tokenizer, guided_responder(model, prm, world, [0.5, 0.5], "unified", 0.9, seeded(), K=3), 7)
     generator = seeded()
@@ -572,7 +574,7 @@ def test_guided_conversations_in_batches(gpt, tokenizer):
     """Prevents: a batch of conversations that goes on from another batch's state."""
     prm = PRM(gpt.with_heads(()), ["tutor_accuracy"], torch.Generator().manual_seed(0))
     prm.backbone.tokenizer = tokenizer
-    world, problems = DOMAINS["tutoring"], DOMAINS["tutoring"].problems("test", 5, Dice(1))
+    world, problems = DOMAINS["tutoring"], DOMAINS["tutoring"].problems("test", 5, RNG(1))
     play = lambda size: [c.turns for c in converse(world, problems, tokenizer, guided_responder(
         gpt, prm, world, [0.5, 0.5], "unified", 0.0, None, K=1, batch=size), 7)]
     assert play(2) == play(256)
@@ -596,28 +598,28 @@ def test_pair_metrics_rows_by_hand():
 def test_too_many_prompts_are_a_users_mistake():
     """Prevents: a traceback for --n-test or --n-prompts beyond what a small world holds."""
     small = OneSum()
-    small.problem = lambda dice: SUM
+    small.problem = lambda rng: SUM
     with pytest.raises(InputError, match="fewer than 3 distinct .* prompts; ask for less"):
-        World.problems(small, data.split_of(SUM.prompt), 3, Dice(0))
+        World.problems(small, data.split_of(SUM.prompt), 3, RNG(0))
 
 
 def test_no_more_prompts_are_asked_of_a_world_than_it_must_give(tmp_path, monkeypatch):
     """Prevents: tutoring that must hold as many problems as have rollouts in maths, or three where one dialogue has three turns."""
     asked = []
-    monkeypatch.setattr(World, "problems", lambda self, split, n, dice: asked.append((self.name, split, n)))
+    monkeypatch.setattr(World, "problems", lambda self, split, n, rng: asked.append((self.name, split, n)))
     train.check_inputs(Run(str(tmp_path), Config(objective="math_engagement,tutoring", n_prompts=90, n_rollout_prompts=7000, n_test=5)))
     assert asked == [("math", "test", 5), ("math", "train", 7000), ("tutoring", "test", 5), ("tutoring", "train", 30)]
 
 
 def test_longest_conversations_leave_room(tokenizer):
     """Prevents: a run that dies in its last table because a talkative policy fills the context before the last turn."""
-    limit, dice = GPTConfig(vocab_size=tokenizer.n_vocab).max_len, Dice(0)
+    limit, rng = GPTConfig(vocab_size=tokenizer.n_vocab).max_len, RNG(0)
     for world in DOMAINS.values():
-        for problem in world.problems("train", 200, dice):
+        for problem in world.problems("train", 200, rng):
             c = Conversation(problem, tokenizer)
             for _ in range(world.turns):
                 assert len(c.ids) + 1 <= limit
-                c.answer([tokenizer.encode("ok")[0]] * min(world.max_new_tokens, limit - len(c.ids)), world, tokenizer, dice)
+                c.answer([tokenizer.encode("ok")[0]] * min(world.max_new_tokens, limit - len(c.ids)), world, tokenizer, rng)
 
 
 # -- a whole run
@@ -830,10 +832,10 @@ def test_kill_9_loses_nothing(tmp_path):
     """Prevents: a kill at any moment after which --resume ends elsewhere than a run that nobody stopped: a draw that is
     repeated or left out, an optimiser without its past, half a file, a row of the log twice."""
     options = ["--objective", "honesty", *TINY, "--checkpoint-every", "1", "--base-steps", "5", "--prm-steps", "4"]
-    calm, killed, dice, codes = str(tmp_path / "calm"), str(tmp_path / "killed"), random.Random(0), []
+    calm, killed, rng, codes = str(tmp_path / "calm"), str(tmp_path / "killed"), random.Random(0), []
     train.main([*options, "--out", calm])
     while codes[-1:] != [0]:
-        how = {"renames": dice.randint(1, 10)} if len(codes) % 3 else {"seconds": dice.uniform(0.1, 0.3)}
+        how = {"renames": rng.randint(1, 10)} if len(codes) % 3 else {"seconds": rng.uniform(0.1, 0.3)}
         codes.append(train_in_child(["--resume", killed] if os.path.exists(killed) else [*options, "--out", killed], **how))
     assert len(codes) > 10 and set(codes) == {0, -signal.SIGKILL}
     assert files_of(killed) == files_of(calm)
@@ -1007,7 +1009,7 @@ def test_sweeps_that_cannot_work_leave_nothing_behind(sweep, message, capsys, tm
     """Prevents: a sweep whose mistake shows after the first values have been trained."""
     monkeypatch.chdir(tmp_path)
 
-    def problems(self, split, n, dice):
+    def problems(self, split, n, rng):
         if n > 10**6:
             raise InputError("ask for less")
     monkeypatch.setattr(World, "problems", problems)
@@ -1087,7 +1089,7 @@ def test_samples_side_by_side(whole, capsys):
     for name in ("base", "sft_greedy", "soup", "mah_dpo:honesty", "sft + helpfulness", "mah_dpo + unified"):
         assert len(re.findall(rf"^{re.escape(name)} +helpfulness \d.\d\d  honesty", out, re.M)) == 2
     bench, job = evaluate.Bench(whole), evaluate.Job("sft", {"sft": 1.0})
-    talks, _ = bench.play("tutoring", job, bench.problems("tutoring", 2))
+    talks, _ = bench.rollout("tutoring", job, bench.problems("tutoring", 2))
     block = out.split("=== tutoring, test prompt 2")[1].split("\nsft ")[1].split("\nsft_greedy")[0]
     assert f"tutor_engagement {talks[1].scores(bench.worlds['tutoring'], bench.tokenizer)['tutor_engagement']:.2f}" in block
     assert block.count("  > ") == 2 and "[cut off]" in block
@@ -1096,10 +1098,10 @@ def test_samples_side_by_side(whole, capsys):
 def test_scoring_pairs_by_a_run(whole, tmp_path, capsys):
     """Prevents: a policy left out, rewards against another reference, pairs that count although the run was trained on them."""
     trained = [r["prompt"] for r in rows_of(os.path.join(whole, "pairs.jsonl")) if r["split"] == "train"]
-    tokenizer, dice = load_hf(os.path.join(whole, "sft")).tokenizer, Dice(seed_of(0, "samples", "sft", "values", "train"))
-    known = next(p for p in DOMAINS["values"].problems("train", 8, dice) if tokenizer.encode_chat(p.messages()) in trained)
+    tokenizer, rng = load_hf(os.path.join(whole, "sft")).tokenizer, RNG(seed_of(0, "samples", "sft", "values", "train"))
+    known = next(p for p in DOMAINS["values"].problems("train", 8, rng) if tokenizer.encode_chat(p.messages()) in trained)
     write_lines(tmp_path / "honesty.jsonl", [preference(1), preference(2), preference(3) | {"prompt": known.prompt}])
-    evaluate.main([whole, "--score", str(tmp_path / "honesty.jsonl")])
+    interop.score.main([whole, str(tmp_path / "honesty.jsonl")])
     out = capsys.readouterr().out
     found = {c[1]: c[2:] for c in (re.split(r" *\| *", line) for line in out.splitlines() if line.startswith("|"))}
     assert list(found)[2:] == ["sft", "base", "single_head_dpo", "modpo", "dpo_honesty", "mah_dpo", "PRM honesty"]
