@@ -336,7 +336,7 @@ def find_prm(run, guide, dtype=torch.float32):
 
 def domain_mix(heads, domain):
     """Uniform weights over the heads of one domain; a model with a single head has nothing to mix."""
-    return [float(len(heads) == 1 or h in domain_objectives(domain, OBJECTIVES)) for h in heads]
+    return [float(len(heads) == 1 or h in [o.name for o in domain_objectives(domain, OBJECTIVES.values())]) for h in heads]
 
 
 def show_step(tokenizer, number, step):

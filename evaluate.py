@@ -39,6 +39,11 @@ def seed_of(seed, *what):
     return zlib.crc32(repr((seed, *what)).encode())
 
 
+def domain_names(domain, names):
+    """The names of those objectives, given by name, that belong to a domain."""
+    return [o.name for o in domain_objectives(domain, [OBJECTIVES[n] for n in names])]
+
+
 class Conversation:
     """One dialogue under way: messages for the judges, ids for the model (text never becomes ids again)."""
 
@@ -200,7 +205,7 @@ class Bench:
         self.dtype = sampling_dtype(self.config["dtype"], self.device)
         self.sft = self.model("sft")
         self.tokenizer = self.sft.tokenizer
-        self.worlds = worlds_of(self.objectives, self.config["data"], self.config["max_new_tokens"], self.sft)
+        self.worlds = worlds_of([OBJECTIVES[o] for o in self.objectives], self.config["data"], self.config["max_new_tokens"], self.sft)
 
     def model(self, name, device=None):
         """A model of the run, on the run's device if not said otherwise."""
@@ -267,7 +272,7 @@ class Bench:
 
     def jobs(self, domain):
         """All rows of one domain's table."""
-        names, heads = domain_objectives(domain, self.objectives), self.model("mah_dpo").config.objectives
+        names, heads = domain_names(domain, self.objectives), self.model("mah_dpo").config.objectives
         checked = [n for n in names if OBJECTIVES[n].case == "verifiable"]
         sft, mah_dpo = Job("sft", {"sft": 1.0}), Job("mah_dpo", {"mah_dpo": 1.0}, tuple(domain_mix(heads, domain)))
 
@@ -408,7 +413,7 @@ def scorecard(rows, objectives, separate=()):
     lines = []
     for domain in [d for d in DOMAINS if any(r["domain"] == d for r in rows)]:
         measured, own = index(rows, domain), index(separate, domain)
-        names = [n for n in domain_objectives(domain, objectives) if n in measured["sft", None]["metrics"]]
+        names = [n for n in domain_names(domain, objectives) if n in measured["sft", None]["metrics"]]
         lines += [compare(finding, domain, *claim, measured, measured) for finding, *claim in claims(names)]
         for n, p in itertools.product(names, ("sft", "mah_dpo")):
             line = compare("F6", domain, [n], (p, n), (p, n), KEPT, measured, own)
@@ -503,7 +508,7 @@ def sweep_tables(name, variants, names):
             alike = len(same) == len(variants) and len({tuple(map(cell, r["metrics"].values())) for r in same.values()}) == 1
             lines += [{"value": "any" if alike else str(v)} | r for v, r in list(same.items())[:1 if alike else None]]
         yield table(f"{domain}, by {name}", {name: lambda r: r["value"]} | show("policy", "guide"), lines,
-                    [*domain_objectives(domain, names), *COSTS])
+                    [*domain_names(domain, names), *COSTS])
 
 
 def report(rows, config, variants):
@@ -519,7 +524,7 @@ def report(rows, config, variants):
     if lines:
         parts.append(findings_table(lines))
     for domain in [d for d in DOMAINS if any(r["domain"] == d for r in rows)]:
-        measured, names = [r for r in rows if r["domain"] == domain], domain_objectives(domain, config["objectives"])
+        measured, names = [r for r in rows if r["domain"] == domain], domain_names(domain, config["objectives"])
         plain, areas = [r for r in measured if "sweep" not in r], []
         parts.append(table(f"{domain}, {plain[0]['n']} {config['split']} prompts", show("policy", "guide"), plain,
                            [*names, *COSTS]))

@@ -88,6 +88,11 @@ from prm import (Labelled, PRM, STEP, VERIFIABLE, bradley_terry_loss, encode_ste
                  hindsight_targets, majority_labels, pair_scores, save_prm, step_loss, step_scores)
 
 
+def domain_names(domain, names):
+    """The names of those objectives, given by name, that belong to a domain."""
+    return [o.name for o in domain_objectives(domain, [OBJECTIVES[n] for n in names])]
+
+
 def option(default, text, fast=None):
     """A configuration field: its default, its line in --help, and its value under --fast."""
     return field(default=default, metadata={"help": text, "fast": fast})
@@ -208,7 +213,7 @@ class Run:
 
     def worlds(self, model):
         """domain -> the world to sample and to measure in: the embedded ones, or those of the questions in --data."""
-        return worlds_of(self.objectives, self.config.data, self.config.max_new_tokens, model)
+        return worlds_of([OBJECTIVES[o] for o in self.objectives], self.config.data, self.config.max_new_tokens, model)
 
     def log(self, stage, rows, name="log.jsonl"):
         """Put a stage's rows into log.jsonl, before the file that says it is finished (a kill between the two would lose
@@ -474,7 +479,7 @@ def read_real_pairs(run, model):
     too_long = f"longer than the context of {model.config.max_len} tokens, or alike in this vocabulary"
     for name in run.objectives:
         path = os.path.join(run.config.data, f"{name}.jsonl")
-        if holds_questions(path, name):
+        if holds_questions(path, OBJECTIVES[name]):
             continue
         encoded = [encode_pair(p, model) for p in read_preferences(path, name, dropped)]
         kept = [pair for pair in encoded if pair]
@@ -916,7 +921,7 @@ def modpo_margins(run, pairs):
     reference = reference_logps(run, pairs)
     margins = torch.zeros(len(pairs))
     for name in run.objectives:
-        mates = domain_objectives(OBJECTIVES[name].domain, run.objectives)
+        mates = domain_names(OBJECTIVES[name].domain, run.objectives)
         index = [i for i, p in enumerate(pairs) if p.objective in mates and p.objective != name]
         if index:
             model = run.load(f"dpo_{name}")
@@ -946,7 +951,7 @@ def measure_pairs(run):
     reference, rows = reference_logps(run, pairs), []
     jobs = [(name, [name], run.objectives) for name in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo")]
     jobs += [("soup", [f"dpo_{o}" for o in names], names)
-             for names in (domain_objectives(domain, run.objectives) for domain in run.domains)]
+             for names in (domain_names(domain, run.objectives) for domain in run.domains)]
     for policy, members, names in tqdm(jobs, desc="held-out pairs", unit="policy", disable=None):
         index = [i for i, p in enumerate(pairs) if p.split == "dev" and p.objective in names]
         part, model = [pairs[i] for i in index], average([run.load(m) for m in members])
@@ -1140,7 +1145,7 @@ def check_inputs(run):
             print(f"questions: {counts}" + "".join(f"; {n} left out: {reason}" for reason, n in world.dropped.items() if n))
         return
     for domain in run.domains:                              # a world that is too small for what is asked
-        world, names = DOMAINS[domain], domain_objectives(domain, run.objectives)
+        world, names = DOMAINS[domain], domain_names(domain, run.objectives)
         rolled = {OBJECTIVES[o].case for o in names} & {"verifiable", "A"}
         world.problems(config.split, config.n_test, RNG(0))
         world.problems("train", max(config.n_prompts, config.n_rollout_prompts if rolled else 0) // world.turns, RNG(0))

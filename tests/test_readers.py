@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 
-from data import InputError, read_jsonl
+from data import OBJECTIVES, InputError, read_jsonl
 from interop.answers import answer_parts, final_answer, majority, marked_answer, same_answer
 from interop.datasets import (DATA_HELP, Preference, Question, Steps, holds_questions,
                               read_outputs, read_preferences, read_questions, read_steps)
@@ -203,8 +203,8 @@ def rows_of_the_help():
 def test_which_files_hold_questions(tmp_path, row, questions):
     """Rated completions of accuracy taken for questions without an answer."""
     (tmp_path / "x.jsonl").write_text(json.dumps(row) if row else "")
-    assert holds_questions(str(tmp_path / "x.jsonl"), "math_accuracy") is questions
-    assert not holds_questions(str(tmp_path / "x.jsonl"), "honesty")
+    assert holds_questions(str(tmp_path / "x.jsonl"), OBJECTIVES["math_accuracy"]) is questions
+    assert not holds_questions(str(tmp_path / "x.jsonl"), OBJECTIVES["honesty"])
 
 
 def test_the_rows_of_the_help_are_read(read):
