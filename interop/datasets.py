@@ -208,15 +208,16 @@ def response_field(row, key):
 def joined_prompt(row, before):
     """The prompt of a pair whose responses came with the messages `before`, or with none."""
     if before and not key_of(row, "prompt"):
-        return before
-    prompt = prompt_field(row)
-    # Beside whole conversations a prompt may hold more than they do, such as a system message.
-    if prompt[max(0, len(prompt) - len(before)):] == before:
-        return prompt
-    # Or it is their first messages only.
-    if before[:len(prompt)] == prompt and before[-1]["role"] != "assistant":
-        return before
-    raise Unusable("the responses do not answer the prompt")
+        prompt = before
+    else:
+        prompt = prompt_field(row)
+        # Beside whole conversations a prompt may hold more than they do, such as a system message,
+        # or only the first of their messages.
+        if prompt[max(0, len(prompt) - len(before)):] != before:
+            prompt = before if before[:len(prompt)] == prompt else []
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise Unusable("the responses do not answer the prompt")
+    return prompt
 
 
 def parse_pair(row, objective):
