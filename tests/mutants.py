@@ -1,10 +1,14 @@
-"""Small wrong edits of the seven files, and the tests that notice each.
+"""Small wrong edits of the seven files and interop/, and the tests that notice each.
 
-    python -m tests.mutants [N ...]          every bug (or these) against all tests but this course's own; about a minute a bug
-    python -m tests.mutants --killers [N ...]   each against the one test that is named beside it; some minutes in all
-    python -m tests.mutants --plant N OUT    a copy of the project with bug N in it, for a student to find
+    python -m tests.mutants [N ...]              every bug (or these) against all tests but this
+                                                 course's own; about a minute a bug
+    python -m tests.mutants --killers [N ...]    each against the one test that is named beside it;
+                                                 some minutes in all
+    python -m tests.mutants --plant N OUT        a copy of the project with bug N in it, for a
+                                                 student to find
 
-Each bug is an edit (file, old text, new text), the test that kills it, and what one sees of it: the hint for students.
+Each bug is an edit (file, old text, new text), the test that kills it, and what one sees of it:
+the hint for students.
 """
 import argparse
 import os
@@ -355,37 +359,52 @@ MUTANTS = [
 def mutated(mutant):
     """The file's text with the edit. ValueError unless the old text stands there exactly once."""
     text = read(HOME, mutant.file)
-    if text.count(mutant.old) != 1 or mutant.old == mutant.new:
-        raise ValueError(f"{mutant.file} holds {text.count(mutant.old)} times, not once: {mutant.old!r}")
+    times = text.count(mutant.old)
+    if times != 1 or mutant.old == mutant.new:
+        raise ValueError(f"{mutant.file} holds {times} times, not once: {mutant.old!r}")
     return text.replace(mutant.old, mutant.new)
 
 
 def failures(directory, selection):
-    """Run tests in a copy of the project -> names of those that fail. RuntimeError if they cannot be run."""
+    """Run tests in a copy of the project -> names of those that fail.
+
+    RuntimeError if they cannot be run."""
     report = os.path.join(directory, "report.xml")
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", f"--junitxml={report}", *selection]
+    options = ["-q", "--tb=no", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", *options, *selection]
     done = subprocess.run(command, cwd=directory, capture_output=True, encoding="utf-8")
     if done.returncode not in (0, 1):
         raise RuntimeError(f"the tests do not run:\n{done.stdout[-2000:]}")
-    failed = [c for c in ElementTree.parse(report).iter("testcase") if {e.tag for e in c} & {"failure", "error"}]
-    return list(dict.fromkeys(c.get("classname").split(".")[-1] + ".py::" + c.get("name").split("[")[0] for c in failed))
+    names = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcome = {element.tag for element in case}
+        if outcome & {"failure", "error"}:
+            file = case.get("classname").split(".")[-1]
+            test = case.get("name").split("[")[0]
+            names.append(f"{file}.py::{test}")
+    return list(dict.fromkeys(names))
 
 
 def hunt(numbers, killers):
-    """Plant one bug after another in a copy and run the tests; print who found it. -> numbers of those that nobody found"""
+    """Plant one bug after another in a copy and run the tests; print who found it.
+
+    -> numbers of those that nobody found"""
     survivors = []
     with tempfile.TemporaryDirectory() as temporary:
         copy = os.path.join(temporary, "copy")
         make_assignment(copy, {})
-        named = list(dict.fromkeys(os.path.join("tests", MUTANTS[n - 1].killer) for n in numbers))
-        if wrong := failures(copy, named if killers else ["tests"]):
+        named = [os.path.join("tests", MUTANTS[n - 1].killer) for n in numbers]
+        selection = list(dict.fromkeys(named)) if killers else ["tests"]
+        wrong = failures(copy, selection)
+        if wrong:
             raise InputError(f"these tests fail without any bug: {', '.join(wrong)}")
-        for n in numbers:
+        for n, killer in zip(numbers, named):
             mutant = MUTANTS[n - 1]
             write(copy, {mutant.file: mutated(mutant)})
-            found = failures(copy, [os.path.join("tests", mutant.killer)] if killers else ["tests"])
+            found = failures(copy, [killer] if killers else ["tests"])
             write(copy, {mutant.file: read(HOME, mutant.file)})
-            print(f"{n:3d} {mutant.file:12} {'killed by ' + ', '.join(found) if found else 'SURVIVES'}", flush=True)
+            verdict = f"killed by {', '.join(found)}" if found else "SURVIVES"
+            print(f"{n:3d} {mutant.file:12} {verdict}", flush=True)
             if not found:
                 survivors.append(n)
     return survivors
@@ -395,23 +414,35 @@ def plant(number, out):
     """A copy of the project with a bug in it."""
     mutant = MUTANTS[number - 1]
     make_assignment(out, {mutant.file: mutated(mutant)})
-    print(f"{out}: somewhere in the seven files is a bug. {mutant.hint}")
+    print(f"{out}: somewhere in the seven files or in interop/ is a bug. {mutant.hint}")
+
+
+def check_numbers(numbers):
+    if not all(0 < n <= len(MUTANTS) for n in numbers):
+        raise InputError(f"bugs have numbers from 1 to {len(MUTANTS)}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("numbers", nargs="*", type=int, metavar="N", help=f"bugs, 1 to {len(MUTANTS)} (default all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("numbers", nargs="*", type=int, metavar="N",
+                        help=f"bugs, 1 to {len(MUTANTS)} (default all)")
     parser.add_argument("--killers", action="store_true", help="run each bug's own test alone")
-    parser.add_argument("--plant", nargs=2, metavar=("N", "OUT"), help="write a copy with bug N to the new directory OUT")
+    parser.add_argument("--plant", nargs=2, metavar=("N", "OUT"),
+                        help="write a copy with bug N to the new directory OUT")
     args = parser.parse_args(argv)
-    numbers = args.numbers or list(range(1, len(MUTANTS) + 1))
-    wanted = [int(args.plant[0])] if args.plant and re.fullmatch("[0-9]+", args.plant[0]) else numbers
-    if args.plant and wanted is numbers or not all(0 < n <= len(MUTANTS) for n in wanted):
-        raise InputError(f"bugs have numbers from 1 to {len(MUTANTS)}")
     if args.plant:
-        return plant(wanted[0], args.plant[1])
+        number, out = args.plant
+        number = int(number) if re.fullmatch("[0-9]+", number) else 0
+        check_numbers([number])
+        return plant(number, out)
+    numbers = args.numbers or list(range(1, len(MUTANTS) + 1))
+    check_numbers(numbers)
     survivors = hunt(numbers, args.killers)
-    print(f"{len(numbers) - len(survivors)} of {len(numbers)} bugs are found" + (f"; not {survivors}" if survivors else ""))
+    found = len(numbers) - len(survivors)
+    rest = f"; not {survivors}" if survivors else ""
+    print(f"{found} of {len(numbers)} bugs are found{rest}")
     sys.exit(1 if survivors else 0)
 
 

@@ -3,6 +3,7 @@ import collections
 import contextlib
 import copy
 import errno
+import glob
 import io
 import json
 import math
@@ -1413,8 +1414,9 @@ def test_rows_of_another_kind_are_refused(tmp_path):
 
 
 def test_readmes_commands_are_accepted(capsys):
-    """Prevents: a command of README that has an option of an earlier version, or a value that is refused."""
-    text = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read().replace("\\\n", " ")
+    """Prevents: a command of README or docs/ that has an option of an earlier version, or a value that is refused."""
+    documents = [os.path.join(ROOT, "README.md"), *sorted(glob.glob(os.path.join(ROOT, "docs", "*.md")))]
+    text = "\n".join(open(path, encoding="utf-8").read() for path in documents).replace("\\\n", " ")
     found = re.findall(r"(?:^|[` ])(?:python|torchrun --nproc_per_node \d+) ((?:train|decode|evaluate)\.py [^`\n]*)", text, re.M)
     known = {}
     for name, command in (("decode.py", decode.main), ("evaluate.py", evaluate.main)):
