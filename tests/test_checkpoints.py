@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from data import InputError
 from decode import generate
-from model import Checkpoint, GPT, GPTConfig, load_hf, load_safetensors, save_hf, save_safetensors
+from model import Checkpoint, load_hf, load_safetensors, save_hf, save_safetensors
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 24}
