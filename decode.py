@@ -54,8 +54,10 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         # The token that crosses top_p stays, so one always does.
         likelier = p.cumsum(-1) - p
         p = p * (likelier < top_p)
+    # The first token at which the distribution function exceeds u. What was cut left a sum below
+    # 1, so u is taken as a share of that sum.
     cdf = p.cumsum(-1)
-    level = u.to(cdf) * cdf[:, -1]            # what was cut leaves a sum below 1
+    level = u.to(cdf) * cdf[:, -1]
     index = torch.searchsorted(cdf, level[:, None], right=True)                    # (B, 1)
     index = index.clamp(max=p.shape[-1] - 1)
     token = index if order is None else order.gather(-1, index)
@@ -211,14 +213,13 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
                   max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None, state=None):
     """PRM-guided best-of-K (paper, Sec. 5) for B ragged prompts at once -> list of B Guided.
 
-    boundary: newline | sentence | turn, or masks. guide: one of the PRM's outputs, or "unified".
+    boundary: newline | sentence | turn. guide: one of the PRM's outputs, or "unified".
     state: that of an earlier call for the same conversations, which this call changes in place;
     prompts are then only the new tokens (the end of the turn is in the caches already).
     InputError for a prompt that does not fit, K < 1, a guide that the PRM lacks, scores that are
     not finite."""
     check_sampling(max_new_tokens, temperature, top_p)
-    named = boundary if isinstance(boundary, str) else None
-    K, context = check_guided(model, prm, prompts, K, temperature, guide, named, state)
+    K, context = check_guided(model, prm, prompts, K, temperature, guide, boundary, state)
     # How tokens are drawn, where steps end, and the state behind the prompts.
     head, masks = model.fold(weights), stop_masks(model, boundary)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
@@ -236,7 +237,7 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         # Score them with every output of the PRM; the guide makes one number of these.
         rows = alive_rows((limits < 1).view(-1, K))                                # (B', K)
         outputs, fed = score_candidates(prm, state.prm, candidates, rows)          # (B' K, P)
-        scores = prm.guide(outputs, guide, named).view(-1, K)                      # (B', K)
+        scores = prm.guide(outputs, guide, boundary).view(-1, K)                      # (B', K)
         number += 1                          # every answer that goes on is at the same step
         check_scores(scores, number)
         # Select the best; both caches and h go on from it.
@@ -245,6 +246,7 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         ended = [b for b in alive.tolist() if has_ended(model, results[b].ids)]
         end[ended] = 0
         left = room_left(state, end, context)
+    # Text is made of what was committed, never the other way round.
     for result in results:
         result.text = model.tokenizer.decode(result.ids) if model.tokenizer else ""
     return results
@@ -285,6 +287,7 @@ def score_candidates(prm, cache, candidates, rows=None):
     A PRM with a marker gets it behind the step, before EOS, and is read there."""
     texts = [list(ids) for ids in candidates]
     ends = [len(ids) - 1 for ids in texts]
+    # Where the marker goes is where it is read.
     if prm.marker is not None:
         for b, ids in enumerate(texts):
             if ids[-1] != prm.backbone.tokenizer.eos_id:
@@ -319,6 +322,7 @@ def select(state, scores, drawn, fed, alive):
 def commit(results, alive, candidates, scores, winners):
     """Append the winning steps to the results of the prompts `alive`."""
     K = len(scores[0])
+    # Candidates stand prompt by prompt, K of each.
     for i, b in enumerate(alive):
         own = candidates[i * K:(i + 1) * K]
         results[b].ids += own[winners[i]]
@@ -357,7 +361,8 @@ def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
     for own, other in zip_longest(pieces(model), pieces(prm.backbone), fillvalue=b""):
         if own != other:
             raise InputError("policy and PRM have different tokenizers; they must share their ids")
-    markers = 0 if prm.marker is None else 1                   # the one behind the last step
+    # Behind the last step the PRM still needs room for its marker.
+    markers = 0 if prm.marker is None else 1
     context = min(model.config.max_len, prm.backbone.config.max_len - markers)
     # What the caches hold already counts too.
     held = [0] * len(prompts)
@@ -366,6 +371,7 @@ def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
     if len(held) != len(prompts):
         raise InputError(f"the state holds {len(held)} conversations, {len(prompts)} texts came")
     check_prompts(prompts, [context - n for n in held])
+    # Equal candidates would be drawn K times and scored K times.
     if temperature == 0 and K > 1:
         warnings.warn("temperature 0 makes all candidates equal: K = 1", stacklevel=4)
         K = 1
@@ -386,16 +392,14 @@ def pieces(net):
 
 
 def stop_masks(model, boundary):
-    """The name of a boundary, or masks as in Tokenizer.boundary_masks -> masks on the device."""
-    if not isinstance(boundary, str):
-        masks = boundary
-    elif model.tokenizer is not None:
+    """Where steps end, as in Tokenizer.boundary_masks, on the model's device."""
+    if model.tokenizer is not None:
         masks = model.tokenizer.boundary_masks(boundary)
     elif boundary == "turn":
         # Without a tokenizer there is no end of the turn: only the budget ends a response.
         masks = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool)
     else:
-        raise InputError("this model has no tokenizer; give the boundary as masks over its ids")
+        raise InputError(f"this model has no tokenizer: no {boundary} is known, only the turn")
     return [mask.to(model.embed.weight.device) for mask in masks]
 
 
@@ -505,6 +509,7 @@ def main(argv=None):
     leading = known.get(args.guide) or known.get(heaviest) or config["objectives"][0]
     if weights is None:
         weights = domain_mix(heads, leading.domain, config["objectives"])
+    # A PRM from elsewhere may call its outputs what it likes: all of them guide.
     guide = args.guide or ("unified" if args.prm else leading.name)
     if guide not in [*known, "unified"] and not args.prm:
         raise InputError(f"--guide: unknown objective {guide!r}; choose unified or one of "
