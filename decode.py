@@ -136,8 +136,8 @@ def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, gen
         fed = rows if feed_last else still
         # A hidden state changes where a token was new: rows that had stopped keep theirs.
         at = flat(fed)
-        out = model(token[at][:, None], cache, fed)[:, 0]                          # (n, d)
-        h[at] = torch.where(going[at][:, None], out, h[at])
+        new = model(token[at, None], cache, fed)[:, 0]                             # (n, d)
+        h[at] = torch.where(going[at, None], new, h[at])
         if finished:
             break
         rows = still
@@ -226,7 +226,8 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
     state = read_prompts(model, prm, prompts, K, min(max_new_tokens, context), state)
     results = [Guided([], "", [], state) for _ in prompts]
     end = (state.policy.held + max_new_tokens).clamp(max=context)                  # (B,)
-    left, number = room_left(state, end, context), 0                               # (B,)
+    left = room_left(state, end, context)                                          # (B,)
+    number = 0
     while bool(left.any()):
         # The B' answers that go on. Draw K candidates for the next step of each.
         alive = left.nonzero()[:, 0]                                               # (B',)
@@ -263,7 +264,8 @@ def read_prompts(model, prm, prompts, K, room, state):
     h = prefill(model, state.policy, prompts)                                      # (B, d)
     prefill(prm, state.prm, prompts)
     if begins:
-        state.policy, state.prm = state.policy.fork(K), state.prm.fork(K)
+        state.policy = state.policy.fork(K)
+        state.prm = state.prm.fork(K)
     state.h = h.repeat_interleave(K, 0)                                            # (B K, d)
     return state
 
@@ -517,7 +519,8 @@ def main(argv=None):
     prm = load_prm(args.prm) if args.prm else find_prm(args.run, guide)
     # Each line is a turn of one conversation; its answer goes on from the state of the last.
     temperature = config["temperature"] if args.temperature is None else args.temperature
-    generator, state, ids = torch.Generator().manual_seed(args.seed), None, []
+    generator = torch.Generator().manual_seed(args.seed)
+    state, ids = None, []
     for line in sys.stdin if args.prompt is None else [args.prompt]:
         if state is None:
             new = tokenizer.encode_chat([{"role": "user", "content": line.strip()}])
