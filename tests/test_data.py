@@ -73,8 +73,8 @@ GOOD = {"name": "a", "domain": "b", "case": "C", "boundary": "turn"}
     [GOOD | {"name": 5}], [GOOD | {"name": "../a"}], [GOOD | {"name": ""}]])
 def test_broken_records_of_objectives(records):
     """A config.json of another version, or by another hand, that ends in a traceback."""
-    with pytest.raises(InputError, match="^RUN/config.json: objectives .* bring the file back"):
-        read_objectives("RUN/config.json", records)
+    with pytest.raises(InputError, match="^RUN/config.json: objectives must be a list of objec"):
+        read_objectives("RUN/config.json: objectives", records)
 
 
 # -- randomness and splits
