@@ -87,7 +87,7 @@ def read_objectives(where, records):
         names = {re.fullmatch(r"\w+", o.name)[0] for o in found}
     except TypeError:                # no list, no record, other fields than an Objective's, no name
         good, names = [False], set()
-    if not all(good) or not names or len(names) < len(good):
+    if not all(good) or len(names) < len(good):
         raise InputError(f"{where} must be a list of objectives with name, domain, case and "
                          f"boundary, not {str(records)[:200]}; bring back what was written")
     return found

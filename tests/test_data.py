@@ -68,7 +68,7 @@ GOOD = {"name": "a", "domain": "b", "case": "C", "boundary": "turn"}
 
 
 @pytest.mark.parametrize("records", [
-    None, [], {}, 5, "a", ["honesty"], [{}], [[GOOD]], [GOOD, GOOD], [GOOD | {"more": 1}],
+    None, 5, "a", ["honesty"], [{}], [[GOOD]], [GOOD, GOOD], [GOOD | {"more": 1}],
     [GOOD | {"case": "D"}], [GOOD | {"case": ["C"]}], [GOOD | {"boundary": None}],
     [GOOD | {"name": 5}], [GOOD | {"name": "../a"}], [GOOD | {"name": ""}]])
 def test_broken_records_of_objectives(records):
