@@ -55,13 +55,16 @@ def run_command(main):
         sys.exit(130)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """One axis of alignment. `case` names the row of the paper's table of label constructions (Sec. 4)."""
-    name: str
-    domain: str      # math | values | tutoring
-    case: str        # verifiable | A (judge on rollouts) | B (judge on prefixes) | C (preference pairs)
-    boundary: str    # where a step ends: newline | sentence | turn
+class Objective(str):
+    """TRANSITION: a record that is also its name, until runs and PRMs store records."""
+
+    def __new__(cls, name, domain, case, boundary):
+        self = super().__new__(cls, name)
+        self.name, self.domain, self.case, self.boundary = name, domain, case, boundary
+        return self
+
+    def __getnewargs__(self):
+        return self.name, self.domain, self.case, self.boundary
 
     @property
     def subjective(self):

@@ -323,7 +323,7 @@ def read_run(run):
     config = read_json(path)
     if not isinstance(config, dict) or not {"objectives", "temperature"} <= config.keys():
         raise InputError(f"{path}: not the configuration of a run")
-    return config
+    return config | {"objectives": [OBJECTIVES[o] for o in config["objectives"]]}      # TRANSITION
 
 
 def find_prm(run, guide, dtype=torch.float32):

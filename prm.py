@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, OBJECTIVES, batches_by_length, pad
+from data import InputError, OBJECTIVES, Objective, batches_by_length, pad
 from interop.parallel import gathered
 from model import Checkpoint, GPT, backbone_tensors, load_tokenizer, read_config, save_directory
 
@@ -33,7 +33,8 @@ class PRM(nn.Module):
 
     def __init__(self, backbone, outputs, generator=None):
         super().__init__()
-        self.backbone, self.outputs, d = backbone, list(outputs), backbone.config.d_model
+        self.backbone, d = backbone, backbone.config.d_model
+        self.outputs = [OBJECTIVES.get(o) or Objective(o, "", "C", "newline") for o in outputs]      # TRANSITION
         self.score = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, len(self.outputs)))
         for layer in (self.score[0], self.score[2]):
             nn.init.normal_(layer.weight, std=d ** -0.5, generator=generator)
@@ -42,6 +43,11 @@ class PRM(nn.Module):
         # "unified" guidance may average them.
         self.register_buffer("scale", torch.ones(len(self.outputs)))
         self.marker = None             # a released PRM may want this token after every step, and is read there
+
+    @property
+    def names(self):
+        """TRANSITION"""
+        return self.outputs
 
     def forward(self, ids, cache=None, rows=None):
         """ids (B, T) -> scores (B, T, P); cache and rows as in GPT.forward.
