@@ -24,7 +24,7 @@ import os
 import statistics
 import textwrap
 import zlib
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -163,14 +163,16 @@ def guided_answers(draw, states, world, batch, conversations):
 
 # -- means, intervals, distance from SFT
 
-# Student's t: with so many degrees of freedom (1 to 10) it lies in (-t, t) with probability 0.95.
+# Student's t with 1 to 10 degrees of freedom lies in (-t, t) with probability 0.95.
 T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
 def student_t(df):
-    """The 95 % quantile t for df degrees of freedom. For many of them the first terms of its
-    series in 1 / df around the normal distribution's 1.96 are exact to three decimals."""
-    return T95[df - 1] if df <= len(T95) else 1.95996 + 2.3723 / df + 2.8225 / df ** 2
+    """The t of a 95 % interval for df degrees of freedom. For many of them it is a series in 1 / df
+    around the normal distribution's 1.96 (Cornish and Fisher); three terms give four digits."""
+    if df <= len(T95):
+        return T95[df - 1]
+    return 1.95996 + 2.3723 / df + 2.8225 / df ** 2 + 2.5558 / df ** 3
 
 
 def summary(values):
@@ -192,21 +194,16 @@ LOGITS = 2 ** 28       # at once, a gigabyte in float32: the KL needs five such 
 
 
 def kl_sums(model, head, reference, turns, pad_id):
-    """The KL of kl_to_sft, summed over the positions of every turn's response -> (len(turns),)."""
+    """The KL of kl_to_sft, summed over the tokens of every turn's response -> (len(turns),)."""
     ids, lengths = pad([before + response for before, _, response in turns], pad_id, head.device)
     starts = torch.tensor([len(before) for before, _, _ in turns], device=head.device)
     mask = response_mask(starts, lengths, ids.shape[1])               # (B, T)
-    row, t = mask[:, 1:].nonzero(as_tuple=True)                       # the state at t predicts t + 1
-    states = model(ids)[row, t]                                       # (N, d)
-    ref_states = reference(ids)[row, t]
-    sums = torch.zeros(len(turns), device=head.device)
-    size = max(1, LOGITS // len(head))                                # positions at a time
-    for r, h, h_ref in zip(row.split(size), states.split(size), ref_states.split(size)):
-        log_pi = F.log_softmax(F.linear(h, head).float(), -1)         # (n, V)
-        log_ref = F.log_softmax(reference.logits(h_ref).float(), -1)
-        kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)              # (n,)
-        sums = sums.index_add(0, r, kl)
-    return sums
+    # Both distributions of every response token: the state at t predicts the token at t + 1.
+    row, t = mask[:, 1:].nonzero(as_tuple=True)                       # (N,) each
+    log_pi = F.log_softmax(F.linear(model(ids)[row, t], head).float(), -1)
+    log_ref = F.log_softmax(reference.logits(reference(ids)[row, t]).float(), -1)
+    kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                  # (N, V) -> (N,)
+    return torch.zeros(len(turns), device=head.device).index_add(0, row, kl)
 
 
 @torch.no_grad()
@@ -218,12 +215,13 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
     mean per token, and its sum over an answer's tokens; both are means over the turns."""
     turns = list(itertools.chain.from_iterable(c.turns for c in conversations))
     lengths = [len(before) + len(response) for before, _, response in turns]
-    per_answer = torch.zeros(len(turns), dtype=torch.float64)
-    for index in batches_by_length(lengths):
+    sums = torch.zeros(len(turns), dtype=torch.float64)
+    # Few enough tokens at a time for their logits over a large vocabulary.
+    for index in batches_by_length(lengths, min(16384, LOGITS // len(head))):
         part = [turns[i] for i in index]
-        per_answer[index] = kl_sums(model, head, reference, part, pad_id).double().cpu()
-    per_token = per_answer / torch.tensor([len(response) for _, _, response in turns])
-    both = torch.stack((per_token, per_answer)).view(2, len(conversations), -1)
+        sums[index] = kl_sums(model, head, reference, part, pad_id).double().cpu()
+    per_token = sums / torch.tensor([len(response) for _, _, response in turns])
+    both = torch.stack((per_token, sums)).view(2, len(conversations), -1)
     return both.mean(-1).tolist()
 
 
@@ -238,11 +236,14 @@ def average(models, weights=None):
     return GPT.from_state(models[0].config, state, models[0].tokenizer).eval()
 
 
+SINGLE = ("base", "sft", "single_head_dpo", "modpo")           # policies with a single head
+
+
 class Job(NamedTuple):
     """How a row of the tables is made."""
-    policy: str
-    models: dict                    # {name of a model of the run: its weight}; several: a soup
-    weights: tuple = (1.0,)         # mix of heads
+    policy: str                     # the row's name
+    model: str                      # a directory of the run, or "soup" of the dpo_<objective>
+    weights: dict                   # {head: its share}, of a soup {objective: its policy's share}
     guide: str = None
     temperature: float = None       # None: the run's own
     samples: int = 1                # of which the majority's answer counts
@@ -251,7 +252,7 @@ class Job(NamedTuple):
 
 
 class Bench:
-    """The models of one run directory: measures one row, lists the rows of a domain."""
+    """The models of one run directory: lists the rows of its tables and measures them."""
 
     def __init__(self, run, device=None):
         self.run = run
@@ -260,98 +261,31 @@ class Bench:
         self.seed = self.config["seed"]
         self.device = pick_device(device or self.config["device"])
         self.dtype = sampling_dtype(self.config["dtype"], self.device)
-        self.loaded = {}           # (name, device) -> model
-        self.guides = {}           # name -> PRM, the last one used
-        self.known = {}            # job -> what it has measured
-        self.sft = self.model("sft")
+        # SFT stays, for the KL; beside it only the last model and the last PRM are in memory.
+        self.sft = self.load("sft")
+        self.model = lru_cache(1)(self.load)
+        self.load_prm = lru_cache(1)(partial(find_prm, run, dtype=self.dtype))
         self.tokenizer = self.sft.tokenizer
+        self.known = {}             # what has been measured, by job
         limit = self.config["max_new_tokens"]
         self.worlds = worlds_of(self.objectives, self.config["data"], limit, self.sft)
 
-    def model(self, name, device=None):
-        """A model of the run, on the run's device if not said otherwise. All stay in memory, but
-        of large ones only SFT, for the KL."""
-        device = device or self.device
-        if (name, device) not in self.loaded:
-            sft = self.loaded.get(("sft", self.device))
-            if sft and sum(p.numel() for p in sft.parameters()) > 1e9:
-                self.loaded = {("sft", self.device): sft}
-            model = load_hf(os.path.join(self.run, name), dtype=self.dtype,
-                            place=partial(torch.Tensor.to, device=device))
-            self.loaded[name, device] = model.eval()
-        return self.loaded[name, device]
-
-    def parts(self, job):
-        """The models of a row; those of a soup in main memory, where there is room for all."""
-        device = None if len(job.models) == 1 else "cpu"
-        return [self.model(name, device) for name in job.models]
+    def load(self, name, device=None):
+        """A model of the run, on the run's device if not said otherwise."""
+        place = partial(torch.Tensor.to, device=device or self.device)
+        return load_hf(os.path.join(self.run, name), dtype=self.dtype, place=place).eval()
 
     def prm(self, guide):
         """The PRM with the output `guide`: that objective's own if there is one, or the unified."""
         own = os.path.isdir(os.path.join(self.run, f"prm_{guide}"))
-        name = guide if own else "unified"
-        if name not in self.guides:
-            prm = find_prm(self.run, name, self.dtype)
-            self.guides = {name: prm.to(self.device).eval()}
-        return self.guides[name]
+        return self.load_prm(guide if own else "unified").to(self.device).eval()
 
-    def problems(self, domain, n):
-        """The prompts of a domain's tables: of the split that the configuration names."""
-        split = self.config["split"]
-        return self.worlds[domain].problems(split, n, RNG(seed_of(self.seed, split, domain)))
-
-    def rollout(self, domain, job, problems):
-        """-> the conversations of a row's policy about these problems, and the policy's model."""
-        world = self.worlds[domain]
-        model = average(self.parts(job), list(job.models.values())).to(self.device)
-        temperature = job.temperature
-        if temperature is None:
-            temperature = self.config["temperature"]
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", domain))
-        if job.guide is None:
-            respond = plain_responder(model, world, job.weights, temperature, generator,
-                                      job.samples)
-        else:
-            respond = guided_responder(model, self.prm(job.guide), world, job.weights, job.guide,
-                                       temperature, generator, self.config["k"], job.boundary)
-        student = seed_of(self.seed, "student", domain)
-        return converse(world, problems, self.tokenizer, respond, student), model
-
-    def measure(self, domain, job):
-        """-> {metric: list of values, one per prompt}: the noise-free scores, the tokens of an
-        answer and those drawn for it, and of a policy's plain samples the KL."""
-        problems = self.problems(domain, self.config["n_test"])
-        conversations, model = self.rollout(domain, job, problems)
-        world = self.worlds[domain]
-        each = columns([c.scores(world, self.tokenizer) for c in conversations])
-        each["tokens"] = [c.length() for c in conversations]
-        each["drawn"] = [c.drawn / len(c.turns) for c in conversations]
-        if (job.guide, job.temperature, job.samples) == (None, None, 1):
-            each["kl"], each["kl/answer"] = kl_to_sft(
-                model, model.fold(job.weights), self.sft, conversations, self.tokenizer.pad_id)
-        return each
-
-    def row(self, domain, job):
-        """An entry of results.json, and under "each" the values behind its means."""
-        heads = self.parts(job)[0].config.objectives
-        shares = [w / sum(job.weights) for w in job.weights]
-        # A row may stand in the table and in a sweep: what is made alike is made once.
-        alike = repr((domain, job._replace(policy="", weights=shares, sweep=None)))
-        if alike not in self.known:
-            measured = self.measure(domain, job)
-            self.known[alike] = {m: [round(v, 4) for v in measured[m]] for m in measured}
-        each = self.known[alike]
-        weights = dict(zip(heads, shares))
-        if job.policy == "soup":
-            weights = {name.removeprefix("dpo_"): w for name, w in job.models.items()}
-        row = {"policy": job.policy, "weights": weights, "guide": job.guide, "domain": domain,
-               "seed": self.seed, "metrics": {m: summary(each[m]) for m in each}, "each": each}
-        return row | ({"sweep": list(job.sweep)} if job.sweep else {})
+    # -- the rows
 
     def mix(self, weights):
-        """{objective: weight} -> the weights of all heads of MAH-DPO."""
-        heads = self.model("mah_dpo").config.objectives
-        return tuple(weights.get(head, 0.0) for head in heads)
+        """{objective: weight} -> the shares of all heads of MAH-DPO, which sum to 1."""
+        total = sum(weights.values())
+        return {o.name: weights.get(o.name, 0.0) / total for o in self.objectives}
 
     def unguided(self, job, verified):
         """A policy sampled, at temperature 0, and by majority vote where answers are verified."""
@@ -372,15 +306,13 @@ class Bench:
         objectives = domain_objectives(domain, self.objectives)
         names = [o.name for o in objectives]
         verified = [o.name for o in objectives if o.case == "verifiable"]
-        sft = Job("sft", {"sft": 1.0})
-        mah_dpo = Job("mah_dpo", {"mah_dpo": 1.0}, self.mix(dict.fromkeys(names, 1.0)))
-        jobs = [Job("base", {"base": 1.0}), *self.unguided(sft, verified)]
-        jobs += [Job(name, {name: 1.0}) for name in ("single_head_dpo", "modpo")]
-        jobs.append(Job("soup", {f"dpo_{name}": 1 / len(names) for name in names}))
+        base, sft, single, modpo = [Job(name, name, {"policy": 1.0}) for name in SINGLE]
+        soup_job = Job("soup", "soup", dict.fromkeys(names, 1 / len(names)))
+        mah_dpo = Job("mah_dpo", "mah_dpo", self.mix(dict.fromkeys(names, 1.0)))
+        jobs = [base, *self.unguided(sft, verified), single, modpo, soup_job]
         jobs += self.unguided(mah_dpo, verified)
         for name in names:
-            alone = self.mix({name: 1.0})
-            jobs.append(mah_dpo._replace(policy=f"mah_dpo:{name}", weights=alone))
+            jobs.append(Job(f"mah_dpo:{name}", "mah_dpo", self.mix({name: 1.0})))
         return jobs + self.guided(sft, names, verified) + self.guided(mah_dpo, names, verified)
 
     def sweep(self, domain):
@@ -389,13 +321,72 @@ class Bench:
         names = [o.name for o in domain_objectives(domain, self.objectives) if o.name in scored]
         steps = self.config["weight_steps"]
         jobs = []
-        for pair in itertools.combinations(names, 2) if steps else ():
+        for first, second in itertools.combinations(names, 2) if steps else ():
             for i in range(steps + 1):
-                weights = {pair[0]: (steps - i) / steps, pair[1]: i / steps}
-                policies = {f"dpo_{name}": w for name, w in weights.items() if w > 0}
-                jobs.append(Job("mah_dpo", {"mah_dpo": 1.0}, self.mix(weights), sweep=pair))
-                jobs.append(Job("soup", policies, sweep=pair))
+                weights = {first: (steps - i) / steps, second: i / steps}
+                parts = {name: w for name, w in weights.items() if w > 0}
+                jobs.append(Job("mah_dpo", "mah_dpo", self.mix(weights), sweep=(first, second)))
+                jobs.append(Job("soup", "soup", parts, sweep=(first, second)))
         return jobs
+
+    # -- one row
+
+    def policy(self, job):
+        """-> a row's model and the weights of its heads."""
+        weights = list(job.weights.values())
+        if job.model == "sft":
+            return self.sft, weights
+        if job.model != "soup":
+            return self.model(job.model), weights
+        # In main memory there is room for all the policies that are averaged.
+        device = "cpu" if len(weights) > 1 else self.device
+        parts = [self.model(f"dpo_{name}", device) for name in job.weights]
+        return average(parts, weights).to(self.device), 0
+
+    def problems(self, domain, n):
+        """The prompts of a domain's tables: of the split that the configuration names."""
+        split = self.config["split"]
+        return self.worlds[domain].problems(split, n, RNG(seed_of(self.seed, split, domain)))
+
+    def rollout(self, domain, job, problems):
+        """Play a row's policy -> conversations about these problems, its model, its weights."""
+        world = self.worlds[domain]
+        model, weights = self.policy(job)
+        temperature = self.config["temperature"] if job.temperature is None else job.temperature
+        # The same draws for every row: rows differ by their policies, not by their luck.
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", domain))
+        if job.guide is None:
+            respond = plain_responder(model, world, weights, temperature, generator, job.samples)
+        else:
+            respond = guided_responder(model, self.prm(job.guide), world, weights, job.guide,
+                                       temperature, generator, self.config["k"], job.boundary)
+        student = seed_of(self.seed, "student", domain)
+        return converse(world, problems, self.tokenizer, respond, student), model, weights
+
+    def measure(self, domain, job):
+        """-> {metric: list of values, one per prompt}: the noise-free scores, the tokens of an
+        answer and those drawn for it, and of a policy's plain samples the KL."""
+        problems = self.problems(domain, self.config["n_test"])
+        talks, model, weights = self.rollout(domain, job, problems)
+        world, tokenizer = self.worlds[domain], self.tokenizer
+        each = columns([talk.scores(world, tokenizer) for talk in talks])
+        each["tokens"] = [talk.length() for talk in talks]
+        each["drawn"] = [talk.drawn / len(talk.turns) for talk in talks]
+        if (job.guide, job.temperature, job.samples) == (None, None, 1):
+            head = model.fold(weights)
+            each["kl"], each["kl/answer"] = kl_to_sft(model, head, self.sft, talks, tokenizer.pad_id)
+        return {metric: [round(v, 4) for v in values] for metric, values in each.items()}
+
+    def row(self, domain, job):
+        """An entry of results.json, and under "each" the values behind its means."""
+        # A row may stand in the table and in a sweep: what is made alike is made once.
+        alike = repr((domain, job._replace(policy="", sweep=None)))
+        if alike not in self.known:
+            self.known[alike] = self.measure(domain, job)
+        each = self.known[alike]
+        row = {"policy": job.policy, "weights": job.weights, "guide": job.guide, "domain": domain,
+               "seed": self.seed, "metrics": {m: summary(each[m]) for m in each}, "each": each}
+        return row | {"sweep": list(job.sweep)} if job.sweep else row
 
 
 # -- preference pairs held out from training
@@ -416,15 +407,16 @@ def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
     with the reference; logp_accuracy asks whether the policy itself finds chosen likelier."""
     chosen, rejected = logps.T                                        # (N,) each
     delta = log_ratio_margin(chosen, rejected, *reference.T)
-    loss = dpo_loss(chosen, rejected, *reference.T, beta)
+    values = {"loss": dpo_loss(chosen, rejected, *reference.T, beta),
+              "margin": beta * delta,
+              "logp_accuracy": (chosen > rejected).float(),
+              "reward_accuracy": (delta > 0).float()}
     rows = []
     for name in dict.fromkeys(p.objective for p in pairs):
-        i = [k for k, p in enumerate(pairs) if p.objective == name]
-        metrics = {"loss": summary(loss[i].tolist()),
-                   "margin": summary((beta * delta[i]).tolist()),
-                   "logp_accuracy": summary((chosen > rejected)[i].float().tolist())}
-        if bool(delta[i].any()):              # the reference itself has no margin to be right about
-            metrics["reward_accuracy"] = summary((delta[i] > 0).float().tolist())
+        own = [i for i, p in enumerate(pairs) if p.objective == name]
+        metrics = {metric: summary(v[own].tolist()) for metric, v in values.items()}
+        if not bool(delta[own].any()):        # the reference itself has no margin to be right about
+            del metrics["reward_accuracy"]
         rows.append({"policy": policy, "weights": {name: 1.0}, "guide": None,
                      "domain": f"pairs:{name}", "seed": seed, "metrics": metrics})
     return rows
@@ -432,12 +424,23 @@ def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
 
 # -- tables
 
-COSTS = ["tokens", "drawn", "kl", "kl/answer"]           # columns beside the objectives
-
-
-def row_name(policy, guide):
+def row_name(row):
     """How a row is called: policy, or policy + guide."""
-    return f"{policy} + {guide}" if guide else policy
+    return f"{row['policy']} + {row['guide']}" if row["guide"] else row["policy"]
+
+
+def by_domain(rows):
+    """Rows of results -> a list of (domain, the rows of its table, {swept pair: its rows})."""
+    found = {}
+    for row in rows:
+        if row["domain"].startswith("pairs:"):
+            continue
+        plain, swept = found.setdefault(row["domain"], ([], {}))
+        if "sweep" in row:
+            swept.setdefault(tuple(row["sweep"]), []).append(row)
+        else:
+            plain.append(row)
+    return [(domain, plain, swept) for domain, (plain, swept) in found.items()]
 
 
 def cell(metric):
@@ -449,9 +452,9 @@ def cell(metric):
 
 
 def cells(row, metrics):
-    """The cells of a row of results: {column: text}."""
-    shown = {"policy": row["policy"], "guide": row["guide"] or "-"}
-    return shown | {name: cell(row["metrics"].get(name)) for name in metrics}
+    """A row of results as a line of a table: {column: text}."""
+    names = {"policy": row["policy"], "guide": row["guide"] or "-"}
+    return names | {name: cell(row["metrics"].get(name)) for name in metrics}
 
 
 def table(title, lines):
@@ -480,19 +483,15 @@ def hypervolume(points, reference=(0.0, 0.0)):
 # --- end of exercise 15 ---
 
 
-def by_training(row, name):
-    """A row's scores: one per training of a run with several seeds, or the only one's."""
-    if isinstance(row["seed"], list):
-        return row["each"][name]
-    return [row["metrics"][name]["mean"]]
-
-
 def front_area(rows, pair):
-    """The hypervolume of rows' scores for a pair of objectives; the reference is (0, 0), the worst
-    score. Its interval is over trainings: of a single one nothing is known."""
-    x = [by_training(row, pair[0]) for row in rows]
-    y = [by_training(row, pair[1]) for row in rows]
-    areas = [hypervolume(zip(*front)) for front in zip(zip(*x), zip(*y))]
+    """The summary of the hypervolume of rows' scores; the reference is (0, 0), the worst score. The
+    interval is over trainings: of a single one, whose "each" are prompts, nothing is known."""
+    areas = []
+    if isinstance(rows[0]["seed"], list):
+        for training in range(len(rows[0]["seed"])):
+            areas.append(hypervolume([[r["each"][n][training] for n in pair] for r in rows]))
+    else:
+        areas.append(hypervolume([[r["metrics"][n]["mean"] for n in pair] for r in rows]))
     return summary(areas)
 
 
@@ -501,7 +500,7 @@ def area_lines(plain, mixes, pair):
     domain's table; mixes: those of the sweep of this pair."""
     fronts = {}
     for policy in ("sft", "single_head_dpo", "modpo"):
-        fronts[policy] = [r for r in plain if r["policy"] == policy and r["guide"] is None]
+        fronts[policy] = [r for r in plain if row_name(r) == policy]
     for policy in ("mah_dpo", "soup"):
         fronts[f"{policy}, swept"] = [r for r in mixes if r["policy"] == policy]
     for policy in ("sft", "mah_dpo"):             # a method has one point or many: the table tells
@@ -513,58 +512,48 @@ def area_lines(plain, mixes, pair):
     return lines
 
 
-def sweep_table(domain, pair, mixes, names):
+def sweep_table(domain, pair, mixes):
     """The scores of a sweep of two weights."""
     lines = []
     for row in sorted(mixes, key=lambda r: r["policy"]):
-        weights = {f"w {name}": f"{row['weights'].get(name, 0):.1f}" for name in pair}
-        shown = cells(row, [*names, "kl", "kl/answer"])
-        del shown["guide"]
-        lines.append({"policy": shown["policy"]} | weights | shown)
-    return table(f"{domain}, a sweep of weights", lines)
+        weights = [f"{row['weights'].get(name, 0.0):.1f}" for name in pair]
+        lines.append({"weights": " : ".join(weights)} | cells(row, row["metrics"]))
+    return table(f"{domain}, a sweep of weights from {pair[0]} to {pair[1]}", lines)
 
 
 def pairs_table(rows):
-    """The rows of held-out pairs."""
+    """The metrics of held-out pairs."""
     lines = []
     for row in rows:
-        name = row["domain"].removeprefix("pairs:")
-        shown = cells(row, ["loss", "margin", "reward_accuracy", "logp_accuracy"])
-        del shown["guide"]
-        lines.append({"held-out pairs": f"{name} ({row['n']})"} | shown)
+        objective = row["domain"].removeprefix("pairs:")
+        columns_shown = cells(row, ["loss", "margin", "reward_accuracy", "logp_accuracy"])
+        lines.append({"held-out pairs": f"{objective} ({row['n']})"} | columns_shown)
     return table("preference pairs held out from training", lines)
 
 
 def opening(config):
-    """What all tables of a run have in common, in a sentence or two."""
-    seeds = [str(config["seed"] + i) for i in range(config["seeds"])]
+    """What all tables of a run have in common."""
     names = ", ".join(o.name for o in config["objectives"])
-    trainings = f"Seed {seeds[0]}"
-    if len(seeds) > 1:
-        trainings = f"{len(seeds)} trainings, seeds {', '.join(seeds)}"
-    over = "trainings" if len(seeds) > 1 else "prompts"
-    return (f"Objectives: {names}. {trainings}. Sampling temperature {config['temperature']}, "
-            f"beta {config['beta']}, {config['k']} candidates. "
+    seeds = [str(config["seed"] + i) for i in range(config["seeds"])]
+    over = "prompts" if len(seeds) == 1 else "trainings"
+    return (f"Objectives: {names}. Trained with seed {', '.join(seeds)}. Sampling temperature "
+            f"{config['temperature']}, beta {config['beta']}, {config['k']} candidates. "
             f"Mean ± half the 95 % interval over {over}.\n")
 
 
 def report(rows, config):
     """All tables as Markdown: (what is printed, the sweeps, which only results.md has)."""
     parts, details = [opening(config)], []
-    held_out = [r for r in rows if r["domain"].startswith("pairs:")]
-    for domain in dict.fromkeys(r["domain"] for r in rows if r not in held_out):
-        plain = [r for r in rows if r["domain"] == domain and "sweep" not in r]
-        swept = [r for r in rows if r["domain"] == domain and "sweep" in r]
-        names = [o.name for o in domain_objectives(domain, config["objectives"])]
+    for domain, plain, swept in by_domain(rows):
         title = f"{domain}, {plain[0]['n']} {config['split']} prompts"
-        parts.append(table(title, [cells(r, [*names, *COSTS]) for r in plain]))
+        parts.append(table(title, [cells(row, plain[0]["metrics"]) for row in plain]))
         areas = []
-        for pair in dict.fromkeys(tuple(r["sweep"]) for r in swept):
-            mixes = [r for r in swept if tuple(r["sweep"]) == pair]
-            details.append(sweep_table(domain, pair, mixes, names))
+        for pair, mixes in swept.items():
+            details.append(sweep_table(domain, pair, mixes))
             areas += area_lines(plain, mixes, pair)
         if areas:
             parts.append(table(f"{domain}, the area below each method's front", areas))
+    held_out = [row for row in rows if row["domain"].startswith("pairs:")]
     if held_out:
         parts.append(pairs_table(held_out))
     return "\n".join(parts), "\n".join(details)
@@ -573,117 +562,77 @@ def report(rows, config):
 def side_by_side(runs):
     """The tables of finished runs as one: every row once for each run, or once for all of them
     where all have the same figures -> Markdown."""
-    domains, found = {}, {}
+    found = {}                                 # domain -> name of a row -> run -> row
     for run in runs:
-        for objective in read_run(run)["objectives"]:
-            domains.setdefault(objective.domain, {})[objective.name] = True
-        for row in load_rows(run):
-            if row["domain"] in domains and "sweep" not in row:
-                key = row["domain"], row["policy"], row["guide"]
-                found.setdefault(key, {})[run] = row
+        for domain, plain, _ in by_domain(load_rows(run)):
+            names = found.setdefault(domain, {})
+            for row in plain:
+                names.setdefault(row_name(row), {})[run] = row
     parts = []
-    for domain, names in domains.items():
+    for domain, names in found.items():
         lines = []
-        for same in (rows for key, rows in found.items() if key[0] == domain):
-            shown = {run: cells(row, [*names, *COSTS]) for run, row in same.items()}
-            if len(shown) == len(runs) and all(s == shown[runs[0]] for s in shown.values()):
-                shown = {"all": shown[runs[0]]}
+        metrics = next(iter(names["sft"].values()))["metrics"]
+        for same in names.values():
+            shown = {run: cells(row, metrics) for run, row in same.items()}
+            if list(shown.values()) == [shown[run]] * len(runs):
+                shown = {"all": shown[run]}
             lines += [{"run": run} | line for run, line in shown.items()]
-        if lines:
-            parts.append(table(f"{domain}, by run", lines))
+        parts.append(table(f"{domain}, by run", lines))
     return "\n".join(parts)
 
 
 # -- the picture
 
-# A method's colour is readable on a light page and on a dark one. A ring is a guided policy.
+# Every method has a colour that is readable on a light page and on a dark one.
 COLOURS = {"base": "#888", "sft": "#c70", "single_head_dpo": "#095", "modpo": "#b5b",
            "soup": "#47d", "mah_dpo": "#d33"}
-STYLE = ("svg{background:#fff}text{font:12px sans-serif;fill:#222}path{stroke:#888;fill:none}"
-         "polyline{fill:none;stroke-width:1.5}circle{stroke-width:1.5}.ring{fill:none}"
+STYLE = ("svg{background:#fff}text{font:13px sans-serif;fill:#222}path{stroke:#888;fill:none}"
+         "polyline{fill:none}circle,polyline{stroke-width:2}"
          "@media(prefers-color-scheme:dark){svg{background:#111}text{fill:#ddd}}")
-WIDE, HIGH = 420, 380                                       # a panel
-LEFT, TOP, RIGHT, BOTTOM = 60, 20, 400, 330                 # the plot in it
+SIDE, PANEL = 360, 440              # of a plot, and of what surrounds it
+AXES = ('<path d="M0 0V360H360"/>'                                           # scores from 0 to 1
+        '<text x="-4" y="378">0</text><text x="170" y="378">0.5</text><text x="356" y="378">1</text>'
+        '<text x="-14" y="364">0</text><text x="-26" y="184">0.5</text><text x="-14" y="8">1</text>')
 
 
-class Axis(NamedTuple):
-    """Scores from low to high on a line of pixels from start to end."""
-    low: float
-    high: float
-    start: int
-    end: int
-
-    def at(self, score):
-        """The pixel of a score."""
-        share = (score - self.low) / (self.high - self.low)
-        return round(self.start + share * (self.end - self.start), 1)
-
-    def ticks(self):
-        """The tenths between low and high."""
-        return [t / 10 for t in range(round(10 * self.low), round(10 * self.high) + 1)]
+def place(row, pair):
+    """Where a row's scores stand in a plot, in pixels from its upper left corner."""
+    x, y = [row["metrics"][name]["mean"] for name in pair]
+    return round(SIDE * x, 1), round(SIDE * (1 - y), 1)
 
 
-def axis(scores, start, end):
-    """The Axis that holds all these scores: whole tenths, at least one."""
-    low = math.floor(10 * min(scores))
-    high = max(low + 1, math.ceil(10 * max(scores)))
-    return Axis(low / 10, high / 10, start, end)
-
-
-def text_at(x, y, text, anchor="start"):
-    """A text of the picture."""
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
-
-
-def dot(x, y, colour, kind, title):
-    """A point of the picture; its title shows under the mouse."""
-    return (f'<circle cx="{x}" cy="{y}" r="4" style="stroke:{colour}" fill="{colour}"{kind}>'
-            f'<title>{title}</title></circle>')
-
-
-def frame(x_axis, y_axis, pair):
-    """The axes of a panel, with their numbers and the objectives' names."""
-    out = [f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>']
-    out += [text_at(x_axis.at(v), BOTTOM + 16, v, "middle") for v in x_axis.ticks()]
-    out += [text_at(LEFT - 6, y_axis.at(v) + 4, v, "end") for v in y_axis.ticks()]
-    out.append(text_at((LEFT + RIGHT) / 2, BOTTOM + 36, pair[0], "middle"))
-    turned = text_at(0, 0, pair[1], "middle")
-    out.append(f'<g transform="translate(16 {(TOP + BOTTOM) / 2}) rotate(-90)">{turned}</g>')
-    return out
-
-
-def panel(rows, pair):
-    """One pair of objectives: sweeps as lines, every other row as a point."""
-    xs = [row["metrics"][pair[0]]["mean"] for row in rows]
-    ys = [row["metrics"][pair[1]]["mean"] for row in rows]
-    x_axis, y_axis = axis(xs, LEFT, RIGHT), axis(ys, BOTTOM, TOP)
-    out, lines = frame(x_axis, y_axis, pair), {}
-    for row, x, y in zip(rows, xs, ys):
-        place = x_axis.at(x), y_axis.at(y)
-        if "sweep" in row:
-            lines.setdefault(row["policy"], []).append("{},{}".format(*place))
-            continue
+def plot(plain, mixes, pair):
+    """One pair of objectives: sweeps as lines, the rows of the table as points."""
+    out = [AXES, f'<text x="130" y="398">{pair[0]}</text>',
+           f'<text transform="translate(-34 230) rotate(-90)">{pair[1]}</text>']
+    for policy in ("mah_dpo", "soup"):
+        line = [place(row, pair) for row in mixes if row["policy"] == policy]
+        points = " ".join(f"{x},{y}" for x, y in line)
+        out.append(f'<polyline points="{points}" stroke="{COLOURS[policy]}"/>')
+    for row in plain:
+        x, y = place(row, pair)
         method = next(m for m in COLOURS if row["policy"].startswith(m))
-        title = f"{row_name(row['policy'], row['guide'])}: {x:.3f}, {y:.3f}"
-        out.append(dot(*place, COLOURS[method], ' class="ring"' if row["guide"] else "", title))
-    for policy, points in lines.items():
-        out.append(f'<polyline points="{" ".join(points)}" stroke="{COLOURS[policy]}"/>')
+        fill = "none" if row["guide"] else COLOURS[method]
+        out.append(f'<circle cx="{x}" cy="{y}" r="4" stroke="{COLOURS[method]}" fill="{fill}">'
+                   f'<title>{row_name(row)}</title></circle>')
     return out
 
 
 def pareto_svg(rows):
-    """A panel for every swept pair of objectives, two in a row, below a legend."""
-    pairs = list(dict.fromkeys((r["domain"], *r["sweep"]) for r in rows if "sweep" in r))
-    out = []
-    for i, (method, colour) in enumerate(COLOURS.items()):
-        out += [dot(20 + 80 * i, 20, colour, "", method), text_at(28 + 80 * i, 24, method)]
-    out.append(text_at(560, 24, "ring: guided; line: weights swept"))
-    for i, (domain, *pair) in enumerate(pairs):
-        shown = [r for r in rows if r["domain"] == domain and r.get("sweep", pair) == pair]
-        corner = f"translate({WIDE * (i % 2)} {40 + HIGH * (i // 2)})"
-        out += [f'<g transform="{corner}">', *panel(shown, pair), "</g>"]
-    height = 40 + HIGH * math.ceil(len(pairs) / 2)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDE} {height}">'
+    """The picture: below a legend a plot for every swept pair of objectives, two beside each
+    other. A row's name shows when the mouse is on its point."""
+    out = ['<text x="20" y="24">']
+    for method, colour in COLOURS.items():
+        out.append(f'<tspan style="fill:{colour}">&#9679; {method} &#160; </tspan>')
+    out.append("ring: guided &#160; line: weights swept</text>")
+    number = 0
+    for _, plain, swept in by_domain(rows):
+        for pair, mixes in swept.items():
+            left, top = 60 + PANEL * (number % 2), 50 + PANEL * (number // 2)
+            out += [f'<g transform="translate({left} {top})">', *plot(plain, mixes, pair), "</g>"]
+            number += 1
+    size = f"{2 * PANEL} {50 + PANEL * ((number + 1) // 2)}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
     return f"{head}<style>{STYLE}</style>{''.join(out)}</svg>\n"
 
 
@@ -711,12 +660,16 @@ def evaluate(run, pair_rows, device=None):
     publish(run, rows + pair_rows)
 
 
+def n_of(row):
+    """How many prompts or pairs a row of one training was measured on."""
+    return next(iter(row["metrics"].values()))["n"]
+
+
 def publish(run, rows):
     """Print the tables of these rows; write results.md, pareto.svg and, last, results.json, which
     says that a run is finished."""
     for row in rows:
-        first = next(iter(row["metrics"].values()))
-        row.setdefault("n", first["n"])
+        row.setdefault("n", n_of(row))
     text, details = report(rows, read_run(run))
     write_text(os.path.join(run, "results.md"), f"{text}\n{details}")
     write_text(os.path.join(run, "pareto.svg"), pareto_svg(rows))
@@ -757,15 +710,14 @@ def over_trainings(results):
     for same in found.values():
         if len(same) < len(results):
             continue
-        metrics = columns([row["metrics"] for row in same])           # {name: list of summaries}
         each = {}
-        for name, summaries in metrics.items():
+        for name, summaries in columns([row["metrics"] for row in same]).items():
             if len(summaries) == len(same):
                 each[name] = [s["mean"] for s in summaries]
-        n_prompts = [next(iter(row["metrics"].values()))["n"] for row in same]
-        rows.append(same[0] | {"seed": [row["seed"] for row in same], "each": each,
-                               "metrics": {name: summary(each[name]) for name in each},
-                               "n": round(statistics.fmean(n_prompts))})
+        metrics = {name: summary(values) for name, values in each.items()}
+        n = round(statistics.fmean([n_of(row) for row in same]))
+        seeds = [row["seed"] for row in same]
+        rows.append(same[0] | {"seed": seeds, "n": n, "each": each, "metrics": metrics})
     return rows
 
 
@@ -801,7 +753,7 @@ def show_samples(run, n, device=None):
             for job, conversations in zip(jobs, played):
                 scores = conversations[i].scores(world, bench.tokenizer)
                 shown = "".join(f"  {name} {score:.2f}" for name, score in scores.items())
-                print(f"\n{row_name(job.policy, job.guide):<38}{shown}")
+                print(f"\n{row_name(job._asdict()):<38}{shown}")
                 show_conversation(conversations[i], bench.tokenizer)
             print()
 
@@ -831,10 +783,9 @@ def main(argv=None):
         if not os.path.isfile(os.path.join(run, "results.json")):
             raise InputError(f"{run}: not a finished run (no results.json); finish it with "
                              f"train.py --resume {run}")
-    if len(args.runs) > 1 and args.samples is not None:
-        raise InputError("--samples shows the responses of one run; give one")
     if args.samples is not None:
-        show_samples(args.runs[0], args.samples, args.device)
+        for run in args.runs:
+            show_samples(run, args.samples, args.device)
     elif len(args.runs) > 1:
         print(side_by_side(args.runs))
     else:
