@@ -451,10 +451,10 @@ def cell(metric):
     return f"{metric['mean']:.3f}{interval}"
 
 
-def cells(row, metrics):
+def cells(row, metrics, names=("policy", "guide")):
     """A row of results as a line of a table: {column: text}."""
-    names = {"policy": row["policy"], "guide": row["guide"] or "-"}
-    return names | {name: cell(row["metrics"].get(name)) for name in metrics}
+    line = {name: row[name] or "-" for name in names}
+    return line | {name: cell(row["metrics"].get(name)) for name in metrics}
 
 
 def table(title, lines):
@@ -526,8 +526,8 @@ def pairs_table(rows):
     lines = []
     for row in rows:
         objective = row["domain"].removeprefix("pairs:")
-        columns_shown = cells(row, ["loss", "margin", "reward_accuracy", "logp_accuracy"])
-        lines.append({"held-out pairs": f"{objective} ({row['n']})"} | columns_shown)
+        metrics = cells(row, ["loss", "margin", "reward_accuracy", "logp_accuracy"], ["policy"])
+        lines.append({"held-out pairs": f"{objective} ({row['n']})"} | metrics)
     return table("preference pairs held out from training", lines)
 
 
@@ -574,8 +574,9 @@ def side_by_side(runs):
         metrics = next(iter(names["sft"].values()))["metrics"]
         for same in names.values():
             shown = {run: cells(row, metrics) for run, row in same.items()}
-            if list(shown.values()) == [shown[run]] * len(runs):
-                shown = {"all": shown[run]}
+            texts = list(shown.values())
+            if texts == [texts[0]] * len(runs):
+                shown = {"all": texts[0]}
             lines += [{"run": run} | line for run, line in shown.items()]
         parts.append(table(f"{domain}, by run", lines))
     return "\n".join(parts)
