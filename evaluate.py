@@ -71,12 +71,14 @@ class Conversation:
     def answer(self, response, world, tokenizer, rng):
         """Record the assistant's response (ids) and play the user's reply, if there is one."""
         self.turns.append(Turn(self.ids, list(self.messages), response))
+        # The user and the judges read text.
         text = tokenizer.decode(response)
         self.messages.append({"role": "assistant", "content": text})
         reply = world.reply(self.problem, self.messages, rng)
         if reply is None:
             return
         self.messages.append({"role": "user", "content": reply})
+        # The policy reads ids. They only grow: a carried cache stays true.
         # An answer that was cut off lacks the end-of-turn token, which the user's words follow.
         closing = [] if response[-1] == tokenizer.eos_id else [tokenizer.eos_id]
         self.new_ids = closing + tokenizer.encode_turn(reply)
@@ -86,7 +88,8 @@ class Conversation:
         """{objective: noise-free score}, the mean of the assistant's turns."""
         each = []
         for _, messages, response in self.turns:
-            each.append(world.scores(self.problem, messages, tokenizer.decode(response)))
+            text = tokenizer.decode(response)
+            each.append(world.scores(self.problem, messages, text))
         return {name: statistics.fmean(values) for name, values in columns(each).items()}
 
     def length(self):
@@ -105,8 +108,9 @@ def columns(rows):
 
 def converse(world, problems, tokenizer, respond, seed):
     """Play all conversations of a world at once; respond(conversations) -> ids of one response to
-    each. Every simulated student has a generator of their own: their luck depends on no other."""
+    each."""
     conversations = [Conversation(problem, tokenizer) for problem in problems]
+    # Who a student is depends on the prompt's number alone, not on what other students draw.
     students = [RNG(seed_of(seed, i)) for i in range(len(problems))]
     for _ in range(world.turns):
         responses = respond(conversations)
@@ -118,6 +122,7 @@ def converse(world, problems, tokenizer, respond, seed):
 def plain_responder(model, world, weights, temperature, generator, samples=1, progress=None):
     """What converse asks for answers: a policy without a guide. Of several samples the majority's
     answer counts, as in self-consistency (Wang et al. 2022, arXiv 2203.11171)."""
+    # All but the prompts is known: `draw` is generate with these arguments filled in.
     draw = partial(generate, model, weights=weights, max_new_tokens=world.max_new_tokens,
                    temperature=temperature, generator=generator, samples=samples,
                    progress=progress)
@@ -129,10 +134,13 @@ def plain_answers(draw, tokenizer, samples, conversations):
     answers = draw([c.ids for c in conversations])
     chosen = []
     for i, conversation in enumerate(conversations):
+        # The samples of a prompt stand together.
         tried = answers[i * samples:(i + 1) * samples]
-        texts = [tokenizer.decode(ids) for ids in tried]
-        chosen.append(tried[majority(texts) if samples > 1 else 0])
         conversation.drawn += sum(map(len, tried))
+        best = 0
+        if samples > 1:
+            best = majority([tokenizer.decode(ids) for ids in tried])
+        chosen.append(tried[best])
     return chosen
 
 
@@ -153,6 +161,7 @@ def guided_answers(draw, states, world, batch, conversations):
     for start in range(0, len(conversations), batch):
         part = conversations[start:start + batch]
         results = draw([c.new_ids for c in part], state=states.get(start))
+        # All results of a batch share one state. Without a next turn it need not stay in memory.
         states[start] = results[0].state if world.turns > 1 else None
         for conversation, result in zip(part, results):
             chosen.append(result.ids)
@@ -195,15 +204,20 @@ LOGITS = 2 ** 28       # at once, a gigabyte in float32: the KL needs five such 
 
 def kl_sums(model, head, reference, turns, pad_id):
     """The KL of kl_to_sft, summed over the tokens of every turn's response -> (len(turns),)."""
-    ids, lengths = pad([before + response for before, _, response in turns], pad_id, head.device)
-    starts = torch.tensor([len(before) for before, _, _ in turns], device=head.device)
+    device = head.device
+    texts = [before + response for before, _, response in turns]
+    ids, lengths = pad(texts, pad_id, device)                         # (B, T)
+    starts = torch.tensor([len(before) for before, _, _ in turns], device=device)
     mask = response_mask(starts, lengths, ids.shape[1])               # (B, T)
-    # Both distributions of every response token: the state at t predicts the token at t + 1.
+    # Only states that predict a response token count: the state at t predicts the token at t + 1.
     row, t = mask[:, 1:].nonzero(as_tuple=True)                       # (N,) each
-    log_pi = F.log_softmax(F.linear(model(ids)[row, t], head).float(), -1)
-    log_ref = F.log_softmax(reference.logits(reference(ids)[row, t]).float(), -1)
-    kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                  # (N, V) -> (N,)
-    return torch.zeros(len(turns), device=head.device).index_add(0, row, kl)
+    h = model(ids)[row, t]                                            # (N, d)
+    h_ref = reference(ids)[row, t]
+    # Both distributions over the whole vocabulary, so the sum over it is exact.
+    log_pi = F.log_softmax(F.linear(h, head).float(), -1)             # (N, V)
+    log_ref = F.log_softmax(reference.logits(h_ref).float(), -1)
+    kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                  # (N,)
+    return torch.zeros(len(turns), device=device).index_add(0, row, kl)
 
 
 @torch.no_grad()
@@ -217,12 +231,14 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
     lengths = [len(before) + len(response) for before, _, response in turns]
     sums = torch.zeros(len(turns), dtype=torch.float64)
     # Few enough tokens at a time for their logits over a large vocabulary.
-    for index in batches_by_length(lengths, min(16384, LOGITS // len(head))):
+    size = min(16384, LOGITS // len(head))
+    for index in batches_by_length(lengths, size):
         part = [turns[i] for i in index]
         sums[index] = kl_sums(model, head, reference, part, pad_id).double().cpu()
-    per_token = sums / torch.tensor([len(response) for _, _, response in turns])
-    both = torch.stack((per_token, sums)).view(2, len(conversations), -1)
-    return both.mean(-1).tolist()
+    n_tokens = torch.tensor([len(response) for _, _, response in turns])
+    both = torch.stack((sums / n_tokens, sums))                       # (2, turns of all)
+    # Every conversation has equally many turns, one after the other.
+    return both.view(2, len(conversations), -1).mean(-1).tolist()
 
 
 # -- rows
@@ -256,7 +272,7 @@ class Bench:
 
     def __init__(self, run, device=None):
         self.run = run
-        self.config = read_run(run)
+        self.config = read_run(run)                        # as RUN/config.json says
         self.objectives = self.config["objectives"]
         self.seed = self.config["seed"]
         self.device = pick_device(device or self.config["device"])
@@ -273,11 +289,11 @@ class Bench:
     def load(self, name, device=None):
         """A model of the run, on the run's device if not said otherwise."""
         place = partial(torch.Tensor.to, device=device or self.device)
-        return load_hf(os.path.join(self.run, name), dtype=self.dtype, place=place).eval()
+        return load_hf(f"{self.run}/{name}", dtype=self.dtype, place=place).eval()
 
     def prm(self, guide):
         """The PRM with the output `guide`: that objective's own if there is one, or the unified."""
-        own = os.path.isdir(os.path.join(self.run, f"prm_{guide}"))
+        own = os.path.isdir(f"{self.run}/prm_{guide}")
         return self.load_prm(guide if own else "unified").to(self.device).eval()
 
     # -- the rows
@@ -289,16 +305,20 @@ class Bench:
 
     def unguided(self, job, verified):
         """A policy sampled, at temperature 0, and by majority vote where answers are verified."""
-        jobs = [job, job._replace(policy=f"{job.policy}_greedy", temperature=0.0)]
-        if verified:
-            jobs.append(job._replace(policy=f"{job.policy}_vote", samples=self.config["k"]))
-        return jobs
+        # No luck at all: the likeliest token every time.
+        greedy = job._replace(policy=f"{job.policy}_greedy", temperature=0.0)
+        # As many samples as guidance has candidates: what guidance has to beat.
+        vote = job._replace(policy=f"{job.policy}_vote", samples=self.config["k"])
+        return [job, greedy, vote] if verified else [job, greedy]
 
     def guided(self, job, names, verified):
         """A policy under every guide; then whole answers reranked, the usual best-of-K."""
-        unified = ["unified"] if self.config["prm"] == "unified" else []
-        jobs = [job._replace(guide=guide) for guide in [*names, *unified]]
+        guides = list(names)
+        if self.config["prm"] == "unified":
+            guides.append("unified")
+        # A candidate that ends with the turn is a whole answer, and the first step is the last.
         rerank = job._replace(policy=f"{job.policy}_rerank", boundary="turn")
+        jobs = [job._replace(guide=guide) for guide in guides]
         return jobs + [rerank._replace(guide=name) for name in verified]
 
     def jobs(self, domain):
@@ -307,26 +327,34 @@ class Bench:
         names = [o.name for o in objectives]
         verified = [o.name for o in objectives if o.case == "verifiable"]
         base, sft, single, modpo = [Job(name, name, {"policy": 1.0}) for name in SINGLE]
-        soup_job = Job("soup", "soup", dict.fromkeys(names, 1 / len(names)))
+        # Uniform over the domain: of policies for the soup, of heads for the ensemble.
+        mixed = Job("soup", "soup", dict.fromkeys(names, 1 / len(names)))
         mah_dpo = Job("mah_dpo", "mah_dpo", self.mix(dict.fromkeys(names, 1.0)))
-        jobs = [base, *self.unguided(sft, verified), single, modpo, soup_job]
+        # Without a guide: what training alone has bought ...
+        jobs = [base, *self.unguided(sft, verified), single, modpo, mixed]
         jobs += self.unguided(mah_dpo, verified)
         for name in names:
-            jobs.append(Job(f"mah_dpo:{name}", "mah_dpo", self.mix({name: 1.0})))
-        return jobs + self.guided(sft, names, verified) + self.guided(mah_dpo, names, verified)
+            alone = self.mix({name: 1.0})
+            jobs.append(Job(f"mah_dpo:{name}", "mah_dpo", alone))
+        # ... and with one: guidance of SFT alone, and of MAH-DPO.
+        jobs += self.guided(sft, names, verified)
+        jobs += self.guided(mah_dpo, names, verified)
+        return jobs
 
     def sweep(self, domain):
         """Mixes of every two of the domain's heads, from one to the other, and soups alike."""
+        # Of real questions only the answers are scored: then there is no pair, and no sweep.
         scored = self.worlds[domain].objectives
         names = [o.name for o in domain_objectives(domain, self.objectives) if o.name in scored]
         steps = self.config["weight_steps"]
         jobs = []
-        for first, second in itertools.combinations(names, 2) if steps else ():
-            for i in range(steps + 1):
-                weights = {first: (steps - i) / steps, second: i / steps}
+        for pair in itertools.combinations(names, 2):
+            for i in range(steps + 1 if steps else 0):
+                # The mix of heads costs nothing; the soup is another model at every step.
+                weights = dict(zip(pair, ((steps - i) / steps, i / steps)))
                 parts = {name: w for name, w in weights.items() if w > 0}
-                jobs.append(Job("mah_dpo", "mah_dpo", self.mix(weights), sweep=(first, second)))
-                jobs.append(Job("soup", "soup", parts, sweep=(first, second)))
+                jobs.append(Job("mah_dpo", "mah_dpo", self.mix(weights), sweep=pair))
+                jobs.append(Job("soup", "soup", parts, sweep=pair))
         return jobs
 
     # -- one row
@@ -346,22 +374,26 @@ class Bench:
     def problems(self, domain, n):
         """The prompts of a domain's tables: of the split that the configuration names."""
         split = self.config["split"]
-        return self.worlds[domain].problems(split, n, RNG(seed_of(self.seed, split, domain)))
+        rng = RNG(seed_of(self.seed, split, domain))
+        return self.worlds[domain].problems(split, n, rng)
 
     def rollout(self, domain, job, problems):
         """Play a row's policy -> conversations about these problems, its model, its weights."""
         world = self.worlds[domain]
         model, weights = self.policy(job)
-        temperature = self.config["temperature"] if job.temperature is None else job.temperature
+        temperature = job.temperature
+        if temperature is None:
+            temperature = self.config["temperature"]
         # The same draws for every row: rows differ by their policies, not by their luck.
         generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", domain))
+        students = seed_of(self.seed, "student", domain)
         if job.guide is None:
             respond = plain_responder(model, world, weights, temperature, generator, job.samples)
         else:
             respond = guided_responder(model, self.prm(job.guide), world, weights, job.guide,
                                        temperature, generator, self.config["k"], job.boundary)
-        student = seed_of(self.seed, "student", domain)
-        return converse(world, problems, self.tokenizer, respond, student), model, weights
+        talks = converse(world, problems, self.tokenizer, respond, students)
+        return talks, model, weights
 
     def measure(self, domain, job):
         """-> {metric: list of values, one per prompt}: the noise-free scores, the tokens of an
@@ -369,12 +401,15 @@ class Bench:
         problems = self.problems(domain, self.config["n_test"])
         talks, model, weights = self.rollout(domain, job, problems)
         world, tokenizer = self.worlds[domain], self.tokenizer
+        # The scores are the world's own; noisy judges are for training alone.
         each = columns([talk.scores(world, tokenizer) for talk in talks])
         each["tokens"] = [talk.length() for talk in talks]
         each["drawn"] = [talk.drawn / len(talk.turns) for talk in talks]
+        # Of guided, greedy or chosen answers the next-token distributions say little.
         if (job.guide, job.temperature, job.samples) == (None, None, 1):
-            head = model.fold(weights)
-            each["kl"], each["kl/answer"] = kl_to_sft(model, head, self.sft, talks, tokenizer.pad_id)
+            head = model.fold(weights)                                # (V, d)
+            per_token, per_answer = kl_to_sft(model, head, self.sft, talks, tokenizer.pad_id)
+            each |= {"kl": per_token, "kl/answer": per_answer}
         return {metric: [round(v, 4) for v in values] for metric, values in each.items()}
 
     def row(self, domain, job):
@@ -384,9 +419,13 @@ class Bench:
         if alike not in self.known:
             self.known[alike] = self.measure(domain, job)
         each = self.known[alike]
-        row = {"policy": job.policy, "weights": job.weights, "guide": job.guide, "domain": domain,
-               "seed": self.seed, "metrics": {m: summary(each[m]) for m in each}, "each": each}
-        return row | {"sweep": list(job.sweep)} if job.sweep else row
+        row = {"policy": job.policy, "weights": job.weights, "guide": job.guide,
+               "domain": domain, "seed": self.seed,
+               "metrics": {metric: summary(values) for metric, values in each.items()},
+               "each": each}
+        if job.sweep:
+            row["sweep"] = list(job.sweep)
+        return row
 
 
 # -- preference pairs held out from training
@@ -412,10 +451,12 @@ def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
               "logp_accuracy": (chosen > rejected).float(),
               "reward_accuracy": (delta > 0).float()}
     rows = []
+    # dict.fromkeys: every objective once, in the order of the pairs.
     for name in dict.fromkeys(p.objective for p in pairs):
         own = [i for i, p in enumerate(pairs) if p.objective == name]
         metrics = {metric: summary(v[own].tolist()) for metric, v in values.items()}
-        if not bool(delta[own].any()):        # the reference itself has no margin to be right about
+        # The reference itself has no margin that it could be right about.
+        if not bool(delta[own].any()):
             del metrics["reward_accuracy"]
         rows.append({"policy": policy, "weights": {name: 1.0}, "guide": None,
                      "domain": f"pairs:{name}", "seed": seed, "metrics": metrics})
@@ -426,7 +467,8 @@ def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
 
 def row_name(row):
     """How a row is called: policy, or policy + guide."""
-    return f"{row['policy']} + {row['guide']}" if row["guide"] else row["policy"]
+    policy, guide = row["policy"], row["guide"]
+    return f"{policy} + {guide}" if guide else policy
 
 
 def by_domain(rows):
@@ -447,8 +489,8 @@ def cell(metric):
     """mean ± half the 95 % interval, or a dash where a row has no such metric."""
     if metric is None:
         return "-"
-    interval = f" ±{half_width(metric):.3f}" if metric["n"] > 1 else ""
-    return f"{metric['mean']:.3f}{interval}"
+    mean = f"{metric['mean']:.3f}"
+    return mean if metric["n"] == 1 else f"{mean} ±{half_width(metric):.3f}"
 
 
 def cells(row, metrics, names=("policy", "guide")):
@@ -459,8 +501,10 @@ def cells(row, metrics, names=("policy", "guide")):
 
 def table(title, lines):
     """Lines, {column: text} each, as an aligned Markdown table under a title."""
-    grid = [list(lines[0]), *(list(line.values()) for line in lines)]
+    # The titles of the columns, then the lines' texts; every column as wide as its widest text.
+    grid = [list(lines[0])] + [list(line.values()) for line in lines]
     widths = [max(map(len, column)) for column in zip(*grid)]
+    # Below the titles Markdown wants a rule.
     grid.insert(1, ["-" * width for width in widths])
     drawn = []
     for texts in grid:
@@ -486,12 +530,15 @@ def hypervolume(points, reference=(0.0, 0.0)):
 def front_area(rows, pair):
     """The summary of the hypervolume of rows' scores; the reference is (0, 0), the worst score. The
     interval is over trainings: of a single one, whose "each" are prompts, nothing is known."""
+    x, y = pair
     areas = []
+    # A row of several trainings names all their seeds, and "each" has a value per training.
     if isinstance(rows[0]["seed"], list):
-        for training in range(len(rows[0]["seed"])):
-            areas.append(hypervolume([[r["each"][n][training] for n in pair] for r in rows]))
+        for k in range(len(rows[0]["seed"])):
+            areas.append(hypervolume([(r["each"][x][k], r["each"][y][k]) for r in rows]))
     else:
-        areas.append(hypervolume([[r["metrics"][n]["mean"] for n in pair] for r in rows]))
+        means = [r["metrics"] for r in rows]
+        areas.append(hypervolume([(m[x]["mean"], m[y]["mean"]) for m in means]))
     return summary(areas)
 
 
@@ -503,22 +550,26 @@ def area_lines(plain, mixes, pair):
         fronts[policy] = [r for r in plain if row_name(r) == policy]
     for policy in ("mah_dpo", "soup"):
         fronts[f"{policy}, swept"] = [r for r in mixes if r["policy"] == policy]
-    for policy in ("sft", "mah_dpo"):             # a method has one point or many: the table tells
+    # Guided, a policy has a point for every guide, and one without.
+    for policy in ("sft", "mah_dpo"):
         fronts[f"{policy}, guided"] = [r for r in plain if r["policy"] == policy]
     lines = []
     for method, rows in fronts.items():
-        lines.append({"objectives": " and ".join(pair), "method": method, "points": str(len(rows)),
-                      "hypervolume": cell(front_area(rows, pair))})
+        area = cell(front_area(rows, pair))
+        lines.append({"objectives": " and ".join(pair), "method": method,
+                      "points": str(len(rows)), "hypervolume": area})
     return lines
 
 
 def sweep_table(domain, pair, mixes):
-    """The scores of a sweep of two weights."""
+    """The scores of a sweep of two weights, method by method."""
     lines = []
     for row in sorted(mixes, key=lambda r: r["policy"]):
-        weights = [f"{row['weights'].get(name, 0.0):.1f}" for name in pair]
-        lines.append({"weights": " : ".join(weights)} | cells(row, row["metrics"]))
-    return table(f"{domain}, a sweep of weights from {pair[0]} to {pair[1]}", lines)
+        line = {"policy": row["policy"]}
+        for name in pair:
+            line[f"w {name}"] = f"{row['weights'].get(name, 0.0):.1f}"
+        lines.append(line | cells(row, row["metrics"], ()))
+    return table(f"{domain}, a sweep of weights", lines)
 
 
 def pairs_table(rows):
@@ -534,19 +585,21 @@ def pairs_table(rows):
 def opening(config):
     """What all tables of a run have in common."""
     names = ", ".join(o.name for o in config["objectives"])
-    seeds = [str(config["seed"] + i) for i in range(config["seeds"])]
-    over = "prompts" if len(seeds) == 1 else "trainings"
-    return (f"Objectives: {names}. Trained with seed {', '.join(seeds)}. Sampling temperature "
-            f"{config['temperature']}, beta {config['beta']}, {config['k']} candidates. "
-            f"Mean ± half the 95 % interval over {over}.\n")
+    seeds = ", ".join(str(config["seed"] + i) for i in range(config["seeds"]))
+    over = "prompts" if config["seeds"] == 1 else "trainings"
+    return (f"Objectives: {names}. Trainings: {config['seeds']}, seeds {seeds}. "
+            f"Sampling temperature {config['temperature']}, beta {config['beta']}, "
+            f"{config['k']} candidates. Mean ± half the 95 % interval over {over}.\n")
 
 
 def report(rows, config):
     """All tables as Markdown: (what is printed, the sweeps, which only results.md has)."""
     parts, details = [opening(config)], []
     for domain, plain, swept in by_domain(rows):
-        title = f"{domain}, {plain[0]['n']} {config['split']} prompts"
-        parts.append(table(title, [cells(row, plain[0]["metrics"]) for row in plain]))
+        # The first row, a plain policy, has every metric.
+        metrics, n = plain[0]["metrics"], plain[0]["n"]
+        title = f"{domain}, {n} {config['split']} prompts"
+        parts.append(table(title, [cells(row, metrics) for row in plain]))
         areas = []
         for pair, mixes in swept.items():
             details.append(sweep_table(domain, pair, mixes))
@@ -562,7 +615,8 @@ def report(rows, config):
 def side_by_side(runs):
     """The tables of finished runs as one: every row once for each run, or once for all of them
     where all have the same figures -> Markdown."""
-    found = {}                                 # domain -> name of a row -> run -> row
+    # domain -> name of a row -> run -> row
+    found = {}
     for run in runs:
         for domain, plain, _ in by_domain(load_rows(run)):
             names = found.setdefault(domain, {})
@@ -571,9 +625,11 @@ def side_by_side(runs):
     parts = []
     for domain, names in found.items():
         lines = []
+        # SFT's plain samples have every metric.
         metrics = next(iter(names["sft"].values()))["metrics"]
         for same in names.values():
             shown = {run: cells(row, metrics) for run, row in same.items()}
+            # What a varied option does not touch reads the same everywhere.
             texts = list(shown.values())
             if texts == [texts[0]] * len(runs):
                 shown = {"all": texts[0]}
@@ -590,10 +646,10 @@ COLOURS = {"base": "#888", "sft": "#c70", "single_head_dpo": "#095", "modpo": "#
 STYLE = ("svg{background:#fff}text{font:13px sans-serif;fill:#222}path{stroke:#888;fill:none}"
          "polyline{fill:none}circle,polyline{stroke-width:2}"
          "@media(prefers-color-scheme:dark){svg{background:#111}text{fill:#ddd}}")
-SIDE, PANEL = 360, 440              # of a plot, and of what surrounds it
-AXES = ('<path d="M0 0V360H360"/>'                                           # scores from 0 to 1
-        '<text x="-4" y="378">0</text><text x="170" y="378">0.5</text><text x="356" y="378">1</text>'
-        '<text x="-14" y="364">0</text><text x="-26" y="184">0.5</text><text x="-14" y="8">1</text>')
+SIDE = 360                          # a plot; in both directions scores go from 0 to 1
+AXES = """<path d="M0 0V360H360"/>
+<text x="-4" y="378">0</text><text x="170" y="378">0.5</text><text x="356" y="378">1</text>
+<text x="-14" y="364">0</text><text x="-26" y="184">0.5</text><text x="-14" y="8">1</text>"""
 
 
 def place(row, pair):
@@ -606,34 +662,38 @@ def plot(plain, mixes, pair):
     """One pair of objectives: sweeps as lines, the rows of the table as points."""
     out = [AXES, f'<text x="130" y="398">{pair[0]}</text>',
            f'<text transform="translate(-34 230) rotate(-90)">{pair[1]}</text>']
+    # A sweep's rows stand in the order of its weights.
     for policy in ("mah_dpo", "soup"):
         line = [place(row, pair) for row in mixes if row["policy"] == policy]
         points = " ".join(f"{x},{y}" for x, y in line)
         out.append(f'<polyline points="{points}" stroke="{COLOURS[policy]}"/>')
     for row in plain:
         x, y = place(row, pair)
-        method = next(m for m in COLOURS if row["policy"].startswith(m))
-        fill = "none" if row["guide"] else COLOURS[method]
-        out.append(f'<circle cx="{x}" cy="{y}" r="4" stroke="{COLOURS[method]}" fill="{fill}">'
-                   f'<title>{row_name(row)}</title></circle>')
+        # mah_dpo:honesty and mah_dpo_greedy are of the method mah_dpo.
+        colour = next(c for method, c in COLOURS.items() if row["policy"].startswith(method))
+        fill = "none" if row["guide"] else colour
+        out.append(f'<circle cx="{x}" cy="{y}" r="4" stroke="{colour}" fill="{fill}">'
+                   f"<title>{row_name(row)}</title></circle>")
     return out
 
 
 def pareto_svg(rows):
     """The picture: below a legend a plot for every swept pair of objectives, two beside each
     other. A row's name shows when the mouse is on its point."""
+    # The legend is one line of text, every method in its colour.
     out = ['<text x="20" y="24">']
     for method, colour in COLOURS.items():
         out.append(f'<tspan style="fill:{colour}">&#9679; {method} &#160; </tspan>')
     out.append("ring: guided &#160; line: weights swept</text>")
-    number = 0
+    plots = []
     for _, plain, swept in by_domain(rows):
-        for pair, mixes in swept.items():
-            left, top = 60 + PANEL * (number % 2), 50 + PANEL * (number // 2)
-            out += [f'<g transform="translate({left} {top})">', *plot(plain, mixes, pair), "</g>"]
-            number += 1
-    size = f"{2 * PANEL} {50 + PANEL * ((number + 1) // 2)}"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
+        plots += [plot(plain, mixes, pair) for pair, mixes in swept.items()]
+    # A plot and its texts fill a square of 440.
+    for i, drawn in enumerate(plots):
+        x, y = 60 + 440 * (i % 2), 50 + 440 * (i // 2)
+        out += [f'<g transform="translate({x} {y})">', *drawn, "</g>"]
+    height = 50 + 440 * math.ceil(len(plots) / 2)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 {height}">'
     return f"{head}<style>{STYLE}</style>{''.join(out)}</svg>\n"
 
 
@@ -644,20 +704,23 @@ def evaluate(run, pair_rows, device=None):
     device: if not the run's own."""
     bench = Bench(run, device)
     jobs = []
+    # First the tables of all domains, then the sweeps.
     for listed in (bench.jobs, bench.sweep):
         for domain in bench.worlds:
             jobs += [(domain, job) for job in listed(domain)]
-    measured = []                              # several processes share the rows
-    for i in tqdm(local_items(range(len(jobs))), desc="tables", unit="row", disable=None):
+    # Several processes share the rows; each then has all of them.
+    measured = []
+    mine = local_items(range(len(jobs)))
+    for i in tqdm(mine, desc="tables", unit="row", disable=None):
         measured.append((i, bench.row(*jobs[i])))
-    measured = dict(gather(measured))
-    rows = [measured[i] for i in range(len(jobs))]
+    found = dict(gather(measured))
+    rows = [found[i] for i in range(len(jobs))]
     # What the means are made of, prompt by prompt: paired comparisons need it.
     lines = []
     for row in rows:
         line = {key: row[key] for key in ("domain", "policy", "guide", "weights", "each")}
         lines.append(json.dumps(line, separators=(",", ":")) + "\n")
-    write_text(os.path.join(run, "scores.jsonl"), "".join(lines))
+    write_text(f"{run}/scores.jsonl", "".join(lines))
     publish(run, rows + pair_rows)
 
 
@@ -671,12 +734,15 @@ def publish(run, rows):
     says that a run is finished."""
     for row in rows:
         row.setdefault("n", n_of(row))
+    # How many prompts: over trainings, whose summaries count trainings, load_rows has said it.
     text, details = report(rows, read_run(run))
-    write_text(os.path.join(run, "results.md"), f"{text}\n{details}")
-    write_text(os.path.join(run, "pareto.svg"), pareto_svg(rows))
-    kept = [{k: row[k] for k in row if k not in ("n", "each")} for row in rows]
-    write_json(os.path.join(run, "results.json"), kept)
-    print(f"\n{text}\nThe sweeps of weights: {os.path.join(run, 'results.md')}")
+    write_text(f"{run}/results.md", f"{text}\n{details}")
+    write_text(f"{run}/pareto.svg", pareto_svg(rows))
+    kept = []
+    for row in rows:
+        kept.append({key: v for key, v in row.items() if key not in ("n", "each")})
+    write_json(f"{run}/results.json", kept)
+    print(f"\n{text}\nThe sweeps of weights: {run}/results.md")
 
 
 def seed_runs(run):
@@ -684,19 +750,19 @@ def seed_runs(run):
     config = read_run(run)
     if config["seeds"] == 1:
         return [run]
-    seeds = range(config["seed"], config["seed"] + config["seeds"])
-    return [os.path.join(run, f"seed={seed}") for seed in seeds]
+    return [f"{run}/seed={config['seed'] + i}" for i in range(config["seeds"])]
 
 
 def load_rows(run):
     """The rows of a finished run as `publish` takes them. "each" holds the values that intervals
     are made of: one per prompt, or with several seeds one per training."""
-    results = [read_json(os.path.join(path, "results.json")) for path in seed_runs(run)]
+    results = [read_json(f"{path}/results.json") for path in seed_runs(run)]
     if len(results) > 1:
         return over_trainings(results)
     rows = results[0]
-    for row, (_, line) in zip(rows, read_jsonl(os.path.join(run, "scores.jsonl"))):
-        row["each"] = line["each"]             # held-out pairs, the last rows, have none
+    # Held-out pairs, the last rows, have no line.
+    for row, (_, line) in zip(rows, read_jsonl(f"{run}/scores.jsonl")):
+        row["each"] = line["each"]
     return rows
 
 
@@ -709,8 +775,10 @@ def over_trainings(results):
         found.setdefault(repr(key), []).append(row)
     rows = []
     for same in found.values():
+        # A training may lack held-out pairs of an objective.
         if len(same) < len(results):
             continue
+        # Each training's mean is one value.
         each = {}
         for name, summaries in columns([row["metrics"] for row in same]).items():
             if len(summaries) == len(same):
@@ -730,8 +798,12 @@ def fold(text, margin):
         print(textwrap.fill(line, 100, initial_indent=margin, subsequent_indent=margin))
 
 
-def show_conversation(conversation, tokenizer):
-    """Print a policy's answers and the user's replies between them."""
+def show_conversation(name, conversation, world, tokenizer):
+    """Print a policy's name and scores, its answers and the user's replies between them."""
+    line = f"\n{name:<38}"
+    for objective, score in conversation.scores(world, tokenizer).items():
+        line += f"  {objective} {score:.2f}"
+    print(line)
     for number, turn in enumerate(conversation.turns):
         if number:
             fold(turn.messages[-1]["content"], "  > ")
@@ -745,6 +817,7 @@ def show_samples(run, n, device=None):
     bench = Bench(seed_runs(run)[0], device)
     for domain, world in bench.worlds.items():
         problems, jobs, played = bench.problems(domain, n), bench.jobs(domain), []
+        # Policy by policy, as models are loaded; printed below prompt by prompt.
         for job in tqdm(jobs, desc=domain, unit="policy", disable=None):
             played.append(bench.rollout(domain, job, problems)[0])
         for i, problem in enumerate(problems):
@@ -752,21 +825,9 @@ def show_samples(run, n, device=None):
             for message in problem.messages():
                 fold(message["content"], "> ")
             for job, conversations in zip(jobs, played):
-                scores = conversations[i].scores(world, bench.tokenizer)
-                shown = "".join(f"  {name} {score:.2f}" for name, score in scores.items())
-                print(f"\n{row_name(job._asdict()):<38}{shown}")
-                show_conversation(conversations[i], bench.tokenizer)
+                show_conversation(row_name(job._asdict()), conversations[i], world,
+                                  bench.tokenizer)
             print()
-
-
-def measure_again(run, device):
-    """Every row of a finished run, of each of its trainings; held-out pairs stay as they are."""
-    trainings = seed_runs(run)
-    for path in trainings:
-        rows = read_json(os.path.join(path, "results.json"))
-        evaluate(path, [r for r in rows if r["domain"].startswith("pairs:")], device)
-    if trainings != [run]:
-        publish(run, load_rows(run))
 
 
 def main(argv=None):
@@ -781,16 +842,23 @@ def main(argv=None):
     args = parser.parse_args(argv)
     join_processes()
     for run in args.runs:
-        if not os.path.isfile(os.path.join(run, "results.json")):
+        if not os.path.isfile(f"{run}/results.json"):
             raise InputError(f"{run}: not a finished run (no results.json); finish it with "
                              f"train.py --resume {run}")
     if args.samples is not None:
         for run in args.runs:
             show_samples(run, args.samples, args.device)
-    elif len(args.runs) > 1:
+        return
+    if len(args.runs) > 1:
         print(side_by_side(args.runs))
-    else:
-        measure_again(args.runs[0], args.device)
+        return
+    # Held-out pairs are not measured again: they belong to the training that kept them.
+    trainings = seed_runs(args.runs[0])
+    for path in trainings:
+        rows = read_json(f"{path}/results.json")
+        evaluate(path, [r for r in rows if r["domain"].startswith("pairs:")], args.device)
+    if len(trainings) > 1:
+        publish(args.runs[0], load_rows(args.runs[0]))
 
 
 if __name__ == "__main__":

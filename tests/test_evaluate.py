@@ -475,7 +475,7 @@ def test_report_and_picture(whole):
     with open(os.path.join(whole, "results.md"), encoding="utf-8") as f:
         text = f.read()
     for part in ("### values, 2 test prompts", "### tutoring, 2 test prompts", "| sft_greedy",
-                 "### values, a sweep of weights from helpfulness to honesty", "soup, swept",
+                 "### values, a sweep of weights", "| w helpfulness", "soup, swept",
                  "| soup", "| mah_dpo:honesty", "| unified", "| honesty (", "±"):
         assert part in text
     root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
