@@ -584,10 +584,11 @@ def pairs_table(rows):
 
 def opening(config):
     """What all tables of a run have in common."""
-    names = ", ".join(o.name for o in config["objectives"])
-    seeds = ", ".join(str(config["seed"] + i) for i in range(config["seeds"]))
-    over = "prompts" if config["seeds"] == 1 else "trainings"
-    return (f"Objectives: {names}. Trainings: {config['seeds']}, seeds {seeds}. "
+    n, names = config["seeds"], ", ".join(o.name for o in config["objectives"])
+    trainings = "Seed" if n == 1 else f"{n} trainings, seeds"
+    seeds = ", ".join(str(config["seed"] + i) for i in range(n))
+    over = "prompts" if n == 1 else "trainings"
+    return (f"Objectives: {names}. {trainings} {seeds}. "
             f"Sampling temperature {config['temperature']}, beta {config['beta']}, "
             f"{config['k']} candidates. Mean ± half the 95 % interval over {over}.\n")
 

@@ -332,7 +332,8 @@ def test_areas_have_intervals_over_trainings():
 def test_tables_are_aligned_markdown():
     """A cell under another column's title."""
     row = made("sft", {"b": [1.0, 2.0, 3.0]}, guide="x")
-    lines = [evaluate.cells(made("base", {"a": [1.0]}), ["a", "b"]), evaluate.cells(row, ["a", "b"])]
+    other = made("base", {"a": [1.0]})
+    lines = [evaluate.cells(r, ["a", "b"]) for r in (other, row)]
     title, _, head, rule, *body = evaluate.table("t", lines).splitlines()
     assert title == "### t" and len({len(line) for line in (head, rule, *body)}) == 1
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in (head, *body)]

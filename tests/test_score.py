@@ -43,7 +43,7 @@ def test_thresholds_come_from_the_other_fold():
 
 
 def test_the_bootstrap_measures_the_spread():
-    """An interval of F1 that is far from that of repeated experiments, or another one every time."""
+    """An interval of F1 far from that of repeated experiments, or another one every time."""
     generator = torch.Generator().manual_seed(1)
 
     def experiment():
@@ -63,7 +63,8 @@ class Judged:
 
     def __init__(self, gpt, path):
         self.path, self.prm = path, str(path / "prm")
-        prm = PRM(gpt.with_heads(()), ["math_accuracy", "honesty"], torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(1)
+        prm = PRM(gpt.with_heads(()), ["math_accuracy", "honesty"], generator)
         save_prm(prm, self.prm)
 
     def write(self, name, rows):
