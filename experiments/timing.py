@@ -27,7 +27,9 @@ from prm import PRM, load_prm  # noqa: E402
 
 def sampled(model, cache, h, N):
     """N tokens for every row of a cache, none ends earlier, with the usual sampling."""
-    never = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool, device=h.device)
+    # Masks in which no token ends a step.
+    shape = 4, model.config.vocab_size + 1
+    never = torch.zeros(shape, dtype=torch.bool, device=h.device)
     limits = cache.held.new_full((len(h),), N)
     generator = torch.Generator().manual_seed(0)
     return draw(model, model.fold(0), cache, h, list(never), limits, temperature=1.0, top_k=50,
@@ -36,13 +38,16 @@ def sampled(model, cache, h, N):
 
 def last_score(prm, texts):
     """The PRM's score at the end of texts of one length, read from the beginning -> (n,)."""
-    return prm(torch.tensor(texts, device=prm.scale.device))[:, -1, 0]
+    ids = torch.tensor(texts, device=prm.scale.device)                        # (n, T)
+    return prm(ids)[:, -1, 0]
 
 
 def steps_carried(model, prm, prompt, K, S, N):
     """This project's way: candidates in one batch, both caches carried on. -> bytes of caches"""
     room = len(prompt) + S * N
-    policy, judge = model.new_cache(1, room), prm.backbone.new_cache(1, room)
+    policy = model.new_cache(1, room)
+    judge = prm.backbone.new_cache(1, room)
+    # The prompt is read once, by one row, which is then forked into K.
     h = prefill(model, policy, [prompt]).repeat_interleave(K, 0)
     prefill(prm, judge, [prompt])
     policy, judge = policy.fork(K), judge.fork(K)
@@ -51,6 +56,7 @@ def steps_carried(model, prm, prompt, K, S, N):
         scores, fed = score_candidates(prm, judge, candidates, None)
         winner = int(scores[:, 0].argmax())
         size = policy.nbytes() + judge.nbytes()
+        # The winner's tokens join the shared text; all K rows go on from its state.
         policy.keep(winner)
         judge.keep(winner, fed[winner:winner + 1])
         h[:] = h[winner].clone()
@@ -60,11 +66,13 @@ def steps_carried(model, prm, prompt, K, S, N):
 def steps_one_by_one(model, prm, prompt, K, S, N):
     """As published: a cache is carried, but candidates are drawn one after another from copies of
     it, and the PRM reads prompt and steps again for every candidate."""
-    text, running = list(prompt), model.new_cache(1, len(prompt) + S * N)
+    text = list(prompt)
+    running = model.new_cache(1, len(prompt) + S * N)
     state = prefill(model, running, [prompt])
     for _ in range(S):
         scores, tried = [], []
         for _ in range(K):
+            # Every candidate begins from a copy of the whole cache.
             cache, h = copy.deepcopy(running), state.clone()
             ids, = sampled(model, cache, h, N)
             scores.append(float(last_score(prm, [text + ids])))
@@ -105,7 +113,8 @@ def time_methods(model, prm, prompt, K, S, N, counters):
     """Every method's lines of the table, for one prompt and one K."""
     lines = []
     for name, work in METHODS.items():
-        work(model, prm, prompt, K, 1, 2)                                     # warm up
+        # Once to warm up, then what counts.
+        work(model, prm, prompt, K, 1, 2)
         for counter in counters:
             counter.tokens = 0
         start = time.perf_counter()
@@ -128,14 +137,16 @@ def time_one_token(model, prompt):
         start = time.perf_counter()
         drawn, = generate(model, [prompt], max_new_tokens=64, temperature=0)
         seconds = (time.perf_counter() - start) / len(drawn)                  # it may end itself
+    # The memory's speed is that of a copy, which reads and writes each byte.
     source = torch.ones(64 * 2 ** 20, device=model.embed.weight.device)
     target = torch.empty_like(source)
     timer = timeit.Timer("target.copy_(source)[-1].item()",                   # waits for a GPU
                          globals={"source": source, "target": target})
     speed = 2 * source.nbytes / min(timer.repeat(5, 1))
+    # A token needs all weights but of the embedding's, one row, and one head.
     read = model.heads[0].weight.nbytes
     for name, p in model.named_parameters():
-        if not name.startswith(("heads.", "embed", "positions")):             # one row of these
+        if not name.startswith(("heads.", "embed", "positions")):
             read += p.nbytes
     print(f"one token: {1e3 * seconds:.2f} ms; reading the {read / 1e6:.0f} MB of weights at the "
           f"{speed / 1e9:.0f} GB/s of a copy takes {1e3 * read / speed:.2f} ms, "
@@ -146,20 +157,20 @@ def time_one_token(model, prompt):
 def timing(directory, device, S=2, N=16):
     """Print the costs with the model of a run or of a Hugging Face directory, and with a PRM: a
     run's own, or one with random weights on the same backbone."""
-    policy, trained = os.path.join(directory, "mah_dpo"), os.path.join(directory, "prm")
-    model = load_hf(policy if os.path.isdir(policy) else directory).to(device).eval()
-    if os.path.isdir(trained):
-        prm, whose = load_prm(trained), "its own"
+    run = os.path.isdir(f"{directory}/mah_dpo")
+    model = load_hf(f"{directory}/mah_dpo" if run else directory).to(device).eval()
+    generator = torch.Generator().manual_seed(0)
+    if os.path.isdir(f"{directory}/prm"):
+        prm, whose = load_prm(f"{directory}/prm"), "its own"
     else:
         output = Objective("reward", "", "C", "turn")
-        prm = PRM(model.with_heads(()), [output], torch.Generator().manual_seed(0))
-        whose = "a random"
+        prm, whose = PRM(model.with_heads(()), [output], generator), "a random"
     prm = prm.to(device).eval()
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.1f} M parameters, {whose} PRM, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}; {S} steps of {N} tokens")
+    # What is fed does not matter, only how much: random tokens.
     room = min(model.config.max_len, prm.backbone.config.max_len)
-    generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, model.config.vocab_size, (room,), generator=generator).tolist()
     counters, lines = [Fed(model), Fed(prm.backbone)], []
     for prefix in (128, 512, 2048):

@@ -35,7 +35,10 @@ def score_answers(path):
         for name, text in said.items():
             right = same_answer(final_answer(text), question.answer)
             found.setdefault(name, []).append(float(right))
-    return [{"policy": m, "metrics": {"accuracy": summary(v)}} for m, v in found.items()], left
+    rows = []
+    for name, right in found.items():
+        rows.append({"policy": name, "metrics": {"accuracy": summary(right)}})
+    return rows, left
 
 
 # -- first errors
@@ -54,8 +57,8 @@ def outcome(scores, label, cut):
     first wrong step, or -1 -> four times 0 or 1: it errs, and that is found; it is right, and
     passes."""
     guess = next((t for t, score in enumerate(scores) if score < cut), -1)
-    errs, hit = label >= 0, guess == label
-    return float(errs), float(errs and hit), float(not errs), float(not errs and hit)
+    errs, hit = float(label >= 0), float(guess == label)
+    return errs, errs * hit, 1 - errs, (1 - errs) * hit
 
 
 def f1_at(responses, cut):
@@ -71,14 +74,17 @@ def localise(responses):
     for fold in (0, 1):
         others = [response for response in responses if response[2] != fold]
         steps = sorted(chain.from_iterable(scores for scores, _, _ in others))
-        cuts.append(max(steps[::max(1, len(steps) // 200)], key=partial(f1_at, others)))
+        # Every step's score could be the threshold; some 200 of them will do.
+        stride = max(1, len(steps) // 200)
+        cuts.append(max(steps[::stride], key=partial(f1_at, others)))
     return [outcome(scores, label, cuts[fold]) for scores, label, fold in responses]
 
 
 def bootstrap_f1(rows, times=1000):
     """A summary of all rows' F1. Its standard error is its spread over samples of as many rows,
     drawn with replacement: the bootstrap."""
-    values, n = torch.tensor(rows, dtype=torch.float64), len(rows)             # (n, 4)
+    values = torch.tensor(rows, dtype=torch.float64)                           # (n, 4)
+    n = len(rows)
     generator = torch.Generator().manual_seed(0)
     drawn = []
     for _ in range(times):
@@ -96,6 +102,7 @@ def score_first_errors(scorer, path):
     for row in read_steps(path):
         encoded = encode_steps(tokenizer, row.prompt, row.steps, boundary, prm.marker)
         label = next((t for t, right in enumerate(row.labels) if right < 0.5), -1)
+        # Two halves by prompt: solutions of one problem are alike, and stay together.
         fold = zlib.crc32(json.dumps(row.prompt).encode()) % 2
         if scorer.seen(tokenizer.encode_chat(row.prompt)):
             left["seen in training"] += 1
@@ -103,13 +110,16 @@ def score_first_errors(scorer, path):
             left["too long"] += 1
         else:
             kept.append((encoded, label, fold))
-    if len({(fold, label >= 0) for _, label, fold in kept}) < 4:
+    kinds = {(fold, label >= 0) for _, label, fold in kept}
+    if len(kinds) < 4:
         raise InputError(f"{path}: {len(kept)} responses are left ({left}); each half of them, "
                          "by hash of the prompt, must hold right and wrong ones")
-    scores = score_sequences(prm, scorer.output, [encoded for encoded, _, _ in kept])
-    rows = localise([(s, label, fold) for s, (_, label, fold) in zip(scores, kept)])
-    metrics = {"errors found": summary([found for errs, found, _, _ in rows if errs]),
-               "right ones passed": summary([passed for _, _, right, passed in rows if right]),
+    sequences, labels, folds = zip(*kept)
+    scores = score_sequences(prm, scorer.output, sequences)
+    rows = localise(list(zip(scores, labels, folds)))
+    found = [found for errs, found, _, _ in rows if errs]
+    passed = [passed for _, _, right, passed in rows if right]
+    metrics = {"errors found": summary(found), "right ones passed": summary(passed),
                "F1": bootstrap_f1(rows)}
     return [{"policy": f"PRM {scorer.output}", "metrics": metrics}], left
 
@@ -128,6 +138,7 @@ def score_preferences(scorer, path):
     left["too long or alike"] = len(both) - len(fit)
     if not fresh:
         raise InputError(f"{path}: no pair is left ({left})")
+    # A policy's implicit reward of a response is beta log(pi / pi_sft).
     rows = []
     if bench:
         pairs = [pair for _, pair in fresh]
@@ -135,13 +146,15 @@ def score_preferences(scorer, path):
         for name in ("sft", "base", "single_head_dpo", "modpo", f"dpo_{output}", "mah_dpo"):
             logps = own_logps(bench.model(name), pairs)
             rows += pair_metrics_rows(name, logps, reference, pairs, beta, bench.seed)
-    scores = []
-    for which in ("chosen", "rejected"):       # each as a single step
-        steps = [encode_steps(reader.tokenizer, p.prompt, [getattr(p, which)], "turn", prm.marker)
-                 for p, _ in fresh]
-        scores.append(score_sequences(prm, output, steps))
-    right = summary([float(chosen > rejected) for chosen, rejected in zip(*scores)])
-    return rows + [{"policy": f"PRM {output}", "metrics": {"reward_accuracy": right}}], left
+    # The PRM reads every response as a single step.
+    whole = []
+    for p, _ in fresh:
+        for text in (p.chosen, p.rejected):
+            whole.append(encode_steps(reader.tokenizer, p.prompt, [text], "turn", prm.marker))
+    scores = [score for score, in score_sequences(prm, output, whole)]
+    right = [float(c > r) for c, r in zip(scores[::2], scores[1::2])]
+    metrics = {"reward_accuracy": summary(right)}
+    return rows + [{"policy": f"PRM {output}", "metrics": metrics}], left
 
 
 # -- command
@@ -156,7 +169,8 @@ class Scorer(NamedTuple):
 
 def was_seen(prompts, labelled, ids):
     """Are a prompt's ids among these, or the beginning of a labelled sequence?"""
-    return tuple(ids) in prompts or any(row[:len(ids)] == ids for row in labelled)
+    n = len(ids)
+    return tuple(ids) in prompts or any(row[:n] == ids for row in labelled)
 
 
 def seen_in_training(bench):
@@ -164,7 +178,7 @@ def seen_in_training(bench):
     questions in --data, it may have.)"""
     trained = []
     for name in ("pairs.jsonl", "mah_dpo_pairs.jsonl", "labels.jsonl"):
-        found = [row for _, row in read_jsonl(os.path.join(bench.run, name))]
+        found = [row for _, row in read_jsonl(f"{bench.run}/{name}")]
         trained += [row for row in found if row["split"] == "train"]
     prompts = {tuple(row["prompt"]) for row in trained if "prompt" in row}
     labelled = [row["ids"] for row in trained if "ids" in row]
@@ -181,9 +195,10 @@ def open_scorer(directory, path, output, verified, device):
         raise InputError(f"{path}: name the run or the PRM that is to be scored: "
                          f"python -m interop.score RUN {path}")
     bench, prm, seen = None, None, partial(was_seen, (), ())
-    if "seeds" in read_json(os.path.join(directory, "config.json")):           # a run
+    if "seeds" in read_json(f"{directory}/config.json"):                       # a run
         bench = Bench(seed_runs(directory)[0], device)
         seen, objectives = seen_in_training(bench), bench.objectives
+        # The file's name without all its endings: honesty.jsonl, math_accuracy.steps.jsonl.
         named = os.path.basename(path).split(".")[0]
         fit = [o.name for o in objectives if named == o.name]
         fit += [o.name for o in objectives if verified and o.case == "verifiable"]
@@ -203,6 +218,7 @@ def open_scorer(directory, path, output, verified, device):
 @torch.no_grad()
 def score(directory, path, output, device):
     """Print how the outputs in a file fare."""
+    # What the first row holds tells what all of them are.
     fields = next(read_jsonl(path), ("", {}))[1].keys()
     if {"label", "labels"} & fields:
         scorer = open_scorer(directory, path, output, True, device)
@@ -212,11 +228,13 @@ def score(directory, path, output, device):
         rows, left = score_preferences(scorer, path)
     else:
         rows, left = score_answers(path)
+    # Columns are the metrics that any row has.
     metrics = dict.fromkeys(chain.from_iterable(row["metrics"] for row in rows))
     lines = []
     for row in rows:
         n = max(metric["n"] for metric in row["metrics"].values())
-        lines.append({"scored": row["policy"], "n": str(n)} | cells(row, metrics, ()))
+        line = {"scored": row["policy"], "n": str(n)}
+        lines.append(line | cells(row, metrics, ()))
     print(table(path, lines))
     reasons = [f"{n} rows left out: {why}." for why, n in left.items() if n]
     print("Mean ± half the 95 % interval.", *reasons)

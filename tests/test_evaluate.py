@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
+from pytest import approx
 
 import decode
 import evaluate
@@ -84,7 +85,7 @@ def test_conversation_scores_average_over_turns(tokenizer):
     for text in ("what comes next ?", "what comes next ?", "good try ! can you say why ?"):
         c.answer(ids_of(tokenizer, text), world, tokenizer, RNG(0))
     scores = c.scores(world, tokenizer)
-    assert scores["tutor_engagement"] == pytest.approx((0.6 + 0.0 + 1.0) / 3)    # asked before: 0
+    assert scores["tutor_engagement"] == approx((0.6 + 0.0 + 1.0) / 3)    # asked before: 0
     lengths = [len(turn.response) for turn in c.turns]
     assert c.length() == sum(lengths) / 3
 
@@ -98,7 +99,9 @@ def test_majority_vote_and_tokens_drawn(gpt, tokenizer, monkeypatch):
     talks = [types.SimpleNamespace(ids=[i], drawn=0) for i in range(2)]
     respond = plain_responder(gpt, OneSum(), 0, 0.7, None, samples=3)
     assert respond(talks) == [answers[1], answers[3]]
-    assert [c.drawn for c in talks] == [sum(map(len, answers[:3])), sum(map(len, answers[3:]))]
+    lengths = [len(ids) for ids in answers]
+    assert talks[0].drawn == sum(lengths[:3])
+    assert talks[1].drawn == sum(lengths[3:])
 
 
 def test_guided_answers_count_what_was_drawn(gpt, tokenizer, monkeypatch):
@@ -194,7 +197,7 @@ def test_longest_conversations_leave_room(tokenizer):
 
 def test_summary_hand_values():
     """A population's standard deviation, or one not divided by sqrt(n)."""
-    stderr = pytest.approx(math.sqrt(7 / 3))
+    stderr = approx(math.sqrt(7 / 3))
     assert evaluate.summary([1.0, 2.0, 6.0]) == {"mean": 3.0, "stderr": stderr, "n": 3}
     assert evaluate.summary([4.0]) == {"mean": 4.0, "stderr": 0.0, "n": 1}
 
@@ -205,9 +208,9 @@ def test_intervals_are_student_t():
     published = {1: 12.7062, 2: 4.3027, 4: 2.7764, 10: 2.2281, 11: 2.2010, 15: 2.1314, 30: 2.0423,
                  199: 1.9720, 1000: 1.9623}
     for df, t in published.items():
-        assert evaluate.student_t(df) == pytest.approx(t, rel=1e-4)
+        assert evaluate.student_t(df) == approx(t, rel=1e-4)
     five = evaluate.summary([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert evaluate.half_width(five) == pytest.approx(2.7764 * math.sqrt(0.5), rel=1e-4)
+    assert evaluate.half_width(five) == approx(2.7764 * math.sqrt(0.5), rel=1e-4)
     assert evaluate.half_width(evaluate.summary([1.0])) == math.inf
     assert evaluate.cell(five) == "3.000 ±1.963"
     assert evaluate.cell(evaluate.summary([1.0])) == "1.000"
@@ -222,8 +225,10 @@ def token_kls(gpt, head, before, response):
     found = []
     for t in range(len(response)):
         h = gpt(torch.tensor([before + response[:t]]))[0, -1]
-        log_pi, log_ref = F.log_softmax(head @ h, 0), F.log_softmax(gpt.heads[0].weight @ h, 0)
-        found.append(float((log_pi.exp() * (log_pi - log_ref)).sum()))
+        log_pi = F.log_softmax(head @ h, 0)
+        log_ref = F.log_softmax(gpt.heads[0].weight @ h, 0)
+        kl = (log_pi.exp() * (log_pi - log_ref)).sum()
+        found.append(float(kl))
     return found
 
 
@@ -232,21 +237,24 @@ def test_kl_to_sft(gpt, tokenizer, monkeypatch):
     """A KL over prompt or padding, of the wrong direction, or estimated from the samples: exact,
     per token and per answer, turns averaged before conversations; another one where the logits do
     not fit at once."""
-    talks = [talk(([400, 5, 6], [7, 8, 9, 10]), ([400, 5, 6, 7], [8])),
-             talk(([400, 50], [60]), ([9], [8, 7]))]
+    talks = [talk(([400, 5, 6], [7, 8, 9, 10]),
+                  ([400, 5, 6, 7], [8])),
+             talk(([400, 50], [60]),
+                  ([9], [8, 7]))]
     none = kl_to_sft(gpt, gpt.heads[0].weight, gpt, talks, tokenizer.pad_id)
-    assert none == [[pytest.approx(0.0, abs=1e-6)] * 2] * 2
+    assert none == [[approx(0.0, abs=1e-6)] * 2] * 2
     other, per_token, per_answer = gpt.heads[1].weight, [], []
     for c in talks:
         kls = [token_kls(gpt, other, before, response) for before, _, response in c.turns]
-        per_token.append(sum(sum(k) / len(k) for k in kls) / 2)
-        per_answer.append(sum(map(sum, kls)) / 2)
+        first, second = kls
+        per_token.append((sum(first) / len(first) + sum(second) / len(second)) / 2)
+        per_answer.append((sum(first) + sum(second)) / 2)
     found = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id)
-    assert found == [pytest.approx(per_token, rel=1e-4), pytest.approx(per_answer, rel=1e-4)]
+    assert found == [approx(per_token, rel=1e-4), approx(per_answer, rel=1e-4)]
     assert min(found[0]) > 0.01
     monkeypatch.setattr(evaluate, "LOGITS", 3 * len(other))
     again = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id)
-    assert again == [pytest.approx(f) for f in found]
+    assert again == [approx(f) for f in found]
 
 
 def test_pair_metrics_rows_by_hand():
@@ -254,9 +262,10 @@ def test_pair_metrics_rows_by_hand():
     ties, or compares with the reference where it should not."""
     names = ("honesty", "helpfulness", "honesty", "honesty")
     pairs = [Pair(name, [0], [1], [2], "dev") for name in names]
-    logps = torch.tensor([[-3.0, -5.0], [-1.0, -2.0], [-4.0, -2.0], [-2.0, -6.0]])
-    reference = torch.tensor([[-4.0, -7.5], [-1.0, -2.0], [-6.0, -3.0], [-2.0, -6.0]])
-    # Delta = -1.5, 0, 1, 0
+    chosen, rejected = [-3.0, -1.0, -4.0, -2.0], [-5.0, -2.0, -2.0, -6.0]
+    logps = torch.tensor([chosen, rejected]).T
+    chosen, rejected = [-4.0, -1.0, -6.0, -2.0], [-7.5, -2.0, -3.0, -6.0]
+    reference = torch.tensor([chosen, rejected]).T              # Delta = -1.5, 0, 1, 0
     honesty, helpfulness = evaluate.pair_metrics_rows("p", logps, reference, pairs, 0.1, 7)
     for row, name in ((honesty, "honesty"), (helpfulness, "helpfulness")):
         assert row["domain"] == f"pairs:{name}" and row["weights"] == {name: 1.0}
@@ -264,9 +273,9 @@ def test_pair_metrics_rows_by_hand():
     loss = sum(math.log1p(math.exp(-x)) for x in (-0.15, 0.1, 0.0)) / 3
     expected = {"loss": loss, "margin": -0.05 / 3, "logp_accuracy": 2 / 3,
                 "reward_accuracy": 1 / 3}
-    assert means(honesty) == pytest.approx(expected, abs=1e-6)
+    assert means(honesty) == approx(expected, abs=1e-6)
     expected = {"loss": math.log(2), "margin": 0, "logp_accuracy": 1}
-    assert means(helpfulness) == pytest.approx(expected, abs=1e-6)
+    assert means(helpfulness) == approx(expected, abs=1e-6)
 
 
 def means(row):
@@ -274,6 +283,11 @@ def means(row):
 
 
 # -- fronts, tables, picture
+
+def cells_of(line):
+    """A line of a Markdown table -> its texts."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
 
 def made(policy, each, guide=None, weights=None, sweep=None, seed=0):
     """A row as evaluate.load_rows gives them."""
@@ -296,11 +310,11 @@ def test_hypervolume_by_hand():
     """Areas counted twice, dominated or worthless points that count, a front that depends on their
     order."""
     volume = evaluate.hypervolume
-    assert volume([]) == 0 and volume([(0.5, 0.4)]) == pytest.approx(0.2)
-    assert volume([(0.5, 0.4), (0.3, 0.3), (0.5, 0.2)]) == pytest.approx(0.2)    # dominated
+    assert volume([]) == 0 and volume([(0.5, 0.4)]) == approx(0.2)
+    assert volume([(0.5, 0.4), (0.3, 0.3), (0.5, 0.2)]) == approx(0.2)    # dominated
     for points in itertools.permutations([(1.0, 0.2), (0.6, 0.5), (0.2, 0.9)]):
-        assert volume(points) == pytest.approx(0.2 + 0.6 * 0.3 + 0.2 * 0.4)
-    assert volume([(3.0, 4.0), (0.5, 9.0)], reference=(1.0, 2.0)) == pytest.approx(4.0)
+        assert volume(points) == approx(0.2 + 0.6 * 0.3 + 0.2 * 0.4)
+    assert volume([(3.0, 4.0), (0.5, 9.0)], reference=(1.0, 2.0)) == approx(4.0)
     assert volume([(0.5, 3.0), (3.0, 1.0)], reference=(1.0, 2.0)) == 0
 
 
@@ -334,11 +348,13 @@ def test_tables_are_aligned_markdown():
     row = made("sft", {"b": [1.0, 2.0, 3.0]}, guide="x")
     other = made("base", {"a": [1.0]})
     lines = [evaluate.cells(r, ["a", "b"]) for r in (other, row)]
-    title, _, head, rule, *body = evaluate.table("t", lines).splitlines()
-    assert title == "### t" and len({len(line) for line in (head, rule, *body)}) == 1
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in (head, *body)]
-    assert cells == [["policy", "guide", "a", "b"], ["base", "-", "1.000", "-"],
-                     ["sft", "x", "-", "2.000 ±2.484"]]
+    title, _, *drawn = evaluate.table("t", lines).splitlines()
+    assert title == "### t"
+    assert len(set(map(len, drawn))) == 1
+    head, _, first, second = map(cells_of, drawn)
+    assert head == ["policy", "guide", "a", "b"]
+    assert first == ["base", "-", "1.000", "-"]
+    assert second == ["sft", "x", "-", "2.000 ±2.484"]
 
 
 def test_picture():
@@ -351,18 +367,21 @@ def test_picture():
     root = ElementTree.fromstring(evaluate.pareto_svg(rows))
     assert root.get("viewBox") == "0 0 880 490"
     plain, guided = root.iter(SVG + "circle")
-    side = evaluate.SIDE
-    assert (plain.get("cx"), plain.get("cy"), plain[0].text) == ("0.0", "0.0", "sft_greedy")
-    assert plain.get("fill") == plain.get("stroke") == evaluate.COLOURS["sft"]
-    assert (float(guided.get("cx")), float(guided.get("cy"))) == (side, 0.75 * side)
-    assert guided.get("fill") == "none" and guided.get("stroke") == evaluate.COLOURS["mah_dpo"]
+    side, colours = evaluate.SIDE, evaluate.COLOURS
+    circle = {"cx": "0.0", "cy": "0.0", "r": "4", "stroke": colours["sft"], "fill": colours["sft"]}
+    assert plain.attrib == circle
+    assert plain[0].text == "sft_greedy"
+    circle = {"cx": f"{side}.0", "cy": f"{0.75 * side}", "r": "4", "stroke": colours["mah_dpo"],
+              "fill": "none"}
+    assert guided.attrib == circle
     assert guided[0].text == "mah_dpo:a + b"
-    lines = {line.get("stroke"): line.get("points").split() for line in root.iter(SVG + "polyline")}
-    assert list(lines) == [evaluate.COLOURS["mah_dpo"], evaluate.COLOURS["soup"]]
-    first = lines[evaluate.COLOURS["mah_dpo"]][0].split(",")
-    assert [float(v) for v in first] == [0.9 * side, 0.9 * side]
-    shown = {text for element in root for text in element.itertext()}
-    assert all(any(method in text for text in shown) for method in evaluate.COLOURS)
+    mixes, soups = root.iter(SVG + "polyline")
+    assert mixes.get("stroke") == colours["mah_dpo"]
+    assert soups.get("stroke") == colours["soup"]
+    assert mixes.get("points").split()[0] == f"{0.9 * side},{0.9 * side}"
+    legend = "".join(root[1].itertext())
+    for method in colours:
+        assert method in legend
     assert "prefers-color-scheme:dark" in root[0].text
     ElementTree.fromstring(evaluate.pareto_svg([]))
 
@@ -397,16 +416,20 @@ def test_trainings_are_averaged_row_by_row(tmp_path):
     assert all(row["seed"] == [3, 4] and row["n"] == 8 for row in rows)
 
 
+def results_of(run):
+    return read_json(os.path.join(run, "results.json"))
+
+
 def domain_rows(run, domain):
-    return [r for r in read_json(os.path.join(run, "results.json")) if r["domain"] == domain]
+    return [row for row in results_of(run) if row["domain"] == domain]
 
 
 def test_results_have_the_promised_fields(whole):
     """A number without its error, weights that do not sum to one, a policy without its cost."""
     keys = {"policy", "weights", "guide", "domain", "metrics", "seed"}
-    for row in read_json(os.path.join(whole, "results.json")):
+    for row in results_of(whole):
         assert set(row) - {"sweep"} == keys and row["seed"] == 0
-        assert sum(row["weights"].values()) == pytest.approx(1.0)
+        assert sum(row["weights"].values()) == approx(1.0)
         for metric in row["metrics"].values():
             assert set(metric) == {"mean", "stderr", "n"}
             assert math.isfinite(metric["mean"]) and metric["stderr"] >= 0
@@ -434,7 +457,7 @@ def test_results_have_the_promised_rows(whole, domain, names):
     for row in rows:
         assert ("kl" in row["metrics"]) == (not row["guide"] and "greedy" not in row["policy"])
     sft = next(row for row in rows if row["policy"] == "sft")
-    assert sft["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert sft["metrics"]["kl"]["mean"] == approx(0, abs=1e-6)
 
 
 def test_results_have_the_promised_sweep(whole):
@@ -451,7 +474,7 @@ def test_results_have_the_promised_sweep(whole):
 
 def test_scores_are_what_the_means_are_made_of(whole):
     """Values prompt by prompt that belong to another row."""
-    rows = [r for r in read_json(os.path.join(whole, "results.json")) if ":" not in r["domain"]]
+    rows = [row for row in results_of(whole) if ":" not in row["domain"]]
     lines = [line for _, line in read_jsonl(os.path.join(whole, "scores.jsonl"))]
     for line, row in zip(lines, rows, strict=True):
         each = line.pop("each")
@@ -461,14 +484,13 @@ def test_scores_are_what_the_means_are_made_of(whole):
 
 def test_held_out_pairs_have_their_rows(whole):
     """A policy or an objective without held-out figures; a reference that differs from itself."""
-    rows = read_json(os.path.join(whole, "results.json"))
-    policies = ("base", "sft", "single_head_dpo", "modpo", "mah_dpo", "soup")
-    found = {(r["policy"], r["domain"]): means(r) for r in rows if r["domain"][:6] == "pairs:"}
-    assert set(found) == {(policy, f"pairs:{name}") for policy in policies for name in NAMES}
+    policies = {"base", "sft", "single_head_dpo", "modpo", "mah_dpo", "soup"}
     for name in NAMES:
-        sft = found["sft", f"pairs:{name}"]
-        assert sft["loss"] == pytest.approx(math.log(2), abs=1e-6)
-        assert sft["margin"] == pytest.approx(0, abs=1e-6)
+        rows = domain_rows(whole, f"pairs:{name}")
+        found = {row["policy"]: means(row) for row in rows}
+        assert set(found) == policies
+        assert found["sft"]["loss"] == approx(math.log(2), abs=1e-6)
+        assert found["sft"]["margin"] == approx(0, abs=1e-6)
 
 
 def test_report_and_picture(whole):
@@ -480,9 +502,10 @@ def test_report_and_picture(whole):
                  "| soup", "| mah_dpo:honesty", "| unified", "| honesty (", "±"):
         assert part in text
     root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
-    lines = [line.get("points").split() for line in root.iter(SVG + "polyline")]
-    assert [len(points) for points in lines] == [3, 3]
-    assert len(list(root.iter(SVG + "circle"))) == 8 + 2 + 2 * 3
+    for line in root.iter(SVG + "polyline"):
+        assert len(line.get("points").split()) == 3
+    circles = list(root.iter(SVG + "circle"))
+    assert len(circles) == 8 + 2 + 2 * 3
 
 
 def test_evaluate_command_measures_again(whole, tmp_path, capsys):
@@ -491,16 +514,16 @@ def test_evaluate_command_measures_again(whole, tmp_path, capsys):
     shutil.copytree(whole, copied)
     evaluate.main([copied])
     assert "### values" in capsys.readouterr().out
-    results = [read_json(os.path.join(run, "results.json")) for run in (copied, whole)]
-    assert results[0] == results[1]
+    assert results_of(copied) == results_of(whole)
     with pytest.raises(InputError, match="not a finished run"):
         evaluate.main([str(tmp_path)])
 
 
 def table_rows(text, title):
     """The cells of a table's rows."""
-    lines = text.split(f"### {title}\n\n")[1].split("\n\n")[0].splitlines()[2:]
-    return [re.split(r" *\| *", line)[1:-1] for line in lines]
+    body = text.split(f"### {title}\n\n")[1]
+    lines = body.split("\n\n")[0].splitlines()
+    return [cells_of(line) for line in lines[2:]]
 
 
 def test_runs_side_by_side(whole, tmp_path, capsys):
@@ -509,18 +532,17 @@ def test_runs_side_by_side(whole, tmp_path, capsys):
     os.mkdir(other)
     for name in ("config.json", "results.json", "scores.jsonl"):
         shutil.copy(os.path.join(whole, name), other)
-    rows = read_json(os.path.join(other, "results.json"))
-    changed = next(r for r in rows if r["policy"] == "modpo" and r["domain"] == "values")
-    changed["metrics"]["honesty"]["mean"] = 0.123
-    gone = next(r for r in rows if r["policy"] == "base" and r["domain"] == "values")
-    # Without a row of the scores the other rows' would be shifted: the scores are not shown.
-    write_json(os.path.join(other, "results.json"), [r for r in rows if r is not gone])
+    rows = results_of(other)
+    assert (rows[0]["policy"], rows[4]["policy"], rows[4]["domain"]) == ("base", "modpo", "values")
+    rows[4]["metrics"]["honesty"]["mean"] = 0.123
+    write_json(os.path.join(other, "results.json"), rows[1:])
     evaluate.main([whole, other])
     found = table_rows(capsys.readouterr().out, "values, by run")
-    named = [(line[0], line[1]) for line in found if line[2] == "-"]
-    assert named[:3] == [(whole, "base"), ("all", "sft"), ("all", "sft_greedy")]
+    named = [line[:2] for line in found[:3]]
+    assert named == [[whole, "base"], ["all", "sft"], ["all", "sft_greedy"]]
     modpo = {line[0]: line[4] for line in found if line[1] == "modpo"}
-    assert list(modpo) == [whole, other] and modpo[other].startswith("0.123 ±")
+    assert list(modpo) == [whole, other]
+    assert modpo[other].startswith("0.123 ±")
 
 
 def test_samples_of_every_policy(whole, capsys):
@@ -557,7 +579,8 @@ def test_soup_is_the_average_of_the_single_policies(whole):
     bench = evaluate.Bench(whole)
     job = Job("soup", "soup", {"helpfulness": 0.75, "honesty": 0.25})
     mixed = bench.policy(job)[0].state_dict()
-    first, second = [bench.model(f"dpo_{name}").state_dict() for name in NAMES[:2]]
+    first = bench.model("dpo_helpfulness").state_dict()
+    second = bench.model("dpo_honesty").state_dict()
     for name, value in mixed.items():
         expected = 0.75 * first[name] + 0.25 * second[name]
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
@@ -569,4 +592,5 @@ def test_tables_show_what_was_scored(whole):
     rows = [made("sft", {"a": [1.0, 0.0], "tokens": [3.0, 4.0]})]
     text, details = evaluate.report(rows, decode.read_run(whole))
     head = text.split("\n\n")[2].splitlines()[0]
-    assert re.split(r" *\| *", head)[1:-1] == ["policy", "guide", "a", "tokens"] and not details
+    assert cells_of(head) == ["policy", "guide", "a", "tokens"]
+    assert details == ""
