@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from data import Objective, run_command  # noqa: E402
+from data import run_command  # noqa: E402
 from decode import draw, generate, prefill, score_candidates  # noqa: E402
 from evaluate import table  # noqa: E402
+from interop.reward_models import REWARD  # noqa: E402
 from model import load_hf, pick_device  # noqa: E402
 from prm import PRM, load_prm  # noqa: E402
 
@@ -163,8 +164,7 @@ def timing(directory, device, S=2, N=16):
     if os.path.isdir(f"{directory}/prm"):
         prm, whose = load_prm(f"{directory}/prm"), "its own"
     else:
-        output = Objective("reward", "", "C", "turn")
-        prm, whose = PRM(model.with_heads(()), [output], generator), "a random"
+        prm, whose = PRM(model.with_heads(()), [REWARD], generator), "a random"
     prm = prm.to(device).eval()
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.1f} M parameters, {whose} PRM, {torch.get_num_threads()} threads, torch "

@@ -17,7 +17,8 @@ from pytest import approx
 import decode
 import evaluate
 from conftest import NAMES
-from data import DOMAINS, RNG, InputError, Problem, split_of, read_json, read_jsonl, write_json
+from data import (DOMAINS, OBJECTIVES, RNG, InputError, Problem, read_json, read_jsonl, split_of,
+                  write_json)
 from evaluate import Conversation, Job, converse, guided_responder, kl_to_sft, plain_responder
 from mah_dpo import Pair
 from model import GPTConfig
@@ -37,7 +38,7 @@ def seeded(seed=0):
 
 def prm_of(gpt, tokenizer, *names):
     """A PRM with random weights on the tiny model."""
-    prm = PRM(gpt.with_heads(()), list(names), seeded())
+    prm = PRM(gpt.with_heads(()), [OBJECTIVES[name] for name in names], seeded())
     prm.backbone.tokenizer = tokenizer
     return prm
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import evaluate
-from data import DOMAINS, RNG, InputError
+from data import DOMAINS, OBJECTIVES, RNG, InputError
 from interop import score
 from model import load_hf
 from prm import PRM, load_prm, save_prm
@@ -64,7 +64,8 @@ class Judged:
     def __init__(self, gpt, path):
         self.path, self.prm = path, str(path / "prm")
         generator = torch.Generator().manual_seed(1)
-        prm = PRM(gpt.with_heads(()), ["math_accuracy", "honesty"], generator)
+        outputs = [OBJECTIVES[name] for name in ("math_accuracy", "honesty")]
+        prm = PRM(gpt.with_heads(()), outputs, generator)
         save_prm(prm, self.prm)
 
     def write(self, name, rows):

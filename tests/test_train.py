@@ -3,6 +3,7 @@ import collections
 import contextlib
 import copy
 import errno
+import glob
 import io
 import json
 import math
@@ -29,7 +30,7 @@ import decode
 import evaluate
 import train
 from conftest import NAMES, TINY
-from data import DOMAINS, RNG, InputError, Problem, World, read_json, run_command, write_json
+from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World, read_json, run_command, write_json
 from mah_dpo import Pair, pair_logps
 from model import load_hf, load_safetensors, save_hf
 from prm import Labelled, PRM, STEP, load_prm, pair_scores, step_scores
@@ -187,7 +188,7 @@ def test_both_guided_policies_make_the_labels(whole, tmp_path, monkeypatch):
 @pytest.fixture
 def prm(gpt):
     """A PRM on the tiny model whose outputs are a subset of the run's objectives, in another order."""
-    return PRM(gpt.with_heads(()), ["honesty", "math_accuracy"], torch.Generator().manual_seed(0))
+    return PRM(gpt.with_heads(()), [OBJECTIVES[o] for o in ("honesty", "math_accuracy")], torch.Generator().manual_seed(0))
 
 
 def test_step_scores_read_the_labelled_tokens(run, prm):
@@ -271,7 +272,7 @@ def test_train_prm_adds_step_correctness_and_drops_it(run, gpt):
         train.train_prm(run, "prm", ["math_accuracy"])
         saved.append(load_prm(run.file("prm")))
         assert logged(run)[0][STEP] == {"loss": pytest.approx(0.69, abs=0.3), "labels": 8}
-    assert [prm.outputs for prm in saved] == [["math_accuracy"]] * 2 and [len(prm.scale) for prm in saved] == [1, 1]
+    assert [prm.names for prm in saved] == [["math_accuracy"]] * 2 and [len(prm.scale) for prm in saved] == [1, 1]
     assert not torch.equal(*(prm.backbone.embed.weight for prm in saved))
     train.train_prm(run, "prm_math_engagement", ["math_engagement"])        # no value model: nothing to be taught
     assert STEP not in logged(run)[-2]
@@ -284,7 +285,7 @@ def test_train_prm_gives_every_objective_the_loss_of_its_own_pairs(run, gpt, tok
     for name, rows in zip(["labels.jsonl", *train.PAIR_FILES], ([], pairs, [])):
         train.write_rows(run.file(name), rows)
     vars(run.config).update(prm_steps=1, prm_pairs=4)
-    prm = PRM(run.load("sft").with_heads(()), outputs, run.generator("prm", "weights"))
+    prm = PRM(run.load("sft").with_heads(()), [OBJECTIVES[o] for o in outputs], run.generator("prm", "weights"))
     train.train_prm(run, "prm", outputs)
     first = json.loads(open(run.file("log.jsonl"), encoding="utf-8").readline())
     for o in outputs:
@@ -470,7 +471,7 @@ def rows_of(path):
 def test_run_writes_what_is_promised(whole):
     """Prevents: a result that the documentation promises and no file holds."""
     config = read_json(os.path.join(whole, "config.json"))
-    assert config["objectives"] == NAMES and config["temperature"] == 0.7 and config["dpo_steps"] == 2 and config["seed"] == 0
+    assert [o["name"] for o in config["objectives"]] == NAMES and config["temperature"] == 0.7 and config["dpo_steps"] == 2 and config["seed"] == 0
     for name in ("base", "sft", "mah_dpo", "single_head_dpo", "modpo", *(f"dpo_{n}" for n in NAMES), "prm"):
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
             assert os.path.getsize(os.path.join(whole, name, file)) > 0
@@ -577,7 +578,7 @@ def test_resume_starts_an_empty_directory(tmp_path, monkeypatch, capsys):
     claimed = train.claim(["--objective", "honesty", "--out", str(tmp_path / "claimed"), *TINY])       # killed while torch was imported
     train.main(["--resume", claimed])
     first, second = (read_json(os.path.join(d, "config.json")) for d in (empty, claimed))
-    assert first | {"out": claimed} == second and second["objectives"] == ["honesty"] and second["dpo_steps"] == 2
+    assert first | {"out": claimed} == second and [o["name"] for o in second["objectives"]] == ["honesty"] and second["dpo_steps"] == 2
     assert "no option with it but --device" in refused(["--resume", train.claim(["--out", claimed]), "--seed", "1"], capsys)
 
 
@@ -908,8 +909,8 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
     always = {"loss", "margin", "logp_accuracy"}              # the reference has no margin to be right or wrong about
     assert all(set(r["metrics"]) == always | ({"reward_accuracy"} if r["policy"] == "mah_dpo" else set())
                for r in rows if r["policy"] in ("sft", "mah_dpo"))
-    assert load_prm(os.path.join(out, "prm_honesty")).outputs == ["honesty"]
-    assert load_prm(os.path.join(out, "prm_helpfulness")).outputs == ["helpfulness"]
+    assert load_prm(os.path.join(out, "prm_honesty")).names == ["honesty"]
+    assert load_prm(os.path.join(out, "prm_helpfulness")).names == ["helpfulness"]
     assert not os.path.exists(os.path.join(out, "prm"))
     base, given = (load_safetensors(os.path.join(d, "model.safetensors")) for d in (os.path.join(out, "base"), checkpoint))
     assert all(torch.equal(base[k], given[k]) for k in given)
@@ -1020,7 +1021,7 @@ def test_resume_checks_the_saved_configuration(edit, message, capsys, monkeypatc
     or older config.json or with other processes; and a run that is refused for the default options, which are not its own."""
     monkeypatch.setattr(train, "ranks", lambda: 3)
     monkeypatch.setattr(train, "carry_out", lambda run: print("goes on"))
-    saved = vars(Config(objective="honesty", init="moved", beta=1)) | {"objectives": ["honesty"]}
+    saved = vars(Config(objective="honesty", init="moved", beta=1)) | {"objectives": [vars(OBJECTIVES["honesty"])]}
     path = str(tmp_path / "config.json")
     write_json(path, {k: v for k, v in (saved | edit).items() if v is not None})
     assert message in refused(["--resume", str(tmp_path)], capsys)
@@ -1140,8 +1141,9 @@ def test_rows_of_another_kind_are_refused(tmp_path):
 
 
 def test_readmes_commands_are_accepted(capsys):
-    """Prevents: a command of README that has an option of an earlier version, or a value that is refused."""
-    text = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read().replace("\\\n", " ")
+    """Prevents: a command of README or docs/ that has an option of an earlier version, or a value that is refused."""
+    documents = [os.path.join(ROOT, "README.md"), *sorted(glob.glob(os.path.join(ROOT, "docs", "*.md")))]
+    text = "\n".join(open(path, encoding="utf-8").read() for path in documents).replace("\\\n", " ")
     found = re.findall(r"(?:^|[` ])(?:python|torchrun --nproc_per_node \d+) ((?:train|decode|evaluate)\.py [^`\n]*)", text, re.M)
     known = {}
     for name, command in (("decode.py", decode.main), ("evaluate.py", evaluate.main)):
