@@ -128,9 +128,10 @@ def test_reranking_chooses_among_whole_answers(gpt, tokenizer, monkeypatch):
         found.extend(plain(*args, **options))
         return found[-1:]
     monkeypatch.setattr(evaluate, "guided_decode", watch)
-    masks = tokenizer.boundary_masks("newline")
-    masks[0][:] = True                           # every token ends a step
-    world = types.SimpleNamespace(boundary=masks, max_new_tokens=20, turns=1)
+    always = torch.ones(4, tokenizer.n_vocab + 1, dtype=torch.bool)
+    masks = {"newline": always, "turn": tokenizer.boundary_masks("turn")}
+    monkeypatch.setattr(tokenizer, "boundary_masks", masks.get)      # every token ends a line
+    world = types.SimpleNamespace(boundary="newline", max_new_tokens=20, turns=1)
     for boundary in (None, "turn"):
         respond = guided_responder(gpt, prm, world, [1.0, 0.0], "math_accuracy", 0.7, seeded(),
                                    K=3, boundary=boundary)
@@ -398,7 +399,8 @@ def measured(domain, value, **more):
 def test_trainings_are_averaged_row_by_row(tmp_path):
     """Another objective's figures in a mean over trainings, because held-out pairs come in another
     order; a traceback because one training lacks a row."""
-    config = {"objectives": [], "temperature": 1, "seed": 3, "seeds": 2}
+    objectives = [vars(OBJECTIVES["honesty"])]
+    config = {"objectives": objectives, "temperature": 1, "seed": 3, "seeds": 2}
     write_json(str(tmp_path / "config.json"), config)
     guided, mixed = {"guide": "honesty"}, {"sweep": ["honesty", "helpfulness"]}
     results = {3: [measured("pairs:honesty", 1.0), measured("pairs:helpfulness", 2.0),
