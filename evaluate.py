@@ -272,7 +272,7 @@ class Bench:
 
     def __init__(self, run, device=None):
         self.run = run
-        self.config = read_run(run)                        # as RUN/config.json says
+        self.config = read_run(run)
         self.objectives = self.config["objectives"]
         self.seed = self.config["seed"]
         self.device = pick_device(device or self.config["device"])
@@ -684,8 +684,8 @@ def pareto_svg(rows):
     # The legend is one line of text, every method in its colour.
     out = ['<text x="20" y="24">']
     for method, colour in COLOURS.items():
-        out.append(f'<tspan style="fill:{colour}">&#9679; {method} &#160; </tspan>')
-    out.append("ring: guided &#160; line: weights swept</text>")
+        out.append(f'<tspan dx="9" style="fill:{colour}">&#9679; {method}</tspan>')
+    out.append('<tspan dx="9">ring: guided, line: weights swept</tspan></text>')
     plots = []
     for _, plain, swept in by_domain(rows):
         plots += [plot(plain, mixes, pair) for pair, mixes in swept.items()]

@@ -55,21 +55,26 @@ def comparisons(objectives):
     found = []
     for objective, head in zip(objectives, heads):
         name, alone = objective.name, [objective.name]
-        # F1: an accuracy is kept, all else is gained.
+        # F1: what is a matter of taste is gained, an accuracy is kept.
         kept = 0.0 if objective.subjective else KEPT
         found += [Comparison("F1", alone, "mah_dpo", other, kept) for other in BASELINES]
+        # F2: the objective's own head against everyone else without a guide.
         others = [row for row in ["base", *unguided] if row != head]
         found += [Comparison("F2", alone, head, other) for other in others]
+        # F3: SFT under the value model against all training, and against SFT's other guides. Where
+        # answers are verified, whole answers compete with guidance at its own price.
         whole = []
         if objective.case == "verifiable":
             wrong = [f"sft + {other}" for other in names if other != name]
             found += [Comparison("F3", alone, f"sft + {name}", row) for row in unguided + wrong]
             whole = ["_vote", f"_rerank + {name}"]
+        # F6, and guidance against its rivals, with both policies.
         for policy in ("sft", "mah_dpo"):
             guided = f"{policy} + {name}"
             found.append(Comparison("F6", alone, guided, guided + OWN, KEPT))
             for rival in ["_greedy", *whole]:
                 found.append(Comparison("rivals", alone, guided, policy + rival))
+    # F4: the trained policy under a guide against SFT under it, and against no guide.
     for guide in [*names, "unified"]:
         for part in (f"sft + {guide}", "mah_dpo"):
             for counted in ([[guide], names] if guide in names else [names]):
@@ -96,6 +101,7 @@ def compare(domain, comparison, rows):
     """The line of a comparison. rows: {name: row}, whose "each" are paired by their order."""
     difference = None
     if comparison.better in rows and comparison.worse in rows:
+        # First the mean over objectives, then the difference, prompt by prompt.
         means = []
         for name in (comparison.better, comparison.worse):
             each = [rows[name]["each"][objective] for objective in comparison.objectives]
@@ -111,6 +117,7 @@ def sweep_lines(domain, pair, mixes):
     must pass, so having picked the worst makes "holds" no weaker; its "does not hold" is weaker."""
     lines = []
     for name, other in (pair, pair[::-1]):
+        # The mixes of heads in the order of this objective's weight.
         rows = [row for row in mixes if row["policy"] == "mah_dpo"]
         rows.sort(key=lambda row: row["weights"][name])
         weights = torch.tensor([row["weights"][name] for row in rows], dtype=torch.float64)
@@ -120,6 +127,7 @@ def sweep_lines(domain, pair, mixes):
         slopes = spread @ scores / (spread @ spread)                           # (units,)
         lines.append(line("F5", domain, name, f"slope along its weight, against {other}",
                           summary(slopes.tolist()), 0.0))
+        # From one weight to the next: what does a prompt or training gain?
         steps = [summary(step) for step in scores.diff(dim=0).tolist()]
         lowest = [step["mean"] - half_width(step) for step in steps]
         i = lowest.index(min(lowest))
@@ -134,8 +142,10 @@ def scorecard(rows, objectives, each_rows=()):
     own = {domain: plain for domain, plain, _ in by_domain(each_rows)}
     lines = []
     for domain, plain, swept in by_domain(rows):
+        # EACH_RUN's rows stand beside the run's own, under names of their own.
         named = {row_name(row): row for row in plain}
         named |= {row_name(row) + OWN: row for row in own.get(domain, [])}
+        # Of real questions only the answers are scored.
         scored = [o for o in domain_objectives(domain, objectives) if o.name in plain[0]["metrics"]]
         lines += [compare(domain, comparison, named) for comparison in comparisons(scored)]
         for pair, mixes in swept.items():
@@ -144,8 +154,9 @@ def scorecard(rows, objectives, each_rows=()):
 
 
 def verdict_of_all(lines):
-    """Lines of a finding and a domain -> one cell: all must hold, one that fails fails the whole."""
+    """Lines of a finding and a domain -> one cell: all must hold; one that fails fails them all."""
     verdicts = [found["verdict"] for found in lines]
+    # What was not run counts neither way, but is said.
     made = [v for v in verdicts if v != "not run"]
     if not made:
         return "not run" if lines else "-"
