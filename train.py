@@ -75,7 +75,7 @@ from data import (DOMAINS, RNG, ENGAGING, InputError, OBJECTIVES, Tokenizer, bat
                   dealt_batches, domain_objectives, fit_threshold, judge, pad, read_json,
                   read_jsonl, run_command, select_objectives, split_of, write_json, write_text)
 from decode import domain_mix, generate, parse_weights, read_run
-from evaluate import (average, converse, evaluate, find_variants, load_rows, own_logps,
+from evaluate import (average, converse, evaluate, load_rows, own_logps,
                       pair_metrics_rows, plain_responder, publish, seed_of, seed_runs)
 from interop.datasets import DATA_HELP, holds_questions, read_preferences, read_steps, worlds_of
 from interop.parallel import (gather, join_processes, like, local_items, placed, rank, ranks, shard,
@@ -1038,6 +1038,16 @@ def begin(path, config):
         os.makedirs(path, exist_ok=True)
         write_json(run.file("config.json"), asdict(config) | {"objectives": [asdict(OBJECTIVES[o]) for o in run.objectives]})
     return run
+
+
+def find_variants(run):
+    """TRANSITION: what train.py --sweep put into a run's directory: {field: {value: directory}}."""
+    found = {}
+    for name in sorted(os.listdir(run)):
+        field, path = name.partition("=")[0], os.path.join(run, name)
+        if "=" in name and field != "seed" and os.path.isfile(os.path.join(path, "config.json")):
+            found.setdefault(field, {})[read_run(path)[field]] = path
+    return {field: dict(sorted(values.items())) for field, values in found.items()}
 
 
 def carry_out(run, source=None, swept=None):

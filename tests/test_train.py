@@ -28,14 +28,11 @@ import torch.nn.functional as F
 import data
 import decode
 import evaluate
-import interop.score
 import train
 from conftest import NAMES, TINY
 from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World, read_json, run_command, write_json
-from evaluate import (Conversation, converse, guided_responder, kl_to_sft, plain_responder,
-                      seed_of, summary)
 from mah_dpo import Pair, pair_logps
-from model import GPTConfig, load_hf, load_safetensors, save_hf
+from model import load_hf, load_safetensors, save_hf
 from prm import Labelled, PRM, STEP, load_prm, pair_scores, step_scores
 from train import Config, Cycle, Run, chat_example, read_command
 
@@ -449,153 +446,6 @@ def test_modpo_margins_by_hand(run, gpt, tokenizer, monkeypatch):
 
 # -- measures
 
-def test_summary_hand_values():
-    """Prevents: a population's standard deviation, or one not divided by sqrt(n)."""
-    assert summary([1.0, 2.0, 6.0]) == {"mean": 3.0, "stderr": pytest.approx(math.sqrt(7 / 3)), "n": 3}
-    assert summary([4.0]) == {"mean": 4.0, "stderr": 0.0, "n": 1}
-
-
-def test_seeds_depend_on_seed_and_purpose():
-    """Prevents: stages that share a stream, so that one more draw in one changes all later ones."""
-    assert seed_of(0, "sft") == seed_of(0, "sft")
-    assert len({seed_of(s, *what) for s in (0, 1) for what in (("sft",), ("base",), ("test", "math"), ("test", "values"))}) == 8
-
-
-def talk(*turns):
-    return types.SimpleNamespace(turns=[(before, [], response) for before, response in turns])
-
-
-def test_kl_to_sft(gpt, tokenizer, monkeypatch):
-    """Prevents: a KL over prompt or padding, of the wrong direction, or estimated from the samples: exact, per token and per
-    answer, turns averaged before conversations; another one where the logits do not fit at once."""
-    talks = [talk(([400, 5, 6], [7, 8, 9, 10]), ([400, 5, 6, 7], [8])), talk(([400, 50], [60]), ([9], [8, 7]))]
-    assert kl_to_sft(gpt, gpt.heads[0].weight, gpt, talks, tokenizer.pad_id) == [[pytest.approx(0.0, abs=1e-6)] * 2] * 2
-    other, expected = gpt.heads[1].weight, ([], [])
-    with torch.no_grad():
-        for c in talks:
-            sums = []
-            for before, _, response in c.turns:
-                values = []
-                for t in range(len(response)):
-                    h = gpt(torch.tensor([before + response[:t]]))[0, -1]
-                    log_pi, log_ref = F.log_softmax(other @ h, 0), F.log_softmax(gpt.heads[0].weight @ h, 0)
-                    values.append(float((log_pi.exp() * (log_pi - log_ref)).sum()))
-                sums.append((sum(values) / len(values), sum(values)))
-            for kind, values in zip(expected, zip(*sums)):
-                kind.append(sum(values) / 2)
-    found = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id)
-    assert found == [pytest.approx(e, rel=1e-4) for e in expected] and min(found[0]) > 0.01
-    monkeypatch.setattr(evaluate, "LOGITS", 3 * len(other))
-    assert kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id) == [pytest.approx(f) for f in found]
-
-
-def test_majority_vote_and_tokens_drawn(gpt, tokenizer, monkeypatch):
-    """Prevents: a vote over other prompts' samples, a minority's answer, rivals of guidance whose cost is not counted."""
-    texts = ["answer 3", "4 + 5 = 9\nanswer 7", "answer 7", "answer 1", "answer 2", "answer 1"]
-    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, samples, **options: [ids_of(tokenizer, t) for t in texts])
-    talks = [types.SimpleNamespace(ids=[1], drawn=0), types.SimpleNamespace(ids=[2], drawn=0)]
-    chosen = plain_responder(gpt, OneSum(), 0, 0.7, None, samples=3)(talks)
-    assert [tokenizer.decode(r[:-1]) for r in chosen] == [texts[1], texts[3]] and all(r[-1] == tokenizer.eos_id for r in chosen)
-    assert [c.drawn for c in talks] == [sum(len(ids_of(tokenizer, t)) for t in part) for part in (texts[:3], texts[3:])]
-    monkeypatch.undo()
-    prm = PRM(gpt.with_heads(()), [OBJECTIVES["math_accuracy"]], torch.Generator().manual_seed(0))
-    prm.backbone.tokenizer = tokenizer
-    c = Conversation(SUM, tokenizer)
-    steps, plain = [], evaluate.guided_decode
-    monkeypatch.setattr(evaluate, "guided_decode", lambda *a, **k: [steps.extend(r.steps) or r for r in plain(*a, **k)])
-    guided_responder(gpt, prm, OneSum(), [1.0, 0.0], "math_accuracy", 0.7, torch.Generator().manual_seed(0), K=3)([c])
-    assert c.drawn == sum(len(ids) for s in steps for ids in s.candidates) and all(len(s.candidates) == 3 for s in steps)
-
-
-def test_reranking_chooses_among_whole_answers(gpt, tokenizer, monkeypatch):
-    """Prevents: a rival of guidance by steps that is guidance by steps, or that the PRM does not choose."""
-    prm = PRM(gpt.with_heads(()), [OBJECTIVES["math_accuracy"]], torch.Generator().manual_seed(0))
-    prm.backbone.tokenizer, found, plain = tokenizer, [], evaluate.guided_decode
-    monkeypatch.setattr(evaluate, "guided_decode", lambda *a, **k: found.append(plain(*a, **k)) or found[-1])
-    world = types.SimpleNamespace(boundary=tokenizer.boundary_masks("newline"), max_new_tokens=20, turns=1)
-    world.boundary[0][:] = True                           # every token ends a step
-    for boundary in (None, "turn"):
-        guided_responder(gpt, prm, world, [1.0, 0.0], "math_accuracy", 0.7, torch.Generator().manual_seed(0), K=3,
-                         boundary=boundary)([Conversation(SUM, tokenizer)])
-    (by_step,), (whole,) = found
-    step, = whole.steps
-    assert len(by_step.steps) == 20 and whole.ids == step.candidates[max(range(3), key=step.scores.__getitem__)]
-
-
-def tutoring_problem():
-    return DOMAINS["tutoring"].problem(RNG(4))
-
-
-def test_conversation_ids_are_the_chat_of_its_messages(tokenizer):
-    """Prevents: ids that drift from what training saw: a missing end of turn (also behind an answer that was cut off),
-    a marker twice, the reply left out."""
-    world, problem = DOMAINS["tutoring"], tutoring_problem()
-    c, pieces = Conversation(problem, tokenizer), None
-    assert c.ids == c.new_ids == tokenizer.encode_chat(c.messages)
-    for text, end in (("yes . good try !", True), ("not quite .", False), ("ok .", True)):
-        before = c.ids
-        c.answer(ids_of(tokenizer, text, end), world, tokenizer, RNG(0))
-        pieces = c.turns[-1]
-        assert pieces[0] == before and pieces[2] == ids_of(tokenizer, text, end)
-        if c.messages[-1]["role"] == "user":
-            assert c.ids == tokenizer.encode_chat(c.messages) == before + pieces[2] + c.new_ids
-    assert len(c.turns) == 3 and [m["role"] for m in c.messages] == ["user", "assistant"] * 3
-    assert [len(m) for _, m, _ in c.turns] == [1, 3, 5]
-
-
-def test_conversation_scores_average_over_turns(tokenizer):
-    """Prevents: later turns judged without what was said before, or only the last turn counted."""
-    world, c = DOMAINS["tutoring"], Conversation(tutoring_problem(), tokenizer)
-    for text in ("what comes next ?", "what comes next ?", "good try ! can you say why ?"):
-        c.answer(ids_of(tokenizer, text), world, tokenizer, RNG(0))
-    assert c.scores(world, tokenizer)["tutor_engagement"] == pytest.approx((0.6 + 0.0 + 1.0) / 3)     # asked before: 0
-
-
-def test_guided_conversations_equal_re_encoding(gpt, tokenizer):
-    """Prevents: a carried state that differs from the conversation it stands for: three turns, ragged, some cut off."""
-    model = copy.deepcopy(gpt).double()
-    with torch.no_grad():
-        for head in model.heads:
-            head.weight[tokenizer.eos_id] *= 2                           # so that some answers do end
-    prm = PRM(gpt.with_heads(()), [OBJECTIVES[o] for o in ("tutor_accuracy", "tutor_engagement")], torch.Generator().manual_seed(0)).double()
-    prm.backbone.tokenizer = tokenizer
-    world, problems = DOMAINS["tutoring"], DOMAINS["tutoring"].problems("test", 5, RNG(1))
-    seeded = lambda: torch.Generator().manual_seed(2)
-    carried = converse(world, problems, tokenizer, guided_responder(model, prm, world, [0.5, 0.5], "unified", 0.9, seeded(), K=3), 7)
-    generator = seeded()
-    fresh = converse(world, problems, tokenizer, lambda cs: [g.ids for g in decode.guided_decode(
-        model, prm, [c.ids for c in cs], boundary="turn", K=3, weights=[0.5, 0.5], guide="unified",
-        max_new_tokens=world.max_new_tokens, temperature=0.9, generator=generator)], 7)
-    assert [c.turns for c in carried] == [c.turns for c in fresh]
-    ended = {r[-1] == tokenizer.eos_id for c in carried for *_, r in c.turns}
-    assert ended == {True, False}
-
-
-def test_guided_conversations_in_batches(gpt, tokenizer):
-    """Prevents: a batch of conversations that goes on from another batch's state."""
-    prm = PRM(gpt.with_heads(()), [OBJECTIVES["tutor_accuracy"]], torch.Generator().manual_seed(0))
-    prm.backbone.tokenizer = tokenizer
-    world, problems = DOMAINS["tutoring"], DOMAINS["tutoring"].problems("test", 5, RNG(1))
-    play = lambda size: [c.turns for c in converse(world, problems, tokenizer, guided_responder(
-        gpt, prm, world, [0.5, 0.5], "unified", 0.0, None, K=1, batch=size), 7)]
-    assert play(2) == play(256)
-
-
-def test_pair_metrics_rows_by_hand():
-    """Prevents: pairs of all objectives in each one's row, a margin without beta, an accuracy that counts ties, or compares
-    with the reference where it should not."""
-    pairs = [Pair(o, [0], [1], [2], "dev") for o in ("honesty", "helpfulness", "honesty", "honesty")]
-    logps = torch.tensor([[-3.0, -5.0], [-1.0, -2.0], [-4.0, -2.0], [-2.0, -6.0]])
-    reference = torch.tensor([[-4.0, -7.5], [-1.0, -2.0], [-6.0, -3.0], [-2.0, -6.0]])     # Delta = -1.5, 0, 1, 0
-    rows = evaluate.pair_metrics_rows("p", logps, reference, pairs, 0.1, 7)
-    assert [(r["policy"], r["domain"], r["weights"], r["seed"]) for r in rows] == [
-        ("p", "pairs:honesty", {"honesty": 1.0}, 7), ("p", "pairs:helpfulness", {"helpfulness": 1.0}, 7)]
-    mean = {k: v["mean"] for k, v in rows[0]["metrics"].items()}
-    loss = sum(math.log1p(math.exp(-x)) for x in (-0.15, 0.1, 0.0)) / 3
-    assert mean == pytest.approx({"loss": loss, "margin": -0.05 / 3, "logp_accuracy": 2 / 3, "reward_accuracy": 1 / 3}, abs=1e-6)
-    assert {k: v["mean"] for k, v in rows[1]["metrics"].items()} == pytest.approx({"loss": math.log(2), "margin": 0, "logp_accuracy": 1})
-
-
 def test_too_many_prompts_are_a_users_mistake():
     """Prevents: a traceback for --n-test or --n-prompts beyond what a small world holds."""
     small = OneSum()
@@ -610,17 +460,6 @@ def test_no_more_prompts_are_asked_of_a_world_than_it_must_give(tmp_path, monkey
     monkeypatch.setattr(World, "problems", lambda self, split, n, rng: asked.append((self.name, split, n)))
     train.check_inputs(Run(str(tmp_path), Config(objective="math_engagement,tutoring", n_prompts=90, n_rollout_prompts=7000, n_test=5)))
     assert asked == [("math", "test", 5), ("math", "train", 7000), ("tutoring", "test", 5), ("tutoring", "train", 30)]
-
-
-def test_longest_conversations_leave_room(tokenizer):
-    """Prevents: a run that dies in its last table because a talkative policy fills the context before the last turn."""
-    limit, rng = GPTConfig(vocab_size=tokenizer.n_vocab).max_len, RNG(0)
-    for world in DOMAINS.values():
-        for problem in world.problems("train", 200, rng):
-            c = Conversation(problem, tokenizer)
-            for _ in range(world.turns):
-                assert len(c.ids) + 1 <= limit
-                c.answer([tokenizer.encode("ok")[0]] * min(world.max_new_tokens, limit - len(c.ids)), world, tokenizer, rng)
 
 
 # -- a whole run
@@ -644,47 +483,6 @@ def test_run_writes_what_is_promised(whole):
     assert not [f for _, _, files in os.walk(whole) for f in files if f.endswith(".tmp")]
 
 
-def test_results_have_the_promised_rows(whole):
-    """Prevents: a policy, a guide or a number that the tables lack, or a weight that does not belong to the row."""
-    results = read_json(os.path.join(whole, "results.json"))
-    for row in results:
-        assert set(row) - {"sweep"} == {"policy", "weights", "guide", "domain", "metrics", "seed"} and row["seed"] == 0
-        assert sum(row["weights"].values()) == pytest.approx(1.0)
-        for m in row["metrics"].values():
-            assert set(m) == {"mean", "stderr", "n"} and math.isfinite(m["mean"]) and m["stderr"] >= 0
-    plain = ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo", "mah_dpo_greedy"]
-    for domain, names in (("values", NAMES[:2]), ("tutoring", NAMES[2:])):
-        rows = [r for r in results if r["domain"] == domain]
-        assert all(r["metrics"][n]["n"] == 2 for r in rows for n in names)
-        free = [r["policy"] for r in rows if r["guide"] is None]
-        assert free[:8 + len(names)] == plain + [f"mah_dpo:{n}" for n in names]
-        assert {(r["policy"], r["guide"]) for r in rows if r["guide"]} == \
-            {(p, g) for p in ("sft", "mah_dpo") for g in (*names, "unified")}
-        mix = next(r["weights"] for r in rows if r["policy"] == "mah_dpo")
-        assert mix == {n: float(n in names) / len(names) for n in NAMES}
-        assert next(r["weights"] for r in rows if r["policy"] == f"mah_dpo:{names[0]}") == {n: float(n == names[0]) for n in NAMES}
-        assert all("kl" in r["metrics"] for r in rows if r["guide"] is None and "greedy" not in r["policy"])
-        assert next(r for r in rows if r["policy"] == "sft")["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
-    sweep = [r["weights"]["helpfulness"] for r in results if r["domain"] == "values" and r["policy"] == "mah_dpo" and not r["guide"]]
-    assert sweep == [0.5, 1.0, 0.5, 0.0]
-    soups = [r["weights"] for r in results if r["domain"] == "values" and r["policy"] == "soup" and r.get("sweep") == NAMES[:2]]
-    assert soups == [{"helpfulness": 1.0}, {"helpfulness": 0.5, "honesty": 0.5}, {"honesty": 1.0}]
-    scores = rows_of(os.path.join(whole, "scores.jsonl"))
-    for line, row in zip(scores, results):                 # what the means are made of, prompt by prompt
-        assert all(line[k] == row[k] for k in ("policy", "guide", "domain", "weights"))
-        assert {n: summary(v) for n, v in line["each"].items()} == row["metrics"]
-    assert len(scores) == sum(not r["domain"].startswith("pairs:") for r in results)
-    for m, guided in ((r["metrics"], r["guide"]) for r in results if "tokens" in r["metrics"]):
-        assert (m["drawn"]["mean"] > m["tokens"]["mean"] + 1) if guided else m["drawn"] == m["tokens"]
-    alone = next(r for r in results if r["policy"] == "mah_dpo:honesty")["metrics"]
-    assert next(r for r in results if r.get("sweep") and r["weights"].get("honesty") == 1.0)["metrics"] == alone
-    held_out = {(r["policy"], r["domain"]): r["metrics"] for r in results if r["domain"].startswith("pairs:")}
-    assert set(held_out) == {(p, f"pairs:{n}") for p in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo", "soup") for n in NAMES}
-    for n in NAMES:
-        assert held_out["sft", f"pairs:{n}"]["loss"]["mean"] == pytest.approx(math.log(2), abs=1e-6)
-        assert held_out["sft", f"pairs:{n}"]["margin"]["mean"] == pytest.approx(0, abs=1e-6)
-
-
 def test_preference_training_starts_at_ln2(whole):
     """Prevents: a reference scored differently from the policy anywhere between samples, files and the first step."""
     log = rows_of(os.path.join(whole, "log.jsonl"))
@@ -705,19 +503,6 @@ def test_pairs_and_labels_are_well_formed(whole):
     for row in labels:
         assert len(row["ends"]) == len(row["targets"]) and row["ends"][-1] == len(row["ids"]) - 1
         assert row["targets"] in [[{NAMES[2]: 0.0}], [{NAMES[2]: 1.0}]]
-
-
-def test_report_and_picture(whole):
-    """Prevents: tables without their rows, an SVG that no browser opens."""
-    text = open(os.path.join(whole, "results.md"), encoding="utf-8").read()
-    for part in ("### values, 2 test prompts", "### tutoring, 2 test prompts", "### values, a sweep of weights", "### findings (",
-                 "### every comparison", "mah_dpo:honesty - modpo", "soup, swept", "| sft_greedy", "| soup",
-                 "| mah_dpo:honesty", "| unified", "| honesty (", "±"):
-        assert part in text
-    root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
-    tag = lambda name: root.findall(".//{http://www.w3.org/2000/svg}" + name)
-    assert [len(line.get("points").split()) for line in tag("polyline")] == [3, 3]
-    assert len(tag("circle")) == 8 + 2 + 2 * 3 + 2 * 3
 
 
 def weights_of(run):
@@ -1058,17 +843,6 @@ def stop_at(work, n):
     return interrupted
 
 
-def test_evaluate_command_measures_again(whole, tmp_path, capsys):
-    """Prevents: an evaluate.py that disagrees with the run's own tables, or loses the held-out pairs."""
-    copied = str(tmp_path / "copied")
-    shutil.copytree(whole, copied)
-    evaluate.main([copied])
-    assert "### values" in capsys.readouterr().out
-    assert read_json(os.path.join(copied, "results.json")) == read_json(os.path.join(whole, "results.json"))
-    assert "not a finished run" in refused([str(tmp_path)], capsys, evaluate.main)
-    assert "config.json: no such file" in refused([str(tmp_path)], capsys, decode.main)
-
-
 @pytest.mark.parametrize("seed", ["-1", "1" + "0" * 30])
 def test_decode_refuses_a_seed_out_of_range(whole, seed, capsys):
     """Prevents: torch's traceback for a seed that overflows."""
@@ -1079,53 +853,6 @@ def test_standard_input_in_another_encoding(whole, monkeypatch, capsys):
     """Prevents: a traceback for a conversation that is piped in as Latin-1 where the locale says UTF-8."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     assert "can't decode byte 0xe9" in refused([whole], capsys, decode.main)
-
-
-def test_samples_side_by_side(whole, capsys):
-    """Prevents: a policy whose responses are not shown, scores beside another's response, lines too long to read."""
-    evaluate.main([whole, "--samples", "2"])
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 100
-    assert out.count("=== values, test prompt") == 2 == out.count("=== tutoring, test prompt")
-    for name in ("base", "sft_greedy", "soup", "mah_dpo:honesty", "sft + helpfulness", "mah_dpo + unified"):
-        assert len(re.findall(rf"^{re.escape(name)} +helpfulness \d.\d\d  honesty", out, re.M)) == 2
-    bench, job = evaluate.Bench(whole), evaluate.Job("sft", {"sft": 1.0})
-    talks, _ = bench.rollout("tutoring", job, bench.problems("tutoring", 2))
-    block = out.split("=== tutoring, test prompt 2")[1].split("\nsft ")[1].split("\nsft_greedy")[0]
-    assert f"tutor_engagement {talks[1].scores(bench.worlds['tutoring'], bench.tokenizer)['tutor_engagement']:.2f}" in block
-    assert block.count("  > ") == 2 and "[cut off]" in block
-
-
-def test_scoring_pairs_by_a_run(whole, tmp_path, capsys):
-    """Prevents: a policy left out, rewards against another reference, pairs that count although the run was trained on them."""
-    trained = [r["prompt"] for r in rows_of(os.path.join(whole, "pairs.jsonl")) if r["split"] == "train"]
-    tokenizer, rng = load_hf(os.path.join(whole, "sft")).tokenizer, RNG(seed_of(0, "samples", "sft", "values", "train"))
-    known = next(p for p in DOMAINS["values"].problems("train", 8, rng) if tokenizer.encode_chat(p.messages()) in trained)
-    write_lines(tmp_path / "honesty.jsonl", [preference(1), preference(2), preference(3) | {"prompt": known.prompt}])
-    interop.score.main([whole, str(tmp_path / "honesty.jsonl")])
-    out = capsys.readouterr().out
-    found = {c[1]: c[2:] for c in (re.split(r" *\| *", line) for line in out.splitlines() if line.startswith("|"))}
-    assert list(found)[2:] == ["sft", "base", "single_head_dpo", "modpo", "dpo_honesty", "mah_dpo", "PRM honesty"]
-    assert found["sft"][0] == "2" and found["sft"][1].startswith("0.693") and "1 rows left out: seen in training." in out
-    assert found["mah_dpo"][3] != "-" and found["PRM honesty"][1] == "-"
-
-
-def test_tables_measure_the_split_that_is_named(whole):
-    """Prevents: tuning that looks at test prompts although --split dev was said."""
-    bench = evaluate.Bench(whole)
-    for split in ("test", "dev"):
-        bench.config["split"] = split
-        assert {data.split_of(p.prompt) for domain in bench.worlds for p in bench.problems(domain, 9)} == {split}
-
-
-def test_soup_is_the_average_of_the_single_policies(whole):
-    """Prevents: a soup with SFT, or with policies of other domains in it."""
-    bench = evaluate.Bench(whole)
-    models = [bench.model(f"dpo_{n}") for n in NAMES[:2]]
-    mixed, parts = evaluate.average(models).state_dict(), [m.state_dict() for m in models]
-    for k, v in mixed.items():
-        torch.testing.assert_close(v, (parts[0][k] + parts[1][k]) / 2, atol=1e-6, rtol=0)
-    assert not torch.equal(mixed["heads.0.weight"], parts[0]["heads.0.weight"])
 
 
 def test_decode_talks_to_a_finished_run(whole, capsys):
