@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 from data import InputError, OBJECTIVES, batches_by_length, pad
 from interop.parallel import gathered
-from model import Checkpoint, GPT, backbone_tensors, load_tokenizer, read_config, save_directory
+from interop.tokenizer import load_tokenizer
+from model import Checkpoint, GPT, backbone_tensors, read_config, save_directory
 
 VERIFIABLE = {name for name, objective in OBJECTIVES.items() if objective.case == "verifiable"}
 STEP = "step_correctness"      # the auxiliary output, see PRM.forward

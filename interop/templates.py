@@ -1,0 +1,103 @@
+"""Chat templates: what a checkpoint's own template writes for messages, and which part is whose.
+
+    turns         messages -> list of (role, text), what stands around the contents included
+    render        the process that runs the templates (render.py), and what it may answer
+
+The difficulty is to tell a content from what stands around it: a user who types <|im_end|> must not
+end a turn. So the template is rendered with a mark, one private-use character, in place of every
+content. What it does to a content (it may trim it, or cut a thought from it) shows when that one is
+rendered among the marks of the others.
+"""
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+from data import InputError
+
+LOCK = threading.Lock()
+TOO_SLOW = set()               # templates that were ended once are not tried again
+
+
+def turns(template, variables, messages, markup):
+    """-> what the template writes, in order: a list of (role, text), role None for its own words.
+
+    variables: what else it may use, {name: value}; markup: a pattern that finds special tokens.
+    InputError, in the template's own words where it has some."""
+    taken = set(template).union(*[m["content"] for m in messages])
+    free = (chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in taken)
+    marked = [m | {"content": mark} for m, mark in zip(messages, free)]
+    # All are marks; all but one, for each; none is.
+    versions = [marked]
+    for i, message in enumerate(messages):
+        versions.append([*marked[:i], message, *marked[i + 1:]])
+    versions.append(messages)
+    skeleton, *single, whole = render(template, [variables | {"messages": v} for v in versions])
+    spans = []
+    for message, text in zip(messages, single):
+        start, end, content = difference(skeleton, text)
+        # A special token that the message did not bring is the template's: this is not a content.
+        new = Counter(markup.findall(content))
+        new.subtract(markup.findall(message["content"]))
+        if max(new.values(), default=0) > 0:
+            raise InputError(f"for the message {message['content'][:40]!r} it writes "
+                             f"{content[:80]!r}, where text and markup cannot be told apart")
+        spans.append((start, end, message["role"], content))
+    found, at = [], 0
+    for start, end, role, content in sorted(spans):
+        found += [(None, skeleton[at:start]), (role, content)]
+        at = end
+    found.append((None, skeleton[at:]))
+    if "".join([text for _, text in found]) != whole:
+        raise InputError("what it writes for one message depends on the text of another")
+    return found
+
+
+def difference(skeleton, text):
+    """-> (start, end, new): `text` is `skeleton` with new in place of skeleton[start:end]."""
+    start = len(os.path.commonprefix([skeleton, text]))
+    left = min(len(skeleton), len(text)) - start
+    same = min(left, len(os.path.commonprefix([skeleton[::-1], text[::-1]])))
+    return start, len(skeleton) - same, text[start:len(text) - same]
+
+
+# -- the process that renders
+
+@functools.cache
+def renderer(process):
+    """The process that renders templates for this one (`process`, its number)."""
+    program = str(Path(__file__).with_name("render.py"))
+    return subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True)
+
+
+def render(template, conversations):
+    """A template's text, and dicts of its variables -> texts. InputError where it cannot."""
+    request = json.dumps({"template": template, "conversations": conversations})
+    with LOCK:
+        if template in TOO_SLOW:
+            raise InputError("it takes too long")
+        child, line = renderer(os.getpid()), ""
+        try:
+            print(request, file=child.stdin, flush=True)
+            line = child.stdout.readline()
+        except BrokenPipeError:
+            pass                         # it has ended before
+        finally:
+            if not line:                 # also where Ctrl-C came: its answer would be taken for the
+                child.kill()             # next one's
+                renderer.cache_clear()
+        if not line:
+            if child.wait() == -signal.SIGALRM:
+                TOO_SLOW.add(template)
+                raise InputError("it takes too long")
+            raise InputError(f"its process ended with code {child.returncode}")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise InputError(answer["error"])
+    return answer["texts"]
