@@ -31,7 +31,8 @@ def turns(template, variables, messages, markup):
     InputError, in the template's own words where it has some."""
     taken = set(template).union(*[m["content"] for m in messages])
     free = (chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in taken)
-    marked = [m | {"content": mark} for m, mark in zip(messages, free)]
+    # A template may leave out an empty message altogether, so that one stays as it is.
+    marked = [m | {"content": mark if m["content"] else ""} for m, mark in zip(messages, free)]
     # All are marks; all but one, for each; none is.
     versions = [marked]
     for i, message in enumerate(messages):
@@ -53,8 +54,10 @@ def turns(template, variables, messages, markup):
         found += [(None, skeleton[at:start]), (role, content)]
         at = end
     found.append((None, skeleton[at:]))
-    if "".join([text for _, text in found]) != whole:
-        raise InputError("what it writes for one message depends on the text of another")
+    texts = [text for _, text in found]
+    tokens = [token for text in texts for token in markup.findall(text)]
+    if "".join(texts) != whole or tokens != markup.findall(whole):
+        raise InputError("what it writes around the messages depends on their text")
     return found
 
 
