@@ -20,6 +20,18 @@ from pathlib import Path
 
 from data import InputError
 
+# How data.Tokenizer spells a chat, for other programs.
+WORLDS = (
+    "{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>"
+    "{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+# For checkpoints that bring no template. They have learnt to continue any text.
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "Assistant:{{ m['content'] }}{{ eos_token }}"
+    "{% else %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}")
+
 LOCK = threading.Lock()
 TOO_SLOW = set()               # templates that were ended once are not tried again
 
@@ -39,8 +51,12 @@ def turns(template, variables, messages, markup):
         versions.append([*marked[:i], message, *marked[i + 1:]])
     versions.append(messages)
     skeleton, *single, whole = render(template, [variables | {"messages": v} for v in versions])
+    # Where each message stands in the skeleton, and what it becomes there.
     spans = []
     for message, text in zip(messages, single):
+        if text == skeleton and message["content"].strip():
+            raise InputError(f"it leaves out the message {message['content'][:40]!r} of the role "
+                             f"{message['role']}")
         start, end, content = difference(skeleton, text)
         # A special token that the message did not bring is the template's: this is not a content.
         new = Counter(markup.findall(content))
@@ -49,11 +65,13 @@ def turns(template, variables, messages, markup):
             raise InputError(f"for the message {message['content'][:40]!r} it writes "
                              f"{content[:80]!r}, where text and markup cannot be told apart")
         spans.append((start, end, message["role"], content))
+    # Between them stand the template's own words.
     found, at = [], 0
     for start, end, role, content in sorted(spans):
         found += [(None, skeleton[at:start]), (role, content)]
         at = end
     found.append((None, skeleton[at:]))
+    # Together they must be what it writes for the messages as they are.
     texts = [text for _, text in found]
     tokens = [token for text in texts for token in markup.findall(text)]
     if "".join(texts) != whole or tokens != markup.findall(whole):
@@ -92,8 +110,9 @@ def render(template, conversations):
         except BrokenPipeError:
             pass                         # it has ended before
         finally:
-            if not line:                 # also where Ctrl-C came: its answer would be taken for the
-                child.kill()             # next one's
+            # Also where Ctrl-C came: a late answer would be taken for the next one.
+            if not line:
+                child.kill()
                 renderer.cache_clear()
         if not line:
             if child.wait() == -signal.SIGALRM:
