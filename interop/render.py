@@ -20,10 +20,12 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 4              # for one request; a template of the usual kind takes .001
-MEMORY = 2**30           # bytes, Python itself included
+SECONDS = 3              # for one request; a template of the usual kind takes .001
+MEMORY = 2**29           # bytes, Python itself included
 CHARACTERS = 10**7       # that a template may write
 
+
+# -- what templates may use, as in transformers
 
 class Generation(Extension):
     """{% generation %} ... {% endgeneration %}: marks answers for training; here it does nothing."""
@@ -34,8 +36,6 @@ class Generation(Extension):
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
         return nodes.Scope(body).set_lineno(line)
 
-
-# What templates may call, as transformers offers it.
 
 def raise_exception(message):
     """A template's way to say that it cannot write these messages."""
@@ -53,9 +53,12 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
                       sort_keys=sort_keys)
 
 
+# -- rendering
+
 @functools.cache
 def compiled(template):
     """The text of a template -> a template that can render, in the sandbox."""
+    # Settings as in transformers, for which templates are written.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = tojson
@@ -72,7 +75,8 @@ def answer(request):
             texts.append(template.render(variables))
             if len(texts[-1]) > CHARACTERS:
                 return {"error": f"it writes {len(texts[-1])} characters"}
-    except Exception as e:               # whatever a program may do wrong
+    # Whatever a program may do wrong; its memory is free again.
+    except Exception as e:
         return {"error": str(e) or type(e).__name__}
     return {"texts": texts}
 

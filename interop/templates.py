@@ -50,6 +50,7 @@ def turns(template, variables, messages, markup):
     for i, message in enumerate(messages):
         versions.append([*marked[:i], message, *marked[i + 1:]])
     versions.append(messages)
+    variables = variables | {"tools": None, "documents": None}         # as in transformers
     skeleton, *single, whole = render(template, [variables | {"messages": v} for v in versions])
     # Where each message stands in the skeleton, and what it becomes there.
     spans = []
