@@ -151,10 +151,13 @@ class Tokenizer:
     """
 
     def __init__(self, pieces, ranks, specials, pattern, eos_id, pad_id, bos_id=None):
-        self.pieces, self.ranks, self.specials = pieces, ranks, specials
+        self.pieces = pieces
+        self.ranks = ranks
+        self.specials = specials
         self.eos_id, self.pad_id, self.bos_id = eos_id, pad_id, bos_id
         self.files = {}                        # {name: text} of the files that it came from
         self.masks = {}                        # boundary masks as lists, by kind
+        # What tiktoken calls tokens are ranks here; a table leads from them to ids.
         ids = {piece: i for i, piece in enumerate(pieces)}
         self.id_of_rank = [ids.get(piece) for piece in ranks]
         self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=ranks,
@@ -170,7 +173,9 @@ class Tokenizer:
                 for message in world.conversation(world.problem(rng), rng):
                     words.update(re.findall(PATTERN, message["content"]))
         longer = sorted(word.encode() for word in words if len(word) > 1)
-        pieces = [bytes([b]) for b in range(256)] + longer
+        # Any text can be written with the bytes; what is longer only makes it shorter.
+        pieces = [bytes([b]) for b in range(256)]
+        pieces += longer
         ranks = {piece: i for i, piece in enumerate(pieces)}
         specials = {text: len(pieces) + i for i, text in enumerate(SPECIALS)}
         pieces += [b""] * len(specials)
@@ -222,6 +227,7 @@ class Tokenizer:
         Tokens that always end a step (EOS, and but for turns what holds a newline); sentence stops;
         initials and numbers; bare letters. Index V stands for "no token before"."""
         texts = [piece.decode("utf-8", errors="replace") for piece in self.pieces]
+        # A newline ends a line and a sentence; nothing but EOS ends a turn.
         always = [kind != "turn" and "\n" in text for text in texts]
         always[self.eos_id] = True
         stops, initials, letters = [[False] * self.n_vocab] * 3

@@ -8,6 +8,7 @@ end a turn. So the template is rendered with a mark, one private-use character, 
 content. What it does to a content (it may trim it, or cut a thought from it) shows when that one is
 rendered among the marks of the others.
 """
+import atexit
 import functools
 import json
 import os
@@ -94,8 +95,11 @@ def difference(skeleton, text):
 def renderer(process):
     """The process that renders templates for this one (`process`, its number)."""
     program = str(Path(__file__).with_name("render.py"))
-    return subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    # When Python ends, this closes the pipes, and with them the process ends.
+    atexit.register(child.communicate)
+    return child
 
 
 def render(template, conversations):

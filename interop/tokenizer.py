@@ -111,14 +111,14 @@ class CheckpointTokenizer(Tokenizer):
                      if part.get("type") == "TemplateProcessing"]
             bos = first[0].get("SpecialToken", {}).get("id") if first else None
         # EOS: what the template writes behind an answer ends it, whatever a base model's
-        # configuration says of the end of a text.
+        # configuration says of the end of a text. (What was exported from here says <|end|>.)
         ends = [config.get("eos_token"), "<|end|>", "</s>", "<|endoftext|>"]
         ends = [name for name in ends if name in self.specials]
         self.variables = {name: text for name, text in config.items()
                           if name.endswith("_token") and isinstance(text, str)}
         self.variables |= {"bos_token": bos or "", "eos_token": ends[0] if ends else ""}
         try:
-            _, tail = self.after_answer(".")[0]
+            _, tail = self.after_answer(".")[0] if self.template != WORLDS else (None, "")
             ends = [name for name in self.markup.findall(tail) if name != bos][:1] + ends
         except InputError:
             pass             # a template that does not work is reported once a chat is encoded
