@@ -21,6 +21,8 @@ from data import InputError, read_json
 
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError,
               regex.error)
+# Contractions; then words, numbers and signs with the space before them; then white space, of which
+# the last character is left for what follows.
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?!\S)|\s+")
 QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -65,6 +67,7 @@ def read_splits(path, pre):
             patterns.append(pattern["Regex"])
         else:
             known = False
+    # GPT-2's own pattern stands in no file: it is what ByteLevel splits by if not told otherwise.
     if last.get("use_regex", True):
         patterns.append(GPT2_PATTERN)
     # In a sequence, the reference puts a space before every piece; no checkpoint wants that.
@@ -82,6 +85,7 @@ def read_added_tokens(path, spec):
 
     specials are written by chat templates alone. Of the two dicts in added, the first is found in
     ordinary text as it is, the second after the text is brought to Unicode's form NFC."""
+    # None, one normalizer, or a sequence of them.
     normalizer = spec.get("normalizer") or {"normalizers": []}
     kinds = [n.get("type") for n in normalizer.get("normalizers", [normalizer])]
     odd = [f"normalizer {kind}" for kind in kinds if kind != "NFC"]
@@ -121,6 +125,7 @@ def read_vocabulary(path, model, others):
     if model.get("type", "BPE") != "BPE" or odd:
         raise InputError(f"{path}: only byte-level BPE is read, not {model.get('type')} "
                          + " ".join(odd))
+    # Files show every byte as one character; added tokens stand there as they are.
     to_byte = {c: b for b, c in byte_alphabet().items()}
     vocab = {}
     for shown, i in model["vocab"].items():

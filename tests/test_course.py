@@ -76,7 +76,7 @@ def handed_out(tmp_path_factory):
 
 def test_the_copy_asks_for_every_exercise(handed_out):
     """An exercise whose tests pass, or fail for another exercise's sake, before it is solved; other tests that fail with it."""
-    files = [f"tests/test_{name}.py" for name in ("exercises", "data", "tokenizer", "prm", "mah_dpo")]
+    files = [f"tests/test_{name}.py" for name in ("exercises", "data", "tokenizer", "vocabulary", "prm", "mah_dpo")]
     report = os.path.join(handed_out, "report.xml")
     printed = run("-m", "pytest", "-q", "--tb=native", "-p", "no:cacheprovider", f"--junitxml={report}", *files, cwd=handed_out)
     passed = []
