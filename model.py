@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, Tokenizer, read_json, write_json, writing
+from data import InputError, read_json, write_json, writing
 from interop.parallel import gathered, like, rank, shard, whole
+from interop.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -757,18 +758,6 @@ def load_hf(directory, objectives=None, dtype=torch.float32, place=lambda t: t):
         files.unused -= {n for n in files.unused if n.startswith("heads.")}
     files.finish()
     return GPT.from_state(config, state, load_tokenizer(directory, config.vocab_size))
-
-
-def load_tokenizer(directory, vocab_size):
-    """The directory's tokenizer, padded to the model's vocabulary; None where it has none."""
-    if not any(os.path.exists(os.path.join(directory, name)) for name in ("tokenizer.json", "vocab.json")):
-        return None
-    tokenizer = Tokenizer.from_hf(directory)
-    if tokenizer.n_vocab > vocab_size:
-        raise InputError(f"{directory}: its tokenizer has ids up to {tokenizer.n_vocab - 1}, the model {vocab_size}")
-    tokenizer.pieces += [b""] * (vocab_size - tokenizer.n_vocab)
-    tokenizer.n_vocab = vocab_size
-    return tokenizer
 
 
 def backbone_tensors(model):
