@@ -317,8 +317,9 @@ def attend_decoding(q, prefix, step, mask):
     scores = torch.cat((shared, own), -1)                                   # (G', n_kv, m, T g, P + S)
     if mask is not None:
         scores += mask.repeat_interleave(g, 1)[:, None, None]
-    # One softmax over both, in float32, then each part's share of the values.
-    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    # One softmax over both, in float32 at least, then each part's share of the values.
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=precise).to(scores.dtype)
     shared, own = weights[..., :P], weights[..., P:]
     out = (shared.flatten(2, 3) @ prefix[1]).view(G, n_kv, m, T, g, hd)
     own = own.transpose(1, 2).reshape(n, n_kv, T * g, -1) @ step[1]
