@@ -84,8 +84,10 @@ from mah_dpo import (Pair, balanced_mean, encode_pair, mah_dpo_loss, make_optimi
                      pair_logps, pair_metrics, policy_logps)
 from model import (GPT, GPTConfig, load_hf, load_safetensors, pick_device, read_metadata,
                    sampling_dtype, save_hf, save_safetensors)
-from prm import (Labelled, PRM, STEP, VERIFIABLE, bradley_terry_loss, encode_steps,
+from prm import (Labelled, PRM, STEP, STEP_OUTPUT, bradley_terry_loss, encode_steps,
                  hindsight_targets, majority_labels, pair_scores, save_prm, step_loss, step_scores)
+
+VERIFIABLE = {o.name for o in OBJECTIVES.values() if o.case == "verifiable"}
 
 
 def option(default, text, fast=None):
@@ -507,7 +509,7 @@ def policy_of(run, name):
     with the whole model: sharded, every token would wait for all of them."""
     dtype = sampling_dtype(run.config.dtype, run.device)
     model = load_hf(run.file(name), dtype=dtype, place=lambda t: t.to(run.device))
-    return model, {d: domain_mix(model.config.objectives, d) for d in run.domains}
+    return model, {d: domain_mix(model.config.objectives, d, OBJECTIVES.values()) for d in run.domains}
 
 
 def make_pairs(run):
@@ -724,7 +726,8 @@ def train_prm(run, name, outputs):
     verified = any(STEP in t for items in sources["train"][0] for row in items for t in row.targets)
     if verified and VERIFIABLE & set(outputs) and backbone.config.n_layer > 1:
         outputs = [*outputs, STEP]
-    prm = shard(PRM(backbone, outputs, run.generator(name, "weights")).to(run.device), run.device)
+    records = [STEP_OUTPUT if o == STEP else OBJECTIVES[o] for o in outputs]
+    prm = shard(PRM(backbone, records, run.generator(name, "weights")).to(run.device), run.device)
     optimizer = torch.optim.AdamW([{"params": backbone.parameters(), "lr": config.prm_lr_backbone},
                                    {"params": prm.score.parameters(), "lr": config.prm_lr_head}],
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -759,7 +762,7 @@ def train_prm(run, name, outputs):
                 if isinstance(part[0], Labelled):
                     scores, targets = step_scores(prm, part)
                     count = (~targets.isnan()).sum(0)
-                    loss = step_loss(outputs, scores, targets, of_batch)
+                    loss = step_loss(records, scores, targets, of_batch)
                 else:
                     chosen, rejected, owner = pair_scores(prm, part)
                     count = owner.bincount(minlength=len(outputs))
@@ -780,12 +783,12 @@ def train_prm(run, name, outputs):
 @torch.no_grad()
 def measure_prm(prm, sources):
     """Held-out quality of every output, printed; sets prm.scale. For the value model: R^2 beside predict-the-mean (0)."""
-    found, quality = {o: [] for o in prm.outputs}, {}
+    found, quality = {o: [] for o in prm.names}, {}
     batches = lambda items: ([items[i] for i in index] for index in batches_by_length([len(x) for x in items]))
     for rows in sources[0]:
         parts = [step_scores(prm, part) for part in batches(rows)]
         scores, targets = (torch.cat(t) for t in zip(*parts))
-        for p, name in enumerate(prm.outputs):
+        for p, name in enumerate(prm.names):
             has = ~targets[:, p].isnan()
             s, t = scores[has, p], targets[has, p]
             if len(s) and name in VERIFIABLE:
@@ -799,7 +802,7 @@ def measure_prm(prm, sources):
         chosen, rejected, _ = (torch.cat(t) for t in zip(*(pair_scores(prm, part) for part in batches(pairs))))
         quality[pairs[0].objective] = {"pair_accuracy": float((chosen > rejected).float().mean()), "n": len(chosen)}
         found[pairs[0].objective] += [chosen, rejected]
-    for p, name in enumerate(prm.outputs):
+    for p, name in enumerate(prm.names):
         values = torch.cat(found[name]) if found[name] else torch.zeros(0)
         if len(values) > 1 and float(values.std()) > 0:
             prm.scale[p] = values.std()
@@ -1027,7 +1030,7 @@ def begin(path, config):
     run = Run(path, config)
     if not os.path.exists(run.file("config.json")):
         os.makedirs(path, exist_ok=True)
-        write_json(run.file("config.json"), asdict(config) | {"objectives": run.objectives})
+        write_json(run.file("config.json"), asdict(config) | {"objectives": [asdict(OBJECTIVES[o]) for o in run.objectives]})
     return run
 
 
