@@ -81,7 +81,7 @@ from interop.datasets import DATA_HELP, holds_questions, read_preferences, read_
 from interop.parallel import (gather, join_processes, like, local_items, placed, rank, ranks, shard,
                               total, whole)
 from mah_dpo import (Pair, balanced_mean, encode_pair, mah_dpo_loss, make_optimizer, modpo_loss,
-                     pack, pair_logps, pair_metrics, policy_logps)
+                     pair_logps, pair_metrics, policy_logps)
 from model import (GPT, GPTConfig, load_hf, load_safetensors, pick_device, read_metadata,
                    sampling_dtype, save_hf, save_safetensors)
 from prm import (Labelled, PRM, STEP, STEP_OUTPUT, bradley_terry_loss, encode_steps,
@@ -881,8 +881,7 @@ def train_policy(run, name, heads, objectives, margins=None):
             part = [index[k] for k in part]
             head = torch.tensor([head_of(pairs[i].objective) for i in part], device=run.device)
             with run.autocast():
-                packed = pack([pairs[i] for i in part], model.tokenizer.pad_id, run.device)
-                loss, metrics = judged(policy_logps(model, packed, head), part, count)
+                loss, metrics = judged(policy_logps(model, [pairs[i] for i in part], head), part, count)
             if ranks() > 1:             # FSDP wants a gradient for the same parameters in every process
                 loss = loss + 0 * sum(head.weight[0, 0] for head in model.heads)
             (loss * ranks()).backward()
