@@ -1,13 +1,20 @@
-"""decode.py: sampling, and PRM-guided best-of-K that carries its caches. Before: mah_dpo.py; next: evaluate.py.
+"""decode.py: sampling, and PRM-guided best-of-K that carries its caches (paper, Sec. 5).
 
-    from the running state (KV cache kv_t and the hidden state at the last token), for every prompt at once:
-      draw     K candidates as one batch, one forward per token, until a boundary (newline, sentence, end of turn)
-      score    r_k = P(x, y_1:t, y^k_{t+1}): the PRM reads only the candidates' tokens, behind its own running cache
-      commit   k* = argmax r_k: its step joins the shared prefix, its hidden state goes on          (paper, Sec. 5)
+From the running state (the KV caches of policy and PRM, and the policy's hidden state at the last
+token), for every prompt at once, until each answer has ended:
 
-Nothing that was committed is ever encoded again, by the policy or by the PRM; in a conversation the state goes on to the
-next turn and only the user's new words are fed. What is committed are token ids; text is derived from them. Plain
-generation is the same `draw` with the end of the turn as its only boundary.
+    draw     K candidates as one batch, one forward per token, until a step ends (newline,
+             sentence or end of turn)
+    score    r_k = P(x, y_1:t, y^k_{t+1}): the PRM reads the candidates' tokens behind its cache
+    select   k* = argmax_k r_k: its step joins the shared prefix, its hidden state goes on
+
+Nothing that was committed is ever encoded again, by the policy or by the PRM. In a conversation
+the state goes on to the next turn, and only the user's new words are fed. What is committed are
+token ids; text is derived from them.
+
+Read `sample` and `draw`, then `guided_decode`, whose loop is the three lines above. Plain
+generation is `draw` alone, with the end of the turn as the only boundary. Checks of what the user
+gave, and the command line, come last. Before: mah_dpo.py; next: evaluate.py.
 
     python decode.py RUN --weights math_accuracy=0.7,math_engagement=0.3 --guide math_accuracy \\
                          --prompt "4 ; a + 5 ; b - 2 = ?"
@@ -22,371 +29,485 @@ from itertools import zip_longest
 import torch
 import torch.nn.functional as F
 
-from data import InputError, OBJECTIVES, domain_objectives, ends_step, pad, read_json, run_command
+from data import InputError, ends_step, pad, read_json, run_command
 from model import KVCache, linear, load_hf
-from prm import load_prm
+from prm import load_prm, read_objectives
+
+# -- sampling
 
 
 # --- exercise 10: sample (3 points) ---
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw one token per row by inverting the distribution function at u.
+    """Draw one token per row by inverting the distribution function at u -> (B,) ids.
 
-    logits (B, V); u (B,) uniform in [0, 1); temperature 0 is greedy. top_k keeps the k likeliest tokens (0: all), top_p
-    the smallest set of likeliest tokens whose probability reaches p. -> (B,) ids"""
+    logits (B, V); u (B,) uniform in [0, 1). temperature 0 is greedy. top_k keeps the k likeliest
+    tokens (0: all), top_p the smallest set of likeliest tokens whose probability reaches p."""
     if temperature == 0:
         return logits.argmax(-1)
-    order = None
-    if 0 < top_k < logits.shape[-1] or top_p < 1:
-        logits, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))     # sorted, likeliest first
-    p = F.softmax(logits.float() / temperature if logits.dtype != torch.float64 else logits / temperature, -1)
+    V, order = logits.shape[-1], None
+    if 0 < top_k < V or top_p < 1:
+        logits, order = logits.topk(min(top_k or V, V))       # sorted, likeliest first
+    if logits.dtype != torch.float64:
+        logits = logits.float()               # sums of bfloat16 stop growing long before 1
+    p = F.softmax(logits / temperature, -1)                                        # (B, k)
     if top_p < 1:
-        p = p * (p.cumsum(-1) - p < top_p)                # the token that crosses top_p stays, so one always does
+        # The token that crosses top_p stays, so one always does.
+        likelier = p.cumsum(-1) - p
+        p = p * (likelier < top_p)
     cdf = p.cumsum(-1)
-    index = torch.searchsorted(cdf, (u.to(cdf) * cdf[:, -1])[:, None], right=True)
+    level = u.to(cdf) * cdf[:, -1]            # what was cut leaves a sum below 1
+    index = torch.searchsorted(cdf, level[:, None], right=True)                    # (B, 1)
     index = index.clamp(max=p.shape[-1] - 1)
-    return (index if order is None else order.gather(-1, index))[:, 0]
+    token = index if order is None else order.gather(-1, index)
+    return token[:, 0]
 # --- end of exercise 10 ---
 
 
+def prefill(net, cache, prompts):
+    """Feed new text to one row of every sequence and commit it to the prefix.
+
+    prompts: G ragged id lists -> hidden states (or scores) at their last tokens (G, d)."""
+    ids, n = pad(prompts, 0, cache.held.device)
+    g = torch.arange(len(prompts), device=ids.device)
+    out = net(ids, cache, g[:, None] * cache.K)                                    # (G, T, d)
+    cache.keep(0, n)
+    return out[g, n - 1]
+
+
+def alive_rows(done):
+    """The rows that go on, as a grid (G', m): G' sequences, m the most rows of one of them.
+
+    done (G, K) bool. A sequence with fewer rows repeats its first. None if all rows go on."""
+    if not bool(done.any()):
+        return None
+    K, going = done.shape[1], (~done).sum(1)                                       # (G,)
+    groups = going.nonzero()[:, 0]                                                 # (G',)
+    order = done.int().argsort(dim=1, stable=True)            # those that go on come first
+    order = torch.where(done.gather(1, order), order[:, :1], order)
+    return groups[:, None] * K + order[groups, :int(going.max())]
+
+
+def flat(rows):
+    """A grid of rows -> an index for tensors of all rows."""
+    return slice(None) if rows is None else rows.flatten()
+
+
+def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, generator,
+         feed_last):
+    """Sample every row until its step ends -> list of id lists, for all rows with a limit.
+
+    head (V, d): folded. h (R, d): hidden state at the last token of every row, R = G K, updated
+    in place. masks: where a step ends, as in Tokenizer.boundary_masks. limits (R,): the most new
+    tokens of a row, 0 for all rows of a sequence that has ended. feed_last: feed the last token
+    too, so that cache and h are ready to go on."""
+    R, K, device = len(h), cache.K, h.device
+    done = limits < 1
+    rows = alive_rows(done.view(-1, K))
+    tokens, count = [], torch.zeros_like(limits)
+    # The index behind the vocabulary's last stands for "no token before".
+    previous = before = torch.full_like(limits, len(masks[0]) - 1)
+    while True:
+        # One number for every row, also for those that have stopped: what a row says does not
+        # depend on when others stop.
+        u = torch.rand(R, generator=generator, device=generator.device if generator else "cpu")
+        u, at = u.to(device), flat(rows)
+        logits = linear(h[at], head)                                               # (n, V)
+        token = torch.zeros_like(limits)                                           # (R,)
+        token[at] = sample(logits, u[at], temperature, top_k, top_p)
+        tokens.append(token)
+        going = ~done
+        count += going
+        done = done | ends_step(masks, token, previous, before) | (count >= limits)
+        previous, before = token, previous
+        finished = bool(done.all())           # the one flag per token that the host waits for
+        if finished and not feed_last:
+            break
+        # A CPU drops rows that have stopped, before their last token is fed or after it. An
+        # accelerator feeds them on, so that shapes stay the same.
+        still = alive_rows(done.view(-1, K)) if device.type == "cpu" else rows
+        fed = rows if feed_last else still
+        at = flat(fed)
+        out = model(token[at][:, None], cache, fed)[:, 0]                          # (n, d)
+        h[at] = torch.where(going[at][:, None], out, h[at])
+        if finished:
+            break
+        rows = still
+    table = torch.stack(tokens, 1).tolist()
+    return [row[:n] for row, n in zip(table, count.tolist()) if n]
+
+
+@torch.inference_mode()
+def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0,
+             generator=None, samples=1, batch_size=512, progress=None):
+    """Ragged prompts (id lists) -> id lists, each up to and including EOS or max_new_tokens long.
+
+    weights: as in GPT.weights. max_new_tokens: a number, or one per prompt. samples: responses
+    per prompt, which stand together in the result; a prompt is encoded once for all of them.
+    progress: called with the number of new responses after each batch of batch_size."""
+    if isinstance(max_new_tokens, int):
+        max_new_tokens = [max_new_tokens] * len(prompts)
+    check_prompts(prompts, [model.config.max_len] * len(prompts))
+    check_sampling(min(max_new_tokens, default=1), temperature, top_p)
+    head, masks = model.fold(weights), stop_masks(model, "turn")
+    out = [None] * len(prompts)
+    # Prompts of similar length go together, so that little is padded.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    size = max(1, batch_size // samples)
+    for start in range(0, len(prompts), size):
+        batch = order[start:start + size]
+        cache = model.new_cache(len(batch))
+        h = prefill(model, cache, [prompts[i] for i in batch])                     # (G, d)
+        h = h.repeat_interleave(samples, 0)                                        # (G samples, d)
+        most = cache.held.new_tensor([max_new_tokens[i] for i in batch])
+        limits = torch.minimum(most, model.config.max_len - cache.held)
+        drawn = draw(model, head, cache.fork(samples), h, masks, limits.repeat_interleave(samples),
+                     temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+                     feed_last=False)
+        for k, i in enumerate(batch):
+            out[i] = drawn[k * samples:(k + 1) * samples]
+        if progress is not None:
+            progress(len(drawn))
+    return [response for responses in out for response in responses]
+
+
+# -- guided decoding
+
+@dataclass
+class State:
+    """What goes on to the next step or turn, for all G prompts of a batch."""
+    policy: KVCache
+    prm: KVCache
+    h: torch.Tensor       # (G K, d) the policy's hidden state at the last token of every row
+
+
+@dataclass
+class Step:
+    """One step of one answer."""
+    candidates: list      # K id lists
+    scores: list          # K numbers, the PRM's
+    winner: int           # index of the candidate that was committed
+
+
+@dataclass
+class Guided:
+    """One prompt's answer."""
+    ids: list
+    text: str
+    steps: list
+    state: State          # what a next turn goes on from, shared by all answers of a call
+
+
+@torch.inference_mode()
+def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unified",
+                  max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None, state=None):
+    """PRM-guided best-of-K (paper, Sec. 5) for B ragged prompts at once -> list of B Guided.
+
+    boundary: newline | sentence | turn, or masks. guide: one of the PRM's outputs, or "unified".
+    state: that of an earlier call for the same conversations, which this call changes in place;
+    prompts are then only the new tokens (the end of the turn is in the caches already).
+    InputError for a prompt that does not fit, K < 1, a guide that the PRM lacks, scores that are
+    not finite."""
+    check_sampling(max_new_tokens, temperature, top_p)
+    K, context = check_guided(model, prm, prompts, K, temperature, guide, boundary, state)
+    head, masks = model.fold(weights), stop_masks(model, boundary)
+    name = boundary if isinstance(boundary, str) else None
+    state = read_prompts(model, prm, prompts, K, min(max_new_tokens, context), state)
+    results = [Guided([], "", [], state) for _ in prompts]
+    end = (state.policy.held + max_new_tokens).clamp(max=context)                  # (B,)
+    left = room_left(state, end, context)                                          # (B,)
+    while bool(left.any()):
+        alive = left.nonzero()[:, 0]             # (B',) the answers that go on
+        # Draw K candidates for the next step of every answer.
+        candidates = draw(model, head, state.policy, state.h, masks, left.repeat_interleave(K),
+                          temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+                          feed_last=True)
+        drawn = torch.tensor([len(ids) for ids in candidates], device=alive.device)  # (B' K,)
+        # Score them: every output of the PRM, of which the guide makes one number.
+        outputs, fed = score_candidates(prm, state.prm, candidates, alive)         # (B' K, P)
+        scores = prm.guide(outputs, guide, name).view(-1, K)                       # (B', K)
+        if not bool(scores.isfinite().all()):
+            number = len(results[int(alive[0])].steps) + 1
+            raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
+        # Select the best; both caches and h go on from it.
+        winners = select(state, scores, drawn, fed, alive)                         # (B',)
+        commit(results, alive.tolist(), candidates, scores.tolist(), winners.tolist())
+        for b in alive.tolist():
+            if has_ended(model, results[b].ids):
+                end[b] = 0
+        left = room_left(state, end, context)
+    for result in results:
+        result.text = model.tokenizer.decode(result.ids) if model.tokenizer else ""
+    return results
+
+
+def read_prompts(model, prm, prompts, K, room, state):
+    """Feed prompts to policy and PRM -> State, a new one with room for `room` tokens of an answer,
+    or the given one. A prompt is encoded once, by one row; K candidates share its prefix."""
+    begins = state is None
+    if begins:
+        size, longest = len(prompts), max(map(len, prompts))
+        state = State(model.new_cache(size, longest + room),
+                      prm.backbone.new_cache(size, longest + room), None)
+    h = prefill(model, state.policy, prompts)                                      # (B, d)
+    prefill(prm, state.prm, prompts)
+    if begins:
+        state.policy, state.prm = state.policy.fork(K), state.prm.fork(K)
+    state.h = h.repeat_interleave(K, 0)                                            # (B K, d)
+    return state
+
+
+def room_left(state, end, context):
+    """(B,) tokens that each answer may still get: up to `end` in the policy's cache, and up to
+    the context in the PRM's, which markers fill too. 0 for an answer that has ended."""
+    left = torch.minimum(end - state.policy.held, context - state.prm.held)
+    return left.clamp(min=0)
+
+
+def has_ended(model, ids):
+    """Does a response end with the end of the turn?"""
+    return model.tokenizer is not None and ids[-1] == model.tokenizer.eos_id
+
+
+def score_candidates(prm, cache, candidates, groups=None):
+    """Feed each candidate of the sequences `groups` (default all) to the PRM -> its scores at the
+    last token (n, P), and how many tokens each was (n,).
+
+    A PRM with a marker gets it behind the step, before EOS, and is read there."""
+    device, K = cache.held.device, cache.K
+    ends = [len(ids) - 1 for ids in candidates]
+    if prm.marker is not None:
+        eos = prm.backbone.tokenizer.eos_id
+        ends = [len(ids) - (ids[-1] == eos) for ids in candidates]
+        candidates = [c[:end] + [prm.marker] + c[end:] for c, end in zip(candidates, ends)]
+    ids, fed = pad(candidates, 0, device)                                          # (n, T), (n,)
+    rows = None
+    if groups is not None and len(groups) < len(cache.held):
+        rows = groups[:, None] * K + torch.arange(K, device=device)                # (G', K)
+    scores = prm(ids, cache, rows)                                                 # (n, T, P)
+    return scores[torch.arange(len(ids)), ends], fed
+
+
+# --- exercise 12: select (4 points) ---
+def select(state, scores, drawn, fed, alive):
+    """The best candidate of every sequence goes on: both caches keep its step, all K rows its
+    hidden state. -> winners (G',), k* = argmax_k r_k (paper, Sec. 5)
+
+    scores (G', K): of the candidates of the sequences `alive` (G',), which are some of the G that
+    `state` holds. state (State) is changed in place; its h is (G K, d), candidate k of sequence g
+    at row g K + k. drawn, fed (G' K,): how many tokens of each candidate the policy's and the
+    PRM's cache were fed."""
+    K = scores.shape[1]
+    winners = scores.argmax(-1)                                                    # (G',)
+    chosen = torch.arange(len(alive), device=alive.device) * K + winners           # of G' K
+    state.policy.keep(winners, drawn[chosen], alive)
+    state.prm.keep(winners, fed[chosen], alive)
+    h = state.h.view(-1, K, state.h.shape[-1])                                     # (G, K, d)
+    h[alive] = h[alive, winners][:, None]
+    return winners
+# --- end of exercise 12 ---
+
+
+def commit(results, alive, candidates, scores, winners):
+    """Append the winning steps to the results of the prompts `alive`."""
+    K = len(scores[0])
+    for i, b in enumerate(alive):
+        step = Step(candidates[i * K:(i + 1) * K], scores[i], winners[i])
+        results[b].ids += step.candidates[step.winner]
+        results[b].steps.append(step)
+
+
+# -- what may be asked for
+
 def check_prompts(prompts, room):
-    """InputError for an empty prompt or one that leaves no room for an answer. room: a prompt's tokens in the context."""
+    """InputError for an empty prompt, or one that leaves no room for an answer.
+
+    room: for each prompt the tokens that the context can still take."""
     for i, (prompt, limit) in enumerate(zip(prompts, room)):
         if not prompt:
             raise InputError(f"prompt {i} is empty; give it at least one token")
         if len(prompt) >= limit:
-            raise InputError(f"prompt {i} has {len(prompt)} tokens, the context has room for {limit} with the answer; "
-                             "shorten the prompt")
+            raise InputError(f"prompt {i} has {len(prompt)} tokens, the context has room for "
+                             f"{limit} with the answer; shorten the prompt")
 
 
 def check_sampling(max_new_tokens, temperature, top_p):
     """InputError for sampling options without a meaning."""
     # Logits divided by next to nothing overflow, and what is drawn from NaN is noise.
-    if not (temperature == 0 or temperature >= 1e-6) or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise InputError("need temperature >= 0 (1e-6 if not 0), 0 < top_p <= 1 and max_new_tokens >= 1, not "
-                         f"{temperature}, {top_p}, {max_new_tokens}")
-
-
-def prefill(net, cache, prompts):
-    """Feed new text to one row of every sequence and commit it; return the hidden states (or scores) at its last token."""
-    ids, n = pad(prompts, 0, cache.held.device)
-    out = net(ids, cache, (torch.arange(len(n), device=n.device) * cache.K)[:, None])
-    cache.keep(0, n)
-    return out[torch.arange(len(n), device=n.device), n - 1]
-
-
-def alive_rows(done):
-    """done (G, K) -> the rows that go on as a grid (G', m): their sequences, and m, the most of one sequence. Idle places
-    of a grid repeat a row that goes on."""
-    order = done.int().argsort(dim=1, stable=True)                                         # those that go on first
-    order = torch.where(done.gather(1, order), order[:, :1], order)
-    going = (~done).sum(1)
-    groups = going.nonzero()[:, 0]
-    return groups[:, None] * done.shape[1] + order[groups, :int(going.max())]
-
-
-def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, generator, feed_last, groups=None):
-    """Sample every row of the sequences `groups` (default all) until a boundary token or its limit. `rows` is what is fed:
-    a stopped row leaves before its last token is fed, or with feed_last after that.
-
-    head (V, d) folded; h (G K, d) hidden state at the last token of every row, updated in place; masks as in
-    Tokenizer.boundary_masks; limits (G K,) most new tokens of a row (at least 1). feed_last: also feed the boundary token,
-    so that cache and h are ready to go on. -> list of id lists, one for each row of `groups`"""
-    R, K, device = len(h), cache.K, h.device
-    done = torch.ones(R // K, K, dtype=torch.bool, device=device)
-    done[slice(None) if groups is None else groups] = False
-    wanted, rows = (~done).flatten().nonzero()[:, 0], None if groups is None else alive_rows(done)
-    tokens, count, done = [], torch.zeros_like(limits), done.flatten()
-    previous = before = torch.full_like(limits, len(masks[0]) - 1)
-    while True:
-        index = slice(None) if rows is None else rows.flatten()
-        # One draw for every row, also for those that have stopped: a row's tokens do not depend on when others stop.
-        u = torch.rand(R, generator=generator, device=generator.device if generator else "cpu").to(device)
-        token = torch.zeros_like(limits)
-        token[index] = sample(linear(h[index], head), u[index], temperature, top_k, top_p)
-        tokens.append(token)
-        going = ~done
-        count += going
-        done = done | going & (ends_step(masks, token, previous, before) | (count >= limits))
-        previous, before = token, previous
-        finished = bool(done.all())                        # the one flag per token that the host waits for
-        if finished and not feed_last:
-            break
-        # A CPU drops rows that have stopped; an accelerator feeds them too, so that shapes stay the same.
-        shrink = device.type == "cpu" and not finished and int(done.sum()) > R - len(wanted)
-        if shrink and not feed_last:
-            rows = alive_rows(done.view(-1, K))
-            index = rows.flatten()
-        out = model(token[index][:, None], cache, rows)[:, 0]
-        h[index] = torch.where(going[index][:, None], out, h[index])
-        if finished:
-            break
-        if shrink and feed_last:
-            rows = alive_rows(done.view(-1, K))
-    table, count = torch.stack(tokens, 1)[wanted].tolist(), count[wanted].tolist()
-    return [row[:n] for row, n in zip(table, count)]
-
-
-def stop_masks(model, boundary):
-    """Boundary name (or ready masks as Tokenizer.boundary_masks gives) -> masks on the model's device."""
-    if isinstance(boundary, str) and model.tokenizer is not None:
-        boundary = model.tokenizer.boundary_masks(boundary)
-    elif boundary == "turn":                # no tokenizer, no end-of-turn token: only the budget ends a response
-        boundary = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool)
-    elif isinstance(boundary, str):
-        raise InputError("this model has no tokenizer; give the boundary as masks over the vocabulary")
-    return [m.to(model.embed.weight.device) for m in boundary]
-
-
-@torch.inference_mode()
-def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None, samples=1,
-             batch_size=512, progress=None):
-    """prompts (list of id lists, ragged) -> list of id lists, each up to and including EOS, or max_new_tokens long (a
-    number, or one per prompt).
-
-    weights: as in GPT.weights. samples: responses per prompt, which stand together in the result; the prompt is encoded
-    once for all of them. progress: called with the number of new responses after each batch of batch_size."""
-    check_prompts(prompts, [model.config.max_len] * len(prompts))
-    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    check_sampling(min(most, default=1), temperature, top_p)
-    head, masks, out = model.fold(weights), stop_masks(model, "turn"), [None] * len(prompts)
-    order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, batch_size // samples)
-    for start in range(0, len(prompts), size):
-        batch = order[start:start + size]                # of similar length, so that little is padded
-        cache = model.new_cache(len(batch))
-        h = prefill(model, cache, [prompts[i] for i in batch]).repeat_interleave(samples, 0)
-        new = cache.held.new_tensor([most[i] for i in batch])
-        limits = torch.minimum(model.config.max_len - cache.held, new).repeat_interleave(samples)
-        drawn = draw(model, head, cache.fork(samples), h, masks, limits, temperature=temperature, top_k=top_k, top_p=top_p,
-                     generator=generator, feed_last=False)
-        for k, i in enumerate(batch):
-            out[i] = drawn[k * samples:(k + 1) * samples]
-        if progress is not None:
-            progress(len(h))
-    return [response for responses in out for response in responses]
-
-
-@dataclass
-class State:
-    """What goes on to the next step or turn, for all prompts of a batch: both caches and the policy's hidden states."""
-    policy: KVCache
-    prm: KVCache
-    h: torch.Tensor
-
-
-@dataclass
-class Step:
-    """One step's K candidates (id lists), their PRM scores and the index of the committed one."""
-    candidates: list
-    scores: list
-    winner: int
-
-
-@dataclass
-class Guided:
-    """One prompt's answer: ids, their text, the steps with all candidates, and the state that a next turn goes on from."""
-    ids: list
-    text: str
-    steps: list
-    state: State
+    meaningful = temperature == 0 or temperature >= 1e-6
+    if not meaningful or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise InputError("need temperature >= 0 (1e-6 if not 0), 0 < top_p <= 1 and "
+                         f"max_new_tokens >= 1, not {temperature}, {top_p}, {max_new_tokens}")
 
 
 def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
     """Refuse what guided_decode cannot do -> (K, the context that policy and PRM share)."""
     if K < 1:
         raise InputError(f"K must be at least 1, not {K}")
-    prm.guide(prm.scale, guide, boundary if isinstance(boundary, str) else None)   # refuses a guide that the PRM lacks
-    # Vocabularies may be padded to different sizes; what counts is that the PRM reads every id as the policy means it.
-    known = [net.tokenizer.pieces if net.tokenizer else [b""] * net.config.vocab_size for net in (model, prm.backbone)]
-    if any(a != b for a, b in zip_longest(*known, fillvalue=b"")):
-        raise InputError("policy and PRM have different tokenizers; the PRM must read the policy's own ids")
-    limit = min(model.config.max_len, prm.backbone.config.max_len - (prm.marker is not None))     # the last step's marker
-    held = torch.maximum(state.policy.held, state.prm.held).tolist() if state else [0] * len(prompts)
+    prm.guide(prm.scale, guide, boundary if isinstance(boundary, str) else None)
+    # The PRM must read every id as the policy means it. Vocabularies may be padded, with b"".
+    for own, other in zip_longest(pieces(model), pieces(prm.backbone), fillvalue=b""):
+        if own != other:
+            raise InputError("policy and PRM have different tokenizers; the PRM must read the "
+                             "policy's own ids")
+    markers = 0 if prm.marker is None else 1                   # the one behind the last step
+    context = min(model.config.max_len, prm.backbone.config.max_len - markers)
+    held = [0] * len(prompts)
+    if state is not None:
+        held = torch.maximum(state.policy.held, state.prm.held).tolist()
     if len(held) != len(prompts):
-        raise InputError(f"the state holds {len(held)} conversations, {len(prompts)} new texts came")
-    check_prompts(prompts, [limit - n for n in held])
+        raise InputError(f"the state holds {len(held)} conversations, {len(prompts)} new texts "
+                         "came")
+    check_prompts(prompts, [context - n for n in held])
     if temperature == 0 and K > 1:
         warnings.warn("temperature 0 makes all candidates equal: K = 1", stacklevel=4)
         K = 1
-    if state and state.policy.K != K:
-        raise InputError(f"the state carries K = {state.policy.K} candidates, not {K}; go on with the same K")
-    return K, limit
+    if state is not None and state.policy.K != K:
+        raise InputError(f"the state carries K = {state.policy.K} candidates, not {K}; go on with "
+                         "the same K")
+    return K, context
 
 
-@torch.inference_mode()
-def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unified", max_new_tokens, temperature=1.0,
-                  top_k=50, top_p=1.0, generator=None, state=None):
-    """PRM-guided best-of-K (paper, Sec. 5) for B ragged prompts at once -> list of B Guided.
-
-    boundary: newline | sentence | turn. guide: one of the PRM's outputs, or "unified". state: that of an earlier call
-    for the same conversations, which this call changes in place; prompts are then only the new tokens (the end-of-turn
-    token is in the cache already).
-    InputError for a prompt that does not fit, K < 1, a guide the PRM lacks, scores that are not finite."""
-    check_sampling(max_new_tokens, temperature, top_p)
-    K, limit = check_guided(model, prm, prompts, K, temperature, guide, boundary, state)
-    head, masks, B = model.fold(weights), stop_masks(model, boundary), len(prompts)
-    named = boundary if isinstance(boundary, str) else None
-    if state is None:        # the prompt is encoded once, by one row per prompt, then forked into K
-        room = min(max_new_tokens, limit)
-        caches = [net.new_cache(B, max(map(len, prompts)) + room) for net in (model, prm.backbone)]
-        h = prefill(model, caches[0], prompts)
-        prefill(prm, caches[1], prompts)
-        state = State(caches[0].fork(K), caches[1].fork(K), h.repeat_interleave(K, 0))
-    else:
-        state.h = prefill(model, state.policy, prompts).repeat_interleave(K, 0)
-        prefill(prm, state.prm, prompts)
-    results = [Guided([], "", [], state) for _ in prompts]
-    end = (state.policy.held + max_new_tokens).clamp(max=limit)                           # (B,)
-    budget = lambda: torch.minimum(end - state.policy.held, limit - state.prm.held)       # markers fill the PRM's context alone
-    alive = torch.arange(B, device=state.h.device)
-    while len(alive):
-        groups = alive if len(alive) < B else None
-        candidates = draw(model, head, state.policy, state.h, masks, budget().repeat_interleave(K), temperature=temperature,
-                          top_k=top_k, top_p=top_p, generator=generator, feed_last=True, groups=groups)
-        scores, fed = score_candidates(prm, state.prm, candidates, groups)
-        scores = prm.guide(scores, guide, named).view(-1, K)
-        if not bool(scores.isfinite().all()):
-            number = len(results[int(alive[0])].steps) + 1
-            raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
-        winners = select(state, scores, torch.tensor([len(c) for c in candidates], device=alive.device), fed, alive)
-        alive = commit(model, results, candidates, scores.tolist(), winners.tolist(), alive, budget(), K)
-    for result in results:
-        result.text = model.tokenizer.decode(result.ids) if model.tokenizer else ""
-    return results
+def pieces(net):
+    """The bytes of every id, as far as they are known."""
+    return net.tokenizer.pieces if net.tokenizer else [b""] * net.config.vocab_size
 
 
-def score_candidates(prm, cache, candidates, groups):
-    """Feed each candidate's tokens to the PRM -> scores at each candidate's last token (n, P), and how many tokens each was
-    (n,). A PRM with a marker gets it behind the step, before EOS, and is read there."""
-    device = cache.held.device
-    at = torch.tensor([len(c) - 1 for c in candidates], device=device)
-    if prm.marker is not None:
-        at = at + torch.tensor([c[-1] != prm.backbone.tokenizer.eos_id for c in candidates], device=device)
-        candidates = [c[:i] + [prm.marker] + c[i:] for c, i in zip(candidates, at.tolist())]
-    ids, n = pad(candidates, 0, device)
-    rows = None if groups is None else groups[:, None] * cache.K + torch.arange(cache.K, device=device)
-    return prm(ids, cache, rows)[torch.arange(len(n), device=device), at], n
-
-
-# --- exercise 12: select (4 points) ---
-def select(state, scores, drawn, fed, alive):
-    """The best candidate of every sequence goes on (paper, Sec. 5): both caches keep its step, all K rows its hidden state.
-
-    scores (G', K) of the candidates of the sequences `alive` (G',), some of the G that `state` (State, changed in place)
-    holds; its h is (G K, d), candidate k of sequence g at row gK + k. drawn, fed (G' K,): how many tokens of each
-    candidate the policy's and the PRM's cache were fed. -> winners (G',), k* = argmax_k r_k"""
-    K, winners = scores.shape[1], scores.argmax(-1)
-    chosen = torch.arange(len(alive), device=alive.device) * K + winners                  # among the G' K candidates
-    state.policy.keep(winners, drawn[chosen], alive)
-    state.prm.keep(winners, fed[chosen], alive)
-    state.h.view(-1, K, state.h.shape[-1])[alive] = state.h[alive * K + winners][:, None]
-    return winners
-# --- end of exercise 12 ---
-
-
-def commit(model, results, candidates, scores, winners, alive, budget, K):
-    """Append the winners to their results; return the prompts that go on: no EOS yet and some budget left."""
-    going = []
-    eos = model.tokenizer.eos_id if model.tokenizer else -1
-    for g, b in enumerate(alive.tolist()):
-        step = Step(candidates[g * K:(g + 1) * K], scores[g], winners[g])
-        ids = step.candidates[step.winner]
-        results[b].ids += ids
-        results[b].steps.append(step)
-        if ids[-1] != eos and int(budget[b]) > 0:
-            going.append(b)
-    return alive.new_tensor(going)
+def stop_masks(model, boundary):
+    """The name of a boundary, or masks as in Tokenizer.boundary_masks -> masks on the device."""
+    if isinstance(boundary, str) and model.tokenizer is not None:
+        boundary = model.tokenizer.boundary_masks(boundary)
+    elif isinstance(boundary, str) and boundary == "turn":
+        # Without a tokenizer there is no end of the turn: only the budget ends a response.
+        boundary = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool)
+    elif isinstance(boundary, str):
+        raise InputError("this model has no tokenizer; give the boundary as masks over the "
+                         "vocabulary")
+    return [mask.to(model.embed.weight.device) for mask in boundary]
 
 
 def parse_weights(text, names, option="--weights", default=0.0):
-    """'a=0.7,b=0.3' -> list of numbers, one per name, `default` for those not named. InputError for an unknown name, a
-    broken or negative number, all zero."""
-    weights, parts = dict.fromkeys(names, default), text.split(",") if text else []
-    given = [part.partition("=")[0].strip() for part in parts]
-    for part in parts:
+    """'a=0.7,b=0.3' -> list of numbers, one per name, `default` for those not named.
+
+    InputError for an unknown name, one given twice, a broken or negative number, all zero."""
+    weights = {}
+    for part in text.split(",") if text else []:
         name, _, value = part.partition("=")
-        if name.strip() not in weights:
-            raise InputError(f"{option}: no {name.strip()!r} here; choose from {', '.join(names)}")
-        if given.count(name.strip()) > 1:
-            raise InputError(f"{option}: {name.strip()!r} is given twice")
+        name = name.strip()
+        if name not in names:
+            raise InputError(f"{option}: no {name!r} here; choose from {', '.join(names)}")
+        if name in weights:
+            raise InputError(f"{option}: {name!r} is given twice")
         try:
-            weights[name.strip()] = float(value)
+            weights[name] = float(value)
         except ValueError:
             raise InputError(f"{option}: {part!r} is not NAME=NUMBER") from None
-    if any(not 0 <= w < float("inf") for w in weights.values()) or sum(weights.values()) <= 0:
+    found = [weights.get(name, default) for name in names]
+    if not all(0 <= w < float("inf") for w in found) or sum(found) <= 0:
         raise InputError(f"{option}: {text!r} must be non-negative numbers with a positive sum")
-    return list(weights.values())
+    return found
 
+
+# -- runs
 
 def read_run(run):
-    """The configuration of a run directory. InputError if its config.json is that of something else."""
+    """The configuration of a run directory, its "objectives" as a list of Objective.
+
+    InputError if its config.json is that of something else."""
     path = os.path.join(run, "config.json")
     config = read_json(path)
     if not isinstance(config, dict) or not {"objectives", "temperature"} <= config.keys():
         raise InputError(f"{path}: not the configuration of a run")
+    config["objectives"] = read_objectives(f"{path}: objectives", config["objectives"])
     return config
 
 
 def find_prm(run, guide, dtype=torch.float32):
-    """The PRM of a run that has the output `guide`: RUN/prm, or with one PRM per objective RUN/prm_<guide>."""
-    single = os.path.join(run, f"prm_{guide}")
-    if guide == "unified" and not os.path.isdir(os.path.join(run, "prm")):
-        raise InputError(f"{run}: no unified PRM here; guide by an objective that has one (prm_<objective>)")
-    return load_prm(single if os.path.isdir(single) else os.path.join(run, "prm"), dtype)
+    """The PRM of a run that guides by `guide`: RUN/prm, or with one per objective RUN/prm_<guide>."""
+    shared, single = os.path.join(run, "prm"), os.path.join(run, f"prm_{guide}")
+    if guide == "unified" and not os.path.isdir(shared):
+        raise InputError(f"{run}: no unified PRM here; guide by an objective that has one "
+                         "(prm_<objective>)")
+    return load_prm(single if os.path.isdir(single) else shared, dtype)
 
 
-def domain_mix(heads, domain):
-    """Uniform weights over the heads of one domain; a model with a single head has nothing to mix."""
-    return [float(len(heads) == 1 or h in domain_objectives(domain, OBJECTIVES)) for h in heads]
+def domain_mix(heads, domain, objectives):
+    """Uniform weights over the heads of one domain; a model with a single head has nothing to mix.
 
+    heads: names. objectives: the records of the run."""
+    names = [o.name for o in objectives if o.domain == domain]
+    return [float(len(heads) == 1 or head in names) for head in heads]
+
+
+# -- the command line
 
 def show_step(tokenizer, number, step):
     """Print one step's candidates with their scores, the winner marked."""
     print(f"step {number}")
     for k, (ids, score) in enumerate(zip(step.candidates, step.scores)):
         mark = "->" if k == step.winner else "  "
-        print(f"  {mark} {score:+8.4f}  {tokenizer.decode(ids)!r}{' [end]' if ids[-1] == tokenizer.eos_id else ''}")
+        ended = " [end]" if ids[-1] == tokenizer.eos_id else ""
+        print(f"  {mark} {score:+8.4f}  {tokenizer.decode(ids)!r}{ended}")
+
+
+def parse_args(argv):
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", help="a run directory written by train.py")
+    add("--prompt", help="the user's message; without it, lines from standard input are a "
+        "conversation")
+    add("--policy", default="mah_dpo", help="which model of the run answers (default mah_dpo)")
+    add("--weights", help="mix of heads, NAME=NUMBER,...; default: uniform over the domain of the "
+        "guide (of the run's first objective for 'unified')")
+    add("--guide", help="objective that guides, or 'unified'; default: that of the largest "
+        "weight, else the run's first")
+    add("--prm", help="directory of a reward model from elsewhere that guides instead of the "
+        "run's own")
+    add("--k", type=int, default=5, help="candidates per step (default 5)")
+    add("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default 64)")
+    add("--temperature", type=float, help="default: the run's own")
+    add("--seed", type=int, default=0, help="seed of the random draws (default 0)")
+    args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2**31:
+        raise InputError(f"--seed {args.seed} is out of range")
+    return args
 
 
 def main(argv=None):
     """The command line: guided answers of a finished run, every candidate shown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run directory written by train.py")
-    parser.add_argument("--prompt", help="the user's message; without it, lines from standard input are a conversation")
-    parser.add_argument("--policy", default="mah_dpo", help="which model of the run answers (default mah_dpo)")
-    parser.add_argument("--weights", help="mix of heads, NAME=NUMBER,...; default: uniform over the domain of the guide "
-                        "(of the run's first objective for 'unified')")
-    parser.add_argument("--guide", default=None,
-                        help="objective that guides, or 'unified'; default: that of the largest weight, else the run's first")
-    parser.add_argument("--prm", help="directory of a reward model from elsewhere that guides instead of the run's own")
-    parser.add_argument("--k", type=int, default=5, help="candidates per step (default 5)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default 64)")
-    parser.add_argument("--temperature", type=float, default=None, help="default: the run's own")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default 0)")
-    args = parser.parse_args(argv)
-    if not 0 <= args.seed < 2**31:
-        raise InputError(f"--seed {args.seed} is out of range")
+    args = parse_args(argv)
     config = read_run(args.run)
     model = load_hf(os.path.join(args.run, args.policy))
-    objectives = model.config.objectives
-    weights = parse_weights(args.weights, objectives) if args.weights is not None else None
-    heaviest = objectives[max(range(len(objectives)), key=weights.__getitem__)] if weights else None
-    leading = next(o for o in (args.guide, heaviest, config["objectives"][0]) if o in OBJECTIVES)
-    guide = args.guide or ("unified" if args.prm else leading)
-    if guide != "unified" and guide not in OBJECTIVES and not args.prm:
-        raise InputError(f"--guide: unknown objective {guide!r}; choose unified or one of {', '.join(OBJECTIVES)}")
+    tokenizer, heads = model.tokenizer, model.config.objectives
+    known = {o.name: o for o in config["objectives"]}
+    # The leading objective says where steps end, and without --weights which heads speak: the
+    # guide, else that of the largest weight, else the run's first.
+    weights = heaviest = None
+    if args.weights is not None:
+        weights = parse_weights(args.weights, heads)
+        heaviest = heads[weights.index(max(weights))]
+    leading = known.get(args.guide) or known.get(heaviest) or config["objectives"][0]
+    if weights is None:
+        weights = domain_mix(heads, leading.domain, config["objectives"])
+    guide = args.guide or ("unified" if args.prm else leading.name)
+    if guide not in [*known, "unified"] and not args.prm:
+        raise InputError(f"--guide: unknown objective {guide!r}; choose unified or one of "
+                         f"{', '.join(known)}")
     prm = load_prm(args.prm) if args.prm else find_prm(args.run, guide)
-    weights = weights or domain_mix(objectives, OBJECTIVES[leading].domain)
-    generator, result = torch.Generator().manual_seed(args.seed), None
     temperature = config["temperature"] if args.temperature is None else args.temperature
-    for line in [args.prompt] if args.prompt is not None else sys.stdin:
-        tokenizer = model.tokenizer
-        if result is None:
-            ids = tokenizer.encode_chat([{"role": "user", "content": line.strip()}])
-        else:                               # an answer that was cut off is closed first
-            ids = ([] if result.ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]) + tokenizer.encode_turn(line.strip())
-        result, = guided_decode(model, prm, [ids], boundary=OBJECTIVES[leading].boundary, K=args.k, weights=weights,
-                                guide=guide, max_new_tokens=args.max_new_tokens, temperature=temperature,
-                                generator=generator, state=result.state if result else None)
+    generator, state, ids = torch.Generator().manual_seed(args.seed), None, []
+    for line in sys.stdin if args.prompt is None else [args.prompt]:
+        if state is None:
+            new = tokenizer.encode_chat([{"role": "user", "content": line.strip()}])
+        else:
+            # An answer that was cut off is closed first.
+            closing = [] if has_ended(model, ids) else [tokenizer.eos_id]
+            new = closing + tokenizer.encode_turn(line.strip())
+        result, = guided_decode(model, prm, [new], boundary=leading.boundary, K=args.k,
+                                weights=weights, guide=guide, max_new_tokens=args.max_new_tokens,
+                                temperature=temperature, generator=generator, state=state)
+        ids, state = result.ids, result.state
         for number, step in enumerate(result.steps, 1):
             show_step(tokenizer, number, step)
         print(result.text, flush=True)

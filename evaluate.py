@@ -195,7 +195,7 @@ class Bench:
 
     def __init__(self, run, device=None):
         self.run, self.config = run, read_run(run)
-        self.objectives, self.seed = self.config["objectives"], self.config["seed"]
+        self.objectives, self.seed = [o.name for o in self.config["objectives"]], self.config["seed"]
         self.device, self.loaded, self.guides, self.known = pick_device(device or self.config["device"]), {}, {}, {}
         self.dtype = sampling_dtype(self.config["dtype"], self.device)
         self.sft = self.model("sft")
@@ -269,7 +269,7 @@ class Bench:
         """All rows of one domain's table."""
         names, heads = domain_objectives(domain, self.objectives), self.model("mah_dpo").config.objectives
         checked = [n for n in names if OBJECTIVES[n].case == "verifiable"]
-        sft, mah_dpo = Job("sft", {"sft": 1.0}), Job("mah_dpo", {"mah_dpo": 1.0}, tuple(domain_mix(heads, domain)))
+        sft, mah_dpo = Job("sft", {"sft": 1.0}), Job("mah_dpo", {"mah_dpo": 1.0}, tuple(domain_mix(heads, domain, self.config["objectives"])))
 
         def unguided(job):
             yield job
@@ -635,6 +635,7 @@ def evaluate(run, pair_rows, device=None):
 def publish(run, rows):
     """Print the tables of these rows and of the run's variants, write results.md, pareto.svg and, last, results.json."""
     config, variants = read_run(run), {}
+    config["objectives"] = [o.name for o in config["objectives"]]
     rows = [{"n": next(iter(r["metrics"].values()))["n"]} | r for r in rows]
     for name, paths in find_variants(run).items():
         variants[name] = {v: load_rows(path) for v, path in paths.items() if os.path.exists(os.path.join(path, "results.json"))}

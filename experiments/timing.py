@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import run_command  # noqa: E402
 from decode import draw, generate, prefill, score_candidates  # noqa: E402
 from evaluate import show, table  # noqa: E402
+from interop.reward_models import REWARD  # noqa: E402
 from model import load_hf, pick_device  # noqa: E402
 from prm import PRM, load_prm  # noqa: E402
 
@@ -79,7 +80,7 @@ def timing(directory, device, S=2, N=16):
     model = load_hf(os.path.join(directory, "mah_dpo") if run else directory).to(device).eval()
     trained = os.path.isdir(os.path.join(directory, "prm"))
     prm = load_prm(os.path.join(directory, "prm")) if trained else \
-        PRM(model.with_heads(()), ["reward"], torch.Generator().manual_seed(0))
+        PRM(model.with_heads(()), [REWARD], torch.Generator().manual_seed(0))
     prm.to(device)
     size, room = sum(p.numel() for p in model.parameters()), min(model.config.max_len, prm.backbone.config.max_len)
     print(f"{size / 1e6:.1f} M parameters, {'its own' if trained else 'a random'} PRM, {torch.get_num_threads()} threads, torch "

@@ -10,7 +10,7 @@ import zlib
 
 import torch
 
-from data import RNG, InputError, OBJECTIVES, read_json, read_jsonl, run_command
+from data import RNG, InputError, read_json, read_jsonl, run_command
 from evaluate import Bench, jackknife, own_logps, pair_metrics_rows, seed_runs, summary, table
 from interop.answers import final_answer, same_answer
 from interop.datasets import DATA_HELP, read_outputs, read_preferences, read_steps
@@ -56,7 +56,7 @@ def localise(scores, labels, folds):
 
 def score_first_errors(prm, output, path, seen):
     """ProcessBench's measure of a PRM's output on labelled steps -> the row of a table, what was left out."""
-    boundary = OBJECTIVES[output].boundary if output in OBJECTIVES else "newline"
+    boundary = prm.outputs[prm.names.index(output)].boundary or "newline"
     tokenizer, sequences, labels, folds, left = prm.backbone.tokenizer, [], [], [], {"seen in training": 0, "too long": 0}
     for row in read_steps(path):
         found = encode_steps(tokenizer, row.prompt, row.steps, boundary, prm.marker)
@@ -126,7 +126,7 @@ def open_scored(directory, path, output, default, device):
         prm = load_prm(directory).to(pick_device(device or "auto")).eval()
         if prm.backbone.tokenizer is None:
             raise InputError(f"{directory}: no tokenizer.json, nor vocab.json and merges.txt: without one it reads no texts")
-        known, output = prm.outputs, output or prm.outputs[0]
+        known, output = prm.names, output or prm.names[0]
     if output not in known:
         raise InputError(f"{path}: say with --objective what it is about: {', '.join(known)}")
     return bench, bench.prm(output) if bench else prm, output, seen

@@ -322,7 +322,7 @@ def test_released_reward_models(tmp_path, architecture, head, value_head):
     with torch.no_grad():
         scores, wanted = prm(ids), plain_score(prm, head, ids)
     wanted = wanted[..., 1:] - wanted[..., :1] if wanted.shape[-1] == 2 else wanted
-    assert prm.outputs == ["reward"] and scores.shape == (1, 4, 1) and torch.allclose(scores, wanted, atol=1e-5)
+    assert prm.names == ["reward"] and scores.shape == (1, 4, 1) and torch.allclose(scores, wanted, atol=1e-5)
     policy = GPT(GPTConfig(23, n_layer=1, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=64), torch.Generator().manual_seed(0))
     for guide in ("reward", "unified"):
         result, = guided_decode(policy, prm, [[1, 2, 3]], boundary="turn", K=3, weights=0, guide=guide, max_new_tokens=4,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import decode
-from data import InputError, PATTERN, Tokenizer, write_json
+from data import InputError, OBJECTIVES, PATTERN, Tokenizer, write_json
 from decode import generate, guided_decode, parse_weights, sample
 from model import GPT, GPTConfig, save_hf
 from prm import PRM, save_prm
@@ -20,7 +20,7 @@ from prm import PRM, save_prm
 PIECES = [b"ab", b" cd", b"1", b".", b"\n", b" I", b" x", b"!", b"g"]
 USER, END, PAD = 9, 10, 11
 NEWLINE, STOPS, DIGIT_OR_INITIAL, LETTER = {4}, {3, 7}, {2, 6}, {8}
-OBJECTIVES = ("math_accuracy", "math_engagement", "helpfulness", "tutor_engagement")
+NAMES = ("math_accuracy", "math_engagement", "helpfulness", "tutor_engagement")
 
 
 def random_weights(module, generator):
@@ -37,9 +37,9 @@ def toy():
     tokenizer = Tokenizer(PIECES + [b""] * 3, ranks, {"<|user|>": USER, "<|end|>": END, "<|pad|>": PAD}, PATTERN, END, PAD)
     generator = torch.Generator().manual_seed(3)
     config = dict(vocab_size=12, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=24, init_std=0.2)
-    policy = random_weights(GPT(GPTConfig(**config, max_len=50, objectives=OBJECTIVES[:2]), generator), generator)
+    policy = random_weights(GPT(GPTConfig(**config, max_len=50, objectives=NAMES[:2]), generator), generator)
     backbone = GPT(GPTConfig(**config, max_len=48, objectives=()), generator)
-    prm = random_weights(PRM(backbone, OBJECTIVES, generator), generator)
+    prm = random_weights(PRM(backbone, [OBJECTIVES[name] for name in NAMES], generator), generator)
     prm.scale.copy_(torch.tensor([0.5, 2.0, 3.0, 0.7]))
     policy.tokenizer = backbone.tokenizer = tokenizer
     return policy, prm
@@ -284,7 +284,7 @@ def reference(toy, prompts, *, boundary, K, weights, guide, max_new_tokens, temp
                     ids.append(plain_choice(logits, uniform(first_round + len(steps), len(ids), b * K + k), temperature, top_k))
                 raw = prm(torch.tensor([prompt + answer + ids]))[0, -1] / prm.scale
                 mine = {"newline": [0, 1], "sentence": [2], "turn": [3]}[boundary] if guide == "unified" else \
-                    [OBJECTIVES.index(guide)]
+                    [NAMES.index(guide)]
                 candidates.append(ids)
                 scores.append(sum(raw[i].item() for i in mine) / len(mine))
             winner = max(range(K), key=scores.__getitem__)
@@ -462,7 +462,7 @@ def test_bare_checkpoints_are_guided_too():
     generator = torch.Generator().manual_seed(0)
     sizes = dict(n_layer=1, n_head=1, n_kv_head=1, d_model=8, d_ff=8, max_len=32)
     policy = GPT(GPTConfig(6, **sizes), generator)
-    prm = PRM(GPT(GPTConfig(7, **sizes, objectives=()), generator), ["math_accuracy"], generator)
+    prm = PRM(GPT(GPTConfig(7, **sizes, objectives=()), generator), [OBJECTIVES["math_accuracy"]], generator)
     masks = torch.zeros(4, 7, dtype=torch.bool)
     masks[1], masks[2, 5] = True, True                      # every token is a stop, but for one behind the last id
     found = guided_decode(policy, prm, [[1, 2]] * 8, boundary=masks, K=2, max_new_tokens=6, generator=generator)
@@ -516,7 +516,7 @@ def test_guided_refuses_another_tokenizer(toy):
     other.backbone.tokenizer.pieces[0] = b"zz"
     with pytest.raises(InputError, match="different tokenizers"):
         guided_decode(policy, other, [[1]], **OPTIONS)
-    small = PRM(GPT(GPTConfig(11, n_layer=1, n_head=1, n_kv_head=1, d_model=8, d_ff=8, objectives=())), ["math_accuracy"])
+    small = PRM(GPT(GPTConfig(11, n_layer=1, n_head=1, n_kv_head=1, d_model=8, d_ff=8, objectives=())), [OBJECTIVES["math_accuracy"]])
     with pytest.raises(InputError, match="different tokenizers"):
         guided_decode(policy, small, [[1]], **OPTIONS)
 
@@ -575,10 +575,10 @@ def test_parse_weights_refuses(text, message):
 def tiny_run(gpt, tmp_path_factory):
     """A run directory as decode.py needs it, of random models."""
     run = tmp_path_factory.mktemp("run")
-    prm = PRM(gpt.with_heads(()), ["math_accuracy", "math_engagement"], torch.Generator().manual_seed(0))
+    prm = PRM(gpt.with_heads(()), [OBJECTIVES[name] for name in NAMES[:2]], torch.Generator().manual_seed(0))
     save_hf(gpt, run / "mah_dpo")
     save_prm(prm, run / "prm")
-    write_json(str(run / "config.json"), {"objectives": ["math_accuracy", "math_engagement"], "temperature": 0.7})
+    write_json(str(run / "config.json"), {"objectives": [vars(OBJECTIVES[name]) for name in NAMES[:2]], "temperature": 0.7})
     return str(run)
 
 
@@ -606,7 +606,7 @@ def asked(monkeypatch):
     calls = []
 
     def answer(model, prm, prompts, **options):
-        calls.append(options | {"prompts": prompts, "outputs": prm.outputs})
+        calls.append(options | {"prompts": prompts, "outputs": prm.names})
         ids = model.tokenizer.encode("7") + [model.tokenizer.eos_id] * (len(calls) % 2)
         return [decode.Guided(ids, "7", [], "the state")]
     monkeypatch.setattr(decode, "guided_decode", answer)
@@ -621,7 +621,7 @@ def asked(monkeypatch):
 def test_main_derives_what_is_not_said(tiny_run, gpt, asked, tmp_path, argv, weights, guide, temperature):
     """Prevents: an option that is ignored, or a default that is not what --help says: the guide follows the heaviest head, the
     weights the guide's domain, the temperature the run."""
-    save_prm(PRM(gpt.with_heads(()), ["math_engagement"], torch.Generator().manual_seed(0)), tmp_path)
+    save_prm(PRM(gpt.with_heads(()), [OBJECTIVES["math_engagement"]], torch.Generator().manual_seed(0)), tmp_path)
     decode.main([tiny_run, "--prompt", "2 + 3 = ?", *(str(tmp_path) if a == "PRM" else a for a in argv)])
     call, = asked
     assert (call["weights"], call["guide"], call["temperature"]) == (weights, guide, temperature)
@@ -642,8 +642,8 @@ def test_main_closes_an_answer_that_was_cut_off(tiny_run, gpt, asked, monkeypatc
 
 def test_domain_mix():
     """Prevents: heads of another domain in the mix, or no head at all where there is only one."""
-    assert decode.domain_mix(["math_accuracy", "honesty", "math_engagement"], "math") == [1, 0, 1]
-    assert decode.domain_mix(["policy"], "math") == [1] and decode.domain_mix(["honesty", "policy"], "math") == [0, 0]
+    assert decode.domain_mix(["math_accuracy", "honesty", "math_engagement"], "math", OBJECTIVES.values()) == [1, 0, 1]
+    assert decode.domain_mix(["policy"], "math", OBJECTIVES.values()) == [1] and decode.domain_mix(["honesty", "policy"], "math", OBJECTIVES.values()) == [0, 0]
 
 
 def test_main_talks_over_several_turns(tiny_run, gpt, capsys, monkeypatch):
@@ -661,7 +661,7 @@ def test_main_talks_over_several_turns(tiny_run, gpt, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--guide", "cleverness"], "unknown objective 'cleverness'"), (["--guide", "honesty"], "no PRM output 'honesty'"),
+    (["--guide", "cleverness"], "unknown objective 'cleverness'"), (["--guide", "honesty"], "unknown objective 'honesty'"),
     (["--weights", "honesty=1"], "no 'honesty' here"), (["--policy", "nothing"], "nothing/config.json: no such file"),
     (["--prompt", "1 + " * 100], "room for 128 with the answer; shorten the prompt"), (["--prompt", "x", "--k", "0"], "K must be"),
     (["--seed", "-1"], "--seed -1 is out of range"), (["--seed", str(2**31)], "--seed 2147483648 is out of range")])
@@ -684,8 +684,8 @@ def test_main_refuses_a_directory_that_is_no_run(tmp_path):
 def test_main_prefers_the_guides_own_prm(tiny_run, gpt, capsys, tmp_path):
     """Prevents: --prm each runs whose specialised model is never read."""
     save_hf(gpt, tmp_path / "mah_dpo")
-    save_prm(PRM(gpt.with_heads(()), ["math_engagement"], torch.Generator().manual_seed(0)), tmp_path / "prm_math_engagement")
-    write_json(str(tmp_path / "config.json"), {"objectives": ["math_accuracy", "math_engagement"], "temperature": 0.7})
+    save_prm(PRM(gpt.with_heads(()), [OBJECTIVES["math_engagement"]], torch.Generator().manual_seed(0)), tmp_path / "prm_math_engagement")
+    write_json(str(tmp_path / "config.json"), {"objectives": [vars(OBJECTIVES[name]) for name in NAMES[:2]], "temperature": 0.7})
     argv = ["--prompt", "2 + 3 = ?", "--max-new-tokens", "3", "--k", "2"]
     decode.main([str(tmp_path), "--guide", "math_engagement", *argv])
     assert "step 1" in capsys.readouterr().out

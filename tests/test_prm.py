@@ -9,10 +9,11 @@ import torch
 
 from data import InputError, OBJECTIVES, pad
 from model import GPT, GPTConfig, load_safetensors, save_hf, save_safetensors
-from prm import (PRM, STEP, bce_loss, bradley_terry_loss, hindsight_targets, load_prm,
+from prm import (PRM, STEP, STEP_OUTPUT, bce_loss, bradley_terry_loss, hindsight_targets, load_prm,
                  majority_labels, matching_steps, mse_loss, save_prm, step_loss)
 
-OUTPUTS = ["math_accuracy", "math_engagement", "tutor_engagement"]
+NAMES = ["math_accuracy", "math_engagement", "tutor_engagement"]
+OUTPUTS = [OBJECTIVES[name] for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,7 @@ def test_weights_come_from_the_generator(tokenizer):
 def test_step_correctness_is_read_before_the_last_block(prm):
     """Prevents: an output for training that changes the others, or that the last block has a part in."""
     taught, ids = copy.deepcopy(prm), torch.tensor([[5, 60, 7, 300, 2], [9, 8, 7, 6, 5]])
-    taught.outputs = [*OUTPUTS[:2], STEP]
+    taught.names = [*NAMES[:2], STEP]
     shorter = copy.deepcopy(prm)
     del shorter.backbone.layers[-1]
     torch.testing.assert_close(taught(ids), torch.cat((prm(ids)[..., :2], shorter(ids)[..., 2:]), -1))
@@ -224,7 +225,7 @@ def test_save_and_load_bit_exact(prm, tmp_path):
     save_prm(prm, tmp_path)
     loaded = load_prm(tmp_path)
     ids = torch.tensor([[5, 60, 7, 300, 2]])
-    assert loaded.outputs == OUTPUTS and torch.equal(loaded.scale, prm.scale)
+    assert loaded.outputs == OUTPUTS and loaded.names == NAMES and torch.equal(loaded.scale, prm.scale)
     assert torch.equal(loaded(ids), prm(ids))
     assert loaded.backbone.tokenizer.pieces == prm.backbone.tokenizer.pieces
 
@@ -233,8 +234,8 @@ def test_a_prm_of_all_objectives_comes_back(tokenizer, tmp_path):
     """Prevents: the default PRM of --objective all, refused because nothing is left that it does not score."""
     backbone = GPT(GPTConfig(tokenizer.n_vocab, n_layer=1, d_model=8, n_head=2, n_kv_head=2, d_ff=8, objectives=()))
     backbone.tokenizer = tokenizer
-    save_prm(PRM(backbone, list(OBJECTIVES)), tmp_path)
-    assert load_prm(tmp_path).outputs == list(OBJECTIVES)
+    save_prm(PRM(backbone, OBJECTIVES.values()), tmp_path)
+    assert load_prm(tmp_path).names == list(OBJECTIVES)
 
 
 def test_load_refuses_a_policy(gpt, tmp_path):

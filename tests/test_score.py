@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import evaluate
-from data import InputError
+from data import InputError, OBJECTIVES
 from interop import score
 from prm import PRM, load_prm, save_prm
 
@@ -33,7 +33,7 @@ def test_first_errors_by_hand():
 @pytest.fixture
 def judged(gpt, tmp_path):
     """A PRM's directory, and a function that writes rows to a file in it."""
-    save_prm(PRM(gpt.with_heads(()), ["math_accuracy", "honesty"], torch.Generator().manual_seed(1)), str(tmp_path / "prm"))
+    save_prm(PRM(gpt.with_heads(()), [OBJECTIVES[o] for o in ("math_accuracy", "honesty")], torch.Generator().manual_seed(1)), str(tmp_path / "prm"))
 
     def write(name, rows):
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")

@@ -30,7 +30,7 @@ import evaluate
 import interop.score
 import train
 from conftest import NAMES, TINY
-from data import DOMAINS, RNG, InputError, Problem, World, read_json, run_command, write_json
+from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World, read_json, run_command, write_json
 from evaluate import (Conversation, converse, guided_responder, kl_to_sft, plain_responder,
                       seed_of, summary)
 from mah_dpo import Pair, pair_logps
@@ -190,7 +190,7 @@ def test_both_guided_policies_make_the_labels(whole, tmp_path, monkeypatch):
 @pytest.fixture
 def prm(gpt):
     """A PRM on the tiny model whose outputs are a subset of the run's objectives, in another order."""
-    return PRM(gpt.with_heads(()), ["honesty", "math_accuracy"], torch.Generator().manual_seed(0))
+    return PRM(gpt.with_heads(()), [OBJECTIVES[o] for o in ("honesty", "math_accuracy")], torch.Generator().manual_seed(0))
 
 
 def test_step_scores_read_the_labelled_tokens(run, prm):
@@ -274,7 +274,7 @@ def test_train_prm_adds_step_correctness_and_drops_it(run, gpt):
         train.train_prm(run, "prm", ["math_accuracy"])
         saved.append(load_prm(run.file("prm")))
         assert logged(run)[0][STEP] == {"loss": pytest.approx(0.69, abs=0.3), "labels": 8}
-    assert [prm.outputs for prm in saved] == [["math_accuracy"]] * 2 and [len(prm.scale) for prm in saved] == [1, 1]
+    assert [prm.names for prm in saved] == [["math_accuracy"]] * 2 and [len(prm.scale) for prm in saved] == [1, 1]
     assert not torch.equal(*(prm.backbone.embed.weight for prm in saved))
     train.train_prm(run, "prm_math_engagement", ["math_engagement"])        # no value model: nothing to be taught
     assert STEP not in logged(run)[-2]
@@ -287,7 +287,7 @@ def test_train_prm_gives_every_objective_the_loss_of_its_own_pairs(run, gpt, tok
     for name, rows in zip(["labels.jsonl", *train.PAIR_FILES], ([], pairs, [])):
         train.write_rows(run.file(name), rows)
     vars(run.config).update(prm_steps=1, prm_pairs=4)
-    prm = PRM(run.load("sft").with_heads(()), outputs, run.generator("prm", "weights"))
+    prm = PRM(run.load("sft").with_heads(()), [OBJECTIVES[o] for o in outputs], run.generator("prm", "weights"))
     train.train_prm(run, "prm", outputs)
     first = json.loads(open(run.file("log.jsonl"), encoding="utf-8").readline())
     for o in outputs:
@@ -497,7 +497,7 @@ def test_majority_vote_and_tokens_drawn(gpt, tokenizer, monkeypatch):
     assert [tokenizer.decode(r[:-1]) for r in chosen] == [texts[1], texts[3]] and all(r[-1] == tokenizer.eos_id for r in chosen)
     assert [c.drawn for c in talks] == [sum(len(ids_of(tokenizer, t)) for t in part) for part in (texts[:3], texts[3:])]
     monkeypatch.undo()
-    prm = PRM(gpt.with_heads(()), ["math_accuracy"], torch.Generator().manual_seed(0))
+    prm = PRM(gpt.with_heads(()), [OBJECTIVES["math_accuracy"]], torch.Generator().manual_seed(0))
     prm.backbone.tokenizer = tokenizer
     c = Conversation(SUM, tokenizer)
     steps, plain = [], evaluate.guided_decode
@@ -508,7 +508,7 @@ def test_majority_vote_and_tokens_drawn(gpt, tokenizer, monkeypatch):
 
 def test_reranking_chooses_among_whole_answers(gpt, tokenizer, monkeypatch):
     """Prevents: a rival of guidance by steps that is guidance by steps, or that the PRM does not choose."""
-    prm = PRM(gpt.with_heads(()), ["math_accuracy"], torch.Generator().manual_seed(0))
+    prm = PRM(gpt.with_heads(()), [OBJECTIVES["math_accuracy"]], torch.Generator().manual_seed(0))
     prm.backbone.tokenizer, found, plain = tokenizer, [], evaluate.guided_decode
     monkeypatch.setattr(evaluate, "guided_decode", lambda *a, **k: found.append(plain(*a, **k)) or found[-1])
     world = types.SimpleNamespace(boundary=tokenizer.boundary_masks("newline"), max_new_tokens=20, turns=1)
@@ -556,7 +556,7 @@ def test_guided_conversations_equal_re_encoding(gpt, tokenizer):
     with torch.no_grad():
         for head in model.heads:
             head.weight[tokenizer.eos_id] *= 2                           # so that some answers do end
-    prm = PRM(gpt.with_heads(()), ["tutor_accuracy", "tutor_engagement"], torch.Generator().manual_seed(0)).double()
+    prm = PRM(gpt.with_heads(()), [OBJECTIVES[o] for o in ("tutor_accuracy", "tutor_engagement")], torch.Generator().manual_seed(0)).double()
     prm.backbone.tokenizer = tokenizer
     world, problems = DOMAINS["tutoring"], DOMAINS["tutoring"].problems("test", 5, RNG(1))
     seeded = lambda: torch.Generator().manual_seed(2)
@@ -572,7 +572,7 @@ def test_guided_conversations_equal_re_encoding(gpt, tokenizer):
 
 def test_guided_conversations_in_batches(gpt, tokenizer):
     """Prevents: a batch of conversations that goes on from another batch's state."""
-    prm = PRM(gpt.with_heads(()), ["tutor_accuracy"], torch.Generator().manual_seed(0))
+    prm = PRM(gpt.with_heads(()), [OBJECTIVES["tutor_accuracy"]], torch.Generator().manual_seed(0))
     prm.backbone.tokenizer = tokenizer
     world, problems = DOMAINS["tutoring"], DOMAINS["tutoring"].problems("test", 5, RNG(1))
     play = lambda size: [c.turns for c in converse(world, problems, tokenizer, guided_responder(
@@ -631,7 +631,7 @@ def rows_of(path):
 def test_run_writes_what_is_promised(whole):
     """Prevents: a result that the documentation promises and no file holds."""
     config = read_json(os.path.join(whole, "config.json"))
-    assert config["objectives"] == NAMES and config["temperature"] == 0.7 and config["dpo_steps"] == 2 and config["seed"] == 0
+    assert [o["name"] for o in config["objectives"]] == NAMES and config["temperature"] == 0.7 and config["dpo_steps"] == 2 and config["seed"] == 0
     for name in ("base", "sft", "mah_dpo", "single_head_dpo", "modpo", *(f"dpo_{n}" for n in NAMES), "prm"):
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
             assert os.path.getsize(os.path.join(whole, name, file)) > 0
@@ -792,7 +792,7 @@ def test_resume_starts_an_empty_directory(tmp_path, monkeypatch, capsys):
     claimed = train.claim(["--objective", "honesty", "--out", str(tmp_path / "claimed"), *TINY])       # killed while torch was imported
     train.main(["--resume", claimed])
     first, second = (read_json(os.path.join(d, "config.json")) for d in (empty, claimed))
-    assert first | {"out": claimed} == second and second["objectives"] == ["honesty"] and second["dpo_steps"] == 2
+    assert first | {"out": claimed} == second and [o["name"] for o in second["objectives"]] == ["honesty"] and second["dpo_steps"] == 2
     assert "no option with it but --device" in refused(["--resume", train.claim(["--out", claimed]), "--seed", "1"], capsys)
 
 
@@ -1181,8 +1181,8 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
     always = {"loss", "margin", "logp_accuracy"}              # the reference has no margin to be right or wrong about
     assert all(set(r["metrics"]) == always | ({"reward_accuracy"} if r["policy"] == "mah_dpo" else set())
                for r in rows if r["policy"] in ("sft", "mah_dpo"))
-    assert load_prm(os.path.join(out, "prm_honesty")).outputs == ["honesty"]
-    assert load_prm(os.path.join(out, "prm_helpfulness")).outputs == ["helpfulness"]
+    assert load_prm(os.path.join(out, "prm_honesty")).names == ["honesty"]
+    assert load_prm(os.path.join(out, "prm_helpfulness")).names == ["helpfulness"]
     assert not os.path.exists(os.path.join(out, "prm"))
     base, given = (load_safetensors(os.path.join(d, "model.safetensors")) for d in (os.path.join(out, "base"), checkpoint))
     assert all(torch.equal(base[k], given[k]) for k in given)
@@ -1293,7 +1293,7 @@ def test_resume_checks_the_saved_configuration(edit, message, capsys, monkeypatc
     or older config.json or with other processes; and a run that is refused for the default options, which are not its own."""
     monkeypatch.setattr(train, "ranks", lambda: 3)
     monkeypatch.setattr(train, "carry_out", lambda run: print("goes on"))
-    saved = vars(Config(objective="honesty", init="moved", beta=1)) | {"objectives": ["honesty"]}
+    saved = vars(Config(objective="honesty", init="moved", beta=1)) | {"objectives": [vars(OBJECTIVES["honesty"])]}
     path = str(tmp_path / "config.json")
     write_json(path, {k: v for k, v in (saved | edit).items() if v is not None})
     assert message in refused(["--resume", str(tmp_path)], capsys)
