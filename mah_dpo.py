@@ -73,9 +73,10 @@ def pack(pairs, pad_id, device):
     return Packed(ids, positions, mask, take, ids[rows, take], (j > 0) & (j <= length))
 
 
-def policy_logps(model, packed, head):
+def policy_logps(model, pairs, head):
     """One forward of the backbone for pairs of several objectives; pair b is scored by head[b] (n,) alone -> (2, n):
     log-probabilities of chosen and rejected."""
+    packed = pack(pairs, model.tokenizer.pad_id, model.embed.weight.device)
     h = model(packed.ids, packing=(packed.positions, packed.mask.to(model.embed.weight.dtype)))
     head, parts, order = head.repeat(2), [], []
     h = h[torch.arange(len(packed.ids), device=h.device).repeat(2)[:, None], packed.take]                 # (2n, R + 1, d)
@@ -189,7 +190,7 @@ def pair_logps(model, pairs, head_of, pad_id, progress=None, tokens=16384):
     for batch in dealt_batches([len(pairs[i]) for i in rows], tokens):
         index = [rows[k] for k in batch]
         head = torch.tensor([head_of(pairs[i].objective) for i in index], device=device)
-        logps = policy_logps(model, pack([pairs[i] for i in index], pad_id, device), head).T.float()
+        logps = policy_logps(model, [pairs[i] for i in index], head).T.float()
         found += zip(index, logps.tolist())
         if progress is not None:
             progress(len(index) * ranks())

@@ -39,6 +39,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -74,7 +75,10 @@ except ImportError:     # Windows has no such locks
 # -- options
 
 def option(default, text, fast=None, low=None, choices=None):
-    """A field of Config: its default, its line in --help, its value under --fast, what it may be."""
+    """A field of Config: its default, its line in --help, its value under --fast, and what it may
+    be: at least `low` (if not said otherwise 0, a whole number 1), or one of `choices`."""
+    if low is None:
+        low = 1 if type(default) is int else 0
     about = {"help": text, "fast": fast, "low": low, "choices": choices}
     return field(default=default, metadata=about)
 
@@ -176,22 +180,16 @@ class Run:
         self.objectives = objectives
         self.names = [o.name for o in objectives]
         self.device = pick_device(config.device)
-        self.key = self.fingerprint()
+        # A hash of all that the figures depend on: options, objectives and the files of --data.
+        options = {k: v for k, v in asdict(config).items() if k not in HARMLESS}
+        files = []
+        for name in self.names if config.data else []:
+            files += [f"{config.data}/{name}.jsonl", f"{config.data}/{name}.steps.jsonl"]
+        self.key = fingerprint([options, [asdict(o) for o in objectives]], *files)
         # Part of the seed where each of several processes draws for itself.
         self.own = (rank(),) if ranks() > 1 else ()
         self.training = False
         self.stopping = False
-
-    def fingerprint(self):
-        """A hash of all that the figures depend on: options, objectives and the files of --data."""
-        options = {k: v for k, v in asdict(self.config).items() if k not in HARMLESS}
-        records = [asdict(o) for o in self.objectives]
-        digest = hashlib.sha256(json.dumps([options, records]).encode())
-        if self.config.data:
-            for name in self.names:
-                for kind in (".jsonl", ".steps.jsonl"):
-                    digest.update(content_hash(os.path.join(self.config.data, name + kind)))
-        return digest.hexdigest()
 
     def file(self, name):
         """The path of one of the run's files."""
@@ -217,6 +215,11 @@ class Run:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16,
                               enabled=self.config.dtype == "bf16", cache_enabled=ranks() == 1)
 
+    def worlds(self, model):
+        """The worlds to sample and to measure in: the embedded ones, or the questions of --data."""
+        config = self.config
+        return list(worlds_of(self.names, config.data, config.max_new_tokens, model).values())
+
     def log(self, stage, rows, name="log.jsonl"):
         """Put a stage's rows into log.jsonl; what an interrupted attempt left of it is replaced.
 
@@ -236,12 +239,12 @@ class Run:
         self.stopping = True
 
 
-def content_hash(path):
-    """A hash of a file's content; of a file that is not there, of nothing."""
-    if not os.path.exists(path):
-        return b""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).digest()
+def fingerprint(settings, *paths):
+    """A hash of settings (JSON) and of the contents of those files that are there."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for path in filter(os.path.exists, paths):
+        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def write_rows(path, rows):
@@ -250,7 +253,8 @@ def write_rows(path, rows):
 
 
 def read_rows(path, kind):
-    """JSONL -> objects of a dataclass. InputError for a line that is none."""
+    """JSONL -> objects of a dataclass; each knows as .where its file and line. InputError for a line
+    that is none."""
     names = [f.name for f in fields(kind)]
     rows = []
     for where, row in read_jsonl(path):
@@ -259,6 +263,7 @@ def read_rows(path, kind):
                              f"{', '.join(names)}; bring the file back, or remove it to have it "
                              "made again")
         rows.append(kind(**row))
+        rows[-1].where = where
     return rows
 
 
@@ -298,11 +303,10 @@ def capped(steps, steps_per_epoch, config):
 
 @dataclass
 class Example:
-    """A text to learn from; the loss counts the tokens whose mask is True. `text` tells a person
-    which it is."""
+    """A text to learn from; the loss counts the tokens whose mask is True."""
     ids: list
     mask: list
-    text: str
+    where: str          # tells a person which it is
 
     def __len__(self):
         return len(self.ids)
@@ -317,7 +321,7 @@ def chat_example(tokenizer, messages):
             response = tokenizer.encode(message["content"]) + [tokenizer.eos_id]
             mask += [False] * (len(prompt) - len(ids)) + [True] * len(response)
             ids = prompt + response
-    return Example(ids, mask, messages[0]["content"])
+    return Example(ids, mask, f"the example {messages[0]['content'][:60]!r}...")
 
 
 def train_base(run, name):
@@ -361,9 +365,9 @@ def sft_examples(run, model):
     for pair in real_pairs(config.data, run.names, model)[0]:
         if pair.split == "train":
             mask = [False] * len(pair.prompt) + [True] * len(pair.chosen)
-            text = tokenizer.decode(pair.prompt)
-            examples.append(Example(pair.prompt + pair.chosen, mask, text))
-    for world in worlds(run, model):
+            where = f"the example {tokenizer.decode(pair.prompt)[:60]!r}..."
+            examples.append(Example(pair.prompt + pair.chosen, mask, where))
+    for world in run.worlds(model):
         for problem in world.problems("train", min(2500, 25 * config.sft_steps), rng):
             messages = world.conversation(problem, rng, careful=True)
             examples.append(chat_example(tokenizer, messages))
@@ -422,13 +426,6 @@ def length_batches(items, size, generator):
 
 # -- stage pairs: a policy's samples, judged
 
-def worlds(run, model):
-    """The worlds to sample and to measure in: the embedded ones, or the questions of --data."""
-    config = run.config
-    found = worlds_of(run.objectives, config.data, config.max_new_tokens, model)
-    return list(found.values())
-
-
 class Source(NamedTuple):
     """Where samples come from: a policy of the run that answers problems of one world and split."""
     run: Run
@@ -455,7 +452,7 @@ def sources_of(run, policy):
     model = load_hf(run.file(policy), dtype=sampling_dtype(run.config.dtype, run.device),
                     place=partial(torch.Tensor.to, device=run.device))
     found = []
-    for world in worlds(run, model):
+    for world in run.worlds(model):
         found += [Source(run, policy, model, world, split) for split in ("train", "dev")]
     return found
 
@@ -570,34 +567,34 @@ def score_pairs(run, model, pairs, title):
 
 def make_reference(run, name):
     """Stage sft_logps: the log-probabilities of all pairs under the SFT policy, computed once."""
-    pairs = read_rows(run.file("pairs.jsonl"), Pair)
+    path = run.file("pairs.jsonl")
+    pairs = read_rows(path, Pair)
     logps = score_pairs(run, run.load("sft"), pairs, "log-probs of sft")
     finite = logps.isfinite().all(1).tolist()
     if not all(finite):
-        raise InputError(f"{where_is(run, pairs[finite.index(False)])}: its log-probability under the "
-                         f"SFT policy is not finite, as of {finite.count(False)} of {len(pairs)} pairs")
-    of = content_hash(run.file("pairs.jsonl")).hex()
-    save_safetensors({"logps": logps}, run.file(name), {"pairs": of})
+        raise InputError(f"{pairs[finite.index(False)].where}: its log-probability under the SFT "
+                         "policy is not finite")
+    save_safetensors({"logps": logps}, run.file(name), {"pairs": fingerprint("", path)})
 
 
-def load_reference(run):
-    """What make_reference has written (N, 2). InputError if that is of another pairs.jsonl."""
-    path = run.file("sft_logps.safetensors")
-    if read_metadata(path).get("pairs") != content_hash(run.file("pairs.jsonl")).hex():
-        raise InputError(f"{path}: computed for another pairs.jsonl; bring that back, or remove this "
+def load_pairs(run):
+    """The run's pairs, and the reference's log-probabilities of them (N, 2). InputError if those are
+    of other pairs."""
+    path, logps = run.file("pairs.jsonl"), run.file("sft_logps.safetensors")
+    if read_metadata(logps)["pairs"] != fingerprint("", path):
+        raise InputError(f"{logps}: computed for another pairs.jsonl; bring that back, or remove this "
                          "file and the policies that were trained on it")
-    return load_safetensors(path)["logps"]
+    return read_rows(path, Pair), load_safetensors(logps)["logps"]
 
 
 @dataclass
 class Comparison:
-    """A pair in preference training, with what its loss needs: `owner`, the place of its objective
-    among the policy's; the log-probabilities of chosen and rejected under the reference; MODPO's
-    margin."""
+    """A pair in preference training, and what its loss needs."""
     pair: Pair
-    owner: int
-    reference: list
-    margin: float
+    owner: int           # the place of its objective among the policy's
+    reference: list      # log-probabilities of chosen and rejected under the SFT policy
+    margin: float        # MODPO's, or None
+    where: str           # file and line
 
     def __len__(self):
         return len(self.pair)
@@ -681,12 +678,13 @@ def comparisons(run, objectives, margins, split):
     """The pairs of one split -> for every objective a list of its Comparisons. margins: of all pairs,
     or None."""
     found = {name: [] for name in objectives}
-    reference = load_reference(run).tolist()
-    for i, pair in enumerate(read_rows(run.file("pairs.jsonl"), Pair)):
+    pairs, reference = load_pairs(run)
+    for i, pair in enumerate(pairs):
         if pair.objective in objectives and pair.split == split:
-            owner = objectives.index(pair.objective)
             margin = None if margins is None else float(margins[i])
-            found[pair.objective].append(Comparison(pair, owner, reference[i], margin))
+            row = Comparison(pair, objectives.index(pair.objective), reference[i].tolist(), margin,
+                             pair.where)
+            found[pair.objective].append(row)
     return list(found.values())
 
 
@@ -728,7 +726,7 @@ def modpo_margins(run):
     """(N,): for a pair of objective k, sum over the domain's other objectives j of
     w_j (r_j(y+) - r_j(y-)), with uniform w and r_j = beta log(pi_j / pi_ref) by the single-objective
     DPO policies (paper, Sec. 5)."""
-    pairs, reference = read_rows(run.file("pairs.jsonl"), Pair), load_reference(run)
+    pairs, reference = load_pairs(run)
     margins = torch.zeros(len(pairs))
     for objective in run.objectives:
         domain = [o.name for o in run.objectives if o.domain == objective.domain]
@@ -746,7 +744,7 @@ def modpo_margins(run):
 def measure_pairs(run, name):
     """Stage pair_metrics: rows for the table of held-out pairs. Each pair is scored under its own
     head; the soup is that of its domain's policies."""
-    pairs, reference = read_rows(run.file("pairs.jsonl"), Pair), load_reference(run)
+    pairs, reference = load_pairs(run)
     policies = ["base", "sft", "single_head_dpo", "modpo", "mah_dpo"]
     jobs = [(policy, [policy], run.names) for policy in policies]
     for domain in dict.fromkeys(o.domain for o in run.objectives):
@@ -837,20 +835,22 @@ def label_steps(source, names, judges, purpose, n, M):
             rollouts.append([turn.response] + [prefix + tail for tail in next(tails)])
         rollouts.append([turn.response] * M)
         targets = [{} for _ in at]                          # for every step {name: label}
-        for name in names:
-            if name in source.objectives("verifiable"):
-                labels = hindsight(source, turn, rollouts)
-            else:
-                threshold = judges[name]["threshold"] if name in judges else 0.5
-                labels = verdicts(source, turn, name, rollouts, threshold, rng)
-            for target, label in zip(targets, labels):
+        for name in [*names, STEP]:
+            for target, label in zip(targets, labels_of(source, turn, rollouts, name, judges, rng)):
                 target[name] = label
-        if source.objectives("verifiable"):
-            for target, right in zip(targets, known_verdicts(source, turn)):
-                target[STEP] = right
         at = [len(turn.prompt) + end for end in at]
         rows.append(Labelled(turn.prompt + turn.response, at, targets, source.split))
     return rows
+
+
+def labels_of(source, turn, rollouts, name, judges, rng):
+    """The labels of one output for every step of a turn. rollouts: for every step M responses."""
+    if name == STEP:
+        return known_verdicts(source, turn)
+    if name in source.objectives("verifiable"):
+        return hindsight(source, turn, rollouts)
+    threshold = judges[name]["threshold"] if name in judges else 0.5
+    return majority(source, turn, rollouts, name, threshold, rng)
 
 
 def step_texts(source, response):
@@ -864,20 +864,21 @@ def step_texts(source, response):
 
 
 def hindsight(source, turn, rollouts):
-    """The verifiable case: V_t for every step. rollouts: for every step M responses."""
-    _, rewards = source.world.verify(turn.problem, step_texts(source, turn.response))
+    """The verifiable case: V_t for every step."""
+    verify = source.world.verify
     correct, lengths = [], []
     for responses in rollouts:
         texts = [step_texts(source, response) for response in responses]
-        correct.append([source.world.verify(turn.problem, steps)[0] for steps in texts])
+        correct.append([verify(turn.problem, steps)[0] for steps in texts])
         lengths.append([len(steps) for steps in texts])
+    _, rewards = verify(turn.problem, step_texts(source, turn.response))
     # Nobody verifies the single steps of an answer to a real question: r_t is 0 there.
     r = torch.tensor([reward or 0.0 for reward in rewards])                         # (S,)
     gamma = source.run.config.gamma
     return hindsight_targets(r, torch.tensor(lengths), torch.tensor(correct), gamma).tolist()
 
 
-def verdicts(source, turn, name, rollouts, threshold, rng):
+def majority(source, turn, rollouts, name, threshold, rng):
     """Cases A and B: for every step the majority of the judge's verdicts on its M rollouts."""
     found = []
     for responses in rollouts:
@@ -888,7 +889,9 @@ def verdicts(source, turn, name, rollouts, threshold, rng):
 
 def known_verdicts(source, turn):
     """The verifier's verdicts on the steps up to the first wrong one: what follows that is judged by
-    it, not by what it says. Nothing where no step is verified."""
+    it, not by what it says. Nothing where steps are not verified."""
+    if not source.objectives("verifiable"):
+        return []
     _, rewards = source.world.verify(turn.problem, step_texts(source, turn.response))
     known = [reward for reward in rewards if reward is not None]
     return known[:known.index(0.0) + 1] if 0.0 in known else known
@@ -1153,14 +1156,25 @@ def take_over(run, source, stage):
     rows = [row for _, row in read_jsonl(source.file("log.jsonl")) if row["stage"] == name]
     run.log(name, rows)
     for file in stage.files if rank() == 0 else []:
-        part = run.file(file + ".tmp")          # never there in half
-        shutil.rmtree(part, ignore_errors=True)
-        if os.path.isdir(source.file(file)):
-            shutil.copytree(source.file(file), part)
+        old, part = source.file(file), run.file(f"{file}.tmp")
+        shutil.rmtree(part, ignore_errors=True)     # what a kill has left
+        if os.path.isdir(old):
+            shutil.copytree(old, part, copy_function=same_file)
         else:
-            shutil.copy(source.file(file), part)
+            same_file(old, part)
         os.replace(part, run.file(file))
-    total(torch.zeros(1))                       # the other processes look for the files only now
+    total(torch.zeros(1))                           # the other processes look for them only now
+
+
+def same_file(old, new):
+    """A second name of a file: no bytes are copied, and it outlives the first name. A copy where the
+    file system has none. No file of a run is ever changed in place."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(new)
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy(old, new)
 
 
 # -- the training loop of all stages
@@ -1187,7 +1201,7 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
                 group["lr"] = lr * rate_factor(step, steps, warm_up, decay)
             found, norm, finite = gradient(optimizer, batch, backward, clip)
             if not finite:
-                refuse_step(run, stage, step, optimizer, batch, backward)
+                refuse_step(stage, step, optimizer, batch, backward)
             optimizer.step()
             seconds += time.perf_counter() - begun
             tokens += sum(map(len, batch))
@@ -1226,34 +1240,22 @@ def gradient(optimizer, batch, backward, clip):
     clipping, are loss and norm finite? All over all processes."""
     optimizer.zero_grad()
     found = {metric: total(value.detach()) for metric, value in backward(batch).items()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip))
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip))
     return found, norm, bool(norm.isfinite()) and bool(found["loss"].isfinite().all())
 
 
-def refuse_step(run, stage, step, optimizer, batch, backward):
+def refuse_step(stage, step, optimizer, batch, backward):
     """InputError that names the examples whose loss or gradient alone is not finite, or else all."""
     bad = []
     for item in batch:
         if not gradient(optimizer, [item] * ranks(), backward, 1.0)[2]:
             bad.append(item)
     bad = bad or batch
-    shown = ", ".join(where_is(run, item) for item in bad[:5])
+    shown = ", ".join(item.where for item in bad[:5])
     more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     raise InputError(f"{stage}, step {step}: the loss or its gradient is not finite for {shown}{more}; "
                      "this step was not taken, and earlier checkpoints are kept. Lower the learning "
                      "rate, or look at these examples")
-
-
-def where_is(run, item):
-    """Where a person finds an item of a batch: the line of its file and its objectives."""
-    if isinstance(item, Example):
-        return f"the example {item.text[:60]!r}..."
-    item = item.pair if isinstance(item, Comparison) else item
-    for path in map(run.file, PAIR_FILES if isinstance(item, Pair) else ["labels.jsonl"]):
-        rows = read_rows(path, type(item)) if os.path.exists(path) else []
-        if item in rows:
-            return f"{path}:{rows.index(item) + 1} ({', '.join(about(run, item))})"
 
 
 def log_row(found, names):
@@ -1272,12 +1274,18 @@ def log_row(found, names):
 
 # -- checkpoints
 
+def parameters_of(optimizer):
+    """The parameters that an optimiser updates, in a fixed order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def save_checkpoint(run, stage, model, optimizer, step, log):
     """What the next step of a stage needs: weights, the optimiser's state, the log so far, and the
     number of steps done, from which the schedule and the draws follow."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
+    for i, p in enumerate(parameters_of(optimizer)):
+        for name, tensor in optimizer.state.get(p, {}).items():
+            tensors[f"{name}.{i}"] = tensor
     about = {"stage": stage, "step": str(step), "key": run.key, "log": json.dumps(log)}
     save_safetensors(tensors, run.file("checkpoint.safetensors"), about)
 
@@ -1297,19 +1305,16 @@ def load_checkpoint(run, stage, model, optimizer):
     if about.get("key") != run.key:
         raise InputError(f"{path}: saved with another configuration or other data than these; bring "
                          f"those back, or {again}")
-    weights, saved = model.state_dict(), optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, tensor in load_safetensors(path).items():
-        kind, _, rest = name.partition(".")
+    weights, parameters = model.state_dict(), parameters_of(optimizer)
+    for key, tensor in load_safetensors(path).items():
+        kind, _, name = key.partition(".")
         if kind == "model":
-            weights[rest].copy_(like(tensor, weights[rest]))
+            weights[name].copy_(like(tensor, weights[name]))
             continue
-        i, what = rest.split(".")
+        p = parameters[int(name)]
         tensor = tensor.clone()                 # apart from the file, which will be replaced
-        if what != "step":                      # a number, which is not sharded
-            tensor = like(tensor, parameters[int(i)])
-        saved["state"].setdefault(int(i), {})[what] = tensor
-    optimizer.load_state_dict(saved)
+        # The number of steps is one number for a parameter, which is not sharded.
+        optimizer.state[p][kind] = tensor.to(p.device) if kind == "step" else like(tensor, p)
     return int(about["step"]), json.loads(about["log"])
 
 
@@ -1365,12 +1370,24 @@ def open_run(path, device="auto"):
     config = Config(**saved)
     if device != "auto":
         config.device = device
-    check_config(config)
     run = Run(path, config, objectives)
     if key != run.key:
         raise InputError(f"{path}/config.json: the options, or the files in --data, are not those that "
                          "this run began with; bring those back, or start a new run")
+    check_config(config)                        # the processes may be others
     return run
+
+
+def train(run):
+    """Carry out a run, alone in its directory, until it is finished or stopped."""
+    with alone(run.path):
+        try:
+            carry_out(run)
+        except KeyboardInterrupt:
+            if rank() == 0:
+                print("\nstopped; what is finished is kept. Go on with: python train.py --resume "
+                      f"{run.path}", file=sys.stderr)
+            sys.exit(130)
 
 
 @contextlib.contextmanager
@@ -1427,12 +1444,8 @@ def flag(name):
 def check_config(config):
     """InputError for an option out of its range."""
     for f in fields(config):
-        value, low, choices = getattr(config, f.name), f.metadata["low"], f.metadata["choices"]
-        if type(value) is not f.type and (f.type, type(value)) != (float, int):     # in a config.json
-            raise InputError(f"{flag(f.name)} {value!r} is no {f.type.__name__}")
-        if low is None:
-            low = 1 if f.type is int else 0
-        if f.type in (int, float) and not low <= value < 2**31:
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        if f.type in (int, float) and not f.metadata["low"] <= value < 2**31:
             raise InputError(f"{flag(f.name)} {value} is out of range")
         if choices and value not in choices:
             raise InputError(f"{flag(f.name)} {value}: choose {' or '.join(choices)}")
@@ -1463,7 +1476,7 @@ def check_inputs(config):
         describe_data(config.data, run.objectives, config.max_new_tokens, model)
     if model:
         sft_examples(run, model)                # a short context, a chat template that is not read
-    for world in [] if config.data else worlds(run, model):
+    for world in [] if config.data else run.worlds(model):
         # A world may be too small for what is asked of it.
         cases = [o.case for o in run.objectives if o.domain == world.name]
         rolled = "verifiable" in cases or "A" in cases
@@ -1485,14 +1498,7 @@ def main(argv=None):
         config.out = free_name(config)
         run = begin(config.out, config)
         print(f"writing to {run.path}")
-    with alone(run.path):
-        try:
-            carry_out(run)
-        except KeyboardInterrupt:
-            if rank() == 0:
-                print("\nstopped; what is finished is kept. Go on with: python train.py --resume "
-                      f"{run.path}", file=sys.stderr)
-            sys.exit(130)
+    train(run)
 
 
 if __name__ == "__main__":
