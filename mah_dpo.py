@@ -164,6 +164,8 @@ class Pair:
     chosen: list
     rejected: list
     split: str
+    reference: list = None      # log-probabilities of chosen and rejected under the SFT policy
+    margin: float = None        # MODPO's
 
     def __len__(self):
         """Tokens of the packed pair."""

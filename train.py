@@ -2,14 +2,14 @@
 
     python train.py --objective all
 
-    base         pre-training on flawed demonstrations of three small worlds; with --init a real
-                 checkpoint instead
-    sft          fine-tuning on better demonstrations: the reference policy pi_ref
-    pairs        responses of the SFT policy, judged: preference pairs of every objective
-    policies     on these pairs single-head DPO, one DPO per objective (for the soup), MODPO, MAH-DPO
-    labels       rollouts and judged answers of SFT and of MAH-DPO, the two that will be guided
-    prm          the process reward model, one output per objective
-    tables       every policy measured on unseen prompts, alone and guided
+    base       pre-training on flawed demonstrations of three small worlds; with --init a real
+               checkpoint instead
+    sft        fine-tuning on better demonstrations: the reference policy pi_ref
+    pairs      responses of the SFT policy, judged: preference pairs of every objective
+    policies   trained on these: single-head DPO, one DPO per objective (the soup), MODPO, MAH-DPO
+    labels     rollouts and judged answers of SFT and of MAH-DPO, the two that will be guided
+    prm        the process reward model, one output per objective
+    tables     every policy measured on unseen prompts, alone and guided
 
 The stages are rows of a table, see `stages`. A stage is a function of the options, the seed and the
 files of earlier stages; its last file says that it has finished.
@@ -22,8 +22,8 @@ files of earlier stages; its last file says that it has finished.
                    exists, DIR/<objective>.steps.jsonl: labelled steps.
     --fast         makes everything small, to see that it works.
 
-Read in this order: the stages from `train_base` to `measure_prm`; their table `stages`; the training
-loop `fit`; then checkpoints, runs in directories, and the command line.
+Read in this order: the stages from `train_base` to `measure_prm`; their table `stages`; the
+training loop `fit`; then checkpoints, runs in directories, and the command line.
 """
 import argparse
 import contextlib
@@ -56,7 +56,7 @@ from evaluate import (
     seed_of, seed_runs)
 from interop.datasets import DATA_HELP, describe_data, real_labels, real_pairs, worlds_of
 from interop.parallel import (
-    gather, join_processes, like, local_items, placed, rank, ranks, shard, total, whole)
+    alone, gather, join_processes, like, local_items, placed, rank, ranks, shard, total, whole)
 from mah_dpo import (
     Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pair_metrics, policy_logps)
 from model import (
@@ -66,17 +66,12 @@ from prm import (
     PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight_targets, majority_labels,
     pair_scores, save_prm, step_loss, step_scores)
 
-try:
-    import fcntl
-except ImportError:     # Windows has no such locks
-    fcntl = None
-
 
 # -- options
 
 def option(default, text, fast=None, low=None, choices=None):
     """A field of Config: its default, its line in --help, its value under --fast, and what it may
-    be: at least `low` (if not said otherwise 0, a whole number 1), or one of `choices`."""
+    be: at least `low` (0 if not said, or 1 for a whole number), or one of `choices`."""
     if low is None:
         low = 1 if type(default) is int else 0
     about = {"help": text, "fast": fast, "low": low, "choices": choices}
@@ -86,78 +81,67 @@ def option(default, text, fast=None, low=None, choices=None):
 @dataclass
 class Config:
     """All that a run depends on, and its command line: one flag per field. Saved in config.json."""
-    objective: str = option("all", "all, math, values, tutoring, or names of objectives, with commas")
+    objective: str = option("all", "all, math, values, tutoring, or objectives, with commas")
     out: str = option("", "run directory (default runs/<objective>; a taken name gets a number)")
-    from_: str = option("", "start from copies of this run's finished stages whose options agree")
+    from_: str = option("", "start from copies of what this run has finished under these options")
     init: str = option("", "Hugging Face directory that serves as the base model")
-    data: str = option(
-        "", "directory of <objective>.jsonl with real pairs or questions, see below (needs --init)")
+    data: str = option("", "directory of real pairs and questions, see below (needs --init)")
     seed: int = option(0, "every random draw of the run derives from it", low=0)
-    seeds: int = option(1, "train so many times, with seed, seed + 1, ..., for intervals over them")
+    seeds: int = option(1, "train so often, with seed, seed + 1, ..., for intervals over trainings")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    dtype: str = option(
-        "fp32", "fp32, or bf16: training computes in bfloat16 (autocast), weights and losses stay in "
-        "fp32", choices=["fp32", "bf16"])
-    grad_checkpoint: bool = option(
-        False, "training recomputes each block in backward: less memory, a third more time")
-    prm: str = option(
-        "unified", "unified: one PRM with an output per objective; each: one PRM per objective",
-        choices=["unified", "each"])
-    temperature: float = option(
-        0.7, "for samples, rollouts, candidates and tables (the paper's is 1.0)", low=1e-6)
+    dtype: str = option("fp32", "bf16: training computes in bfloat16 (autocast); weights and losses "
+                        "stay in fp32", choices=["fp32", "bf16"])
+    grad_checkpoint: bool = option(False, "training recomputes each block in backward: less memory, "
+                                   "a third more time")
+    prm: str = option("unified", "unified: one PRM with an output per objective; each: one PRM per "
+                      "objective", choices=["unified", "each"])
+    temperature: float = option(0.7, "of samples, rollouts, candidates and tables (the paper's is "
+                                "1.0)", low=1e-6)
     beta: float = option(0.1, "strength of the tie to the reference policy in DPO", low=1e-9)
-    alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 where not named)")
+    alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 if not named)")
     gamma: float = option(0.9, "discount per step in hindsight targets")
-    perturbation: float = option(
-        1e-3, "standard deviation of the noise on each head's copy of the SFT head")
+    perturbation: float = option(1e-3, "standard deviation of the noise on a head's copy of SFT's")
     base_steps: int = option(1200, "pre-training steps of 64 conversations", fast=300)
     base_lr: float = option(3e-3, "peak learning rate of pre-training")
     sft_steps: int = option(120, "SFT steps", fast=10)
     sft_batch: int = option(64, "conversations per SFT step")
     sft_lr: float = option(3e-4, "SFT learning rate")
-    epochs: int = option(
-        8, "most passes over a stage's largest source of data; a stage ends there or at its number of "
-        "steps")
-    n_prompts: int = option(1000, "prompts per domain whose sampled responses become pairs", fast=60)
+    epochs: int = option(8, "most passes over a stage's largest source of data; a stage ends there "
+                         "or at its number of steps")
+    n_prompts: int = option(1000, "prompts per domain whose samples become pairs", fast=60)
     n_samples: int = option(6, "responses sampled per prompt", fast=4, low=2)
     # For the value model three times the problems are worth more than a second rollout of each,
     # which costs as much.
-    n_rollout_prompts: int = option(
-        12000, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
+    n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts, of SFT and "
+                                    "again of MAH-DPO", fast=40)
     rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
     prm_steps: int = option(1200, "PRM training steps", fast=10)
-    prm_batch: int = option(
-        64, "labelled sequences per PRM step, shared by the domains as they have labels, but at least "
-        "prm_pairs of each")
+    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they "
+                            "have labels, but at least prm_pairs of each")
     prm_pairs: int = option(4, "pairs per objective and PRM step")
-    prm_value_weight: float = option(
-        5.0, "weight of the value model's squared error in the PRM's loss; without an auxiliary output "
-        "beside it (--data) it wants more, or drowns in the noise of the other outputs' gradients")
-    prm_step_weight: float = option(
-        60.0, "weight in it of the auxiliary output, for training alone: is this step right?")
+    prm_value_weight: float = option(5.0, "weight of the value model's squared error in the PRM's "
+                                     "loss; without an auxiliary output beside it (--data) it "
+                                     "wants more, or drowns in the noise of the other gradients")
+    prm_step_weight: float = option(60.0, "weight in it of the auxiliary output, which is there in "
+                                    "training alone: is this step right?")
     prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
     prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
     dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
     dpo_pairs: int = option(8, "pairs per objective and step")
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
     dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
-    # On development prompts all four methods then end about as far from SFT: .052 to .057 nats per
-    # token, mean of the domains.
-    dpo_lr_factor: str = option(
-        "single_head_dpo=0.55,modpo=0.55", "factors on the heads' rate, NAME=NUMBER,... of mah_dpo, "
-        "single_head_dpo, modpo, soup (1 where not named)")
+    # With these factors all four methods end about as far from SFT: .052 to .057 nats per token on
+    # development prompts, mean of the domains.
+    dpo_lr_factor: str = option("single_head_dpo=0.55,modpo=0.55", "factors on the heads' rate, "
+                                "NAME=NUMBER,... of mah_dpo, single_head_dpo, modpo, soup")
     n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
-    split: str = option(
-        "test", "prompts of the tables: test, or dev while settings are still being chosen",
-        choices=["test", "dev"])
-    weight_steps: int = option(
-        10, "steps in which the weights of two heads go from one to the other (0: no sweep)", fast=2,
-        low=0)
-    k: int = option(
-        5, "K, candidates per step of guided decoding in the tables, and whole answers of their rivals")
+    split: str = option("test", "prompts of the tables; dev while settings are still being chosen",
+                        choices=["test", "dev"])
+    weight_steps: int = option(10, "steps in which the weights of two heads go from one to the "
+                               "other (0: no sweep)", fast=2, low=0)
+    k: int = option(5, "K, candidates per step of guided decoding, and whole answers of its rivals")
     max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
-    checkpoint_every: int = option(
-        100, "steps of a training stage between checkpoints from which --resume goes on")
+    checkpoint_every: int = option(100, "steps of a training between checkpoints for --resume")
 
 
 # Options that change no figure: a run may go on, or be started from, under other values.
@@ -173,10 +157,10 @@ class Run:
 
     def __init__(self, path, config, objectives=None):
         """objectives: the records in an old run's config.json; a new run looks them up."""
-        self.path = path
-        self.config = config
         if objectives is None:
             objectives = [OBJECTIVES[name] for name in select_objectives(config.objective)]
+        self.path = path
+        self.config = config
         self.objectives = objectives
         self.names = [o.name for o in objectives]
         self.device = pick_device(config.device)
@@ -196,7 +180,7 @@ class Run:
         return os.path.join(self.path, name)
 
     def generator(self, *purpose):
-        """A torch.Generator for one purpose. Stages do not disturb each other's draws."""
+        """A torch.Generator for one purpose: the draws of one stage do not shift another's."""
         return torch.Generator().manual_seed(seed_of(self.config.seed, *purpose))
 
     def rng(self, *purpose):
@@ -209,22 +193,22 @@ class Run:
         model.grad_checkpoint = self.config.grad_checkpoint
         return model
 
+    def worlds(self, model):
+        """The worlds to sample and measure in: the embedded ones, or the questions of --data."""
+        config = self.config
+        return list(worlds_of(self.names, config.data, config.max_new_tokens, model).values())
+
     def autocast(self):
         """The context in which training computes: bfloat16 where --dtype says so."""
         # autocast's cache of weights in bfloat16 would undo the sharding over several processes.
         return torch.autocast(torch.device(self.device).type, torch.bfloat16,
                               enabled=self.config.dtype == "bf16", cache_enabled=ranks() == 1)
 
-    def worlds(self, model):
-        """The worlds to sample and to measure in: the embedded ones, or the questions of --data."""
-        config = self.config
-        return list(worlds_of(self.names, config.data, config.max_new_tokens, model).values())
-
     def log(self, stage, rows, name="log.jsonl"):
         """Put a stage's rows into log.jsonl; what an interrupted attempt left of it is replaced.
 
-        This must come before the file that says the stage is finished: a kill between the two
-        would lose the rows. Figures of time go to timings.jsonl, so that all else can repeat."""
+        This comes before the file that says the stage is finished: a kill between the two would
+        lose the rows. Figures of time go to timings.jsonl, so that all else can repeat."""
         path = self.file(name)
         old = [row for _, row in read_jsonl(path)] if os.path.exists(path) else []
         kept = [row for row in old if row["stage"] != stage]
@@ -232,8 +216,8 @@ class Run:
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept + new))
 
     def stop(self, *signal):
-        """Ctrl-C, or SIGTERM, a batch system's request. Training first ends the step that is under
-        way and saves its result; a second request, or one elsewhere, stops at once."""
+        """Ctrl-C, or SIGTERM, a batch system's request. Training first ends the step under way
+        and saves its result; a second request, or one elsewhere, stops at once."""
         if not self.training or self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
@@ -248,21 +232,24 @@ def fingerprint(settings, *paths):
 
 
 def write_rows(path, rows):
-    """Dataclass objects -> JSONL."""
-    write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    """Dataclass objects -> JSONL; what is None is left out."""
+    lines = []
+    for row in rows:
+        kept = {name: value for name, value in asdict(row).items() if value is not None}
+        lines.append(json.dumps(kept) + "\n")
+    write_text(path, "".join(lines))
 
 
 def read_rows(path, kind):
-    """JSONL -> objects of a dataclass; each knows as .where its file and line. InputError for a line
+    """JSONL -> objects of a dataclass; .where is an object's file and line. InputError for a line
     that is none."""
-    names = [f.name for f in fields(kind)]
     rows = []
     for where, row in read_jsonl(path):
-        if sorted(row) != sorted(names):
-            raise InputError(f"{where}: not a row that this run has written, which has the fields "
-                             f"{', '.join(names)}; bring the file back, or remove it to have it "
-                             "made again")
-        rows.append(kind(**row))
+        try:
+            rows.append(kind(**row))
+        except TypeError:
+            raise InputError(f"{where}: not a row that this run has written; bring the file back, or "
+                             "remove it to have it made again") from None
         rows[-1].where = where
     return rows
 
@@ -293,10 +280,10 @@ def mixed_batches(cycles, sizes):
         yield batch
 
 
-def capped(steps, steps_per_epoch, config):
-    """A stage's number of steps: as configured, but at most config.epochs passes over its largest
-    source of data."""
-    return min(steps, max(1, math.ceil(config.epochs * steps_per_epoch)))
+def capped(steps, epoch, config):
+    """A training's number of steps: as configured, but at most config.epochs passes over its
+    largest source of data. epoch: the steps of one pass."""
+    return min(steps, max(1, math.ceil(config.epochs * epoch)))
 
 
 # -- stages base and sft: language models
@@ -313,7 +300,7 @@ class Example:
 
 
 def chat_example(tokenizer, messages):
-    """A conversation -> Example. The mask is True on the assistant's tokens, end of turn included."""
+    """A conversation -> Example. The mask is True on the assistant's tokens and their end of turn."""
     ids, mask = [], []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -324,22 +311,28 @@ def chat_example(tokenizer, messages):
     return Example(ids, mask, f"the example {messages[0]['content'][:60]!r}...")
 
 
+def demonstrations(worlds, n, rng, tokenizer, careful):
+    """Examples of n conversations of each world; those of careful demonstrators err less."""
+    examples = []
+    for world in worlds:
+        for problem in world.problems("train", n, rng):
+            examples.append(chat_example(tokenizer, world.conversation(problem, rng, careful)))
+    return examples
+
+
 def train_base(run, name):
     """Stage base: the embedded base model, or the checkpoint that --init names."""
-    if run.config.init:
+    config, tokenizer = run.config, Tokenizer.embedded()
+    if config.init:
         save_hf(load_init(run), run.file(name), weights=0)
         return
-    tokenizer, rng = Tokenizer.embedded(), run.rng("base", "data")
-    examples = []
-    for world in DOMAINS.values():
-        for problem in world.problems("train", 8000, rng):
-            example = chat_example(tokenizer, world.conversation(problem, rng))
-            example.mask = [True] * len(example)        # a base model learns the user's words too
-            examples.append(example)
+    examples = demonstrations(DOMAINS.values(), 8000, run.rng("base", "data"), tokenizer, False)
+    for example in examples:
+        example.mask = [True] * len(example)            # a base model learns the user's words too
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab), run.generator("base", "weights"))
     model.tokenizer = tokenizer
     model = shard(model.to(run.device), run.device)
-    language_model(run, name, model, examples, run.config.base_steps, run.config.base_lr, 64)
+    language_model(run, name, model, examples, config.base_steps, config.base_lr, 64)
 
 
 def load_init(run):
@@ -352,7 +345,7 @@ def load_init(run):
 
 
 def train_sft(run, name):
-    """Stage sft: fine-tuning on careful demonstrations, or on the chosen responses of real pairs."""
+    """Stage sft: fine-tuning on careful demonstrations, or on chosen responses of real pairs."""
     model, config = run.load("base"), run.config
     examples = sft_examples(run, model)
     language_model(run, name, model, examples, config.sft_steps, config.sft_lr, config.sft_batch)
@@ -360,27 +353,23 @@ def train_sft(run, name):
 
 def sft_examples(run, model):
     """The Examples of stage sft. InputError if one is longer than the model's context."""
-    config, tokenizer, rng = run.config, model.tokenizer, run.rng("sft", "data")
-    examples = []
+    config, tokenizer = run.config, model.tokenizer
+    n = min(2500, 25 * config.sft_steps)
+    examples = demonstrations(run.worlds(model), n, run.rng("sft", "data"), tokenizer, True)
     for pair in real_pairs(config.data, run.names, model)[0]:
         if pair.split == "train":
             mask = [False] * len(pair.prompt) + [True] * len(pair.chosen)
             where = f"the example {tokenizer.decode(pair.prompt)[:60]!r}..."
             examples.append(Example(pair.prompt + pair.chosen, mask, where))
-    for world in run.worlds(model):
-        for problem in world.problems("train", min(2500, 25 * config.sft_steps), rng):
-            messages = world.conversation(problem, rng, careful=True)
-            examples.append(chat_example(tokenizer, messages))
     longest = max(map(len, examples))
     if longest > model.config.max_len:
-        raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short for "
-                         f"the embedded worlds, whose conversations reach {longest} in its "
-                         "vocabulary")
+        raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short; "
+                         f"the embedded worlds' conversations reach {longest} in its vocabulary")
     return examples
 
 
 def language_model(run, stage, model, examples, steps, lr, batch_size):
-    """Next-token training on the masked tokens of Examples. Logs, saves. -> the rows of the log"""
+    """Next-token training on the masked tokens of Examples. Logs, saves -> the rows of the log."""
     steps = capped(steps, len(examples) / batch_size, run.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01,
                                   fused=True)
@@ -408,8 +397,8 @@ def language_model(run, stage, model, examples, steps, lr, batch_size):
 
 
 def length_batches(items, size, generator):
-    """Endless batches of items of similar length: every epoch is shuffled, then sorted in windows of
-    16 batches. What several processes cannot share evenly waits for another epoch."""
+    """Endless batches of items of similar length: every epoch is shuffled, then sorted in windows
+    of 16 batches. What several processes cannot share evenly waits for another epoch."""
     if len(items) < ranks():
         raise InputError(f"{len(items)} examples are too few for {ranks()} processes")
     while True:
@@ -427,7 +416,7 @@ def length_batches(items, size, generator):
 # -- stage pairs: a policy's samples, judged
 
 class Source(NamedTuple):
-    """Where samples come from: a policy of the run that answers problems of one world and split."""
+    """Where samples come from: a policy of the run that answers problems of a world and split."""
     run: Run
     policy: str
     model: GPT
@@ -446,7 +435,7 @@ class Source(NamedTuple):
 
 
 def sources_of(run, policy):
-    """A Source for each world and split in which a policy of this run is to answer."""
+    """A policy of this run, and a Source for each world and split in which it is to answer."""
     # Several processes share the prompts, each with the whole model: if they shared the model,
     # every token would wait for all of them.
     model = load_hf(run.file(policy), dtype=sampling_dtype(run.config.dtype, run.device),
@@ -454,11 +443,11 @@ def sources_of(run, policy):
     found = []
     for world in run.worlds(model):
         found += [Source(run, policy, model, world, split) for split in ("train", "dev")]
-    return found
+    return model, found
 
 
 class Turn(NamedTuple):
-    """One answer of a policy: to which problem, after which messages, and as ids."""
+    """One answer of a policy: to which problem, after which messages; prompt and answer as ids."""
     problem: Problem
     messages: list
     prompt: list
@@ -484,7 +473,7 @@ def roll_out(source, purpose, n):
 
 
 def answer(source, problems, generator, student, title):
-    """The Turns of a policy about these problems; `student` is the seed of simulated students."""
+    """The Turns of a policy about these problems; `student`: the seed of simulated students."""
     run, _, model, world, _ = source
     count = len(problems) * world.turns
     with tqdm(total=count, desc=title, unit="answer", disable=None) as bar:
@@ -499,7 +488,7 @@ def answer(source, problems, generator, student, title):
 
 
 def draw_samples(source, prompts, n, room, generator):
-    """n samples behind every prompt -> a list of n responses each. room: most tokens, see generate."""
+    """n samples behind every prompt -> a list of n responses each. room: most tokens of one."""
     if n == 0:
         return [[] for _ in prompts]
     title = f"{source.world.name}: samples of {source.policy}, {source.split}"
@@ -511,8 +500,7 @@ def draw_samples(source, prompts, n, room, generator):
 
 
 def rate(source, turn, response, names, rng):
-    """The ratings of a response to a turn's messages, {objective: number}: a verifier is exact, a
-    judge is not."""
+    """{objective: rating} of a response to a turn's messages. A verifier is exact, a judge not."""
     text = source.model.tokenizer.decode(response)
     scores = source.world.scores(turn.problem, turn.messages, text)
     exact = source.objectives("verifiable")
@@ -525,8 +513,8 @@ def sample_pairs(source, names):
     config = source.run.config
     # What is answered: the problem itself, or every turn of a dialogue that the policy has led.
     turns, rng, generator = roll_out(source, "samples", config.n_prompts)
-    prompts = [turn.prompt for turn in turns]
-    samples = draw_samples(source, prompts, config.n_samples, source.world.max_new_tokens, generator)
+    prompts, room = [turn.prompt for turn in turns], source.world.max_new_tokens
+    samples = draw_samples(source, prompts, config.n_samples, room, generator)
     pairs = []
     for turn, responses in zip(turns, samples):
         ratings = [rate(source, turn, response, names, rng) for response in responses]
@@ -540,11 +528,13 @@ def sample_pairs(source, names):
 
 
 def make_pairs(run, name):
-    """Stage pairs: pairs.jsonl, from samples of the SFT policy and from --data."""
+    """Stage pairs: pairs.jsonl, from --data and from samples of the SFT policy, with the SFT
+    policy's log-probabilities of both responses: the reference of preference training."""
+    model, sources = sources_of(run, "sft")
     sampled = []
-    for source in sources_of(run, "sft"):
+    for source in sources:
         sampled += sample_pairs(source, source.objectives("verifiable", "A", "B", "C"))
-    pairs = real_pairs(run.config.data, run.names, run.load("sft"))[0] + gather(sampled)
+    pairs = real_pairs(run.config.data, run.names, model)[0] + gather(sampled)
     count = Counter((pair.objective, pair.split) for pair in pairs)
     empty = [o for o in run.names if not count[o, "train"]]
     if empty:
@@ -553,6 +543,9 @@ def make_pairs(run, name):
                          "or --n-prompts, or give a better --init")
     counts = [f"{o} {count[o, 'train']} + {count[o, 'dev']}" for o in run.names]
     tqdm.write(f"  pairs to train on + held out: {', '.join(counts)}")
+    logps = score_pairs(run, run.load("sft"), pairs, "log-probs of sft").tolist()
+    for pair, reference in zip(pairs, logps):
+        pair.reference = reference
     write_rows(run.file(name), pairs)
 
 
@@ -565,68 +558,52 @@ def score_pairs(run, model, pairs, title):
         return own_logps(model, pairs, bar.update)
 
 
-def make_reference(run, name):
-    """Stage sft_logps: the log-probabilities of all pairs under the SFT policy, computed once."""
-    path = run.file("pairs.jsonl")
-    pairs = read_rows(path, Pair)
-    logps = score_pairs(run, run.load("sft"), pairs, "log-probs of sft")
-    finite = logps.isfinite().all(1).tolist()
-    if not all(finite):
-        raise InputError(f"{pairs[finite.index(False)].where}: its log-probability under the SFT "
-                         "policy is not finite")
-    save_safetensors({"logps": logps}, run.file(name), {"pairs": fingerprint("", path)})
+def choose(pairs, objective, split):
+    """The pairs of one objective and split."""
+    return [pair for pair in pairs if pair.objective == objective and pair.split == split]
 
 
-def load_pairs(run):
-    """The run's pairs, and the reference's log-probabilities of them (N, 2). InputError if those are
-    of other pairs."""
-    path, logps = run.file("pairs.jsonl"), run.file("sft_logps.safetensors")
-    if read_metadata(logps)["pairs"] != fingerprint("", path):
-        raise InputError(f"{logps}: computed for another pairs.jsonl; bring that back, or remove this "
-                         "file and the policies that were trained on it")
-    return read_rows(path, Pair), load_safetensors(logps)["logps"]
+class PairLoss:
+    """The loss of a policy on pairs: DPO's, by objective, or MODPO's where the pairs have margins."""
 
+    def __init__(self, run, names):
+        """names: the objectives that the policy is trained on."""
+        weights = parse_weights(run.config.alpha, run.names, "--alpha", 1.0)
+        domains = [o.domain for o in run.objectives]
+        own = [run.names.index(name) for name in names]
+        self.names = names
+        self.beta = run.config.beta
+        self.alpha = torch.tensor([weights[i] for i in own], device=run.device)     # (O,)
+        # MODPO's weights are uniform over the objectives of a domain.
+        w_k = [1 / domains.count(domains[i]) for i in own]
+        self.w_k = torch.tensor(w_k, device=run.device)                             # (O,)
 
-@dataclass
-class Comparison:
-    """A pair in preference training, and what its loss needs."""
-    pair: Pair
-    owner: int           # the place of its objective among the policy's
-    reference: list      # log-probabilities of chosen and rejected under the SFT policy
-    margin: float        # MODPO's, or None
-    where: str           # file and line
-
-    def __len__(self):
-        return len(self.pair)
-
-
-def preference_loss(rows, logps, alpha, w_k, beta, count=None):
-    """The loss of n Comparisons, and pair_metrics by objective. logps (2, n): the policy's; alpha,
-    w_k (O,): each objective's weight in the loss and in MODPO; count: see balanced_mean."""
-    device = logps.device
-    owner = torch.tensor([row.owner for row in rows], device=device)                # (n,)
-    reference = torch.tensor([row.reference for row in rows], device=device)        # (n, 2)
-    both = [*logps, *reference.T]                                                   # 4 times (n,)
-    if rows[0].margin is None:
-        return mah_dpo_loss(*both, owner, alpha, beta, count)
-    margin = torch.tensor([row.margin for row in rows], device=device)              # (n,)
-    losses = modpo_loss(*both, margin, w_k[owner], beta)
-    metrics = pair_metrics(losses, *both, owner, len(alpha), beta, count)
-    return balanced_mean(losses, owner, alpha, count), metrics
+    def __call__(self, pairs, logps, count=None):
+        """logps (2, n), of the policy -> loss, metrics by objective; count: see balanced_mean."""
+        device = logps.device
+        owner = torch.tensor([self.names.index(pair.objective) for pair in pairs], device=device)
+        reference = torch.tensor([pair.reference for pair in pairs], device=device)  # (n, 2)
+        both = [*logps, *reference.T]                                               # 4 times (n,)
+        if pairs[0].margin is None:
+            return mah_dpo_loss(*both, owner, self.alpha, self.beta, count)
+        margin = torch.tensor([pair.margin for pair in pairs], device=device)
+        losses = modpo_loss(*both, margin, self.w_k[owner], self.beta)
+        metrics = pair_metrics(losses, *both, owner, len(self.names), self.beta, count)
+        return balanced_mean(losses, owner, self.alpha, count), metrics
 
 
 def train_policy(run, name):
     """A stage of the policies: preference training from the SFT policy.
 
     MAH-DPO has a head per objective, the others have one; dpo_<objective> learns from the pairs of
-    one objective, the others from all; MODPO's loss has margins. All else is the same. Balanced: as
-    many pairs of every objective in every step (paper, Sec. 5)."""
-    config = run.config
-    objectives = [name.removeprefix("dpo_")] if name.startswith("dpo_") else run.names
-    heads = run.names if name == "mah_dpo" else ["policy"]
-    margins = modpo_margins(run) if name == "modpo" else None
-    train, dev = (comparisons(run, objectives, margins, split) for split in ("train", "dev"))
-    alpha, w_k = loss_weights(run, objectives)                                      # (O,)
+    one objective, the others from all; MODPO's loss has margins. All else is the same. Balanced:
+    as many pairs of every objective in every step (paper, Sec. 5)."""
+    config, pairs = run.config, read_rows(run.file("pairs.jsonl"), Pair)
+    names = [name.removeprefix("dpo_")] if name.startswith("dpo_") else run.names
+    heads = names if name == "mah_dpo" else ["policy"]
+    if name == "modpo":
+        set_margins(run, pairs)
+    loss_of = PairLoss(run, names)
     noise = config.perturbation if len(heads) > 1 else 0.0
     model = run.load("sft").with_heads(heads, noise, run.generator(name, "heads"))
     factors = parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
@@ -634,131 +611,82 @@ def train_policy(run, name):
     optimizer = make_optimizer(model, config.dpo_lr_backbone, factor * config.dpo_lr_heads)
 
     def backward(batch):
-        count = torch.full((len(objectives),), config.dpo_pairs, device=run.device)
         found = Counter()
+        count = torch.full((len(names),), config.dpo_pairs, device=run.device)
         # The losses and gradients of the parts of a batch add up to those of the batch.
-        for index in dealt_batches(list(map(len, batch))):
+        for index in dealt_batches([len(pair) for pair in batch]):
             part = [batch[i] for i in index]
-            head = torch.tensor([row.owner % len(heads) for row in part], device=run.device)
+            head = [heads.index(pair.objective) if len(heads) > 1 else 0 for pair in part]
             with run.autocast():
-                logps = policy_logps(model, [row.pair for row in part], head)       # (2, n)
-                loss, metrics = preference_loss(part, logps, alpha, w_k, config.beta, count)
+                logps = policy_logps(model, part, torch.tensor(head, device=run.device))  # (2, n)
+            loss, metrics = loss_of(part, logps, count)
             if ranks() > 1:     # FSDP wants a gradient for the same parameters in every process
                 loss = loss + 0 * sum(head.weight[0, 0] for head in model.heads)
             (loss * ranks()).backward()
             for metric, value in metrics.items():
                 found[metric] += value
-        if len(heads) > 1:
-            found["gradient_norm"] = head_norms(model)
+        if len(heads) > 1:      # a head's gradient comes from its own objective alone
+            grads = [head.weight.grad for head in model.heads]      # None in a process without pair
+            norms = [whole(g.norm()) if g is not None else torch.zeros(()) for g in grads]
+            found["gradient_norm"] = torch.stack(norms).to(run.device) / ranks()
         return found
 
-    held_out = []
-    for rows in dev:
-        held_out += rows[:4 * config.dpo_pairs]
+    dev = []
+    for objective in names:
+        dev += choose(pairs, objective, "dev")[:4 * config.dpo_pairs]
 
     def develop():
         with run.autocast():
-            logps = own_logps(model, [row.pair for row in held_out]).T.to(run.device)
-        return preference_loss(held_out, logps, alpha, w_k, config.beta)[1]
+            logps = own_logps(model, dev).T.to(run.device)
+        return loss_of(dev, logps)[1]
 
     # An objective's pairs come in the same order to every policy, for the same number of steps.
-    cycles = [Cycle(rows, run.generator("pairs", o)) for rows, o in zip(train, objectives)]
-    batches = mixed_batches(cycles, [config.dpo_pairs] * len(cycles))
-    largest = max(map(len, comparisons(run, run.names, None, "train")))
-    steps = capped(config.dpo_steps, largest / config.dpo_pairs, config)
-    log = fit(run, name, model, optimizer, steps, batches, backward, objectives,
-              develop if held_out else None, clip=10.0)
-    if not name.startswith("dpo_"):         # the soup's members go without
-        show_progress(name, objectives, log)
+    train = {o: choose(pairs, o, "train") for o in run.names}
+    cycles = [Cycle(train[o], run.generator("pairs", o)) for o in names]
+    batches = mixed_batches(cycles, [config.dpo_pairs] * len(names))
+    steps = capped(config.dpo_steps, max(map(len, train.values())) / config.dpo_pairs, config)
+    log = fit(run, name, model, optimizer, steps, batches, backward, names,
+              develop if dev else None, clip=10.0)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
 
 
-def comparisons(run, objectives, margins, split):
-    """The pairs of one split -> for every objective a list of its Comparisons. margins: of all pairs,
-    or None."""
-    found = {name: [] for name in objectives}
-    pairs, reference = load_pairs(run)
-    for i, pair in enumerate(pairs):
-        if pair.objective in objectives and pair.split == split:
-            margin = None if margins is None else float(margins[i])
-            row = Comparison(pair, objectives.index(pair.objective), reference[i].tolist(), margin,
-                             pair.where)
-            found[pair.objective].append(row)
-    return list(found.values())
-
-
-def loss_weights(run, objectives):
-    """For every objective its weight in the loss, --alpha, and MODPO's w_k: the weights are uniform
-    over a domain's objectives -> (O,), (O,)"""
-    given = parse_weights(run.config.alpha, run.names, "--alpha", 1.0)
-    domains = [o.domain for o in run.objectives if o.name in objectives]
-    alpha = [weight for weight, name in zip(given, run.names) if name in objectives]
-    w_k = [1 / domains.count(domain) for domain in domains]
-    return torch.tensor(alpha, device=run.device), torch.tensor(w_k, device=run.device)
-
-
-def head_norms(model):
-    """The gradient norm (H,) of every head, which comes from its own objective alone."""
-    norms = []
-    for head in model.heads:
-        grad = head.weight.grad             # None where a process saw no pair of the objective
-        norm = torch.zeros((), device=head.weight.device) if grad is None else whole(grad.norm())
-        norms.append(norm / ranks())
-    return torch.stack(norms)
-
-
-def show_progress(name, objectives, log):
-    """One aligned line per evaluation on development pairs: loss, margin, accuracy."""
-    tqdm.write(f"  {name}: loss, margin, accuracy on development pairs")
-    tqdm.write(" " * 7 + "".join(f" {o:>18}" for o in objectives))
-    for row in log:
-        if row.get("split") == "dev":
-            line = f"  {row['step']:5d}"
-            for objective in objectives:
-                m = row.get(objective)
-                cell = f"{m['loss']:6.3f} {m['margin']:+6.2f} {m['accuracy']:4.2f}" if m else "-"
-                line += f" {cell:>18}"
-            tqdm.write(line)
-
-
-def modpo_margins(run):
-    """(N,): for a pair of objective k, sum over the domain's other objectives j of
-    w_j (r_j(y+) - r_j(y-)), with uniform w and r_j = beta log(pi_j / pi_ref) by the single-objective
-    DPO policies (paper, Sec. 5)."""
-    pairs, reference = load_pairs(run)
-    margins = torch.zeros(len(pairs))
+def set_margins(run, pairs):
+    """MODPO's margin of a pair of objective k: the sum over the domain's other objectives j of
+    w_j (r_j(y+) - r_j(y-)), with uniform w and r_j = beta log(pi_j / pi_ref) by the policies of
+    single objectives (paper, Sec. 5)."""
+    for pair in pairs:
+        pair.margin = 0.0
     for objective in run.objectives:
-        domain = [o.name for o in run.objectives if o.domain == objective.domain]
-        others = [name for name in domain if name != objective.name]
-        index = [i for i, pair in enumerate(pairs) if pair.objective in others]
-        if index:
+        mates = [o.name for o in run.objectives if o.domain == objective.domain]
+        part = [p for p in pairs if p.objective in mates and p.objective != objective.name]
+        if part:
             policy = f"dpo_{objective.name}"
-            part = [pairs[i] for i in index]
             logps = score_pairs(run, run.load(policy), part, f"rewards by {policy}")
-            rewards = run.config.beta * (logps - reference[index])                  # (n, 2)
-            margins[index] += (rewards[:, 0] - rewards[:, 1]) / len(domain)
-    return margins
+            reference = torch.tensor([pair.reference for pair in part])
+            rewards = run.config.beta * (logps - reference)                         # (n, 2)
+            for pair, (chosen, rejected) in zip(part, rewards.tolist()):
+                pair.margin += (chosen - rejected) / len(mates)
 
 
 def measure_pairs(run, name):
     """Stage pair_metrics: rows for the table of held-out pairs. Each pair is scored under its own
     head; the soup is that of its domain's policies."""
-    pairs, reference = load_pairs(run)
-    policies = ["base", "sft", "single_head_dpo", "modpo", "mah_dpo"]
-    jobs = [(policy, [policy], run.names) for policy in policies]
+    pairs = [p for p in read_rows(run.file("pairs.jsonl"), Pair) if p.split == "dev"]
+    jobs = [(policy, [policy], run.names)
+            for policy in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo")]
     for domain in dict.fromkeys(o.domain for o in run.objectives):
         names = [o.name for o in run.objectives if o.domain == domain]
         jobs.append(("soup", [f"dpo_{o}" for o in names], names))
     rows = []
     for policy, members, names in jobs:
-        index = [i for i, p in enumerate(pairs) if p.split == "dev" and p.objective in names]
-        part, logps = [pairs[i] for i in index], reference[index]
+        part = [pair for pair in pairs if pair.objective in names]
+        reference = torch.tensor([pair.reference for pair in part]).view(-1, 2)
+        logps = reference
         if policy != "sft":
             model = average([run.load(member) for member in members])
             logps = score_pairs(run, model, part, f"held-out pairs: {policy}")
-        rows += pair_metrics_rows(policy, logps, reference[index], part, run.config.beta,
-                                  run.config.seed)
+        rows += pair_metrics_rows(policy, logps, reference, part, run.config.beta, run.config.seed)
     write_json(run.file(name), rows)
 
 
@@ -768,20 +696,21 @@ def make_labels(run, name):
     """Stage labels: labels.jsonl and mah_dpo_pairs.jsonl. The PRM will guide the SFT policy and
     MAH-DPO's uniform mixes, so both make its data: judged turns (case B), rollouts (verifiable and
     case A), and pairs (case C; those of SFT are in pairs.jsonl)."""
-    labels, pairs, judges = [], [], {}
+    config, labels, pairs, judges = run.config, [], [], {}
     for policy in ("sft", "mah_dpo"):
-        for source in sources_of(run, policy):
+        model, sources = sources_of(run, policy)
+        for source in sources:
+            judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
             for objective in source.objectives("A"):
                 if objective not in judges:
                     judges[objective] = calibrate_judge(source, objective)
-            labels += label_steps(source, source.objectives("B"), judges, "turns",
-                                  run.config.n_prompts, 1)
-            labels += label_steps(source, source.objectives("verifiable", "A"), judges, "rollouts",
-                                  run.config.n_rollout_prompts, run.config.rollouts)
-            if policy != "sft" and source.objectives("C"):
+            labels += label_steps(source, judged, judges, "turns", config.n_prompts, 1)
+            labels += label_steps(source, rolled, judges, "rollouts", config.n_rollout_prompts,
+                                  config.rollouts)
+            if policy == "mah_dpo" and source.objectives("C"):
                 pairs += sample_pairs(source, source.objectives("C"))
     labels, pairs = gather(labels), gather(pairs)
-    labels += real_labels(run.config.data, run.objectives, run.load("sft"))[0]
+    labels += real_labels(config.data, run.objectives, model)[0]
     tqdm.write(f"  labelled sequences: {len(labels)}; more pairs: {len(pairs)}")
     run.log("labels", judges.values())
     write_rows(run.file("mah_dpo_pairs.jsonl"), pairs)
@@ -789,8 +718,8 @@ def make_labels(run, name):
 
 
 def calibrate_judge(source, name):
-    """Case A: the judge's threshold, fitted on 200 rated development examples of the SFT policy, and
-    the agreement on another 200 -> a row for the log."""
+    """Case A: the judge's threshold, fitted on 200 rated development examples of the SFT policy,
+    and the agreement on another 200 -> a row for the log."""
     run, world = source.run, source.world
     rng, generator = run.rng("judge", name), run.generator("judge", name)
     problems = world.problems("dev", 400, rng)
@@ -804,17 +733,17 @@ def calibrate_judge(source, name):
     half = len(gold) // 2
     threshold, fitted = fit_threshold(ratings[:half], gold[:half])
     agreed = [(rating > threshold) == good for rating, good in zip(ratings[half:], gold[half:])]
-    agreement, share = sum(agreed) / half, sum(gold[half:]) / half
+    agreement, positive = sum(agreed) / half, sum(gold[half:]) / half
     tqdm.write(f"  {name}: judge's threshold {threshold:.3f}, agreement {fitted:.3f} on the {half} "
-               f"rated dev examples it was fitted on, {agreement:.3f} on {half} others (always the "
-               f"commoner answer: {max(share, 1 - share):.3f})")
+               f"rated dev examples it was fitted on, {agreement:.3f} on {half} others (always "
+               f"the commoner answer: {max(positive, 1 - positive):.3f})")
     return {"objective": name, "threshold": threshold, "agreement_fitted": fitted,
-            "agreement": agreement, "positive": share}
+            "agreement": agreement, "positive": positive}
 
 
 def label_steps(source, names, judges, purpose, n, M):
-    """M rollouts from every step of a policy's answers to n problems -> Labelled rows with a label for
-    each of the objectives `names`. judges: what calibrate_judge said, by objective."""
+    """M rollouts from every step of a policy's answers to n problems -> Labelled rows with a label
+    for each of the objectives `names`. judges: rows of calibrate_judge, by objective."""
     if not names:
         return []
     tokenizer, world = source.model.tokenizer, source.world
@@ -836,7 +765,8 @@ def label_steps(source, names, judges, purpose, n, M):
         rollouts.append([turn.response] * M)
         targets = [{} for _ in at]                          # for every step {name: label}
         for name in [*names, STEP]:
-            for target, label in zip(targets, labels_of(source, turn, rollouts, name, judges, rng)):
+            labels = labels_of(source, turn, rollouts, name, judges, rng)
+            for target, label in zip(targets, labels):
                 target[name] = label
         at = [len(turn.prompt) + end for end in at]
         rows.append(Labelled(turn.prompt + turn.response, at, targets, source.split))
@@ -844,55 +774,48 @@ def label_steps(source, names, judges, purpose, n, M):
 
 
 def labels_of(source, turn, rollouts, name, judges, rng):
-    """The labels of one output for every step of a turn. rollouts: for every step M responses."""
+    """One output's labels for the steps of a turn. rollouts: for every step M responses."""
+    verifiable = source.objectives("verifiable")
     if name == STEP:
-        return known_verdicts(source, turn)
-    if name in source.objectives("verifiable"):
+        return known_verdicts(source, turn) if verifiable else []
+    if name in verifiable:
         return hindsight(source, turn, rollouts)
     threshold = judges[name]["threshold"] if name in judges else 0.5
-    return majority(source, turn, rollouts, name, threshold, rng)
+    verdicts = []
+    for responses in rollouts:
+        ratings = [rate(source, turn, response, [name], rng)[name] for response in responses]
+        verdicts.append([rating > threshold for rating in ratings])
+    return majority_labels(torch.tensor(verdicts)).tolist()
 
 
-def step_texts(source, response):
-    """Response ids -> the text of every step."""
+def verify(source, turn, response):
+    """The verifier on a response -> is its end right? 1 or 0; the same for every step, or None."""
     tokenizer = source.model.tokenizer
-    texts, start = [], 0
+    steps, start = [], 0
     for end in tokenizer.step_ends(response, source.world.boundary):
-        texts.append(tokenizer.decode(response[start:end + 1]))
+        steps.append(tokenizer.decode(response[start:end + 1]))
         start = end + 1
-    return texts
+    return source.world.verify(turn.problem, steps)
 
 
 def hindsight(source, turn, rollouts):
     """The verifiable case: V_t for every step."""
-    verify = source.world.verify
     correct, lengths = [], []
     for responses in rollouts:
-        texts = [step_texts(source, response) for response in responses]
-        correct.append([verify(turn.problem, steps)[0] for steps in texts])
-        lengths.append([len(steps) for steps in texts])
-    _, rewards = verify(turn.problem, step_texts(source, turn.response))
+        verified = [verify(source, turn, response) for response in responses]
+        correct.append([z for z, _ in verified])
+        lengths.append([len(rewards) for _, rewards in verified])
     # Nobody verifies the single steps of an answer to a real question: r_t is 0 there.
+    _, rewards = verify(source, turn, turn.response)
     r = torch.tensor([reward or 0.0 for reward in rewards])                         # (S,)
     gamma = source.run.config.gamma
     return hindsight_targets(r, torch.tensor(lengths), torch.tensor(correct), gamma).tolist()
 
 
-def majority(source, turn, rollouts, name, threshold, rng):
-    """Cases A and B: for every step the majority of the judge's verdicts on its M rollouts."""
-    found = []
-    for responses in rollouts:
-        ratings = [rate(source, turn, response, [name], rng)[name] for response in responses]
-        found.append([rating > threshold for rating in ratings])
-    return majority_labels(torch.tensor(found)).tolist()
-
-
 def known_verdicts(source, turn):
-    """The verifier's verdicts on the steps up to the first wrong one: what follows that is judged by
-    it, not by what it says. Nothing where steps are not verified."""
-    if not source.objectives("verifiable"):
-        return []
-    _, rewards = source.world.verify(turn.problem, step_texts(source, turn.response))
+    """The verifier's verdicts on the steps up to the first wrong one: what follows that is judged
+    by it, not by what it says. Nothing where steps are not verified."""
+    _, rewards = verify(source, turn, turn.response)
     known = [reward for reward in rewards if reward is not None]
     return known[:known.index(0.0) + 1] if 0.0 in known else known
 
@@ -903,35 +826,30 @@ def known_verdicts(source, turn):
 PAIR_FILES = ["pairs.jsonl", "mah_dpo_pairs.jsonl"]
 
 
-def prm_sources(run, outputs, split):
+def prm_sources(run, names, split):
     """What a PRM with these outputs learns from, or is measured on: lists of Labelled, one for each
     set of objectives that are labelled together (those of a domain); then lists of Pair, one for
     each objective without labels, as in case C."""
-    labelled, groups = set(), {}
+    labelled, groups, pairs = set(), {}, []
     for row in read_rows(run.file("labels.jsonl"), Labelled):
+        about = set().union(*row.targets) & set(names)
         if row.split == "train":
-            labelled.update(about(run, row))
-        if row.split == split:
-            wanted = tuple(name for name in about(run, row) if name in outputs)
-            groups.setdefault(wanted, []).append(row)
-    groups.pop((), None)
-    for path in map(run.file, PAIR_FILES):
-        for pair in read_rows(path, Pair):
-            if pair.objective in outputs and pair.objective not in labelled and pair.split == split:
-                groups.setdefault(pair.objective, []).append(pair)
-    return list(groups.values())
-
-
-def about(run, item):
-    """The objectives of a Pair or of the labels of a Labelled."""
-    named = {item.objective} if isinstance(item, Pair) else set().union(*item.targets)
-    return [name for name in run.names if name in named]
+            labelled |= about
+        if about and row.split == split:
+            groups.setdefault(frozenset(about), []).append(row)
+    for file in PAIR_FILES:
+        pairs += read_rows(run.file(file), Pair)
+    found = list(groups.values())
+    for name in names:
+        if name not in labelled:
+            found.append(choose(pairs, name, split))
+    return [items for items in found if items]
 
 
 def step_sizes(sources, config):
-    """How many items of each source a PRM step takes. Labelled sequences: as many as the source has a
-    share of the labels, but at least prm_pairs, so that few labels are still learned from."""
-    labels = [sum(len(row.ends) for row in items if isinstance(row, Labelled)) for items in sources]
+    """How many items of each source a PRM step takes. Labelled sequences: as many as the source has
+    a share of the labels, but at least prm_pairs, so that few labels are still learned from."""
+    labels = [sum(len(x.ends) for x in items if isinstance(x, Labelled)) for items in sources]
     sizes = []
     for n in labels:
         size = max(config.prm_pairs, config.prm_batch * n // max(1, sum(labels)))
@@ -939,11 +857,20 @@ def step_sizes(sources, config):
     return sizes
 
 
+def count_labels(items):
+    """The number of labels of every output on Labelled rows (a Pair has none)."""
+    count = Counter()
+    for item in items:
+        for labels in item.targets if isinstance(item, Labelled) else []:
+            count.update(labels.keys())
+    return count
+
+
 def own_parts(batch):
     """This process's items of a batch in parts: labelled sequences of similar length, then pairs."""
     labelled = [item for item in batch if isinstance(item, Labelled)]
     pairs = [item for item in batch if isinstance(item, Pair)]
-    for index in dealt_batches(list(map(len, labelled)), 2048):
+    for index in dealt_batches([len(row) for row in labelled], 2048):
         yield [labelled[i] for i in index]
     if pairs:
         yield local_items(pairs)
@@ -967,14 +894,14 @@ def train_prm(run, name):
     """Stage prm: one PRM on labelled sequences and pairs, from the SFT backbone."""
     config, generator = run.config, run.generator(name)
     outputs = [o for o in run.objectives if name in ("prm", f"prm_{o.name}")]
-    names = [o.name for o in outputs]
+    names, cases = [o.name for o in outputs], [o.case for o in outputs]
     sources = prm_sources(run, names, "train")
     backbone = run.load("sft").with_heads(())
-    weights = [config.prm_value_weight if o.case == "verifiable" else 1.0 for o in outputs]
-    # Where it is known which steps are right, a value model is taught that too. With a single block
-    # there is no layer below to read it from.
-    if "verifiable" in [o.case for o in outputs] and backbone.config.n_layer > 1:
-        if STEP in count_labels(sum(sources, [])):
+    weights = [config.prm_value_weight if case == "verifiable" else 1.0 for case in cases]
+    # Where it is known which steps are right, a value model is taught that too. A single block has
+    # no layer below it to read it from.
+    if "verifiable" in cases and STEP in count_labels(sum(sources, [])):
+        if backbone.config.n_layer > 1:
             outputs.append(STEP_OUTPUT)
             weights.append(config.prm_step_weight)
     weight = torch.tensor(weights, device=run.device)                               # (P,)
@@ -986,7 +913,7 @@ def train_prm(run, name):
     def backward(batch):
         losses, labels = torch.zeros(2, len(outputs), device=run.device)
         count = count_labels(batch)
-        in_batch = torch.tensor([count[o.name] for o in outputs], device=run.device)
+        in_batch = torch.tensor([count[output] for output in prm.names], device=run.device)
         for part in own_parts(batch):
             with run.autocast():
                 loss, n = prm_loss(prm, part, in_batch)
@@ -995,30 +922,19 @@ def train_prm(run, name):
         return {"loss": losses, "labels": labels}
 
     sizes = step_sizes(sources, config)
+    batches = mixed_batches([Cycle(items, generator) for items in sources], sizes)
     epoch = max(len(items) / size for items, size in zip(sources, sizes))
     steps = capped(config.prm_steps, epoch, config)
-    batches = mixed_batches([Cycle(items, generator) for items in sources], sizes)
     log = fit(run, name, prm, optimizer, steps, batches, backward, prm.names, warm_up=100,
               decay="linear")
-    log.append(measure_prm(prm, prm_sources(run, names, "dev")))
-    run.log(name, log)
+    run.log(name, [*log, measure_prm(prm, prm_sources(run, names, "dev"))])
     save_prm(prm, run.file(name))
-
-
-def count_labels(items):
-    """The number of labels of every output on Labelled rows (a Pair has none)."""
-    count = Counter()
-    for item in items:
-        for labels in item.targets if isinstance(item, Labelled) else []:
-            count.update(labels.keys())
-    return count
 
 
 @torch.no_grad()
 def measure_prm(prm, sources):
     """The held-out quality of every output, printed, as a row of the log; sets prm.scale."""
-    quality = {}
-    spread = {name: [] for name in prm.names}
+    quality, spread = {}, {name: [] for name in prm.names}
     for items in sources:
         if isinstance(items[0], Pair):
             chosen, rejected, _ = all_scores(pair_scores, prm, items)               # (N,)
@@ -1037,7 +953,7 @@ def measure_prm(prm, sources):
         if len(values) > 1 and float(values.std()) > 0:
             prm.scale[p] = values.std()
     for name, measures in quality.items():
-        shown = [f"{k} {v:.3f}" if k != "n" else f"{v} steps" for k, v in measures.items()]
+        shown = [f"{key} {value:.3g}" for key, value in measures.items()]
         tqdm.write(f"  {name:17s} held-out {', '.join(shown)}")
     return {"held_out": quality}
 
@@ -1045,62 +961,61 @@ def measure_prm(prm, sources):
 def all_scores(read, prm, items):
     """What `read` (step_scores or pair_scores) gives for all items, some of them at a time."""
     parts = []
-    for index in batches_by_length(list(map(len, items))):
+    for index in batches_by_length([len(item) for item in items]):
         parts.append(read(prm, [items[i] for i in index]))
     return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
 def step_quality(output, scores, targets):
-    """Scores and targets (n,) of one output on held-out steps -> its measures. R^2 is the share of the
-    targets' variance that is explained; to predict their mean gives 0."""
+    """Scores and targets (n,) of one output on held-out steps -> its measures. R^2 is the share of
+    the targets' variance that is explained; to predict their mean gives 0."""
     if output.case == "verifiable":
         error = ((scores - targets) ** 2).mean()
-        r2 = 1 - float(error / targets.var(correction=0).clamp(min=1e-9))
-        return {"r2": r2, "n": len(scores)}
-    common = float(targets.mean())
-    right = ((scores > 0) == (targets > 0.5)).float()
-    return {"accuracy": float(right.mean()), "commoner_label": max(common, 1 - common),
+        variance = targets.var(correction=0).clamp(min=1e-9)
+        return {"r2": 1 - float(error / variance), "n": len(scores)}
+    common, right = float(targets.mean()), (scores > 0) == (targets > 0.5)
+    return {"accuracy": float(right.float().mean()), "commoner_label": max(common, 1 - common),
             "n": len(scores)}
 
 
 # -- the table of stages
 
 class Stage(NamedTuple):
-    """A stage, and when its files may be kept."""
+    """A stage, and what tells whether its files may be kept."""
     title: str
-    files: list          # what it leaves in the run directory; the last one says that it has finished
-    options: str         # the options that it depends on and the stages before it do not
-    work: Callable       # work(run, the last file's name)
+    files: list         # what it leaves in the directory; the last one says that it has finished
+    options: str        # the options that it depends on and the stages before it do not
+    work: Callable      # work(run, the last file's name)
 
 
 def stages(run):
     """The stages of a run in their order."""
+    policies = "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor"
+    prm = ("prm prm_steps prm_batch prm_pairs prm_value_weight prm_step_weight prm_lr_backbone "
+           "prm_lr_head")
+    prms = ["prm"] if run.config.prm == "unified" else [f"prm_{name}" for name in run.names]
+    source = f"from {run.config.init}" if run.config.init else "pre-training"
     found = [
-        Stage(f"base model, {'from ' + run.config.init if run.config.init else 'pre-training'}",
-              ["base"], "init seed dtype grad_checkpoint epochs base_steps base_lr", train_base),
-        Stage("supervised fine-tuning",
-              ["sft"], "objective data max_new_tokens sft_steps sft_batch sft_lr", train_sft),
-        Stage("samples and judges",
-              ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs),
-        Stage("the reference's log-probabilities",
-              ["sft_logps.safetensors"], "", make_reference)]
+        Stage(f"base model, {source}", ["base"],
+              "init seed dtype grad_checkpoint epochs base_steps base_lr", train_base),
+        Stage("supervised fine-tuning", ["sft"],
+              "objective data max_new_tokens sft_steps sft_batch sft_lr", train_sft),
+        Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs)]
     for name in ["single_head_dpo", *[f"dpo_{o}" for o in run.names], "modpo"]:
-        found.append(Stage(f"policy {name}", [name], "alpha beta dpo_steps dpo_pairs dpo_lr_backbone "
-                           "dpo_lr_heads dpo_lr_factor", train_policy))
+        found.append(Stage(f"policy {name}", [name], policies, train_policy))
     found += [
         Stage("policy mah_dpo", ["mah_dpo"], "perturbation", train_policy),
         Stage("held-out pairs", ["pair_metrics.json"], "", measure_pairs),
         Stage("rollouts and labels", ["mah_dpo_pairs.jsonl", "labels.jsonl"],
               "gamma rollouts n_rollout_prompts", make_labels)]
-    for name in ["prm"] if run.config.prm == "unified" else [f"prm_{o}" for o in run.names]:
-        found.append(Stage(f"process reward model {name}", [name], "prm prm_steps prm_batch prm_pairs "
-                           "prm_value_weight prm_step_weight prm_lr_backbone prm_lr_head", train_prm))
+    for name in prms:
+        found.append(Stage(f"process reward model {name}", [name], prm, train_prm))
     tables = ["scores.jsonl", "results.md", "pareto.svg", "results.json"]
     return [*found, Stage("tables", tables, "n_test split weight_steps k", make_tables)]
 
 
 def make_tables(run, name):
-    """Stage tables: evaluate.py's, with the rows of the held-out pairs."""
+    """Stage tables: those of evaluate.py, with the rows of the held-out pairs."""
     evaluate(run.path, read_json(run.file("pair_metrics.json")))
 
 
@@ -1135,12 +1050,12 @@ def run_stages(run):
         if name == "checkpoint.safetensors" or name.endswith(".tmp"):
             with contextlib.suppress(OSError):
                 os.remove(run.file(name))
-    print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py {run.path} "
-          "--prompt ...")
+    print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py "
+          f"{run.path} --prompt ...")
 
 
 def source_of(run):
-    """The run that this one starts from, or None: with several trainings the one of the same seed."""
+    """The run that this one starts from, or None; of several trainings the one of the same seed."""
     if not os.path.isdir(run.config.from_):
         return None
     for path in seed_runs(run.config.from_):
@@ -1151,30 +1066,16 @@ def source_of(run):
 
 
 def take_over(run, source, stage):
-    """Copy a finished stage of another run: its rows of the log, then its files, the last one last."""
+    """Copy a finished stage of another run: its rows of the log, then its files, the last at last."""
     name = stage.files[-1].partition(".")[0]
     rows = [row for _, row in read_jsonl(source.file("log.jsonl")) if row["stage"] == name]
     run.log(name, rows)
     for file in stage.files if rank() == 0 else []:
         old, part = source.file(file), run.file(f"{file}.tmp")
         shutil.rmtree(part, ignore_errors=True)     # what a kill has left
-        if os.path.isdir(old):
-            shutil.copytree(old, part, copy_function=same_file)
-        else:
-            same_file(old, part)
-        os.replace(part, run.file(file))
-    total(torch.zeros(1))                           # the other processes look for them only now
-
-
-def same_file(old, new):
-    """A second name of a file: no bytes are copied, and it outlives the first name. A copy where the
-    file system has none. No file of a run is ever changed in place."""
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(new)
-    try:
-        os.link(old, new)
-    except OSError:
-        shutil.copy(old, new)
+        copy = shutil.copytree if os.path.isdir(old) else shutil.copy
+        os.replace(copy(old, part), run.file(file))
+    total(torch.zeros(1))                           # the other processes look for it only now
 
 
 # -- the training loop of all stages
@@ -1184,8 +1085,8 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
     """`steps` updates, each by the gradient of one batch -> rows for the log.
 
     batches: endless iterator of lists of items, a function of the seed alone: its position is the
-    step. backward(batch): adds up the gradient of this process's share, and returns numbers for the
-    log, {metric: tensor}, scalars or one for each objective of `names`, that add up over the
+    step. backward(batch): adds up the gradient of this process's share, and returns numbers for
+    the log, {metric: tensor}, scalars or one for each objective of `names`, which add up over the
     processes. develop(): the same on held-out data, four times. clip: largest norm of a gradient.
     Every config.checkpoint_every steps, and before a stop, all is saved that the next step needs."""
     top = [group["lr"] for group in optimizer.param_groups]
@@ -1195,7 +1096,7 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
     with tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar:
         for step, batch in enumerate(islice(batches, start, steps), start):
             if develop and step % math.ceil(steps / 3) == 0:
-                log.append({"step": step, "split": "dev"} | log_row(develop(), names))
+                log.append(development_row(stage, step, develop(), names))
             begun = time.perf_counter()
             for group, lr in zip(optimizer.param_groups, top):
                 group["lr"] = lr * rate_factor(step, steps, warm_up, decay)
@@ -1218,20 +1119,17 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
                 raise KeyboardInterrupt
     run.training = False
     if develop:
-        log.append({"step": steps, "split": "dev"} | log_row(develop(), names))
+        log.append(development_row(stage, steps, develop(), names))
     run.log(stage, [{"steps": steps - start, "tokens": tokens, "seconds": seconds,
                      "tokens_per_second": tokens / max(seconds, 1e-9)}], "timings.jsonl")
     return log
 
 
 def rate_factor(step, steps, warm_up, decay):
-    """The factor on the learning rates: it rises over `warm_up` steps, then stays, or falls to .05."""
-    if decay == "linear":
-        left = 1 - step / steps
-    elif decay == "cosine":
-        left = (1 + math.cos(math.pi * step / steps)) / 2
-    else:
-        left = 1.0
+    """The factor on the learning rates: it rises over `warm_up` steps; then it stays, or falls to
+    .05."""
+    left = {"constant": 1.0, "linear": 1 - step / steps,
+            "cosine": (1 + math.cos(math.pi * step / steps)) / 2}[decay]
     return min(1.0, (step + 1) / warm_up) * (0.05 + 0.95 * left)
 
 
@@ -1249,13 +1147,12 @@ def refuse_step(stage, step, optimizer, batch, backward):
     bad = []
     for item in batch:
         if not gradient(optimizer, [item] * ranks(), backward, 1.0)[2]:
-            bad.append(item)
-    bad = bad or batch
-    shown = ", ".join(item.where for item in bad[:5])
+            bad.append(item.where)
+    bad = bad or [item.where for item in batch]
     more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-    raise InputError(f"{stage}, step {step}: the loss or its gradient is not finite for {shown}{more}; "
-                     "this step was not taken, and earlier checkpoints are kept. Lower the learning "
-                     "rate, or look at these examples")
+    raise InputError(f"{stage}, step {step}: the loss or its gradient is not finite for "
+                     f"{', '.join(bad[:5])}{more}; this step was not taken, and earlier "
+                     "checkpoints are kept. Lower the learning rate, or look at these examples")
 
 
 def log_row(found, names):
@@ -1270,6 +1167,15 @@ def log_row(found, names):
             if not math.isnan(number):
                 row.setdefault(name, {})[metric] = number
     return row
+
+
+def development_row(stage, step, found, names):
+    """The row of the log for held-out data; prints each objective's loss, margin and accuracy."""
+    row = log_row(found, names)
+    cells = [f"{name} {m['loss']:.3f} {m['margin']:+.2f} {m['accuracy']:.2f}"
+             for name, m in row.items()]
+    tqdm.write(f"  {stage}, step {step}, held-out loss, margin, accuracy: {'; '.join(cells)}")
+    return {"step": step, "split": "dev"} | row
 
 
 # -- checkpoints
@@ -1300,11 +1206,11 @@ def load_checkpoint(run, stage, model, optimizer):
         about = read_metadata(path) if os.path.exists(path) else {}
     except InputError as e:
         raise InputError(f"{e}; {again}") from None
-    if about.get("stage") != stage:             # none, or that of an earlier stage, which is finished
+    if about.get("stage") != stage:             # none, or that of an earlier, finished stage
         return 0, []
     if about.get("key") != run.key:
-        raise InputError(f"{path}: saved with another configuration or other data than these; bring "
-                         f"those back, or {again}")
+        raise InputError(f"{path}: saved with another configuration or other data than these; "
+                         f"bring those back, or {again}")
     weights, parameters = model.state_dict(), parameters_of(optimizer)
     for key, tensor in load_safetensors(path).items():
         kind, _, name = key.partition(".")
@@ -1321,37 +1227,32 @@ def load_checkpoint(run, stage, model, optimizer):
 # -- runs and their directories
 
 def carry_out(run):
-    """All that is unfinished of a run: its stages, or those of each of several trainings, and then the
-    tables over these."""
-    trainings = seed_runs(run.path)
-    if len(trainings) == 1:
-        return run_stages(run)
-    for i, path in enumerate(trainings):
-        print(f"\n{path}: training {i + 1} of {len(trainings)}")
-        config = replace(run.config, seed=run.config.seed + i, seeds=1)
-        one = open_run(path, run.config.device) if os.path.isdir(path) else begin(path, config)
-        run_stages(one)
-    publish(run.path, load_rows(run.path))
-
-
-def free_name(config):
-    """The directory of a new run. A taken name gets the next number."""
-    wanted = config.out or os.path.join("runs", config.objective.replace(",", "+"))
-    wanted = path = wanted.rstrip("/")
-    number = 2
-    while os.path.lexists(path):
-        path, number = f"{wanted}-{number}", number + 1
-    return gather([path])[0]                    # several processes take the first one's
+    """All that is unfinished of a run: its stages, or those of each of several trainings, and then
+    the tables over these. Exit code 130 where it is stopped."""
+    with alone(run.path):
+        try:
+            trainings = seed_runs(run.path)
+            if len(trainings) == 1:
+                return run_stages(run)
+            for i, path in enumerate(trainings):
+                print(f"\n{path}: training {i + 1} of {len(trainings)}")
+                one = replace(run.config, seed=run.config.seed + i, seeds=1)
+                run_stages(open_run(path, one.device) if os.path.isdir(path) else begin(path, one))
+            publish(run.path, load_rows(run.path))
+        except KeyboardInterrupt:
+            if rank() == 0:
+                print("\nstopped; what is finished is kept. Go on with: python train.py --resume "
+                      f"{run.path}", file=sys.stderr)
+            sys.exit(130)
 
 
 def begin(path, config):
-    """Make the directory of a run, which is never there without its config.json -> Run"""
+    """Make the directory of a run, which is never there without its config.json -> Run."""
     run = Run(path, config)
-    records = [asdict(o) for o in run.objectives]
+    saved = asdict(config) | {"objectives": [asdict(o) for o in run.objectives], "key": run.key}
     if rank() == 0:
         os.makedirs(f"{path}.tmp", exist_ok=True)
-    write_json(os.path.join(f"{path}.tmp", "config.json"),
-               asdict(config) | {"objectives": records, "key": run.key})
+    write_json(f"{path}.tmp/config.json", saved)
     if rank() == 0:
         os.rename(f"{path}.tmp", path)
     total(torch.zeros(1))                       # the other processes look for it only now
@@ -1372,80 +1273,53 @@ def open_run(path, device="auto"):
         config.device = device
     run = Run(path, config, objectives)
     if key != run.key:
-        raise InputError(f"{path}/config.json: the options, or the files in --data, are not those that "
-                         "this run began with; bring those back, or start a new run")
-    check_config(config)                        # the processes may be others
+        raise InputError(f"{path}/config.json: the options, or the files in --data, are not those "
+                         "that this run began with; bring those back, or start a new run")
+    check_config(config)                        # there may be more processes now
     return run
 
 
-def train(run):
-    """Carry out a run, alone in its directory, until it is finished or stopped."""
-    with alone(run.path):
-        try:
-            carry_out(run)
-        except KeyboardInterrupt:
-            if rank() == 0:
-                print("\nstopped; what is finished is kept. Go on with: python train.py --resume "
-                      f"{run.path}", file=sys.stderr)
-            sys.exit(130)
-
-
-@contextlib.contextmanager
-def alone(path):
-    """Hold a run directory. InputError if a train.py is at work there already, say the processes that
-    go on after their torchrun was killed: two would write the same files."""
-    with contextlib.ExitStack() as stack:
-        if fcntl and rank() == 0:
-            directory = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, directory)
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{path}: a train.py is at work there already; wait for it, or end "
-                                 "its processes") from None
-            except OSError:                     # a file system without locks
-                pass
-        yield
-
-
 # -- the command line
-
-def read_command(argv):
-    """Command line -> Config, directory to resume or None. One flag per field of Config."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
-        text = f.metadata["help"] if f.default == "" else f"{f.metadata['help']} (default {f.default!r})"
-        kind = {"type": f.type, "metavar": f.name.rstrip("_").upper()}
-        if f.type is bool:
-            kind = {"action": "store_true"}
-        parser.add_argument(flag(f.name), dest=f.name, default=None, help=text.replace("%", "%%"), **kind)
-    parser.add_argument("--fast", action="store_true",
-                        help="every stage, small: shows that it works, finds nothing")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, under its own "
-                        "options; takes no other option but --device")
-    args = vars(parser.parse_args(argv))
-    fast, resume = args.pop("fast"), args.pop("resume")
-    given = {name: value for name, value in args.items() if value is not None}
-    if resume == "":                            # an empty variable of a script must not start a new run
-        raise InputError("--resume needs the directory of a run")
-    if resume and (fast or set(given) - {"device"}):
-        raise InputError("--resume goes on with the run's own configuration; give no option with it "
-                         "but --device")
-    small = {f.name: f.metadata["fast"] for f in fields(Config) if f.metadata["fast"] is not None}
-    return Config(**((small if fast else {}) | given)), resume
-
 
 def flag(name):
     """The flag of a field of Config."""
     return "--" + name.rstrip("_").replace("_", "-")
 
 
+def read_command(argv):
+    """Command line -> Config, directory to resume or None. One flag per field of Config."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        text = f.metadata["help"].replace("%", "%%")
+        if f.default != "":
+            text += f" (default {f.default!r})"
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        parser.add_argument(flag(f.name), dest=f.name, default=None, help=text, **kind)
+    parser.add_argument("--fast", action="store_true",
+                        help="every stage, small: shows that it works, finds nothing")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, under its "
+                        "own options; takes no other option but --device")
+    args = vars(parser.parse_args(argv))
+    fast, resume = args.pop("fast"), args.pop("resume")
+    given = {name: value for name, value in args.items() if value is not None}
+    if resume == "":                            # an empty variable of a script
+        raise InputError("--resume needs the directory of a run")
+    if resume and (fast or set(given) - {"device"}):
+        raise InputError("--resume goes on with the run's own configuration; give no option with "
+                         "it but --device")
+    config = Config()
+    for f in fields(Config):
+        if fast and f.metadata["fast"] is not None:
+            setattr(config, f.name, f.metadata["fast"])
+    return replace(config, **given), resume
+
+
 def check_config(config):
     """InputError for an option out of its range."""
     for f in fields(config):
-        value, choices = getattr(config, f.name), f.metadata["choices"]
-        if f.type in (int, float) and not f.metadata["low"] <= value < 2**31:
+        value, low, choices = getattr(config, f.name), f.metadata["low"], f.metadata["choices"]
+        if f.type in (int, float) and not low <= value < 2**31:
             raise InputError(f"{flag(f.name)} {value} is out of range")
         if choices and value not in choices:
             raise InputError(f"{flag(f.name)} {value}: choose {' or '.join(choices)}")
@@ -1485,20 +1359,25 @@ def check_inputs(config):
         world.problems("train", n // world.turns, RNG(0))
 
 
+def new_run(config):
+    """Check what a new run was given, and make its directory. A taken name gets a number -> Run."""
+    check_config(config)
+    config.device = pick_device(config.device)
+    check_inputs(config)
+    name = config.out or os.path.join("runs", config.objective.replace(",", "+"))
+    config.out, number = name.rstrip("/"), 2
+    while os.path.lexists(config.out):
+        config.out, number = f"{name.rstrip('/')}-{number}", number + 1
+    config.out = gather([config.out])[0]        # several processes take the first one's
+    print(f"writing to {config.out}")
+    return begin(config.out, config)
+
+
 def main(argv=None):
     """The command line: a new run, or an unfinished one."""
     join_processes()
     config, resume = read_command(argv)
-    if resume:
-        run = open_run(resume, config.device)
-    else:
-        check_config(config)
-        config.device = pick_device(config.device)
-        check_inputs(config)
-        config.out = free_name(config)
-        run = begin(config.out, config)
-        print(f"writing to {run.path}")
-    train(run)
+    carry_out(open_run(resume, config.device) if resume else new_run(config))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def main(argv=None):
             variant = train.open_run(config.out)
         else:
             variant = train.begin(config.out, config)
-        train.train(variant)
+        train.carry_out(variant)
     evaluate.main([args.run, *[config.out for config in configs]])
 
 
