@@ -24,8 +24,8 @@ def read_values(text):
     """'FIELD=a,b,c' -> the field of train.Config, list of its values. InputError for another text."""
     name, _, values = text.partition("=")
     name = name.strip().replace("-", "_")
-    types = {f.name: f.type for f in fields(train.Config)
-             if f.name not in (*train.HARMLESS, "objective", "init", "data", "seed")}
+    fixed = [*train.HARMLESS, "objective", "init", "data", "seed", "grad_checkpoint"]
+    types = {f.name: f.type for f in fields(train.Config) if f.name not in fixed}
     if name not in types or not values:
         raise InputError(f"{text}: write FIELD=a,b,c with one of the fields {', '.join(types)}")
     found = []
