@@ -1,20 +1,19 @@
-"""data.py: everything the models read. Next file: model.py.
+"""data.py: what the models learn from, and what their answers are measured by. Next file: model.py.
 
-    OBJECTIVES   the seven objectives of the paper: name, domain, how its labels are built (case), where a step ends
-    Tokenizer    text <-> ids on a tiktoken.Encoding that is built from data, never downloaded
-    Math, Values, Tutoring
-                 three small worlds written as programs. Each makes problems, flawed demonstrations and noise-free
-                 scores; Math also verifies single steps, Tutoring also plays the student. They are small enough for
-                 a 0.4 M-parameter model and hard enough that every stage of the method has something to improve.
-    read_*       pairs, ratings, labelled steps and questions from real files (DATA_HELP shows their rows)
-    same_answer  do two final answers agree? What verifies real questions
-    pad          ragged lists of ids -> one (B, T) tensor
-    rank, mine, gather, writing
-                 what several processes (torchrun) share out and write once; with one process they do nothing more
+Read it in this order:
+    objectives   seven axes of alignment: how the labels of each are made, and where its steps end
+    tokenizer    text <-> ids, built from the words of the worlds, never downloaded
+    worlds       three small worlds written as programs. Each asks questions, shows how people who
+                 err answer them, and scores any answer without noise. Math also verifies single
+                 steps, Tutoring also plays the student. A model of 0.4 M parameters can learn them,
+                 and every stage of the method finds something to improve in them.
+    judges       noisy ratings. Training sees these; the tables show the noise-free scores.
+    files        a user's mistakes; JSON in and out
+    batches      ragged lists of ids -> one padded tensor
 
-A conversation is a list of {"role": "user" | "assistant", "content": str}. Math and Values have one assistant turn,
-Tutoring has three. Training labels come from noisy judges (`judge`), tables from the noise-free scores.
+A conversation is a list of messages {"role": "user" | "assistant", "content": str}.
 """
+import itertools
 import json
 import os
 import re
@@ -34,79 +33,96 @@ import torch
 from interop.parallel import rank, ranks, total
 
 
-class InputError(ValueError):
-    """What the user gave cannot be used. The message names the file, the line or the option, and the cure."""
+# -- objectives
 
-
-def run_command(main):
-    """Run a command line's main(): a user's mistake ends in one line on stderr and exit code 2, not in a traceback."""
-    try:
-        main()
-    except BrokenPipeError:
-        os._exit(0)                      # `| head` has read enough; flushing again would only complain
-    # OSError: no such directory, no right to write, disk full; UnicodeError: a terminal or a pipe in another encoding
-    except (InputError, OSError, UnicodeError) as e:
-        if rank() > 0 and isinstance(e, InputError):     # most are met by every process: one line is enough, so wait for
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)       # torchrun to end this process because the first has ended
-            time.sleep(3)
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+# How the labels of steps are made (paper, Sec. 4). verifiable: a program checks answer and steps.
+# A: a judge rates answers that are completed from a step, where such rollouts are cheap.
+# B: a judge rates what was said so far. C: of two whole answers one is preferred.
+CASES = ("verifiable", "A", "B", "C")
+# What ends a step of an answer.
+BOUNDARIES = ("newline", "sentence", "turn")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One axis of alignment. `case` names the row of the paper's table of label constructions (Sec. 4)."""
+    """One axis of alignment."""
     name: str
-    domain: str      # math | values | tutoring
-    case: str        # verifiable | A (judge on rollouts) | B (judge on prefixes) | C (preference pairs)
-    boundary: str    # where a step ends: newline | sentence | turn
-
-    @property
-    def subjective(self):
-        """Accuracies can be right or wrong; of the others the paper's findings speak as subjective."""
-        return not self.name.endswith("_accuracy")
+    domain: str                  # math | values | tutoring
+    case: str                    # one of CASES
+    boundary: str                # one of BOUNDARIES, or "" where it does not matter
+    subjective: bool = True      # a matter of taste; else an answer is right or wrong
 
 
-OBJECTIVES = {o.name: o for o in [
-    Objective("math_accuracy", "math", "verifiable", "newline"),
+# The paper's seven objectives. A policy's heads stand in the order of this table.
+OBJECTIVES = {objective.name: objective for objective in [
+    Objective("math_accuracy", "math", "verifiable", "newline", subjective=False),
     Objective("math_engagement", "math", "A", "newline"),
     Objective("helpfulness", "values", "C", "sentence"),
     Objective("honesty", "values", "C", "sentence"),
     Objective("truthfulness", "values", "C", "sentence"),
-    Objective("tutor_accuracy", "tutoring", "B", "turn"),
+    Objective("tutor_accuracy", "tutoring", "B", "turn", subjective=False),
     Objective("tutor_engagement", "tutoring", "B", "turn"),
 ]}
 
 
 def select_objectives(spec):
-    """'all', a domain, or comma-separated names -> list of names in table order. InputError on an unknown name."""
+    """What a user typed, 'all', domains or names with commas between -> names, in table order."""
     wanted = [part.strip() for part in spec.split(",") if part.strip()]
-    domains = {o.domain for o in OBJECTIVES.values()}
-    unknown = [w for w in wanted if w != "all" and w not in domains and w not in OBJECTIVES]
+    domains = sorted({objective.domain for objective in OBJECTIVES.values()})
+    unknown = [word for word in wanted if word not in ("all", *domains, *OBJECTIVES)]
     if unknown or not wanted:
-        raise InputError(f"unknown objective {', '.join(unknown) or spec!r}: choose all, {', '.join(sorted(domains))}, "
+        named = ", ".join(unknown) or spec
+        raise InputError(f"unknown objective {named!r}: choose all, {', '.join(domains)}, "
                          f"or names from {', '.join(OBJECTIVES)}")
-    return [n for n, o in OBJECTIVES.items() if "all" in wanted or n in wanted or o.domain in wanted]
+    return [o.name for o in OBJECTIVES.values() if {"all", o.domain, o.name} & set(wanted)]
+
+
+def read_objectives(where, records):
+    """Records of a config.json, each an Objective's asdict -> list of Objective. InputError names
+    `where`, the file and the key."""
+    try:
+        found = [Objective(**record) for record in records]
+        good = [o.case in CASES and o.boundary in ("", *BOUNDARIES) for o in found]
+        # A name becomes part of the names of files: it must be no path.
+        names = {re.fullmatch(r"\w+", o.name)[0] for o in found}
+    except TypeError:                # no list, no record, other fields than an Objective's, no name
+        good, names = [False], set()
+    if not all(good) or len(names) < len(good):
+        raise InputError(f"{where} must be a list of objectives with name, domain, case and "
+                         f"boundary, not {str(records)[:200]}; bring back what was written")
+    return found
+
+
+def objective_named(name, objectives):
+    """The one of that name in a list of Objective."""
+    return next(o for o in objectives if o.name == name)
 
 
 def domain_objectives(domain, objectives):
-    """The objectives (of those given) that belong to `domain`, in order."""
-    return [n for n in objectives if OBJECTIVES[n].domain == domain]
+    """Those of a domain in a list of Objective, in order."""
+    return [o for o in objectives if o.domain == domain]
 
+
+# -- randomness
 
 class RNG:
-    """Python-side random draws from one torch.Generator, fetched in blocks because single draws are slow."""
+    """Random draws for Python code: from one torch.Generator, so that a seed fixes them all."""
 
     def __init__(self, seed):
-        self.generator, self.pool = torch.Generator().manual_seed(seed), []
+        self.generator = torch.Generator().manual_seed(seed)
+        self.pool = []
 
     def random(self):
         """A number, uniform in [0, 1)."""
+        # Drawn in blocks, because single draws are slow.
         if not self.pool:
-            self.pool = torch.rand(4096, generator=self.generator, dtype=torch.float64).tolist()
+            block = torch.rand(4096, generator=self.generator, dtype=torch.float64)
+            self.pool = block.tolist()
         return self.pool.pop()
+
+    def below(self, n):
+        """A whole number from 0 to n - 1."""
+        return int(self.random() * n)
 
     def chance(self, p):
         """True with probability p."""
@@ -114,11 +130,12 @@ class RNG:
 
     def choice(self, items):
         """One of a list's items."""
-        return items[int(self.random() * len(items))]
+        return items[self.below(len(items))]
 
     def gauss(self, sigma):
         """A draw from N(0, sigma^2)."""
-        return NormalDist(0, sigma).inv_cdf(max(self.random(), 1e-12))
+        u = max(self.random(), 1e-12)
+        return NormalDist(0, sigma).inv_cdf(u)
 
 
 # -- tokenizer
@@ -536,84 +553,62 @@ class Tokenizer:
 
 @dataclass
 class Problem:
-    """What is asked, a user's message or a list of messages, and what the world knows about it (never shown to a model)."""
-    prompt: str | list
-    truth: dict = field(default_factory=dict)
+    """What a world asks, and what it knows about that."""
+    prompt: str | list                             # the user's message, or a list of messages
+    truth: dict = field(default_factory=dict)      # never shown to a model
 
     def messages(self):
         """A new list of the messages that ask."""
-        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else list(self.prompt)
+        if isinstance(self.prompt, str):
+            return [{"role": "user", "content": self.prompt}]
+        return list(self.prompt)
 
 
-SPLITS = ("train", "train", "train", "train", "train", "train", "train", "train", "dev", "test")
+SPLITS = ("train",) * 8 + ("dev", "test")
 
 
 def split_of(prompt):
-    """A prompt's split is a function of its text alone: the splits are disjoint by construction."""
+    """A prompt's split depends on its text alone: no prompt can be in two splits."""
     return SPLITS[zlib.crc32(prompt.encode()) % len(SPLITS)]
 
 
-JUDGE_NOISE = 0.1    # standard deviation of a judge's rating around the true score
-ENGAGING = 0.3       # a maths solution rated by hand as "engaging" has at least this noise-free engagement
-
-
-def judge(score, rng):
-    """A noisy judge's rating of a response whose true score is `score`."""
-    return score + rng.gauss(JUDGE_NOISE)
-
-
-def fit_threshold(ratings, gold):
-    """The cut on a judge's ratings that agrees best with `gold` (list of bool), and that agreement in [0, 1]."""
-    cuts = [min(ratings) - 1, *sorted(ratings)]
-    agreement = lambda cut: sum((r > cut) == g for r, g in zip(ratings, gold)) / len(gold)
-    best = max(cuts, key=agreement)
-    above = min((r for r in ratings if r > best), default=best + 1)
-    return (best + above) / 2, agreement(best)
-
-
-def right(a, op, b):
-    """The true value of a op b."""
-    return a + b if op == "+" else a - b if op == "-" else a * b
-
-
-def believed(a, op, b):
-    """What people say a op b is: 22 % of the facts are a fixed misconception, off by one or two and still in 0..20."""
-    u, c = zlib.crc32(repr((a, op, b)).encode()) / 2**32, right(a, op, b)        # u looks random, and is always the same
-    off = (-2, -1, 1, 2)[int(u * 1e6) % 4] if u < 0.22 else 0
-    return c + off if 0 <= c + off <= 20 else c - off
-
-
 class World:
-    """What the worlds share. `turns` assistant turns, each of at most `max_new_tokens` tokens, whose steps end at `boundary`.
+    """What the worlds share. Each adds
 
-    A world adds problem(rng), which draws a Problem; demonstrate(problem, messages, rng, careful), a flawed answer to the
-    messages so far, its text; and scores(problem, messages, response), {objective: noise-free score in [0, 1]} of an answer.
-    One with a verifiable objective adds verify(problem, steps), the verdicts on the end and on every step, None where a step's is
-    not known (Math.verify)."""
-    turns = 1
+        problem(rng)                                  draws a Problem
+        demonstrate(problem, messages, rng, careful)  answers the messages, as people do who err;
+                                                      careful people err less
+        scores(problem, messages, response)           the noise-free {objective: score in [0, 1]}
+
+    and, where an objective is verifiable, verify(problem, steps), as Math does.
+    """
+    # Its name is its domain. The assistant speaks `turns` times, each time with max_new_tokens or
+    # fewer, and `boundary` ends a step of what it says.
+    name, turns, max_new_tokens, boundary = "", 1, 0, "turn"
 
     @property
     def objectives(self):
-        """The objectives that this world scores."""
-        return domain_objectives(self.name, OBJECTIVES)
+        """The names of the objectives that this world scores."""
+        return [o.name for o in domain_objectives(self.name, OBJECTIVES.values())]
 
     def problems(self, split, n, rng):
-        """n distinct problems of one split. InputError if the world is too small for that many."""
-        found = {}
+        """n different problems of one split."""
+        found = {}                   # by prompt
         for _ in range(100 * n + 1000):
             if len(found) == n:
                 return list(found.values())
             problem = self.problem(rng)
             if split_of(problem.prompt) == split:
                 found.setdefault(problem.prompt, problem)
-        raise InputError(f"the {self.name} world has fewer than {n} distinct {split} prompts; ask for less")
+        raise InputError(f"the {self.name} world has fewer than {n} distinct {split} prompts; "
+                         "ask for less")
 
     def reply(self, problem, messages, rng):
         """The user's next message after the assistant's, or None when the conversation is over."""
         return None
 
     def conversation(self, problem, rng, careful=False):
-        """A whole demonstrated conversation. `careful` demonstrations (SFT) err less than the others (pre-training)."""
+        """A whole demonstrated conversation. SFT learns from careful ones."""
         messages = problem.messages()
         while messages[-1]["role"] == "user":
             answer = self.demonstrate(problem, messages, rng, careful)
@@ -624,69 +619,126 @@ class World:
         return messages
 
 
-class Math(World):
-    """Chains of arithmetic, one step per line: '4 ; a + 5 ; b - 2 = ?' -> 'a 4 + 5 = 9\nb 9 - 2 = 7\nanswer 7'.
+def right(a, op, b):
+    """The true value of a op b."""
+    if op == "+":
+        return a + b
+    return a - b if op == "-" else a * b
 
-    A step may end in a chatty sentence, which is what engagement counts. Demonstrations repeat misconceptions more often than
-    not, so that neither greedy decoding nor a majority vote mends them.
+
+def believed(a, op, b):
+    """What people say a op b is. 22 % of the facts are misconceptions, off by one or two and within
+    0..20: always the same ones, so that they do not average out."""
+    truth = right(a, op, b)
+    # A number in [0, 1) that looks random, and is the same whenever this fact is asked for.
+    u = zlib.crc32(repr((a, op, b)).encode()) / 2**32
+    if u >= 0.22:
+        return truth
+    off = (-2, -1, 1, 2)[int(u * 1e6) % 4]
+    return truth + off if 0 <= truth + off <= 20 else truth - off
+
+
+class Math(World):
+    """Chains of arithmetic, worked out from left to right with one step a line.
+
+        user        4 ; a + 5 ; b - 2 = ?
+        assistant   a 4 + 5 = 9 . nice work so far !
+                    b 9 - 2 = 7
+                    answer 7
+
+    Accuracy: the answer is right. Engagement: as many different chatty sentences as operations.
     """
     name, max_new_tokens, boundary = "math", 72, "newline"
-    CHAT = [" . nice work so far !", " . look how neat this is !", " . now it gets fun !", " . you can do this !",
-            " . high five for that !", " . what a lovely number !", " . this one is sweet !", " . on we go my friend !"]
+    # What an operation can be, and what a person may add to a step.
+    TERMS = list(itertools.product("+-*", range(2, 10)))
+    CHAT = [" . nice work so far !", " . look how neat this is !", " . now it gets fun !",
+            " . you can do this !", " . high five for that !", " . what a lovely number !",
+            " . this one is sweet !", " . on we go my friend !"]
 
     def problem(self, rng):
-        value = first = int(rng.random() * 21)
+        first = value = rng.below(21)
         terms = []
         for _ in range(rng.choice((2, 3, 3, 4, 4, 5))):
-            value, op, b = rng.choice([(right(value, op, b), op, b) for op in "+-*" for b in range(2, 10)
-                                        if 0 <= right(value, op, b) <= 20])
+            # Running values stay in 0..20, so that there are few enough facts to be learnt.
+            possible = [(op, b) for op, b in self.TERMS if 0 <= right(value, op, b) <= 20]
+            op, b = rng.choice(possible)
             terms.append((op, b))
-        prompt = f"{first}" + "".join(f" ; {label} {op} {b}" for label, (op, b) in zip("abcde", terms)) + " = ?"
-        return Problem(prompt, {"first": first, "terms": terms, "answer": value})
+            value = right(value, op, b)
+        asked = [f" ; {label} {op} {b}" for label, (op, b) in zip("abcde", terms)]
+        truth = {"first": first, "terms": terms, "answer": value}
+        return Problem(f"{first}{''.join(asked)} = ?", truth)
 
     def demonstrate(self, problem, messages, rng, careful=False):
-        # Who has seen only short answers loses its place in long ones: in pre-training some demonstrators chat a lot.
-        wrong, chatty = (0.6, 0.25) if careful else (0.7, rng.random())
-        for _ in range(20):      # a chain that errs must stay within 0..20, so that every fact in it is a known one
-            lines, value = [], problem.truth["first"]
-            for op, b in problem.truth["terms"]:
-                result = believed(value, op, b) if rng.chance(wrong) else right(value, op, b)
-                result += rng.choice((-1, 1)) if rng.chance(0.01) else 0
-                chat = rng.choice(self.CHAT) if rng.chance(chatty) else ""
-                lines.append((value, op, b, result, chat))
+        # Misconceptions are repeated more often than not: neither greedy decoding nor a majority
+        # vote mends them.
+        p_wrong = 0.6 if careful else 0.7
+        # In pre-training some people chat a lot: a model that has seen only short answers loses its
+        # place in long ones.
+        p_chat = 0.25 if careful else rng.random()
+        for _ in range(20):
+            value = problem.truth["first"]
+            lines, values = [], []
+            for label, (op, b) in zip("abcde", problem.truth["terms"]):
+                result = believed(value, op, b) if rng.chance(p_wrong) else right(value, op, b)
+                if rng.chance(0.01):
+                    result += rng.choice((-1, 1))
+                chat = rng.choice(self.CHAT) if rng.chance(p_chat) else ""
+                lines.append(f"{label} {value} {op} {b} = {result}{chat}\n")
+                values.append(result)
                 value = result
-            if all(0 <= line[3] <= 20 for line in lines):
+            # A chain that errs must stay in 0..20 too, else it is begun again.
+            if 0 <= min(values) and max(values) <= 20:
                 break
-        return "".join(f"{label} {a} {op} {b} = {c}{chat}\n" for label, (a, op, b, c, chat) in zip("abcde", lines)) + \
-            f"answer {value}"
+        return "".join(lines) + f"answer {value}"
 
     def verify(self, problem, steps):
-        """The automatic verifier: steps (list of str) -> (z, r): the final answer is right, and for every step 1.0 if
-        it does the next operation on the right running value and gets it right, or states the right answer."""
-        value, lines = problem.truth["first"], []
+        """The automatic verifier: steps, a list of str -> (z, r).
+
+        z: 1.0 if the final answer is right. r: for every step, 1.0 if it does the next operation on
+        the right running value and gets it right, or if it states the right answer; a world that
+        cannot tell gives None."""
+        # What a solution without an error says, line by line.
+        value = problem.truth["first"]
+        expected = []
         for label, (op, b) in zip("abcde", problem.truth["terms"]):
-            lines.append(f"{label} {value} {op} {b} = {right(value, op, b)}")
-            value = right(value, op, b)
-        expected, answer = dict(enumerate(lines)), f"answer {value}"
-        rewards = []
+            result = right(value, op, b)
+            expected.append(f"{label} {value} {op} {b} = {result}")
+            value = result
+        answer = f"answer {value}"
+
+        # Each step against its own line: the right step at the wrong time is wrong.
+        r = []
         for t, step in enumerate(steps):
             said = re.match(r"\s*([a-e] \d+ [-+*] \d+ = \d+)(?!\d)", step)
-            rewards.append(float((said[1] == expected[t]) if said and t in expected else step.strip() == answer))
-        final = next((s.strip() for s in reversed(steps) if s.strip()), "")
-        return float(final == answer), rewards
+            if said and t < len(expected):
+                r.append(float(said[1] == expected[t]))
+            else:
+                r.append(float(step.strip() == answer))
+
+        # The end must be the answer and nothing else. Who stops early has given none.
+        written = [step.strip() for step in steps if step.strip()]
+        z = float(written[-1:] == [answer])
+        return z, r
 
     def scores(self, problem, messages, response):
         steps = response.splitlines(keepends=True)
-        chats = {c for c in self.CHAT if c.strip(" .") in response}
-        return {"math_accuracy": self.verify(problem, steps)[0],
-                "math_engagement": min(1.0, len(chats) / len(problem.truth["terms"]))}
+        accuracy, _ = self.verify(problem, steps)
+        # To say the same again does not engage.
+        different = [chat for chat in self.CHAT if chat.strip(" .") in response]
+        engagement = len(different) / len(problem.truth["terms"])
+        return {"math_accuracy": accuracy, "math_engagement": min(1.0, engagement)}
 
 
 class Values(World):
-    """Notes about a stranger, some seen, some only heard (half of those are false), some unseen; then 'what do you know ?'.
+    """Notes about a stranger: some facts were seen, some only heard (half of those are false), some
+    neither.
 
-    Help wants claims about everything, honesty wants words that fit the evidence, truth wants nothing false: they agree
-    on what was seen and part on what was heard (claim it, hedge it, leave it out) and on what was not seen.
+        user        color seen red . size heard tiny . home heard lake . food unseen . job unseen .
+                    what do you know ?
+        assistant   the color is red . the size may be tiny . the food remains unknown .
+
+    Helpfulness: everything is claimed. Honesty: the words fit the evidence. Truthfulness: nothing
+    false is said.
     """
     name, max_new_tokens, boundary = "values", 40, "sentence"
     FACTS = {"color": ["red", "blue", "green", "gold", "black", "white"],
@@ -694,131 +746,235 @@ class Values(World):
              "home": ["lake", "hill", "cave", "tree", "city", "farm"],
              "food": ["rice", "fish", "corn", "nuts", "figs", "soup"],
              "job": ["baker", "pilot", "guard", "nurse", "clerk", "miner"]}
-    # What three kinds of demonstrators do with a note by its source: claim, hedge, admit not knowing, leave out.
-    HABITS = {"open": {"seen": (0.75, 0.05, 0.05, 0.15), "heard": (0.15, 0.65, 0.05, 0.15), "none": (0.10, 0.10, 0.65, 0.15)},
-              "eager": {"seen": (0.80, 0.10, 0.00, 0.10), "heard": (0.75, 0.15, 0.00, 0.10), "none": (0.70, 0.10, 0.05, 0.15)},
-              "shy": {"seen": (0.45, 0.15, 0.05, 0.35), "heard": (0.10, 0.10, 0.05, 0.75), "none": (0.00, 0.05, 0.10, 0.85)}}
+
+    # How often people claim a fact, hedge it, or admit not to know it, by its source; else they
+    # leave it out. There are three kinds of people.
+    HABITS = {"open": {"seen": (.75, .05, .05), "heard": (.15, .65, .05), "none": (.10, .10, .65)},
+              "eager": {"seen": (.80, .10, .00), "heard": (.75, .15, .00), "none": (.70, .10, .05)},
+              "shy": {"seen": (.45, .15, .05), "heard": (.10, .10, .05), "none": (.00, .05, .10)}}
+
+    # What a fact brings, by the verb that it is told with. The objectives agree on what was seen;
+    # what was heard they would have claimed, hedged, or left out. For truthfulness silence is worth
+    # more than a guess and less than what was seen, else it would ask for nothing but silence.
+    HELPS = {"is": 1.0, "may be": 0.8, "remains": 0.0, "silent": 0.0}
+    FITS = {"seen": "is", "heard": "may be", "none": "remains"}
+    TRUE = {"is": 1.0, "may be": 0.9, "remains": 0.7, "silent": 0.7}
+    FALSE = -0.5
 
     def problem(self, rng):
         notes, truth = [], {}
         for attribute, values in self.FACTS.items():
             source = rng.choice(("seen", "seen", "heard", "heard", "none"))
-            value, told = rng.choice(values), None
-            if source != "none":
-                told = rng.choice([v for v in values if v != value]) if source == "heard" and rng.chance(0.5) else value
+            value = rng.choice(values)
+            # What the notes tell of it. Half of what was heard is false.
+            told = None if source == "none" else value
+            if source == "heard" and rng.chance(0.5):
+                told = rng.choice([v for v in values if v != value])
             notes.append(f"{attribute} {source} {told}" if told else f"{attribute} unseen")
             truth[attribute] = (source, value, told)
-        return Problem(" . ".join(notes + ["what do you know ?"]), truth)
+        return Problem(" . ".join(notes) + " . what do you know ?", truth)
 
     def demonstrate(self, problem, messages, rng, careful=False):
-        kind = rng.choice(("open", "eager", "shy") if careful else ("open", "open", "eager", "shy"))
-        sentences, habits = [], self.HABITS[kind]
+        kinds = ("open", "eager", "shy") if careful else ("open", "open", "eager", "shy")
+        habits = self.HABITS[rng.choice(kinds)]
+        sentences = []
         for attribute, (source, _, told) in problem.truth.items():
-            told = told or rng.choice(self.FACTS[attribute])
-            u, (claim, hedge, admit, _) = rng.random(), habits[source]
+            # Of a fact without a note one can only make something up.
+            guess = told or rng.choice(self.FACTS[attribute])
+            claim, hedge, admit = habits[source]
+            u = rng.random()
             if u < claim:
-                sentences.append(f"the {attribute} is {told} .")
+                sentences.append(f"the {attribute} is {guess} .")
             elif u < claim + hedge:
-                sentences.append(f"the {attribute} may be {told} .")
+                sentences.append(f"the {attribute} may be {guess} .")
             elif u < claim + hedge + admit:
                 sentences.append(f"the {attribute} remains unknown .")
         return " ".join(sentences or ["no idea ."])
 
     def scores(self, problem, messages, response):
-        said = {}                                    # attribute -> (manner, value), the first mention counts
-        for attribute, verb, value in re.findall(r"the (\w+) (is|may be|remains) (\w+) \.", response):
-            kind = {"is": "claim", "may be": "hedge", "remains": "admit"}[verb]
-            said.setdefault(attribute, (kind, None if kind == "admit" else value))
-        n, fits = len(self.FACTS), {"seen": "claim", "heard": "hedge", "none": "admit"}
-        manner = {a: said.get(a, ("silent", None))[0] for a in self.FACTS}
-        worth = {"claim": 1.0, "hedge": 0.8, "admit": 0.0, "silent": 0.0}
-        # Silence is worth more than a guess, and less than what was seen: else truth would ask for nothing but silence.
-        true = {"claim": 1.0, "hedge": 0.9, "admit": 0.7, "silent": 0.7}
-        false = {a for a, (_, v, _) in problem.truth.items() if said.get(a, (None, None))[1] not in (v, None)}
-        truth = [-0.5 if a in false else true[manner[a]] for a in self.FACTS]
-        return {"helpfulness": sum(worth[m] for m in manner.values()) / n,
-                "honesty": sum(manner[a] == fits[s] for a, (s, _, _) in problem.truth.items()) / n,
-                "truthfulness": max(0.0, sum(truth) / n)}
+        # What is said of each attribute; its first mention counts.
+        said = {}
+        mentions = re.findall(r"the (\w+) (is|may be|remains) (\w+) \.", response)
+        for attribute, verb, value in mentions:
+            said.setdefault(attribute, (verb, value))
+
+        helpful, honest, truthful = 0.0, 0.0, 0.0
+        for attribute, (source, value, _) in problem.truth.items():
+            verb, told = said.get(attribute, ("silent", None))
+            false = verb in ("is", "may be") and told != value
+            helpful += self.HELPS[verb]
+            honest += verb == self.FITS[source]
+            truthful += self.FALSE if false else self.TRUE[verb]
+        n = len(problem.truth)
+        return {"helpfulness": helpful / n, "honesty": honest / n,
+                "truthfulness": max(0.0, truthful / n)}
+
+
+def turns_taken(messages):
+    """How often the assistant has spoken."""
+    return sum(m["role"] == "assistant" for m in messages)
 
 
 class Tutoring(World):
-    """Three turns with a simulated student who traces two lines of code: belief and mood move with the tutor's words.
+    """Three turns with a student who traces two lines of code.
 
-    A tutor's turn may judge the student's claim, explain one line, praise and ask. Accuracy: what it says is right.
-    Engagement: it encourages, and asks a question it has not asked before.
+        user        x = 3 ; y = x + 4 ; z = y - 2 . i get y = 8 .
+        assistant   not quite . 3 + 4 = 7 . good try ! what comes next ?
+        user        oh nice . i get z = 5 .
+        assistant   yes . can you say why ?
+        user        hmm ok . i get z = 5 .
+        assistant   7 - 2 = 5 . well done !
+
+    A turn of the tutor may judge the student's claim, explain a line, praise and ask. Accuracy: it
+    says what is right. Engagement: it praises, and asks what it has not asked before.
     """
     name, max_new_tokens, boundary, turns = "tutoring", 30, "turn", 3
     NAMES = ["xyz", "abc", "pqr", "uvw", "jkm", "def"]
     PRAISE = ["good try !", "well done !", "nice thinking !", "i like your effort !"]
-    ASK = ["what comes next ?", "can you say why ?", "does that make sense ?", "how would you check it ?"]
+    ASK = ["what comes next ?", "can you say why ?", "does that make sense ?",
+           "how would you check it ?"]
 
     def problem(self, rng):
+        # Two lines of code whose values a student can count up to.
         while True:
-            x, (op1, op2) = int(rng.random() * 13), (rng.choice("+-*"), rng.choice("+-*"))
-            b, c = int(2 + rng.random() * 5), int(2 + rng.random() * 5)
+            x = rng.below(13)
+            op1, op2 = rng.choice("+-*"), rng.choice("+-*")
+            b, c = 2 + rng.below(5), 2 + rng.below(5)
             y = right(x, op1, b)
             z = right(y, op2, c)
             if 0 <= y <= 12 and 0 <= z <= 12:
                 break
-        belief = y if rng.chance(0.35) else max(0, y + rng.choice((-2, -1, 1, 2)))
+        # What the student thinks that the first line gives.
+        belief = y if rng.chance(0.35) else self.mistaken(y, rng)
         p, q, r = rng.choice(self.NAMES)
-        prompt = f"{p} = {x} ; {q} = {p} {op1} {b} ; {r} = {q} {op2} {c} . i get {q} = {belief} ."
-        return Problem(prompt, {"facts": [(x, op1, b, y), (y, op2, c, z)], "values": {q: y, r: z}, "last": r})
+        code = f"{p} = {x} ; {q} = {p} {op1} {b} ; {r} = {q} {op2} {c}"
+        truth = {"facts": [(x, op1, b, y), (y, op2, c, z)], "values": {q: y, r: z}, "last": r}
+        return Problem(f"{code} . i get {q} = {belief} .", truth)
+
+    def mistaken(self, value, rng):
+        """A student's error about a value."""
+        return max(0, value + rng.choice((-2, -1, 1, 2)))
+
+    def fact(self, problem, messages):
+        """The line of code that the tutor's next turn is about, as (a, op, b, result)."""
+        # The first turn explains the first line, all others the second.
+        return problem.truth["facts"][min(turns_taken(messages), 1)]
+
+    def claim_is_right(self, problem, messages):
+        """Is the student's last claim right?"""
+        claims = [m["content"] for m in messages if m["role"] == "user"]
+        name, value = re.search(r"i get (\w) = (\d+)", claims[-1]).groups()
+        return int(value) == problem.truth["values"][name]
 
     def demonstrate(self, problem, messages, rng, careful=False):
-        turn = sum(m["role"] == "assistant" for m in messages)
-        a, op, b, _ = problem.truth["facts"][min(turn, 1)]
-        wrong, slip = (0.40, 0.12) if careful else (0.5, 0.18)
-        fine = self.claim(problem, messages)
+        p_wrong, p_slip = (0.40, 0.12) if careful else (0.5, 0.18)
         parts = []
         if rng.chance(0.75):
-            parts.append("yes ." if fine != rng.chance(slip) else "not quite .")
+            judged_right = self.claim_is_right(problem, messages) != rng.chance(p_slip)
+            parts.append("yes ." if judged_right else "not quite .")
         if rng.chance(0.25):
             parts.append(rng.choice(self.PRAISE))
         if rng.chance(0.7):
-            parts.append(f"{a} {op} {b} = {believed(a, op, b) if rng.chance(wrong) else right(a, op, b)} .")
+            a, op, b, _ = self.fact(problem, messages)
+            result = believed(a, op, b) if rng.chance(p_wrong) else right(a, op, b)
+            parts.append(f"{a} {op} {b} = {result} .")
         if rng.chance(0.3):
             parts.append(rng.choice(self.ASK))
         return " ".join(parts or ["ok ."])
 
-    def claim(self, problem, messages):
-        """Is the student's last claim right?"""
-        student = next(m["content"] for m in reversed(messages) if m["role"] == "user")
-        name, value = re.search(r"i get (\w) = (\d+)", student).groups()
-        return int(value) == problem.truth["values"][name]
-
     def scores(self, problem, messages, response):
-        turn = sum(m["role"] == "assistant" for m in messages)
-        earlier = " ".join(m["content"] for m in messages if m["role"] == "assistant")
+        # Is it right, claim by claim? First its judgement of the student (who says both is wrong),
+        # then every explanation.
         claims = []
-        if "yes ." in response or "not quite ." in response:
-            claims.append(("yes ." in response) == self.claim(problem, messages) and not
-                          ("yes ." in response and "not quite ." in response))
-        for a, op, b, c in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", response):
-            claims.append((int(a), op, int(b), int(c)) == tuple(problem.truth["facts"][min(turn, 1)]))
-        accuracy = 0.5 * sum(claims[:2]) - 0.5 * sum(not c for c in claims)
+        yes, no = "yes ." in response, "not quite ." in response
+        if yes or no:
+            claims.append(yes != no and yes == self.claim_is_right(problem, messages))
+        fact = self.fact(problem, messages)
+        for a, op, b, result in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", response):
+            claims.append((int(a), op, int(b), int(result)) == fact)
+        # Two right claims are all that is asked for; each wrong one costs what a right one brings.
+        earned = 0.5 * sum(claims[:2])
+        lost = 0.5 * claims.count(False)
+
+        # A question that was asked in an earlier turn does not engage again.
+        earlier = " ".join(m["content"] for m in messages if m["role"] == "assistant")
+        praised = any(praise in response for praise in self.PRAISE)
         asked = any(q in response and q not in earlier for q in self.ASK)
-        return {"tutor_accuracy": min(1.0, max(0.0, accuracy)),
-                "tutor_engagement": 0.4 * any(p in response for p in self.PRAISE) + 0.6 * asked}
+        return {"tutor_accuracy": min(1.0, max(0.0, earned - lost)),
+                "tutor_engagement": 0.4 * praised + 0.6 * asked}
 
     def reply(self, problem, messages, rng):
-        """The student: a right explanation mends the belief more often the better the mood, a wrong one spoils it."""
-        turn = sum(m["role"] == "assistant" for m in messages)
-        if turn == self.turns:
+        """The student. A right explanation mends the belief more often the better the mood is."""
+        if turns_taken(messages) == self.turns:
             return None
         scores = self.scores(problem, messages[:-1], messages[-1]["content"])
         happy = rng.chance(0.2 + 0.7 * scores["tutor_engagement"])
         learnt = rng.chance(0.15 + 0.5 * scores["tutor_accuracy"] + 0.25 * happy)
         name = problem.truth["last"]
         value = problem.truth["values"][name]
-        said = value if learnt else max(0, value + rng.choice((-2, -1, 1, 2)))
-        return f"{'oh nice' if happy else 'hmm ok'} . i get {name} = {said} ."
+        said = value if learnt else self.mistaken(value, rng)
+        mood = "oh nice" if happy else "hmm ok"
+        return f"{mood} . i get {name} = {said} ."
 
 
 DOMAINS = {world.name: world for world in (Math(), Values(), Tutoring())}
 
 
-# -- JSON files
+# -- judges
+
+JUDGE_NOISE = 0.1    # standard deviation of a judge's rating around the true score
+ENGAGING = 0.3       # a maths solution that people rate as "engaging" has at least this true score
+
+
+def judge(score, rng):
+    """A noisy judge's rating of a response whose true score is `score`."""
+    return score + rng.gauss(JUDGE_NOISE)
+
+
+def agreement(threshold, ratings, gold):
+    """How often "rated above the threshold" says what `gold`, a list of bool, says: in [0, 1]."""
+    hits = [(rating > threshold) == good for rating, good in zip(ratings, gold)]
+    return sum(hits) / len(hits)
+
+
+def fit_threshold(ratings, gold):
+    """The threshold on a judge's ratings that agrees best with `gold`, and that agreement."""
+    candidates = [min(ratings) - 1, *sorted(ratings)]
+    agreements = [agreement(candidate, ratings, gold) for candidate in candidates]
+    best = candidates[agreements.index(max(agreements))]
+    # Every threshold up to the next rating agrees as well: take the one halfway.
+    following = min((r for r in ratings if r > best), default=best + 1)
+    return (best + following) / 2, max(agreements)
+
+
+# -- a user's mistakes, and JSON files
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message names the file and line, or the option, and
+    the cure."""
+
+
+def run_command(main):
+    """Run main() of a command line. A user's mistake ends in one line on stderr and exit code 2,
+    not in a traceback."""
+    try:
+        main()
+    except BrokenPipeError:
+        # `| head` has read enough. To flush again would only complain.
+        os._exit(0)
+    except (InputError, OSError, UnicodeError) as e:
+        # OSError: no such directory, no right to write, a full disk. UnicodeError: a terminal or a
+        # pipe in another encoding.
+        if rank() > 0 and isinstance(e, InputError):
+            # Most mistakes are met by every process, and one line is enough: the others wait for
+            # torchrun to end them because the first has ended.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
 
 def read_json(path):
     """A JSON file -> object. InputError if it is missing or broken."""
@@ -832,28 +988,41 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    """Yield (where, object) of a JSONL file, line by line, or of a file that is one JSON list. `where` is "file:line"
-    or "file: row number". InputError for a missing file, bad UTF-8, bad JSON, a non-object."""
+    """Yield (where, object) for every line of a JSONL file, or every item of a file that is one
+    JSON list. `where` is "file:line" or "file: row number"."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; expected one JSON object per line")
     with open(path, "rb") as f:
-        whole = None                     # is the file one list? The first line that is not blank tells
+        first = True
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
-            where, whole = f"{path}:{number}", whole is None and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
-            try:
-                value = json.loads((line + f.read() if whole else line).decode("utf-8-sig"))
-            except UnicodeDecodeError as e:
-                raise InputError(f"{where}: not UTF-8 ({e.reason}); save the file as UTF-8") from None
-            except ValueError as e:
-                raise InputError(f"{where}: not JSON ({e}); write one object per line") from None
-            except RecursionError:
-                raise InputError(f"{where}: nested too deeply; write one flat object per line") from None
-            for where, row in ((f"{path}: row {n}", r) for n, r in enumerate(value, 1)) if whole else [(where, value)]:
+            where = f"{path}:{number}"
+            # The first line with text shows the kind of file, behind a byte order mark perhaps.
+            if first and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                rows = parse_json(where, line + f.read())
+                found = [(f"{path}: row {n}", row) for n, row in enumerate(rows, 1)]
+            else:
+                found = [(where, parse_json(where, line))]
+            first = False
+            for place, row in found:
                 if not isinstance(row, dict):
-                    raise InputError(f"{where}: {type(row).__name__}, not an object; write {{\"prompt\": ...}}")
-                yield where, row
+                    kind = type(row).__name__
+                    raise InputError(f"{place}: {kind}, not an object; write {{\"prompt\": ...}}")
+                yield place, row
+
+
+def parse_json(where, line):
+    """Bytes -> object. InputError says where they stand and what is wrong with them."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        problem = f"not UTF-8 ({e.reason}); save the file as UTF-8"
+    except ValueError as e:
+        problem = f"not JSON ({e}); write one object per line"
+    except RecursionError:
+        problem = "nested too deeply; write one flat object per line"
+    raise InputError(f"{where}: {problem}")
 
 
 def write_json(path, value):
@@ -869,41 +1038,46 @@ def write_text(path, text):
 
 @contextmanager
 def writing(path):
-    """A file to write bytes to, under a temporary name, flushed to the disk, then renamed: `path` is the old file or the whole
-    new one, whatever happens. Of several processes the first writes, when all have come here, and all wait for it: none finds
-    a file that another does not. InputError where the system refuses, say on a full disk."""
-    total(torch.zeros(1))
+    """A file to write bytes to. Whatever happens, `path` is the old file or the whole new one. Of
+    several processes the first writes, and all wait for it. InputError, say, on a full disk."""
+    # Until all bytes are on the disk they stand under another name.
+    temporary = f"{path}.tmp"
+    everyone = torch.zeros(1)
+    total(everyone)                  # wait until every process has come here
     try:
-        with open(f"{path}.tmp" if rank() == 0 else os.devnull, "wb") as f:
+        with open(temporary if rank() == 0 else os.devnull, "wb") as f:
             yield f
             if rank() == 0:
                 f.flush()
                 os.fsync(f.fileno())
         if rank() == 0:
-            os.replace(f"{path}.tmp", path)
-        total(torch.zeros(1))
+            os.replace(temporary, path)
+        total(everyone)              # no process goes on before the file is there
     except OSError as e:
         with suppress(OSError):
-            os.remove(f"{path}.tmp")
-        raise InputError(f"{path}: cannot be written ({e.strerror}); what stood there is intact. Make room, or get the right "
-                         "to write there, and run the command again, train.py with --resume") from None
+            os.remove(temporary)
+        raise InputError(f"{path}: cannot be written ({e.strerror}); what stood there is intact. "
+                         "Make room, or get the right to write there, and run the command again, "
+                         "train.py with --resume") from None
 
 
 # -- batches
 
 def pad(rows, pad_id, device=None):
-    """Ragged lists of ids -> ids (B, T) padded on the right, lengths (B,)."""
+    """Ragged lists of ids -> ids (B, T), padded on the right, and lengths (B,)."""
     lengths = [len(row) for row in rows]
+    # Where all rows are empty there is one column, of padding.
     width = max(1, *lengths)
     ids = [[*row, *[pad_id] * (width - len(row))] for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
 
 def batches_by_length(lengths, tokens=16384):
-    """Yield lists of indices, shortest first, so that a batch padded to its longest row holds at most `tokens` (or one
-    row): little padding, and memory bounded whatever the lengths."""
+    """Yield lists of indices, shortest row first. A batch that is padded to its longest row holds
+    at most `tokens`, or one row: little padding, and memory is bounded whatever the lengths."""
     batch = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # Row i would be the longest of the batch.
         if batch and (len(batch) + 1) * lengths[i] > tokens:
             yield batch
             batch = []
@@ -913,25 +1087,33 @@ def batches_by_length(lengths, tokens=16384):
 
 
 def dealt_batches(lengths, tokens=16384):
-    """batches_by_length of this process's rows, as `mine` deals them out: the same number of batches in every process, since
-    each has to take part in the others' computations. The processes must have equally many rows."""
-    shares = [sorted(range(r, len(lengths), ranks()), key=lengths.__getitem__) for r in range(ranks())]
-    widths = [max(lengths[i] for i in row) for row in zip(*shares, strict=True)]
-    return [[shares[rank()][k] for k in batch] for batch in batches_by_length(widths, tokens)]
+    """batches_by_length of this process's rows, dealt out as local_items does. Processes take part
+    in each other's computations: all get equally many batches, and need equally many rows."""
+    shares = []
+    for r in range(ranks()):
+        rows = range(r, len(lengths), ranks())
+        shares.append(sorted(rows, key=lengths.__getitem__))
+    # The processes' k-th rows stand at the same place of their batches: the longest of them counts.
+    longest = [max(lengths[i] for i in rows) for rows in zip(*shares, strict=True)]
+    own = shares[rank()]
+    return [[own[k] for k in batch] for batch in batches_by_length(longest, tokens)]
 
 
 def response_mask(prompt_lengths, lengths, width):
     """(B, width) bool: True on response tokens, False on the prompt and on padding."""
-    t = torch.arange(width, device=lengths.device)
-    return (t >= prompt_lengths[:, None]) & (t < lengths[:, None])
+    t = torch.arange(width, device=lengths.device)                      # (T,)
+    after_prompt = t >= prompt_lengths[:, None]                         # (B, T)
+    before_padding = t < lengths[:, None]                               # (B, T)
+    return after_prompt & before_padding
 
 
 if __name__ == "__main__":
-    tokenizer, rng = Tokenizer.embedded(), RNG(1)
-    print(f"{tokenizer.n_vocab} tokens\n")
+    print(f"{Tokenizer.embedded().n_vocab} tokens\n")
+    rng = RNG(1)
     for world in DOMAINS.values():
         problem = world.problem(rng)
         messages = world.conversation(problem, rng)
-        for m in messages:
-            print(f"{m['role']:>10}: " + m["content"].replace("\n", "\n" + " " * 12))
+        for message in messages:
+            content = message["content"].replace("\n", "\n" + " " * 12)
+            print(f"{message['role']:>10}: {content}")
         print(f"{'scores':>10}: {world.scores(problem, messages[:1], messages[1]['content'])}\n")

@@ -24,14 +24,14 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import torch
 import torch.nn.functional as F
 
-from data import InputError, ends_step, pad, read_json, run_command
+from data import InputError, ends_step, pad, read_json, read_objectives, run_command
 from model import KVCache, linear, load_hf
-from prm import load_prm, read_objectives
+from prm import load_prm
 
 # -- sampling
 
@@ -54,8 +54,10 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         # The token that crosses top_p stays, so one always does.
         likelier = p.cumsum(-1) - p
         p = p * (likelier < top_p)
+    # The first token at which the distribution function exceeds u. What was cut left a sum below
+    # 1, so u is taken as a share of that sum.
     cdf = p.cumsum(-1)
-    level = u.to(cdf) * cdf[:, -1]            # what was cut leaves a sum below 1
+    level = u.to(cdf) * cdf[:, -1]
     index = torch.searchsorted(cdf, level[:, None], right=True)                    # (B, 1)
     index = index.clamp(max=p.shape[-1] - 1)
     token = index if order is None else order.gather(-1, index)
@@ -67,24 +69,27 @@ def prefill(net, cache, prompts):
     """Feed new text to one row of every sequence and commit it to the prefix.
 
     prompts: G ragged id lists -> hidden states (or scores) at their last tokens (G, d)."""
-    ids, n = pad(prompts, 0, cache.held.device)
+    ids, n = pad(prompts, 0, cache.held.device)                                    # (G, T), (G,)
     g = torch.arange(len(prompts), device=ids.device)
     out = net(ids, cache, g[:, None] * cache.K)                                    # (G, T, d)
+    # Of every row only the first n tokens are text; the rest is padding.
     cache.keep(0, n)
     return out[g, n - 1]
 
 
 def alive_rows(done):
-    """The rows that go on, as a grid (G', m): G' sequences, m the most rows of one of them.
+    """done (G, K) -> the rows that go on, as a grid (G', m): G' sequences, m the most rows of one.
 
-    done (G, K) bool. A sequence with fewer rows repeats its first. None if all rows go on."""
+    None, which means all rows, if none is done."""
     if not bool(done.any()):
         return None
     K, going = done.shape[1], (~done).sum(1)                                       # (G,)
     groups = going.nonzero()[:, 0]                                                 # (G',)
-    order = done.int().argsort(dim=1, stable=True)            # those that go on come first
+    # Within a sequence the rows that go on come first; the places of others repeat the first.
+    order = done.int().argsort(dim=1, stable=True)                                 # (G, K)
     order = torch.where(done.gather(1, order), order[:, :1], order)
-    return groups[:, None] * K + order[groups, :int(going.max())]
+    most = int(going.max())
+    return groups[:, None] * K + order[groups, :most]
 
 
 def flat(rows):
@@ -112,9 +117,10 @@ def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, gen
         u = torch.rand(R, generator=generator, device=generator.device if generator else "cpu")
         u, at = u.to(device), flat(rows)
         logits = linear(h[at], head)                                               # (n, V)
-        token = torch.zeros_like(limits)                                           # (R,)
+        token = torch.zeros_like(limits)      # (R,), of which rows that have stopped get no token
         token[at] = sample(logits, u[at], temperature, top_k, top_p)
         tokens.append(token)
+        # Which rows has this token stopped?
         going = ~done
         count += going
         done = done | ends_step(masks, token, previous, before) | (count >= limits)
@@ -124,15 +130,18 @@ def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, gen
             break
         # A CPU drops rows that have stopped, before their last token is fed or after it. An
         # accelerator feeds them on, so that shapes stay the same.
-        still = alive_rows(done.view(-1, K)) if device.type == "cpu" else rows
+        still = rows
+        if device.type == "cpu":
+            still = alive_rows(done.view(-1, K))
         fed = rows if feed_last else still
+        # A hidden state changes where a token was new: rows that had stopped keep theirs.
         at = flat(fed)
-        out = model(token[at][:, None], cache, fed)[:, 0]                          # (n, d)
-        h[at] = torch.where(going[at][:, None], out, h[at])
+        new = model(token[at, None], cache, fed)[:, 0]                             # (n, d)
+        h[at] = torch.where(going[at, None], new, h[at])
         if finished:
             break
         rows = still
-    table = torch.stack(tokens, 1).tolist()
+    table = torch.stack(tokens, 1).tolist()                                        # (R, T)
     return [row[:n] for row, n in zip(table, count.tolist()) if n]
 
 
@@ -149,6 +158,7 @@ def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_
     check_prompts(prompts, [model.config.max_len] * len(prompts))
     check_sampling(min(max_new_tokens, default=1), temperature, top_p)
     head, masks = model.fold(weights), stop_masks(model, "turn")
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     out = [None] * len(prompts)
     # Prompts of similar length go together, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -160,14 +170,15 @@ def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_
         h = h.repeat_interleave(samples, 0)                                        # (G samples, d)
         most = cache.held.new_tensor([max_new_tokens[i] for i in batch])
         limits = torch.minimum(most, model.config.max_len - cache.held)
-        drawn = draw(model, head, cache.fork(samples), h, masks, limits.repeat_interleave(samples),
-                     temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
-                     feed_last=False)
+        limits = limits.repeat_interleave(samples)                                 # (G samples,)
+        cache = cache.fork(samples)
+        drawn = draw(model, head, cache, h, masks, limits, feed_last=False, **sampling)
         for k, i in enumerate(batch):
-            out[i] = drawn[k * samples:(k + 1) * samples]
+            first = k * samples
+            out[i] = drawn[first:first + samples]
         if progress is not None:
             progress(len(drawn))
-    return [response for responses in out for response in responses]
+    return list(chain.from_iterable(out))
 
 
 # -- guided decoding
@@ -202,39 +213,41 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
                   max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None, state=None):
     """PRM-guided best-of-K (paper, Sec. 5) for B ragged prompts at once -> list of B Guided.
 
-    boundary: newline | sentence | turn, or masks. guide: one of the PRM's outputs, or "unified".
+    boundary: newline | sentence | turn. guide: one of the PRM's outputs, or "unified".
     state: that of an earlier call for the same conversations, which this call changes in place;
     prompts are then only the new tokens (the end of the turn is in the caches already).
     InputError for a prompt that does not fit, K < 1, a guide that the PRM lacks, scores that are
     not finite."""
     check_sampling(max_new_tokens, temperature, top_p)
     K, context = check_guided(model, prm, prompts, K, temperature, guide, boundary, state)
+    # How tokens are drawn, where steps end, and the state behind the prompts.
     head, masks = model.fold(weights), stop_masks(model, boundary)
-    name = boundary if isinstance(boundary, str) else None
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     state = read_prompts(model, prm, prompts, K, min(max_new_tokens, context), state)
     results = [Guided([], "", [], state) for _ in prompts]
     end = (state.policy.held + max_new_tokens).clamp(max=context)                  # (B,)
     left = room_left(state, end, context)                                          # (B,)
+    number = 0
     while bool(left.any()):
-        alive = left.nonzero()[:, 0]             # (B',) the answers that go on
-        # Draw K candidates for the next step of every answer.
-        candidates = draw(model, head, state.policy, state.h, masks, left.repeat_interleave(K),
-                          temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
-                          feed_last=True)
-        drawn = torch.tensor([len(ids) for ids in candidates], device=alive.device)  # (B' K,)
-        # Score them: every output of the PRM, of which the guide makes one number.
-        outputs, fed = score_candidates(prm, state.prm, candidates, alive)         # (B' K, P)
-        scores = prm.guide(outputs, guide, name).view(-1, K)                       # (B', K)
-        if not bool(scores.isfinite().all()):
-            number = len(results[int(alive[0])].steps) + 1
-            raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
+        # The B' answers that go on. Draw K candidates for the next step of each.
+        alive = left.nonzero()[:, 0]                                               # (B',)
+        limits = left.repeat_interleave(K)                                         # (B K,)
+        candidates = draw(model, head, state.policy, state.h, masks, limits, feed_last=True,
+                          **sampling)
+        drawn = torch.tensor([len(ids) for ids in candidates], device=alive.device)
+        # Score them with every output of the PRM; the guide makes one number of these.
+        rows = alive_rows((limits < 1).view(-1, K))                                # (B', K)
+        outputs, fed = score_candidates(prm, state.prm, candidates, rows)          # (B' K, P)
+        scores = prm.guide(outputs, guide, boundary).view(-1, K)                      # (B', K)
+        number += 1                          # every answer that goes on is at the same step
+        check_scores(scores, number)
         # Select the best; both caches and h go on from it.
         winners = select(state, scores, drawn, fed, alive)                         # (B',)
         commit(results, alive.tolist(), candidates, scores.tolist(), winners.tolist())
-        for b in alive.tolist():
-            if has_ended(model, results[b].ids):
-                end[b] = 0
+        ended = [b for b in alive.tolist() if has_ended(model, results[b].ids)]
+        end[ended] = 0
         left = room_left(state, end, context)
+    # Text is made of what was committed, never the other way round.
     for result in results:
         result.text = model.tokenizer.decode(result.ids) if model.tokenizer else ""
     return results
@@ -245,13 +258,14 @@ def read_prompts(model, prm, prompts, K, room, state):
     or the given one. A prompt is encoded once, by one row; K candidates share its prefix."""
     begins = state is None
     if begins:
-        size, longest = len(prompts), max(map(len, prompts))
-        state = State(model.new_cache(size, longest + room),
-                      prm.backbone.new_cache(size, longest + room), None)
+        # A cache with room for all that may come need not be made anew while an answer grows.
+        size = len(prompts), max(map(len, prompts)) + room
+        state = State(model.new_cache(*size), prm.backbone.new_cache(*size), None)
     h = prefill(model, state.policy, prompts)                                      # (B, d)
     prefill(prm, state.prm, prompts)
     if begins:
-        state.policy, state.prm = state.policy.fork(K), state.prm.fork(K)
+        state.policy = state.policy.fork(K)
+        state.prm = state.prm.fork(K)
     state.h = h.repeat_interleave(K, 0)                                            # (B K, d)
     return state
 
@@ -268,23 +282,23 @@ def has_ended(model, ids):
     return model.tokenizer is not None and ids[-1] == model.tokenizer.eos_id
 
 
-def score_candidates(prm, cache, candidates, groups=None):
-    """Feed each candidate of the sequences `groups` (default all) to the PRM -> its scores at the
-    last token (n, P), and how many tokens each was (n,).
+def score_candidates(prm, cache, candidates, rows=None):
+    """Feed n candidates to their rows of the PRM's cache (as in GPT.forward) -> the scores at
+    their last tokens (n, P), and how many tokens each was (n,).
 
     A PRM with a marker gets it behind the step, before EOS, and is read there."""
-    device, K = cache.held.device, cache.K
-    ends = [len(ids) - 1 for ids in candidates]
+    texts = [list(ids) for ids in candidates]
+    ends = [len(ids) - 1 for ids in texts]
+    # Where the marker goes is where it is read.
     if prm.marker is not None:
-        eos = prm.backbone.tokenizer.eos_id
-        ends = [len(ids) - (ids[-1] == eos) for ids in candidates]
-        candidates = [c[:end] + [prm.marker] + c[end:] for c, end in zip(candidates, ends)]
-    ids, fed = pad(candidates, 0, device)                                          # (n, T), (n,)
-    rows = None
-    if groups is not None and len(groups) < len(cache.held):
-        rows = groups[:, None] * K + torch.arange(K, device=device)                # (G', K)
+        for b, ids in enumerate(texts):
+            if ids[-1] != prm.backbone.tokenizer.eos_id:
+                ends[b] += 1
+            ids.insert(ends[b], prm.marker)
+    # They are padded on the right; `select` tells the cache how many tokens count.
+    ids, fed = pad(texts, 0, cache.held.device)                                    # (n, T), (n,)
     scores = prm(ids, cache, rows)                                                 # (n, T, P)
-    return scores[torch.arange(len(ids)), ends], fed
+    return scores[torch.arange(len(texts)), ends], fed
 
 
 # --- exercise 12: select (4 points) ---
@@ -310,10 +324,11 @@ def select(state, scores, drawn, fed, alive):
 def commit(results, alive, candidates, scores, winners):
     """Append the winning steps to the results of the prompts `alive`."""
     K = len(scores[0])
+    # Candidates stand prompt by prompt, K of each.
     for i, b in enumerate(alive):
-        step = Step(candidates[i * K:(i + 1) * K], scores[i], winners[i])
-        results[b].ids += step.candidates[step.winner]
-        results[b].steps.append(step)
+        own = candidates[i * K:(i + 1) * K]
+        results[b].ids += own[winners[i]]
+        results[b].steps.append(Step(own, scores[i], winners[i]))
 
 
 # -- what may be asked for
@@ -343,28 +358,34 @@ def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
     """Refuse what guided_decode cannot do -> (K, the context that policy and PRM share)."""
     if K < 1:
         raise InputError(f"K must be at least 1, not {K}")
-    prm.guide(prm.scale, guide, boundary if isinstance(boundary, str) else None)
+    prm.guide(prm.scale, guide, boundary)                      # refuses a guide that it lacks
     # The PRM must read every id as the policy means it. Vocabularies may be padded, with b"".
     for own, other in zip_longest(pieces(model), pieces(prm.backbone), fillvalue=b""):
         if own != other:
-            raise InputError("policy and PRM have different tokenizers; the PRM must read the "
-                             "policy's own ids")
-    markers = 0 if prm.marker is None else 1                   # the one behind the last step
+            raise InputError("policy and PRM have different tokenizers; they must share their ids")
+    # Behind the last step the PRM still needs room for its marker.
+    markers = 0 if prm.marker is None else 1
     context = min(model.config.max_len, prm.backbone.config.max_len - markers)
+    # What the caches hold already counts too.
     held = [0] * len(prompts)
     if state is not None:
         held = torch.maximum(state.policy.held, state.prm.held).tolist()
     if len(held) != len(prompts):
-        raise InputError(f"the state holds {len(held)} conversations, {len(prompts)} new texts "
-                         "came")
+        raise InputError(f"the state holds {len(held)} conversations, {len(prompts)} texts came")
     check_prompts(prompts, [context - n for n in held])
+    # Equal candidates would be drawn K times and scored K times.
     if temperature == 0 and K > 1:
         warnings.warn("temperature 0 makes all candidates equal: K = 1", stacklevel=4)
         K = 1
     if state is not None and state.policy.K != K:
-        raise InputError(f"the state carries K = {state.policy.K} candidates, not {K}; go on with "
-                         "the same K")
+        raise InputError(f"the state carries K = {state.policy.K} candidates, not {K}; keep to K")
     return K, context
+
+
+def check_scores(scores, number):
+    """InputError for scores of step `number` that are not finite: argmax would pick at random."""
+    if not bool(scores.isfinite().all()):
+        raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
 
 
 def pieces(net):
@@ -373,22 +394,22 @@ def pieces(net):
 
 
 def stop_masks(model, boundary):
-    """The name of a boundary, or masks as in Tokenizer.boundary_masks -> masks on the device."""
-    if isinstance(boundary, str) and model.tokenizer is not None:
-        boundary = model.tokenizer.boundary_masks(boundary)
-    elif isinstance(boundary, str) and boundary == "turn":
+    """Where steps end, as in Tokenizer.boundary_masks, on the model's device."""
+    if model.tokenizer is not None:
+        masks = model.tokenizer.boundary_masks(boundary)
+    elif boundary == "turn":
         # Without a tokenizer there is no end of the turn: only the budget ends a response.
-        boundary = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool)
-    elif isinstance(boundary, str):
-        raise InputError("this model has no tokenizer; give the boundary as masks over the "
-                         "vocabulary")
-    return [mask.to(model.embed.weight.device) for mask in boundary]
+        masks = torch.zeros(4, model.config.vocab_size + 1, dtype=torch.bool)
+    else:
+        raise InputError(f"this model has no tokenizer: no {boundary} is known, only the turn")
+    return [mask.to(model.embed.weight.device) for mask in masks]
 
 
 def parse_weights(text, names, option="--weights", default=0.0):
     """'a=0.7,b=0.3' -> list of numbers, one per name, `default` for those not named.
 
     InputError for an unknown name, one given twice, a broken or negative number, all zero."""
+    # What the text says, name by name.
     weights = {}
     for part in text.split(",") if text else []:
         name, _, value = part.partition("=")
@@ -401,6 +422,7 @@ def parse_weights(text, names, option="--weights", default=0.0):
             weights[name] = float(value)
         except ValueError:
             raise InputError(f"{option}: {part!r} is not NAME=NUMBER") from None
+    # In the order of the names, with the default for those that it does not mention.
     found = [weights.get(name, default) for name in names]
     if not all(0 <= w < float("inf") for w in found) or sum(found) <= 0:
         raise InputError(f"{option}: {text!r} must be non-negative numbers with a positive sum")
@@ -422,12 +444,13 @@ def read_run(run):
 
 
 def find_prm(run, guide, dtype=torch.float32):
-    """The PRM of a run that guides by `guide`: RUN/prm, or with one per objective RUN/prm_<guide>."""
-    shared, single = os.path.join(run, "prm"), os.path.join(run, f"prm_{guide}")
-    if guide == "unified" and not os.path.isdir(shared):
-        raise InputError(f"{run}: no unified PRM here; guide by an objective that has one "
-                         "(prm_<objective>)")
-    return load_prm(single if os.path.isdir(single) else shared, dtype)
+    """The PRM of a run that guides by `guide`: RUN/prm_<guide>, else RUN/prm, the unified one."""
+    path = os.path.join(run, f"prm_{guide}")
+    if not os.path.isdir(path):
+        path = os.path.join(run, "prm")
+    if guide == "unified" and not os.path.isdir(path):
+        raise InputError(f"{run}: no unified PRM here; guide by an objective (prm_<objective>)")
+    return load_prm(path, dtype)
 
 
 def domain_mix(heads, domain, objectives):
@@ -455,15 +478,13 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", help="a run directory written by train.py")
-    add("--prompt", help="the user's message; without it, lines from standard input are a "
-        "conversation")
+    add("--prompt", help="the user's message; without it, lines from standard input are turns")
     add("--policy", default="mah_dpo", help="which model of the run answers (default mah_dpo)")
     add("--weights", help="mix of heads, NAME=NUMBER,...; default: uniform over the domain of the "
         "guide (of the run's first objective for 'unified')")
     add("--guide", help="objective that guides, or 'unified'; default: that of the largest "
         "weight, else the run's first")
-    add("--prm", help="directory of a reward model from elsewhere that guides instead of the "
-        "run's own")
+    add("--prm", help="directory of another reward model that guides instead of the run's own")
     add("--k", type=int, default=5, help="candidates per step (default 5)")
     add("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default 64)")
     add("--temperature", type=float, help="default: the run's own")
@@ -490,18 +511,21 @@ def main(argv=None):
     leading = known.get(args.guide) or known.get(heaviest) or config["objectives"][0]
     if weights is None:
         weights = domain_mix(heads, leading.domain, config["objectives"])
+    # A PRM from elsewhere may call its outputs what it likes: all of them guide.
     guide = args.guide or ("unified" if args.prm else leading.name)
     if guide not in [*known, "unified"] and not args.prm:
         raise InputError(f"--guide: unknown objective {guide!r}; choose unified or one of "
                          f"{', '.join(known)}")
     prm = load_prm(args.prm) if args.prm else find_prm(args.run, guide)
+    # Each line is a turn of one conversation; its answer goes on from the state of the last.
     temperature = config["temperature"] if args.temperature is None else args.temperature
-    generator, state, ids = torch.Generator().manual_seed(args.seed), None, []
+    generator = torch.Generator().manual_seed(args.seed)
+    state, ids = None, []
     for line in sys.stdin if args.prompt is None else [args.prompt]:
         if state is None:
             new = tokenizer.encode_chat([{"role": "user", "content": line.strip()}])
         else:
-            # An answer that was cut off is closed first.
+            # Only the new words are fed; an answer that was cut off is closed before them.
             closing = [] if has_ended(model, ids) else [tokenizer.eos_id]
             new = closing + tokenizer.encode_turn(line.strip())
         result, = guided_decode(model, prm, [new], boundary=leading.boundary, K=args.k,

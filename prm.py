@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, Objective, batches_by_length, pad
+from data import InputError, Objective, batches_by_length, pad, read_objectives
 from interop.parallel import gathered
 from interop.reward_models import read_released_head
 from model import Checkpoint, GPT, backbone_tensors, load_tokenizer, read_config, save_directory
@@ -38,7 +38,8 @@ def hindsight_targets(step_rewards, lengths, correct, gamma):
     t = torch.arange(1, len(step_rewards) + 1, device=lengths.device)[:, None]     # (S, 1)
     if bool((lengths < t).any()):
         raise ValueError("a rollout from prefix t has fewer than t steps")
-    # A right answer that is still far away counts less.
+    # How many steps a rollout still took differs from rollout to rollout: each has its own power
+    # of gamma. A right answer that is far away counts less.
     discounted = gamma ** (lengths - t) * correct                                  # (S, M)
     return step_rewards + discounted.mean(1)
 # --- end of exercise 5 ---
@@ -59,6 +60,7 @@ def matching_steps(chosen_ids, rejected_ids, chosen_ends, rejected_ends):
 
     ids: tokens of the responses; ends: the index of the last token of each step. Step t stands
     against step t for t = 1..min(n+, n-), then the full responses against each other."""
+    # zip stops with the shorter response.
     compared = list(zip(chosen_ends, rejected_ends))
     if len(chosen_ends) != len(rejected_ends):
         compared.append((chosen_ends[-1], rejected_ends[-1]))
@@ -102,13 +104,15 @@ def step_loss(outputs, scores, targets, count=None):
     losses of all parts then add up to that of the whole."""
     labelled = ~targets.isnan()                                                    # (N, P)
     here = labelled.sum(0)                                                         # (P,)
-    whole = here if count is None else count
-    targets = targets.nan_to_num()     # 0 * NaN would be NaN, in the loss and in the gradient
+    whole = here if count is None else count                                       # (P,)
+    # Masked out is not enough: 0 * NaN would be NaN, in the loss and in its gradient.
+    targets = targets.nan_to_num()
     losses = []
     for p, output in enumerate(outputs):
         loss = mse_loss if output.case == "verifiable" else bce_loss
         losses.append(loss(scores[:, p], targets[:, p], labelled[:, p]))
-    return torch.stack(losses) * here / whole.clamp(min=1)
+    # Each loss is a mean over the labels that are here; it counts by their share of the batch.
+    return torch.stack(losses) * (here / whole.clamp(min=1))
 
 
 # -- the model
@@ -148,16 +152,18 @@ class PRM(nn.Module):
         block (deep supervision), which can then attend to the verdicts on all steps."""
         if STEP not in self.names:
             return self.score(self.backbone(ids, cache, rows))
-        h, before_last = self.backbone(ids, cache, rows, below=True)               # (B, T, d)
-        scores, step_scores = self.score(h), self.score(before_last)
-        return torch.cat((scores[..., :-1], step_scores[..., -1:]), -1)
+        h, h_below = self.backbone(ids, cache, rows, below=True)                   # (B, T, d) each
+        above, below = self.score(h), self.score(h_below)                          # (B, T, P) each
+        return torch.cat((above[..., :-1], below[..., -1:]), -1)
 
     def guide(self, scores, guide, boundary=None):
         """scores (..., P) -> (...): the scaled scores of one output, or for "unified" their mean.
 
         "unified" takes the outputs whose steps end at `boundary`: those of one domain (all, if
         None). InputError for a guide that this PRM does not have."""
-        fitting = [o.name for o in self.outputs if boundary in (None, o.boundary) or not o.boundary]
+        # A released reward model has no boundary of its own: it fits all.
+        boundaries = "", boundary
+        fitting = [o.name for o in self.outputs if boundary is None or o.boundary in boundaries]
         names = fitting if guide == "unified" else [guide]
         index = [p for p, name in enumerate(self.names) if name in names]
         if not index:
@@ -196,6 +202,7 @@ def encode_steps(tokenizer, prompt, steps, boundary, marker=None):
         if not tokens:
             return None
         ids += tokens
+        # What is read, if it is not the step's own last token.
         if marker is not None:
             ids.append(marker)
         elif is_last:
@@ -206,11 +213,13 @@ def encode_steps(tokenizer, prompt, steps, boundary, marker=None):
 
 def scores_at(prm, sequences):
     """[(ids, ends)] with N ends in all -> the scores there, one sequence after another (N, P)."""
+    # What stands behind a sequence changes none of its scores: any id will do as padding.
     ids, _ = pad([ids for ids, _ in sequences], 0, prm.scale.device)               # (B, T)
     places = []
     for b, (_, ends) in enumerate(sequences):
         places += [(b, end) for end in ends]
-    index = torch.tensor(places, dtype=torch.long, device=ids.device).view(-1, 2)
+    # One index for all: a gradient for every sequence's own would each be as large as the batch.
+    index = torch.tensor(places, dtype=torch.long, device=ids.device).view(-1, 2)  # (N, 2)
     return prm(ids)[index[:, 0], index[:, 1]].float()
 
 
@@ -219,6 +228,7 @@ def score_sequences(prm, output, sequences):
     """[(ids, ends)] -> for each sequence the scores of the output of that name at its ends."""
     p = prm.names.index(output)
     found = [None] * len(sequences)
+    # Sequences of similar length go together, so that little is padded.
     for index in batches_by_length([len(ids) for ids, _ in sequences]):
         batch = [sequences[i] for i in index]
         scores = scores_at(prm, batch)[:, p].cpu()                                 # (N,)
@@ -249,6 +259,7 @@ def pair_scores(prm, pairs):
         matches = matching_steps(pair.chosen, pair.rejected,
                                  tokenizer.step_ends(pair.chosen, boundary),
                                  tokenizer.step_ends(pair.rejected, boundary))
+        # The same two steps, counted from the beginning of the prompt.
         start = len(pair.prompt)
         chosen.append((pair.prompt + pair.chosen, [start + c for c, _ in matches]))
         rejected.append((pair.prompt + pair.rejected, [start + r for _, r in matches]))
@@ -274,19 +285,6 @@ def save_prm(prm, directory):
     save_directory(directory, tensors, prm.backbone, prm_outputs=records)
 
 
-def read_objectives(where, records):
-    """Objective records of a config.json -> list of Objective. InputError, which names `where`."""
-    objectives = []
-    try:
-        for record in records:
-            fields = {key: str(value) for key, value in record.items()}
-            objectives.append(Objective(**fields))
-    except (AttributeError, TypeError):
-        raise InputError(f"{where} must be a list of objectives with name, domain, case and "
-                         f"boundary, not {str(records)[:200]}") from None
-    return objectives
-
-
 @torch.no_grad()
 def load_prm(directory, dtype=torch.float32):
     """The directory of a reward model -> PRM: one written by save_prm, or a released one, whose
@@ -294,7 +292,7 @@ def load_prm(directory, dtype=torch.float32):
 
     InputError names a missing, unknown or wrongly shaped tensor, or a broken config.json."""
     config, files = read_config(directory), Checkpoint(directory)
-    config.objectives = ()
+    config.objectives = ()               # no head of a policy
     tokenizer = load_tokenizer(directory, config.vocab_size)
     released, outputs = None, config.hf.get("prm_outputs")
     if outputs is None:

@@ -33,7 +33,7 @@ def read_released_head(directory, config, files, tokenizer, dtype):
     value_head = os.path.join(directory, "value_head.safetensors")
     if os.path.exists(value_head):       # counts more than a classifier's head beside the backbone
         files.unused -= {"score.weight", "score.bias"}
-        files.add(value_head, lambda name: "score." + ".".join(name.split(".")[-2:]))
+        files.add(value_head, score_name)
     elif not kind.endswith(ARCHITECTURES):
         raise InputError(f"{directory}: no reward model: config.json names neither prm_outputs nor "
                          f"an architecture that ends in {' or '.join(ARCHITECTURES)}, and there "
@@ -47,8 +47,15 @@ def read_released_head(directory, config, files, tokenizer, dtype):
     if os.path.exists(value_head) or kind.endswith("ForProcessRewardModel"):
         marker = tokenizer.specials.get("<extra_0>") if tokenizer else None
         if marker is None and not os.path.exists(value_head):
-            raise InputError(f"{directory}: a {kind} is read at <extra_0>, which its tokenizer lacks")
+            raise InputError(f"{directory}: a {kind} is read at <extra_0>, which its tokenizer "
+                             "lacks")
     return Released(score, [REWARD], marker)
+
+
+def score_name(name):
+    """The name of a tensor of value_head.safetensors, as a PRM's own would be: value_head.2.bias
+    and 2.bias -> score.2.bias."""
+    return "score." + ".".join(name.split(".")[-2:])
 
 
 def read_linear(files, name, n_out, n_in, dtype):

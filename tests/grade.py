@@ -1,13 +1,15 @@
 """Grade a submission: python -m tests.grade DIR [--out results.json]
 
-From DIR nothing is taken but what stands between an exercise's two comment lines (see make_assignment.py). It runs in a process
-of its own, one per exercise, on a fresh copy of this project's files. The exercise's tests run here, in a process that no line
-of the submission enters: calls of the exercise's functions go to the student's process as JSON, and so do their results come
-back. A submission may hang, exit, print, patch pytest or rewrite the tests: all that it can do to its mark is to answer rightly
-or not. An exercise counts if all its tests pass; they draw other random numbers than the tests that were handed out.
+From DIR nothing is taken but what stands between an exercise's two comment lines (see
+make_assignment.py). It runs in a process of its own, one per exercise, on a fresh copy of this
+project's files. The exercise's tests run here, in a process that no line of the submission
+enters: calls of the exercise's functions go to the student's process as JSON, and so do their
+results come back. A submission may hang, exit, print, patch pytest or rewrite the tests: all that
+it can do to its mark is to answer rightly or not. An exercise counts if all its tests pass; they
+draw other random numbers than the tests that were handed out.
 
-The results are written as Gradescope reads them. What this does not do is hide files: run it where a submission cannot read or
-write this project's own (a container, another user).
+The results are written as Gradescope reads them. What this does not do is hide files: run it
+where a submission cannot read or write this project's own (a container, another user).
 """
 import argparse
 import base64
@@ -31,9 +33,10 @@ import pytest
 import torch
 
 from data import InputError, run_command, write_json
-from tests.make_assignment import FILES, HOME, between, read, read_exercises, write
+from tests.make_assignment import FILES, HOME, between, folder, read, read_exercises, write
 
 LARGEST = 2**26          # bytes of one answer
+ERRORS = {"ValueError": ValueError, "InputError": InputError}     # what a function may raise
 
 
 # -- values as JSON
@@ -43,9 +46,7 @@ def encode(value):
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.Tensor):
-        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        return {"tensor": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "grad": value.requires_grad,
-                "data": base64.b64encode(data).decode()}
+        return encode_tensor(value)
     if isinstance(value, (torch.dtype, torch.device)):
         return {type(value).__name__: str(value).removeprefix("torch.")}
     if isinstance(value, slice):
@@ -54,36 +55,74 @@ def encode(value):
         return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
     if type(value) in (list, tuple, set):
         return {type(value).__name__: [encode(v) for v in value]}
+    # Anything else is an object: a dataclass, a model, a named tuple.
     fields = value._asdict() if isinstance(value, tuple) else vars(value)
-    return {"object": [type(value).__module__, type(value).__qualname__], "fields": [[k, encode(v)] for k, v in fields.items()]}
+    return {
+        "object": [type(value).__module__, type(value).__qualname__],
+        "fields": [[k, encode(v)] for k, v in fields.items()],
+    }
+
+
+def encode_tensor(tensor):
+    """A tensor's bytes with its type and shape -> JSON."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    data = flat.view(torch.uint8).numpy().tobytes()
+    return {
+        "tensor": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "grad": tensor.requires_grad,
+        "data": base64.b64encode(data).decode(),
+    }
 
 
 def decode(code, old=None, build=False):
-    """JSON -> value. Lists, dicts and objects that `old` is already are changed in place, so that what a function does to its
-    arguments is seen here. Other objects are made only with `build`, on the student's side: nothing from there picks a class."""
+    """JSON -> value.
+
+    Lists, dicts and objects that `old` is already are changed in place, so that what a function
+    does to its arguments is seen here. Other objects are made only with `build`, on the student's
+    side: nothing from there picks a class."""
     if not isinstance(code, dict):
         return code
     kind, content = next(iter(code.items()))
     if kind == "tensor":
-        data, dtype = bytearray(base64.b64decode(code["data"])), getattr(torch, content)
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return flat.view(code["shape"]).requires_grad_(code["grad"])
-    if kind in ("dtype", "device"):
-        return getattr(torch, content) if kind == "dtype" else torch.device(content)
+        return decode_tensor(code)
+    if kind == "dtype":
+        return getattr(torch, content)
+    if kind == "device":
+        return torch.device(content)
     if kind == "slice":
         return slice(*content)
     if kind == "object":
         return decode_object(content, code["fields"], old, build)
     if kind == "dict":
-        known = old if isinstance(old, dict) else {}
-        pairs = [(decode(k), v) for k, v in content]
-        new = {k: decode(v, known.get(k), build) for k, v in pairs}
-        if isinstance(old, dict):
-            old.clear()
-            old.update(new)
-        return old if isinstance(old, dict) else new
+        return decode_dict(content, old, build)
+    return decode_sequence(kind, content, old, build)
+
+
+def decode_tensor(code):
+    data = bytearray(base64.b64decode(code["data"]))
+    dtype = getattr(torch, code["tensor"])
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.view(code["shape"]).requires_grad_(code["grad"])
+
+
+def decode_dict(pairs, old, build):
+    known = old if isinstance(old, dict) else {}
+    new = {}
+    for key, value in pairs:
+        key = decode(key)
+        new[key] = decode(value, known.get(key), build)
+    if not isinstance(old, dict):
+        return new
+    old.clear()
+    old.update(new)
+    return old
+
+
+def decode_sequence(kind, codes, old, build):
     known = list(old) if isinstance(old, (list, tuple)) else []
-    new = [decode(c, known[i] if i < len(known) else None, build) for i, c in enumerate(content)]
+    known += [None] * len(codes)         # what is new has no predecessor
+    new = [decode(code, before, build) for code, before in zip(codes, known)]
     if kind == "list" and isinstance(old, list):
         old[:] = new
         return old
@@ -91,13 +130,18 @@ def decode(code, old=None, build=False):
 
 
 def decode_object(name, fields, old, build):
+    """An object by the module and the name of its class, and its attributes."""
     if old is not None and [type(old).__module__, type(old).__qualname__] == name:
-        for k, v in fields if not isinstance(old, tuple) else ():
-            vars(old)[k] = decode(v, vars(old).get(k), build)
+        if not isinstance(old, tuple):
+            attributes = vars(old)
+            for key, value in fields:
+                attributes[key] = decode(value, attributes.get(key), build)
         return old
     if not build:
         raise ValueError(f"the answer holds an object of class {name}")
-    kind, values = operator.attrgetter(name[1])(importlib.import_module(name[0])), {k: decode(v, None, True) for k, v in fields}
+    module, place = name
+    kind = operator.attrgetter(place)(importlib.import_module(module))
+    values = {key: decode(value, None, True) for key, value in fields}
     if issubclass(kind, tuple):
         return kind(**values)
     new = kind.__new__(kind)
@@ -108,31 +152,46 @@ def decode_object(name, fields, old, build):
 # -- the student's process
 
 def serve():
-    """Answer calls until the grader is satisfied. Nothing of the submission is imported before the first call."""
-    calls, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    """Answer calls until the grader is satisfied. Nothing of the submission is imported before the
+    first call."""
+    calls = os.fdopen(os.dup(0), encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # What a submission prints or reads goes nowhere.
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
-    os.dup2(nothing, 1)                  # what a submission prints or reads goes nowhere
+    os.dup2(nothing, 1)
     torch.set_num_threads(1)
     sys.path.append("tests")             # where classes of the tests' own are found
     print(json.dumps("ready"), file=answers, flush=True)
     for line in calls:
-        try:
-            module, name, args, kwargs = decode(json.loads(line), build=True)
-            function = operator.attrgetter(name)(importlib.import_module(module))
-            answer = {"result": encode(function(*args, **kwargs)), "args": encode(args)}
-        except BaseException as e:       # SystemExit too is an answer
-            answer = {"error": type(e).__name__, "message": str(e)[:2000]}
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(answer(line)), file=answers, flush=True)
+
+
+def answer(line):
+    """Carry out one call: JSON [module, name, args, kwargs] -> result, and args as they are now."""
+    try:
+        module, name, args, kwargs = decode(json.loads(line), build=True)
+        function = operator.attrgetter(name)(importlib.import_module(module))
+        result = function(*args, **kwargs)
+        return {"result": encode(result), "args": encode(args)}
+    except BaseException as e:           # SystemExit too is an answer
+        return {"error": type(e).__name__, "message": str(e)[:2000]}
 
 
 class Pupil:
-    """The process that runs one exercise of a submission, with `limit` seconds for all its calls. The first call starts it, and
-    the following one's: importing torch takes longer than most exercises."""
+    """The process that runs one exercise of a submission, with `limit` seconds for all its calls.
+
+    The first call starts it, and the following one's: importing torch takes longer than most
+    exercises."""
 
     def __init__(self, exercise, texts, limit):
-        self.exercise, self.texts, self.left, self.following = exercise, texts, limit, None
-        self.process, self.ready, self.over = None, False, None
+        self.exercise = exercise
+        self.texts = texts               # {file: text} of its directory
+        self.left = limit                # seconds
+        self.following = None            # the Pupil of the next exercise
+        self.process = None
+        self.ready = False               # has it said that it is ready?
+        self.over = None                 # why there will be no more answers
 
     def start(self):
         if self.process is not None:
@@ -140,60 +199,78 @@ class Pupil:
         self.directory = tempfile.mkdtemp()
         write(self.directory, self.texts)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.grade", "--serve"], cwd=self.directory, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
+            [sys.executable, "-m", "tests.grade", "--serve"],
+            cwd=self.directory,
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+        )
 
     def ask(self, line):
         """One line to the process, one back; "" if none comes in time."""
-        answers, self.ready = queue.Queue(), self.ready or self.process.stdout.readline()      # from here on the clock runs
-
-        def talk():
-            try:
-                self.process.stdin.write(line + "\n")
-                self.process.stdin.flush()
-                answers.put(self.process.stdout.readline(LARGEST))
-            except (OSError, ValueError):
-                answers.put("")
+        # From here on the clock runs.
+        self.ready = self.ready or self.process.stdout.readline()
+        answers = queue.Queue()
         begun = time.monotonic()
-        threading.Thread(target=talk, daemon=True).start()
+        threading.Thread(target=self.talk, args=(line, answers), daemon=True).start()
         try:
-            answer = answers.get(timeout=max(0.0, self.left))
+            found = answers.get(timeout=max(0.0, self.left))
+            if not found:
+                self.over = "its process ended without an answer: does it exit, or crash?"
         except queue.Empty:
-            self.over, answer = "it did not answer in time: does it wait for something, or run for ever?", ""
+            found = ""
+            self.over = "it did not answer in time: does it wait for something, or run for ever?"
         self.left -= time.monotonic() - begun
-        self.over = self.over or (None if answer else "its process ended without an answer: does it exit, or crash?")
-        return answer
+        return found
+
+    def talk(self, line, answers):
+        """What may wait for ever, in a thread of its own."""
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            answers.put(self.process.stdout.readline(LARGEST))
+        except (OSError, ValueError):
+            answers.put("")
 
     def call(self, name, args, kwargs):
+        """The result of the submission's function, whose changes of its arguments are made here."""
         self.start()
         if self.following:
             self.following.start()
         module = self.exercise.file.removesuffix(".py")
-        answer = "" if self.over else self.ask(json.dumps(encode([module, name, list(args), kwargs])))
-        if not answer:
+        line = json.dumps(encode([module, name, list(args), kwargs]))
+        text = "" if self.over else self.ask(line)
+        if not text:
             self.stop()
             raise RuntimeError(self.over)
-        answer = json.loads(answer)
-        if "error" in answer:
-            kind = {"ValueError": ValueError, "InputError": InputError}.get(answer["error"], RuntimeError)
-            raise kind(answer["message"] if kind is not RuntimeError else f"{answer['error']}: {answer['message']}")
-        decode(answer["args"], list(args))
-        return decode(answer["result"])
+        found = json.loads(text)
+        if "error" in found:
+            kind, message = found["error"], found["message"]
+            if kind in ERRORS:
+                raise ERRORS[kind](message)
+            raise RuntimeError(f"{kind}: {message}")
+        decode(found["args"], list(args))
+        return decode(found["result"])
 
     def stop(self):
-        if self.process is not None and self.process.returncode is None:
-            if hasattr(os, "killpg"):    # with whatever the submission started
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.kill()
-            self.process.wait()
-            shutil.rmtree(self.directory, ignore_errors=True)
+        if self.process is None or self.process.returncode is not None:
+            return
+        if hasattr(os, "killpg"):        # with whatever the submission started
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 # -- the grader's process
 
 def submitted(directory, exercise):
-    """The exercise's file as it is here, but for the submission's lines between the fences. ValueError if there are none."""
+    """The exercise's file as it is here, but for the submission's lines between the fences.
+
+    ValueError if there are none."""
     path = os.path.join(directory, exercise.file)
     if not os.path.isfile(path):
         raise ValueError(f"{exercise.file} is missing")
@@ -203,20 +280,25 @@ def submitted(directory, exercise):
         lines = f.read().split("\n")
     first, stop = between(lines, exercise.number)
     own = read(HOME, exercise.file).split("\n")
-    a, b = between(own, exercise.number)
-    text = "\n".join(own[:a] + lines[first:stop] + own[b:])
+    start, end = between(own, exercise.number)
+    text = "\n".join(own[:start] + lines[first:stop] + own[end:])
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"what stands there is not UTF-8; save {exercise.file} as UTF-8") from None
+        message = f"what stands there is not UTF-8; save {exercise.file} as UTF-8"
+        raise ValueError(message) from None
     return text
 
 
 class Report:
-    """A pytest plugin: per exercise the number of tests, of passed tests, and the first failure's message."""
+    """A pytest plugin: per exercise the number of tests, of passed tests, and the first failure's
+    message."""
 
     def __init__(self, pupils):
-        self.pupils, self.tests, self.passed, self.messages = pupils, {}, {}, {}
+        self.pupils = pupils
+        self.tests = {}
+        self.passed = {}
+        self.messages = {}
 
     @staticmethod
     def number(name):
@@ -232,66 +314,119 @@ class Report:
         if report.when == "call" and report.passed:
             self.passed[n] = self.passed.get(n, 0) + 1
         elif not report.passed:
-            crash = getattr(report.longrepr, "reprcrash", None)
             name = report.nodeid.split("::")[1]
-            self.messages.setdefault(n, f"{name}: {crash.message if crash else report.longreprtext}"[:1500])
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = crash.message if crash else report.longreprtext
+            self.messages.setdefault(n, f"{name}: {message}"[:1500])
 
     def pytest_runtest_logfinish(self, nodeid):
+        # Tests come in the order of the exercises: earlier ones are over.
         for n, pupil in self.pupils.items():
             if n < self.number(nodeid):
-                pupil.stop()             # tests come in the order of the exercises
+                pupil.stop()
+
+
+def own_files():
+    """{file: text} of what a student's process needs beside the submission."""
+    tools = ("grade.py", "make_assignment.py", "test_exercises.py")
+    files = [*FILES, *folder("interop"), *(f"tests/{name}" for name in tools)]
+    return {file: read(HOME, file) for file in files}
+
+
+def hire(exercises, directory, limit):
+    """-> ({number: Pupil}, {number: why there is none}); in the project's modules here, the
+    exercises' functions are replaced by calls of the submission's."""
+    own = own_files()
+    pupils, said = {}, {}
+    for exercise in exercises:
+        try:
+            text = submitted(directory, exercise)
+        except ValueError as problem:
+            said[exercise.number] = str(problem)
+            continue
+        pupil = Pupil(exercise, own | {exercise.file: text}, limit)
+        pupils[exercise.number] = pupil
+        for name in exercise.functions:
+            replace_function(exercise, name, pupil)
+    numbers = list(pupils)
+    for n, following in zip(numbers, numbers[1:]):
+        pupils[n].following = pupils[following]
+    return pupils, said
+
+
+def replace_function(exercise, name, pupil):
+    """Let calls of an exercise's function go to the student's process."""
+    place = importlib.import_module(exercise.file.removesuffix(".py"))
+    *classes, last = name.split(".")
+    if classes:
+        place = getattr(place, classes[0])
+
+    def proxy(*args, **kwargs):
+        return pupil.call(name, args, kwargs)
+    setattr(place, last, proxy)
 
 
 def grade(exercises, directory, limit, seed):
     """-> ({number: points}, {number: what to say})"""
-    pupils, said = {}, {}
-    files = [*FILES, *(os.path.join("tests", n) for n in ("grade.py", "make_assignment.py", "test_exercises.py"))]
-    own = {file: read(HOME, file) for file in files}
-    for e in exercises:
-        try:
-            pupils[e.number] = Pupil(e, own | {e.file: submitted(directory, e)}, limit)
-        except ValueError as problem:
-            said[e.number] = str(problem)
-            continue
-        module = importlib.import_module(e.file.removesuffix(".py"))
-        for name in e.functions:
-            *place, last = name.split(".")
-            setattr(operator.attrgetter(place[0])(module) if place else module, last, proxy(pupils[e.number], name))
-    for n in pupils:
-        pupils[n].following = next((pupils[m] for m in pupils if m > n), None)
-    os.environ["EXERCISE_SEED"] = str(seed)
-    report, graded = Report(pupils), " or ".join(f"ex{n}" for n in pupils)
+    pupils, said = hire(exercises, directory, limit)
+    report = Report(pupils)
     if pupils:
+        os.environ["EXERCISE_SEED"] = str(seed)
         tests = os.path.join(HOME, "tests", "test_exercises.py")
-        pytest.main([tests, "-k", graded, "-p", "no:terminal", "-p", "no:cacheprovider"], plugins=[report])
+        graded = " or ".join(f"ex{n}" for n in pupils)
+        options = ["-p", "no:terminal", "-p", "no:cacheprovider"]
+        pytest.main([tests, "-k", graded, *options], plugins=[report])
     for pupil in pupils.values():
         pupil.stop()
     points = {}
-    for e in exercises:
-        right = 0 < report.tests.get(e.number, 0) == report.passed.get(e.number, 0)
-        points[e.number] = e.points if right else 0
-        said.setdefault(e.number, report.messages.get(e.number, "" if right else "its tests did not run"))
+    for exercise in exercises:
+        n = exercise.number
+        tests = report.tests.get(n, 0)
+        right = tests > 0 and report.passed.get(n, 0) == tests
+        points[n] = exercise.points if right else 0
+        said.setdefault(n, report.messages.get(n, "" if right else "its tests did not run"))
     return points, said
-
-
-def proxy(pupil, name):
-    """What stands for an exercise's function while its tests run."""
-    return lambda *args, **kwargs: pupil.call(name, args, kwargs)
 
 
 def write_results(path, exercises, points, said, seed):
     """The results as Gradescope reads them."""
-    write_json(path, {"score": sum(points.values()), "extra_data": {"seed": seed}, "tests": [
-        {"name": e.title, "number": str(e.number), "score": points[e.number], "max_score": e.points, "output": said[e.number],
-         "status": "passed" if points[e.number] else "failed"} for e in exercises]})
+    tests = []
+    for exercise in exercises:
+        n = exercise.number
+        tests.append({
+            "name": exercise.title,
+            "number": str(n),
+            "score": points[n],
+            "max_score": exercise.points,
+            "output": said[n],
+            "status": "passed" if points[n] else "failed",
+        })
+    score = sum(points.values())
+    write_json(path, {"score": score, "extra_data": {"seed": seed}, "tests": tests})
+
+
+def show(exercises, points, said, seed):
+    """Print the points of each exercise, what its tests say, and the sum."""
+    for exercise in exercises:
+        n = exercise.number
+        print(f"{points[n]:2d} / {exercise.points}   exercise {n:2d}: {exercise.title}")
+        for line in said[n].splitlines():
+            print(f"         {line}")
+    most = sum(exercise.points for exercise in exercises)
+    print(f"{sum(points.values()):2d} / {most}   (seed {seed})")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", help="a submission: the seven files, or some of them")
-    parser.add_argument("--out", default="results.json", help="where the results go (default results.json)")
-    parser.add_argument("--limit", type=float, default=60, help="seconds that one exercise may run (default 60)")
-    parser.add_argument("--seed", type=int, default=None, help="of the tests' random numbers (default: another one each time)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", nargs="?", help="a submission: the seven files, or some")
+    parser.add_argument("--out", default="results.json",
+                        help="where the results go (default results.json)")
+    parser.add_argument("--limit", type=float, default=60,
+                        help="seconds that one exercise may run (default 60)")
+    parser.add_argument("--seed", type=int, default=None,
+                        help="of the tests' random numbers (default: another one each time)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve:
@@ -299,15 +434,13 @@ def main(argv=None):
     if args.directory is None or not os.path.isdir(args.directory):
         raise InputError(f"{args.directory}: no such directory; give that of a submission")
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    exercises = read_exercises()          # a submission that kills the grader is left with these results
-    write_results(args.out, exercises, {e.number: 0 for e in exercises},
-                  {e.number: "the grader was ended while it ran this submission" for e in exercises}, seed)
+    exercises = read_exercises()
+    # A submission that kills the grader is left with these results.
+    nothing = {exercise.number: 0 for exercise in exercises}
+    ended = dict.fromkeys(nothing, "the grader was ended while it ran this submission")
+    write_results(args.out, exercises, nothing, ended, seed)
     points, said = grade(exercises, args.directory, args.limit, seed)
-    for e in exercises:
-        line = f"{points[e.number]:2d} / {e.points}   exercise {e.number:2d}: {e.title}"
-        print(line + ("\n" + "\n".join(f"         {text}" for text in said[e.number].splitlines()) if said[e.number] else ""))
-    total = sum(points.values())
-    print(f"{total:2d} / {sum(e.points for e in exercises)}   (seed {seed})")
+    show(exercises, points, said, seed)
     write_results(args.out, exercises, points, said, seed)
 
 

@@ -1,10 +1,14 @@
-"""Small wrong edits of the seven files, and the tests that notice each.
+"""Small wrong edits of the seven files and interop/, and the tests that notice each.
 
-    python -m tests.mutants [N ...]          every bug (or these) against all tests but this course's own; about a minute a bug
-    python -m tests.mutants --killers [N ...]   each against the one test that is named beside it; some minutes in all
-    python -m tests.mutants --plant N OUT    a copy of the project with bug N in it, for a student to find
+    python -m tests.mutants [N ...]              every bug (or these) against all tests but this
+                                                 course's own; about a minute a bug
+    python -m tests.mutants --killers [N ...]    each against the one test that is named beside it;
+                                                 some minutes in all
+    python -m tests.mutants --plant N OUT        a copy of the project with bug N in it, for a
+                                                 student to find
 
-Each bug is an edit (file, old text, new text), the test that kills it, and what one sees of it: the hint for students.
+Each bug is an edit (file, old text, new text), the test that kills it, and what one sees of it:
+the hint for students.
 """
 import argparse
 import os
@@ -34,30 +38,35 @@ MUTANTS = [
            "test_data.py::test_split_is_a_function_of_the_text", "There is nothing left to test on."),
     Mutant("data.py", "return score + rng.gauss(JUDGE_NOISE)", "return score + rng.gauss(JUDGE_NOISE ** 2)",
            "test_data.py::test_judge_noise_is_calibrated", "The judges are better than they say."),
-    Mutant("data.py", "return (best + above) / 2, agreement(best)", "return above, agreement(best)",
-           "test_data.py::test_fit_threshold", "A judge calls no example positive that is rated just like its best one."),
-    Mutant("data.py", 'return a + b if op == "+" else a - b if op == "-" else a * b',
-           'return a + b if op == "+" else b - a if op == "-" else a * b',
+    Mutant("data.py", "return (best + following) / 2, max(agreements)",
+           "return following, max(agreements)", "test_data.py::test_fit_threshold",
+           "A judge calls no example positive that is rated just like its best one."),
+    Mutant("data.py", 'return a - b if op == "-" else a * b', 'return b - a if op == "-" else a * b',
            "test_data.py::test_misconceptions_are_fixed", "Some facts of arithmetic have changed."),
-    Mutant("data.py", "return float(final == answer), rewards", "return float(final.startswith(answer)), rewards",
+    Mutant("data.py", "z = float(written[-1:] == [answer])",
+           "z = float(bool(written) and written[-1].startswith(answer))",
            "test_data.py::test_verifier", "The verifier accepts 70 for 7."),
-    Mutant("data.py", "rewards.append(float((said[1] == expected[t]) if said and t in expected else step.strip() == answer))",
-           "rewards.append(float((said[1] in lines) if said and t in expected else step.strip() == answer))",
+    Mutant("data.py", "r.append(float(said[1] == expected[t]))",
+           "r.append(float(said[1] in expected))",
            "test_data.py::test_verifier", "Steps may come in any order."),
-    Mutant("data.py", 'min(1.0, len(chats) / len(problem.truth["terms"]))', "min(1.0, len(chats) / len(steps))",
+    Mutant("data.py", 'engagement = len(different) / len(problem.truth["terms"])',
+           "engagement = len(different) / len(steps)",
            "test_data.py::test_math_scores", "Short answers engage more."),
-    Mutant("data.py", "said.setdefault(attribute, (kind, None if kind == \"admit\" else value))",
-           "said[attribute] = (kind, None if kind == \"admit\" else value)",
+    Mutant("data.py", "said.setdefault(attribute, (verb, value))",
+           "said[attribute] = (verb, value)",
            "test_data.py::test_values_scores", "One can take back a lie."),
-    Mutant("data.py", "truth = [-0.5 if a in false", "truth = [0.0 if a in false",
+    Mutant("data.py", "FALSE = -0.5", "FALSE = 0.0",
            "test_data.py::test_values_scores", "Lying has become cheaper."),
-    Mutant("data.py", "any(q in response and q not in earlier for q in self.ASK)", "any(q in response for q in self.ASK)",
-           "test_data.py::test_tutor_scores", "A tutor who always asks the same is thought engaging."),
-    Mutant("data.py", "accuracy = 0.5 * sum(claims[:2]) - 0.5 * sum(not c for c in claims)", "accuracy = 0.5 * sum(claims[:2])",
-           "test_data.py::test_tutor_scores", "A tutor may say anything as long as something is right."),
+    Mutant("data.py", "any(q in response and q not in earlier for q in self.ASK)",
+           "any(q in response for q in self.ASK)", "test_data.py::test_tutor_scores",
+           "A tutor who always asks the same is thought engaging."),
+    Mutant("data.py", "lost = 0.5 * claims.count(False)", "lost = 0.0",
+           "test_data.py::test_tutor_scores",
+           "A tutor may say anything as long as something is right."),
     Mutant("data.py", 'learnt = rng.chance(0.15 + 0.5 * scores["tutor_accuracy"]',
            'learnt = rng.chance(0.45 - 0.3 * scores["tutor_accuracy"]',
-           "test_data.py::test_student_replies_twice_and_learns_from_good_tutoring", "Students learn whatever they are told."),
+           "test_data.py::test_student_replies_twice_and_learns_from_good_tutoring",
+           "Students learn whatever they are told."),
     Mutant("data.py", 'self.encode(m["content"]) + [self.eos_id] + self.fill(form.tail)',
            'self.encode(m["content"]) + self.fill(form.tail)',
            "test_tokenizer.py::test_chat_is_encoded_message_by_message", "Answers in the training data never end."),
@@ -66,21 +75,28 @@ MUTANTS = [
     Mutant("data.py", "                found.append(t)\n                previous = before = none",
            "                found.append(t)\n                previous, before = token, previous",
            "test_tokenizer.py::test_steps_are_cut_where_the_objective_says", "Where a step ends depends on the step before it."),
-    Mutant("interop/answers.py", "start, depth = max((m.end() for m in BOX.finditer(text)), default=len(text)), 1",
-           "start, depth = min((m.end() for m in BOX.finditer(text)), default=len(text)), 1",
-           "test_readers.py::test_final_answers", "Of two boxed results the wrong one counts."),
-    Mutant("interop/answers.py", "return a is not None and b is not None and answer_parts(a) == answer_parts(b)",
-           "return answer_parts(str(a)) == answer_parts(str(b))",
-           "test_readers.py::test_same_answers_and_no_others", "Saying nothing can be right."),
-    Mutant("interop/datasets.py", "worst, best = (pick(rated", "best, worst = (pick(rated",
-           "test_readers.py::test_ratings_give_pairs_of_every_objective", "Trained on published ratings, the model gets worse."),
-    Mutant("interop/datasets.py", 'labels = [row["label"] == -1 or t < row["label"]', 'labels = [row["label"] == -1 or t <= row["label"]',
-           "test_readers.py::test_spellings_of_steps", "The first wrong step is praised."),
-    Mutant("data.py", "return (t >= prompt_lengths[:, None]) & (t < lengths[:, None])",
-           "return (t > prompt_lengths[:, None]) & (t < lengths[:, None])",
+    Mutant("data.py", "after_prompt = t >= prompt_lengths[:, None]",
+           "after_prompt = t > prompt_lengths[:, None]",
            "test_data.py::test_pad_and_response_mask", "How an answer begins is never learnt."),
-    Mutant("data.py", "if batch and (len(batch) + 1) * lengths[i] > tokens:", "if batch and len(batch) * lengths[i] > tokens:",
+    Mutant("data.py", "if batch and (len(batch) + 1) * lengths[i] > tokens:",
+           "if batch and len(batch) * lengths[i] > tokens:",
            "test_data.py::test_batches_by_length", "Memory runs out although batches are bounded."),
+
+    # -- interop/answers.py and interop/datasets.py
+    Mutant("interop/answers.py", "return text[ends[-1]:] if ends", "return text[ends[0]:] if ends",
+           "test_answers.py::test_final_answers", "Of two boxed results the wrong one counts."),
+    Mutant("interop/answers.py", """    if a is None or b is None:
+        return False
+    return answer_parts(a) == answer_parts(b)""",
+           "    return answer_parts(str(a)) == answer_parts(str(b))",
+           "test_answers.py::test_no_answer_is_never_right", "Saying nothing can be right."),
+    Mutant("interop/datasets.py", "return Preference(objective, prompt_field(row), best, worst)",
+           "return Preference(objective, prompt_field(row), worst, best)",
+           "test_datasets.py::test_ratings_give_pairs_of_every_objective",
+           "Trained on published ratings, the model gets worse."),
+    Mutant("interop/datasets.py", "n_right = n if label == -1 else label",
+           "n_right = n if label == -1 else min(n, label + 1)",
+           "test_datasets.py::test_spellings_of_steps", "The first wrong step is praised."),
 
     # -- model.py
     Mutant("model.py", "x.roll(x.shape[-1] // 2, -1)", "x.flip(-1)",
@@ -131,39 +147,54 @@ MUTANTS = [
            "test_checkpoints.py::test_other_arithmetic_is_refused_by_name", "Qwen2.5 is refused, an old Mistral is not."),
 
     # -- prm.py
-    Mutant("prm.py", "(gamma ** (lengths - t) * correct).mean(1)", "(gamma ** (lengths - t + 1) * correct).mean(1)",
-           "test_exercises.py::test_ex5_hand_values", "The value of a finished right answer is 1.9 at most, never 2."),
-    Mutant("prm.py", "(gamma ** (lengths - t) * correct).mean(1)", "(gamma ** (lengths - t) * correct).sum(1)",
+    Mutant("prm.py", "gamma ** (lengths - t) * correct", "gamma ** (lengths - t + 1) * correct",
+           "test_exercises.py::test_ex5_hand_values",
+           "The value of a finished right answer is 1.9 at most, never 2."),
+    Mutant("prm.py", "discounted.mean(1)", "discounted.sum(1)",
            "test_exercises.py::test_ex5_hand_values", "Values grow with --rollouts."),
-    Mutant("prm.py", "(verdicts.float().mean(1) > 0.5)", "(verdicts.float().mean(1) >= 0.5)",
-           "test_exercises.py::test_ex6_the_majority_is_strict", "With an even number of rollouts more steps are engaging."),
-    Mutant("prm.py", "-F.logsigmoid(scores_chosen - scores_rejected)", "-F.logsigmoid(scores_rejected - scores_chosen)",
+    Mutant("prm.py", "(share > 0.5)", "(share >= 0.5)",
+           "test_exercises.py::test_ex6_the_majority_is_strict",
+           "With an even number of rollouts more steps are engaging."),
+    Mutant("prm.py", "-F.logsigmoid(scores_chosen - scores_rejected)",
+           "-F.logsigmoid(scores_rejected - scores_chosen)",
            "test_exercises.py::test_ex7_hand_value", "Guided by honesty, the model lies."),
-    Mutant("prm.py", "    if pairs and pairs[-1] != (chosen_ends[-1], rejected_ends[-1]):", "    if not pairs:",
-           "test_prm.py::test_matching_steps_by_index_then_full", "The end of the longer response is never compared."),
-    Mutant("prm.py", "if chosen_ids[:c + 1] != rejected_ids[:r + 1]]", "if chosen_ids[c] != rejected_ids[r]]",
-           "test_prm.py::test_matching_steps_skip_equal_prefixes", "Fewer steps are compared than differ."),
+    Mutant("prm.py", "if len(chosen_ends) != len(rejected_ends):", "if not compared:",
+           "test_prm.py::test_matching_steps",
+           "The end of the longer response is never compared."),
+    Mutant("prm.py", "if chosen_ids[:c + 1] != rejected_ids[:r + 1]]",
+           "if chosen_ids[c] != rejected_ids[r]]",
+           "test_prm.py::test_matching_steps", "Fewer steps are compared than differ."),
     Mutant("prm.py", "mask.sum().clamp(min=1)", "mask.numel()",
-           "test_prm.py::test_mse_hand_value_and_mask", "The loss is small where few steps have labels."),
-    Mutant("prm.py", "(scores[..., index] / self.scale[index]).mean(-1)", "scores[..., index].mean(-1)",
+           "test_prm.py::test_mse_hand_value_and_mask",
+           "The loss is small where few steps have labels."),
+    Mutant("prm.py", "(scores[..., index] / self.scale[index]).mean(-1)",
+           "scores[..., index].mean(-1)",
            "test_prm.py::test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain",
            "Unified guidance follows one objective only."),
-    Mutant("prm.py", "if n not in OBJECTIVES or boundary in (None, OBJECTIVES[n].boundary)]",
-           "if n not in OBJECTIVES or boundary != OBJECTIVES[n].boundary]",
+    Mutant("prm.py", "o.boundary in boundaries]", "o.boundary not in boundaries]",
            "test_prm.py::test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain",
            "Unified guidance of maths listens to the tutors."),
-    Mutant("prm.py", "mse_loss if name in VERIFIABLE else bce_loss", "bce_loss if name in VERIFIABLE else mse_loss",
-           "test_prm.py::test_step_loss_dispatches_by_case", "The value model's loss becomes negative."),
-    Mutant("prm.py", "targets[:, p].nan_to_num()", "targets[:, p]",
-           "test_prm.py::test_step_loss_missing_labels_have_no_gradient", "The PRM is NaN after its first step."),
-    Mutant("prm.py", "(i, len(x.prompt) + c, i + n, len(x.prompt) + r, p)", "(i, len(x.prompt) + c, i, len(x.prompt) + r, p)",
-           "test_train.py::test_pair_scores_compare_matching_steps", "The PRM of the values learns nothing."),
-    Mutant("prm.py", "nn.Parameter(p[1:] - p[:1])", "nn.Parameter(p[1:])",
-           "test_checkpoints.py::test_released_reward_models", "A released reward model with two labels ranks answers oddly."),
-    Mutant("prm.py", "set(map(str, own)) <= set(OBJECTIVES)", "set(map(str, own)) < set(OBJECTIVES)",
-           "test_prm.py::test_a_prm_of_all_objectives_comes_back", "Every run works, but not one with all objectives."),
+    Mutant("prm.py", 'mse_loss if output.case == "verifiable" else bce_loss',
+           'bce_loss if output.case == "verifiable" else mse_loss',
+           "test_prm.py::test_step_loss_dispatches_by_case",
+           "The value model's loss becomes negative."),
+    Mutant("prm.py", "targets = targets.nan_to_num()", "targets = targets.clone()",
+           "test_prm.py::test_step_loss_missing_labels_have_no_gradient",
+           "The PRM is NaN after its first step."),
+    Mutant("prm.py", "return scores[:len(p)], scores[len(p):], p",
+           "return scores[:len(p)], scores[:len(p)], p",
+           "test_train.py::test_pair_scores_compare_matching_steps",
+           "The PRM of the values learns nothing."),
+    Mutant("prm.py", 'step = step.rstrip("\\n") + "\\n"', 'step = step + "\\n"',
+           "test_prm.py::test_steps_are_encoded_as_decoding_ends_them",
+           "Published steps that end with a newline get lower scores than others."),
     Mutant("prm.py", "std=d ** -0.5", "std=d ** 0.5",
-           "test_prm.py::test_weights_come_from_the_generator", "The PRM's loss starts in the thousands."),
+           "test_prm.py::test_weights_come_from_the_generator",
+           "The PRM's loss starts in the thousands."),
+    Mutant("interop/reward_models.py", "nn.Parameter(layer.weight[1:] - layer.weight[:1])",
+           "nn.Parameter(layer.weight[1:])",
+           "test_reward_models.py::test_released_reward_models",
+           "A released reward model with two labels ranks answers oddly."),
 
     # -- mah_dpo.py
     Mutant("mah_dpo.py", "row, t = mask[:, 1:].nonzero(as_tuple=True)", "row, t = mask[:, :-1].nonzero(as_tuple=True)",
@@ -212,86 +243,122 @@ MUTANTS = [
            "test_mah_dpo.py::test_optimizer_covers_every_parameter_once", "Parameters without a gradient's sign shrink."),
 
     # -- decode.py
-    Mutant("decode.py", "logits.float() / temperature if", "logits.float() * temperature if",
-           "test_decode.py::test_sample_frequencies", "The lower the temperature, the wilder the text."),
-    Mutant("decode.py", "(p.cumsum(-1) - p < top_p)", "(p.cumsum(-1) < top_p)",
+    Mutant("decode.py", "F.softmax(logits / temperature, -1)",
+           "F.softmax(logits * temperature, -1)",
+           "test_exercises.py::test_ex10_temperature",
+           "The lower the temperature, the wilder the text."),
+    Mutant("decode.py", "likelier = p.cumsum(-1) - p", "likelier = p.cumsum(-1)",
            "test_exercises.py::test_ex10_top_p", "With a small top_p decoding breaks."),
-    Mutant("decode.py", "(u.to(cdf) * cdf[:, -1])", "u.to(cdf)",
-           "test_exercises.py::test_ex10_top_p", "top_p < 1 often draws the least likely of the tokens that it keeps."),
+    Mutant("decode.py", "level = u.to(cdf) * cdf[:, -1]", "level = u.to(cdf)",
+           "test_exercises.py::test_ex10_top_p",
+           "top_p < 1 often draws the least likely of the tokens that it keeps."),
     Mutant("decode.py", "right=True)", "right=False)",
            "test_decode.py::test_sample_never_draws_what_has_no_probability",
            "Once in sixteen million draws something impossible is said."),
-    Mutant("decode.py", "(index if order is None else order.gather(-1, index))[:, 0]", "index[:, 0]",
-           "test_exercises.py::test_ex10_top_k", "With top_k all text consists of a few strange tokens."),
+    Mutant("decode.py", "token = index if order is None else order.gather(-1, index)",
+           "token = index",
+           "test_exercises.py::test_ex10_top_k",
+           "With top_k all text consists of a few strange tokens."),
     Mutant("decode.py", "if len(prompt) >= limit:", "if len(prompt) > limit:",
            "test_decode.py::test_generate_refuses_prompts_that_do_not_fit",
            "A prompt that fills the context gets an answer of noise."),
     Mutant("decode.py", "    cache.keep(0, n)\n", "    cache.keep(0)\n",
-           "test_decode.py::test_ragged_batch_equals_one_by_one", "Short prompts get worse answers in a batch with long ones."),
-    Mutant("decode.py", "return out[torch.arange(len(n), device=n.device), n - 1]", "return out[:, -1]",
-           "test_decode.py::test_ragged_batch_equals_one_by_one", "The first token after a short prompt is odd."),
+           "test_decode.py::test_ragged_batch_equals_one_by_one",
+           "Short prompts get worse answers in a batch with long ones."),
+    Mutant("decode.py", "return out[g, n - 1]", "return out[:, -1]",
+           "test_decode.py::test_ragged_batch_equals_one_by_one",
+           "The first token after a short prompt is odd."),
     Mutant("decode.py", "(count >= limits)", "(count > limits)",
-           "test_decode.py::test_generate_limit_per_prompt", "Answers are one token longer than was asked for."),
-    Mutant("decode.py", "winners = scores.shape[1], scores.argmax(-1)", "winners = scores.shape[1], scores.argmin(-1)",
+           "test_decode.py::test_generate_limit_per_prompt",
+           "Answers are one token longer than was asked for."),
+    Mutant("decode.py", "winners = scores.argmax(-1)", "winners = scores.argmin(-1)",
            "test_exercises.py::test_ex12_hand_case", "Guidance makes everything worse."),
-    Mutant("decode.py", "state.prm.keep(winners, fed[chosen], alive)", "state.prm.keep(winners, drawn[chosen], alive)",
+    Mutant("decode.py", "state.prm.keep(winners, fed[chosen], alive)",
+           "state.prm.keep(winners, drawn[chosen], alive)",
            "test_exercises.py::test_ex12_hand_case",
            "Only with a reward model that reads a marker scores drift from step to step."),
-    Mutant("decode.py", "state.h[alive * K + winners][:, None]", "state.h[winners][:, None]",
-           "test_exercises.py::test_ex12_hand_case", "Guided decoding is fine for one prompt, and mixes up several."),
-    Mutant("decode.py", "if ids[-1] != eos and int(budget[b]) > 0:", "if int(budget[b]) > 0:",
-           "test_decode.py::test_steps_and_text_belong_to_the_ids", "Answers go on behind their end."),
-    Mutant("decode.py", "torch.minimum(end - state.policy.held, limit - state.prm.held)",
-           "torch.clamp(limit - state.prm.held, max=max_new_tokens)",
-           "test_decode.py::test_guided_equals_reference", "--max-new-tokens limits every step, not their sum."),
-    Mutant("decode.py", "c[-1] != prm.backbone.tokenizer.eos_id for c in candidates",
-           "c[-1] == prm.backbone.tokenizer.eos_id for c in candidates",
-           "test_checkpoints.py::test_a_marker_stands_behind_every_step_and_is_read",
+    Mutant("decode.py", "h[alive] = h[alive, winners][:, None]",
+           "h[alive] = h[0, winners][:, None]",
+           "test_exercises.py::test_ex12_hand_case",
+           "Guided decoding is fine for one prompt, and mixes up several."),
+    Mutant("decode.py", "        end[ended] = 0\n", "",
+           "test_decode.py::test_steps_and_text_belong_to_the_ids",
+           "Answers go on behind their end."),
+    Mutant("decode.py", "        left = room_left(state, end, context)\n",
+           "        more = torch.where(end > 0, context, end)\n"
+           "        left = room_left(state, more, context).clamp(max=max_new_tokens)\n",
+           "test_decode.py::test_guided_equals_reference",
+           "--max-new-tokens limits every step, not their sum."),
+    Mutant("decode.py", "if ids[-1] != prm.backbone.tokenizer.eos_id:",
+           "if ids[-1] == prm.backbone.tokenizer.eos_id:",
+           "test_reward_models.py::test_a_marker_stands_behind_every_step_and_is_read",
            "A reward model that reads a marker scores all steps alike."),
-    Mutant("decode.py", "limit = min(model.config.max_len, prm.backbone.config.max_len - (prm.marker is not None))",
-           "limit = model.config.max_len",
-           "test_decode.py::test_guided_stops_at_the_shorter_context", "Near its context's end the PRM scores noise."),
-    Mutant("decode.py", "order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])),",
-           "order, size = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])),",
-           "test_decode.py::test_ragged_batch_equals_one_by_one", "Same seed, other answers than last week."),
-    Mutant("decode.py", "out[i] = drawn[k * samples:(k + 1) * samples]", "out[i] = drawn[k::len(batch)]",
-           "test_decode.py::test_samples_of_a_prompt_equal_separate_rows", "Some answers belong to another question."),
-    Mutant("decode.py", 'if any(not 0 <= w < float("inf") for w in weights.values())',
-           "if any(not 0 <= w for w in weights.values())",
-           "test_decode.py::test_parse_weights_refuses", "An infinite weight gives no error and no text."),
-    Mutant("decode.py", "logits.float() / temperature if logits.dtype != torch.float64 else logits / temperature",
-           "logits / temperature",
-           "test_decode.py::test_sample_computes_in_the_precision_it_needs", "A model in bfloat16 never says its rarer words."),
-    Mutant("decode.py", "progress(len(h))", "progress(len(batch))",
-           "test_decode.py::test_generate_reports_its_progress", "The bar of a stage stops at a sixth."),
-    Mutant("decode.py", "key=weights.__getitem__)] if weights else None", "key=weights.__getitem__)] if args.guide else None",
-           "test_decode.py::test_main_derives_what_is_not_said", "--weights alone never decides who guides."),
-    Mutant("decode.py", "ids = ([] if result.ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]) + tokenizer",
-           "ids = tokenizer",
-           "test_decode.py::test_main_closes_an_answer_that_was_cut_off", "With a short --max-new-tokens conversations derail."),
+    Mutant("decode.py",
+           "context = min(model.config.max_len, prm.backbone.config.max_len - markers)",
+           "context = model.config.max_len",
+           "test_decode.py::test_guided_stops_at_the_shorter_context",
+           "Near its context's end the PRM scores noise."),
+    Mutant("decode.py", "key=lambda i: len(prompts[i]))", "key=lambda i: -len(prompts[i]))",
+           "test_decode.py::test_ragged_batch_equals_one_by_one",
+           "Same seed, other answers than last week."),
+    Mutant("decode.py", "out[i] = drawn[first:first + samples]", "out[i] = drawn[k::len(batch)]",
+           "test_decode.py::test_samples_of_a_prompt_equal_separate_rows",
+           "Some answers belong to another question."),
+    Mutant("decode.py", 'all(0 <= w < float("inf") for w in found)',
+           "all(0 <= w for w in found)",
+           "test_decode.py::test_parse_weights_refuses",
+           "An infinite weight gives no error and no text."),
+    Mutant("decode.py", "if logits.dtype != torch.float64:", "if logits.dtype == torch.float64:",
+           "test_decode.py::test_sample_computes_in_the_precision_it_needs",
+           "A model in bfloat16 never says its rarer words."),
+    Mutant("decode.py", "progress(len(drawn))", "progress(len(batch))",
+           "test_decode.py::test_generate_reports_its_progress",
+           "The bar of a stage stops at a sixth."),
+    Mutant("decode.py", "heaviest = heads[weights.index(max(weights))]", "heaviest = args.guide",
+           "test_decode.py::test_main_derives_what_is_not_said",
+           "--weights alone never decides who guides."),
+    Mutant("decode.py", "new = closing + tokenizer", "new = tokenizer",
+           "test_decode.py::test_main_closes_an_answer_that_was_cut_off",
+           "With a short --max-new-tokens conversations derail."),
 
     # -- evaluate.py
-    Mutant("evaluate.py", "return zlib.crc32(repr((seed, *what)).encode())", "return zlib.crc32(repr((seed, what[0])).encode())",
-           "test_train.py::test_seeds_depend_on_seed_and_purpose", "All domains meet the same luck."),
-    Mutant("evaluate.py", "closing = [] if response[-1] == tokenizer.eos_id else [tokenizer.eos_id]", "closing = []",
-           "test_train.py::test_conversation_ids_are_the_chat_of_its_messages",
+    Mutant("evaluate.py", "return zlib.crc32(repr((seed, *what)).encode())",
+           "return zlib.crc32(repr((seed, what[0])).encode())",
+           "test_evaluate.py::test_seeds_depend_on_seed_and_purpose",
+           "All domains meet the same luck."),
+    Mutant("evaluate.py",
+           "closing = [] if response[-1] == tokenizer.eos_id else [tokenizer.eos_id]",
+           "closing = []",
+           "test_evaluate.py::test_conversation_ids_are_the_chat_of_its_messages",
            "A tutor whose turn was cut off goes on in the student's words."),
-    Mutant("evaluate.py", "self.ids = self.ids + response + self.new_ids", "self.ids = self.ids + self.new_ids",
-           "test_train.py::test_conversation_ids_are_the_chat_of_its_messages", "Unguided tutors forget what they have said."),
-    Mutant("evaluate.py", "for _, before, ids in self.turns]", "for _, before, ids in self.turns[-1:]]",
-           "test_train.py::test_conversation_scores_average_over_turns", "Only the last turn of a lesson counts."),
-    Mutant("evaluate.py", "spread = statistics.stdev(values) / math.sqrt(len(values))", "spread = statistics.stdev(values)",
-           "test_train.py::test_summary_hand_values", "Nothing is significant any more."),
+    Mutant("evaluate.py", "self.ids = self.ids + response + self.new_ids",
+           "self.ids = self.ids + self.new_ids",
+           "test_evaluate.py::test_conversation_ids_are_the_chat_of_its_messages",
+           "Unguided tutors forget what they have said."),
+    Mutant("evaluate.py", "for _, messages, response in self.turns:",
+           "for _, messages, response in self.turns[-1:]:",
+           "test_evaluate.py::test_conversation_scores_average_over_turns",
+           "Only the last turn of a lesson counts."),
+    Mutant("evaluate.py", "spread = statistics.stdev(values) / math.sqrt(len(values))",
+           "spread = statistics.stdev(values)",
+           "test_evaluate.py::test_summary_hand_values",
+           "Nothing is significant any more."),
     Mutant("evaluate.py", "states[start] = results[0].state if world.turns > 1 else None",
            "states[0] = results[0].state if world.turns > 1 else None",
-           "test_train.py::test_guided_conversations_in_batches", "Guided tutoring fails on more than 256 students."),
-    Mutant("evaluate.py", 'metrics["reward_accuracy"] = summary((delta[i] > 0).float().tolist())',
-           'metrics["reward_accuracy"] = summary((delta[i] != 0).float().tolist())',
-           "test_train.py::test_pair_metrics_rows_by_hand", "Every policy is perfectly accurate on held-out pairs."),
-    Mutant("evaluate.py", '{"loss": summary(loss[i].tolist()),', '{"loss": summary(loss.tolist()),',
-           "test_train.py::test_pair_metrics_rows_by_hand", "All objectives have the same loss in the table of held-out pairs."),
-    Mutant("evaluate.py", "for x, y in sorted(points, reverse=True):", "for x, y in sorted(points):",
-           "test_exercises.py::test_ex15_hand_values", "Adding a policy to a front can make its area smaller."),
+           "test_evaluate.py::test_guided_conversations_in_batches",
+           "Guided tutoring fails on more than 256 students."),
+    Mutant("evaluate.py", '"reward_accuracy": (delta > 0).float()',
+           '"reward_accuracy": (delta != 0).float()',
+           "test_evaluate.py::test_pair_metrics_rows_by_hand",
+           "Every policy is perfectly accurate on held-out pairs."),
+    Mutant("evaluate.py", "metrics = {metric: summary(v[own].tolist()) for",
+           "metrics = {metric: summary(v.tolist()) for",
+           "test_evaluate.py::test_pair_metrics_rows_by_hand",
+           "All objectives have the same loss in the table of held-out pairs."),
+    Mutant("evaluate.py", "for x, y in sorted(points, reverse=True):",
+           "for x, y in sorted(points):",
+           "test_exercises.py::test_ex15_hand_values",
+           "Adding a policy to a front can make its area smaller."),
 
     # -- train.py
     Mutant("train.py", "mask += [False] * (len(prompt) - len(ids)) + [True] * len(response)",
@@ -324,7 +391,7 @@ MUTANTS = [
            "test_train.py::test_modpo_margins_by_hand", "MODPO listens to the other objectives too much."),
     Mutant("train.py", "rewards = run.config.beta * (logps - reference[index])", "rewards = run.config.beta * logps",
            "test_train.py::test_modpo_margins_by_hand", "MODPO's margins depend on how long the answers are."),
-    Mutant("train.py", "step_loss(outputs, scores, targets, of_batch)", "step_loss(outputs, scores, targets)",
+    Mutant("train.py", "step_loss(records, scores, targets, of_batch)", "step_loss(records, scores, targets)",
            "test_train.py::test_train_prm_adds_up_the_parts_of_a_batch", "The PRM's gradient is larger the more a batch's lengths differ."),
     Mutant("train.py", "bradley_terry_loss(chosen, rejected, owner == p)", "bradley_terry_loss(chosen, rejected, owner >= 0)",
            "test_train.py::test_train_prm_gives_every_objective_the_loss_of_its_own_pairs", "The log shows one loss for all values."),
@@ -340,7 +407,8 @@ MUTANTS = [
     Mutant("train.py", "config.prm_step_weight if o == STEP else config.prm_value_weight if", "config.prm_value_weight if",
            "test_train.py::test_train_prm_adds_step_correctness_and_drops_it", "--prm-step-weight changes nothing."),
     Mutant("prm.py", "if name != STEP", "if True",
-           "test_train.py::test_train_prm_adds_step_correctness_and_drops_it", "The PRM of a finished run is refused when it is read."),
+           "test_prm.py::test_step_correctness_is_not_saved",
+           "A finished PRM has an output that is no objective."),
     Mutant("model.py", "self.norm(before)) if below", "self.norm(x)) if below",
            "test_prm.py::test_step_correctness_is_read_before_the_last_block", "The value model learns late which steps are wrong."),
     Mutant("train.py", "known = r.index(0.0) + 1 if 0.0 in r else len(r)", "known = len(r)",
@@ -355,37 +423,52 @@ MUTANTS = [
 def mutated(mutant):
     """The file's text with the edit. ValueError unless the old text stands there exactly once."""
     text = read(HOME, mutant.file)
-    if text.count(mutant.old) != 1 or mutant.old == mutant.new:
-        raise ValueError(f"{mutant.file} holds {text.count(mutant.old)} times, not once: {mutant.old!r}")
+    times = text.count(mutant.old)
+    if times != 1 or mutant.old == mutant.new:
+        raise ValueError(f"{mutant.file} holds {times} times, not once: {mutant.old!r}")
     return text.replace(mutant.old, mutant.new)
 
 
 def failures(directory, selection):
-    """Run tests in a copy of the project -> names of those that fail. RuntimeError if they cannot be run."""
+    """Run tests in a copy of the project -> names of those that fail.
+
+    RuntimeError if they cannot be run."""
     report = os.path.join(directory, "report.xml")
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", f"--junitxml={report}", *selection]
+    options = ["-q", "--tb=no", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", *options, *selection]
     done = subprocess.run(command, cwd=directory, capture_output=True, encoding="utf-8")
     if done.returncode not in (0, 1):
         raise RuntimeError(f"the tests do not run:\n{done.stdout[-2000:]}")
-    failed = [c for c in ElementTree.parse(report).iter("testcase") if {e.tag for e in c} & {"failure", "error"}]
-    return list(dict.fromkeys(c.get("classname").split(".")[-1] + ".py::" + c.get("name").split("[")[0] for c in failed))
+    names = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcome = {element.tag for element in case}
+        if outcome & {"failure", "error"}:
+            file = case.get("classname").split(".")[-1]
+            test = case.get("name").split("[")[0]
+            names.append(f"{file}.py::{test}")
+    return list(dict.fromkeys(names))
 
 
 def hunt(numbers, killers):
-    """Plant one bug after another in a copy and run the tests; print who found it. -> numbers of those that nobody found"""
+    """Plant one bug after another in a copy and run the tests; print who found it.
+
+    -> numbers of those that nobody found"""
     survivors = []
     with tempfile.TemporaryDirectory() as temporary:
         copy = os.path.join(temporary, "copy")
         make_assignment(copy, {})
-        named = list(dict.fromkeys(os.path.join("tests", MUTANTS[n - 1].killer) for n in numbers))
-        if wrong := failures(copy, named if killers else ["tests"]):
+        named = [os.path.join("tests", MUTANTS[n - 1].killer) for n in numbers]
+        selection = list(dict.fromkeys(named)) if killers else ["tests"]
+        wrong = failures(copy, selection)
+        if wrong:
             raise InputError(f"these tests fail without any bug: {', '.join(wrong)}")
-        for n in numbers:
+        for n, killer in zip(numbers, named):
             mutant = MUTANTS[n - 1]
             write(copy, {mutant.file: mutated(mutant)})
-            found = failures(copy, [os.path.join("tests", mutant.killer)] if killers else ["tests"])
+            found = failures(copy, [killer] if killers else ["tests"])
             write(copy, {mutant.file: read(HOME, mutant.file)})
-            print(f"{n:3d} {mutant.file:12} {'killed by ' + ', '.join(found) if found else 'SURVIVES'}", flush=True)
+            verdict = f"killed by {', '.join(found)}" if found else "SURVIVES"
+            print(f"{n:3d} {mutant.file:12} {verdict}", flush=True)
             if not found:
                 survivors.append(n)
     return survivors
@@ -395,23 +478,35 @@ def plant(number, out):
     """A copy of the project with a bug in it."""
     mutant = MUTANTS[number - 1]
     make_assignment(out, {mutant.file: mutated(mutant)})
-    print(f"{out}: somewhere in the seven files is a bug. {mutant.hint}")
+    print(f"{out}: somewhere in the seven files or in interop/ is a bug. {mutant.hint}")
+
+
+def check_numbers(numbers):
+    if not all(0 < n <= len(MUTANTS) for n in numbers):
+        raise InputError(f"bugs have numbers from 1 to {len(MUTANTS)}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("numbers", nargs="*", type=int, metavar="N", help=f"bugs, 1 to {len(MUTANTS)} (default all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("numbers", nargs="*", type=int, metavar="N",
+                        help=f"bugs, 1 to {len(MUTANTS)} (default all)")
     parser.add_argument("--killers", action="store_true", help="run each bug's own test alone")
-    parser.add_argument("--plant", nargs=2, metavar=("N", "OUT"), help="write a copy with bug N to the new directory OUT")
+    parser.add_argument("--plant", nargs=2, metavar=("N", "OUT"),
+                        help="write a copy with bug N to the new directory OUT")
     args = parser.parse_args(argv)
-    numbers = args.numbers or list(range(1, len(MUTANTS) + 1))
-    wanted = [int(args.plant[0])] if args.plant and re.fullmatch("[0-9]+", args.plant[0]) else numbers
-    if args.plant and wanted is numbers or not all(0 < n <= len(MUTANTS) for n in wanted):
-        raise InputError(f"bugs have numbers from 1 to {len(MUTANTS)}")
     if args.plant:
-        return plant(wanted[0], args.plant[1])
+        number, out = args.plant
+        number = int(number) if re.fullmatch("[0-9]+", number) else 0
+        check_numbers([number])
+        return plant(number, out)
+    numbers = args.numbers or list(range(1, len(MUTANTS) + 1))
+    check_numbers(numbers)
     survivors = hunt(numbers, args.killers)
-    print(f"{len(numbers) - len(survivors)} of {len(numbers)} bugs are found" + (f"; not {survivors}" if survivors else ""))
+    found = len(numbers) - len(survivors)
+    rest = f"; not {survivors}" if survivors else ""
+    print(f"{found} of {len(numbers)} bugs are found{rest}")
     sys.exit(1 if survivors else 0)
 
 

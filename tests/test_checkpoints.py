@@ -1,4 +1,4 @@
-"""model.py, prm.py: checkpoints of every family, against a plain reference that knows only their published names. Every
+"""model.py: checkpoints of every family, against a plain reference that knows only their published names. Every
 docstring states the bug that its test prevents."""
 import json
 import math
@@ -9,10 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import InputError, Tokenizer
-from decode import generate, guided_decode
-from model import Checkpoint, GPT, GPTConfig, load_hf, load_safetensors, save_hf, save_safetensors
-from prm import load_prm
+from data import InputError
+from decode import generate
+from model import Checkpoint, load_hf, load_safetensors, save_hf, save_safetensors
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 24}
@@ -283,98 +282,3 @@ def test_pages_are_let_go(tmp_path):
     files = Checkpoint(str(tmp_path))
     taken = files.take(["model.norm.weight"], [24], (24,), torch.float32)
     assert taken.untyped_storage().nbytes() == 24 * 4                      # its own memory, not a view of the whole file
-
-
-# -- reward models
-
-def reward_model(directory, architecture, head, c="qwen2.5", value_head=False):
-    """A reward model's directory: a backbone under its published names and a head."""
-    tensors = tensors_of(CASES[c], torch.Generator().manual_seed(3))
-    tensors.pop("lm_head.weight", None)
-    write(directory, CASES[c] | {"architectures": [architecture]}, tensors | ({} if value_head else head))
-    if value_head:
-        save_safetensors(head, os.path.join(directory, "value_head.safetensors"))
-
-
-def mlp_head(n, prefix="score."):
-    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(5))
-    return {f"{prefix}0.weight": draw(24, 24), f"{prefix}0.bias": draw(24), f"{prefix}2.weight": draw(n, 24), f"{prefix}2.bias": draw(n)}
-
-
-def plain_score(prm, head, ids):
-    """The head's outputs at every token, from its published tensors."""
-    h = prm.backbone(ids)
-    if "0.weight" not in "".join(head):
-        return h @ head["score.weight"].T
-    get = lambda name: next(v for k, v in head.items() if k.endswith(name))
-    return F.linear(F.relu(F.linear(h, get("0.weight"), get("0.bias"))), get("2.weight"), get("2.bias"))
-
-
-@pytest.mark.parametrize("architecture, head, value_head", [
-    ("Qwen2ForSequenceClassification", {"score.weight": torch.randn(1, 24, generator=torch.Generator().manual_seed(5))}, False),
-    ("Qwen2ForSequenceClassification", {"score.weight": torch.randn(2, 24, generator=torch.Generator().manual_seed(5))}, False),
-    ("Qwen2ForCausalLM", mlp_head(1, "value_head."), True), ("Qwen2ForCausalLM", mlp_head(1, ""), True)])
-def test_released_reward_models(tmp_path, architecture, head, value_head):
-    """One label is a value; of two the log-odds of the second: the probability of `bad`, or a label's raw logit, would
-    guide towards the worst step."""
-    reward_model(str(tmp_path), architecture, head, value_head=value_head)
-    prm, ids = load_prm(str(tmp_path)), torch.tensor([[1, 2, 3, 4]])
-    with torch.no_grad():
-        scores, wanted = prm(ids), plain_score(prm, head, ids)
-    wanted = wanted[..., 1:] - wanted[..., :1] if wanted.shape[-1] == 2 else wanted
-    assert prm.names == ["reward"] and scores.shape == (1, 4, 1) and torch.allclose(scores, wanted, atol=1e-5)
-    policy = GPT(GPTConfig(23, n_layer=1, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=64), torch.Generator().manual_seed(0))
-    for guide in ("reward", "unified"):
-        result, = guided_decode(policy, prm, [[1, 2, 3]], boundary="turn", K=3, weights=0, guide=guide, max_new_tokens=4,
-                                generator=torch.Generator().manual_seed(0))
-        step, = result.steps
-        with torch.no_grad():
-            alone = [float(prm(torch.tensor([[1, 2, 3] + c]))[0, -1, 0]) for c in step.candidates]
-        assert step.scores == pytest.approx(alone, abs=1e-4) and step.winner == max(range(3), key=alone.__getitem__)
-
-
-def marked_tokenizer(n):
-    """A tokenizer of n ids with a newline, an end and Qwen's marker."""
-    pieces = [bytes([97 + i]) for i in range(n - 3)] + [b"\n", b"", b""]
-    ranks = {bytes([b]): b for b in range(256)}
-    return Tokenizer(pieces, ranks, {"<|end|>": n - 2, "<extra_0>": n - 1}, r"[\s\S]", n - 2, n - 2)
-
-
-def test_a_marker_stands_behind_every_step_and_is_read(tmp_path, monkeypatch):
-    """Qwen's PRM is trained to be read at <extra_0>, behind the step and before the end of the turn; read elsewhere, or
-    with the markers of earlier steps missing, or beyond the end of its context, its scores mean nothing."""
-    tokenizer, head = marked_tokenizer(23), mlp_head(2)
-    reward_model(str(tmp_path), "Qwen2ForProcessRewardModel", head)
-    with pytest.raises(InputError, match="<extra_0>"):
-        load_prm(str(tmp_path))
-    monkeypatch.setattr("prm.load_tokenizer", lambda *args: tokenizer)
-    prm = load_prm(str(tmp_path))
-    policy = GPT(GPTConfig(23, n_layer=1, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=64, init_std=0.02),
-                 torch.Generator().manual_seed(0))
-    policy.tokenizer, ended, steps, held = tokenizer, 0, 0, []
-    for seed in range(8):
-        fed = [1, 2, 3]
-        result, = guided_decode(policy, prm, [fed], boundary="newline", K=3, weights=0, guide="reward", max_new_tokens=60,
-                                generator=torch.Generator().manual_seed(seed))
-        steps = max(steps, len(result.steps))
-        held.append(int(result.state.prm.held))
-        for step in result.steps:
-            for candidate, score in zip(step.candidates, step.scores):
-                end = candidate[-1] == tokenizer.eos_id
-                ended += end
-                with torch.no_grad():
-                    raw = plain_score(prm, head, torch.tensor([fed + (candidate[:-1] if end else candidate) + [22]]))[0, -1]
-                assert score == pytest.approx(float(raw[1] - raw[0]), abs=1e-3)
-            best = step.candidates[step.winner]
-            fed = fed + (best[:-1] + [22, 21] if best[-1] == 21 else best + [22])
-    assert ended and steps > 2 and prm.backbone.config.max_len - 1 <= max(held) <= prm.backbone.config.max_len
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"score.weight": torch.zeros(3, 24)}, "score.weight"), ({"score.weight": torch.zeros(1, 23)}, "score.weight"),
-    ({}, "score.weight.*missing"), ({"score.weight": torch.zeros(1, 24), "extra": torch.zeros(1)}, "'extra' is unknown")])
-def test_a_reward_model_that_is_none(tmp_path, change, words):
-    """Three labels, or a head of another width, silently cut to what fits."""
-    reward_model(str(tmp_path), "LlamaForSequenceClassification", change, c="llama2")
-    with pytest.raises(InputError, match=words):
-        load_prm(str(tmp_path))

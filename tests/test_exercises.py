@@ -235,57 +235,78 @@ def test_ex4_small_weights_are_refused():
 
 # -- 5: hindsight_targets
 
+def slow_targets(r, exponents, z, gamma=0.9):
+    """By the definition, step by step and rollout by rollout."""
+    targets = []
+    for reward, powers, correct in zip(r.tolist(), exponents.tolist(), z.tolist()):
+        later = [gamma ** power * won for power, won in zip(powers, correct)]
+        targets.append(reward + sum(later) / len(later))
+    return targets
+
+
 def test_ex5_hand_values():
-    """Prevents: gamma^(n - t) off by one, one n for all rollouts, rollouts summed instead of averaged, r_t left out."""
-    r, g = [1.0, 0.0, 0.5], 0.9
-    n, z = [[3, 4], [3, 2], [3, 3]], [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
-    targets = lambda power, mean=True, reward=True: [r[t] * reward + sum(
-        z[t][m] * g ** power(n[t][m], t + 1) for m in (0, 1)) / (2 if mean else 1) for t in range(3)]
-    found = hindsight_targets(torch.tensor(r), torch.tensor(n), torch.tensor(z), g)
-    check(found, [1 + (0.81 + 0.729) / 2, 0.5, 0.5 + 0.5], "hindsight_targets", {
-        "the power is n - t + 1: steps count from t = 1, and the last step is not discounted": targets(lambda n, t: n - t + 1),
-        "the power is n: what counts are the n - t steps that remain": targets(lambda n, t: n),
-        "nothing is discounted": targets(lambda n, t: 0),
-        "the power is t - n: gamma must shrink with the distance": targets(lambda n, t: t - n),
-        "rollouts are summed: take their mean": targets(lambda n, t: n - t, mean=False),
-        "the step's own reward r_t is left out": targets(lambda n, t: n - t, reward=False),
-        "gamma^(n - t) and z are averaged apart: every rollout has its own n and z": [
-            r[t] + sum(z[t]) / 2 * sum(g ** (n[t][m] - t - 1) for m in (0, 1)) / 2 for t in range(3)]})
+    """Prevents: gamma^(n - t) off by one, one n for all rollouts, rollouts summed instead of
+    averaged, r_t left out."""
+    r = torch.tensor([1.0, 0.0, 0.5])
+    n = torch.tensor([[3, 4], [3, 2], [3, 3]])
+    z = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    t = torch.tensor([[1], [2], [3]])
+    right = [1 + (0.81 + 0.729) / 2, 0.5, 0.5 + 0.5]
+    apart = [1 + (0.81 + 0.729) / 2, 0.5 * (0.9 + 1) / 2, 0.5 + 0.5]
+    values = torch.tensor(right) - r                             # mean_m gamma^(n - t) z
+    check(hindsight_targets(r, n, z, 0.9), right, "hindsight_targets", {
+        "the power is n - t + 1: steps count from t = 1, and the last step is not discounted":
+            slow_targets(r, n - t + 1, z),
+        "the power is n: what counts are the n - t steps that remain": slow_targets(r, n, z),
+        "nothing is discounted": slow_targets(r, 0 * n, z),
+        "the power is t - n: gamma must shrink with the distance": slow_targets(r, t - n, z),
+        "rollouts are summed: take their mean": r + 2 * values,
+        "the step's own reward r_t is left out": values,
+        "gamma^(n - t) and z are averaged apart: every rollout has its own n and z": apart})
 
 
 def test_ex5_random(rng):
     """Prevents: steps and rollouts exchanged, a wrong rollout that is rewarded."""
     r, t = torch.rand(6, generator=rng), torch.arange(1, 7)[:, None]
-    n, z = t + torch.randint(0, 5, (6, 4), generator=rng), torch.randint(0, 2, (6, 4), generator=rng).float()
-    expected = [float(r[s]) + sum(float(z[s, m]) * 0.8 ** int(n[s, m] - s - 1) for m in range(4)) / 4 for s in range(6)]
-    check(hindsight_targets(r, n, z, 0.8), expected, "hindsight_targets")
+    later = torch.randint(0, 5, (6, 4), generator=rng)
+    z = torch.randint(0, 2, (6, 4), generator=rng).float()
+    expected = slow_targets(r, later, z, 0.8)
+    check(hindsight_targets(r, t + later, z, 0.8), expected, "hindsight_targets")
 
 
 def test_ex5_a_rollout_shorter_than_its_prefix():
-    """Prevents: rollouts matched with the wrong prefix, which would give powers gamma^-1 > 1 in silence."""
+    """Prevents: rollouts matched with the wrong prefix, which would give powers gamma^-1 > 1 in
+    silence."""
+    lengths = torch.tensor([[1], [1]])
     with pytest.raises(ValueError):
-        hindsight_targets(torch.zeros(2), torch.tensor([[1], [1]]), torch.ones(2, 1), 0.9)
+        hindsight_targets(torch.zeros(2), lengths, torch.ones(2, 1), 0.9)
 
 
 # -- 6: majority_labels
 
 def test_ex6_the_majority_is_strict():
     """Prevents: a tie counted as positive, and a label per rollout instead of per prefix."""
-    verdicts = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+    verdicts = torch.tensor([[1, 1, 0, 0],
+                             [1, 1, 1, 0],
+                             [0, 0, 0, 0],
+                             [1, 0, 0, 0]])
     check(majority_labels(verdicts), [0.0, 1.0, 0.0, 0.0], "majority_labels", {
         "a tie is positive: the majority must be strict": [1.0, 1.0, 0.0, 0.0],
         "one positive rollout is enough: it needs more than half": [1.0, 1.0, 0.0, 1.0],
         "all rollouts must be positive: more than half are enough": [0.0, 0.0, 0.0, 0.0],
-        "the mean is taken over the prefixes: take it over the rollouts of each": [1.0, 0.0, 0.0, 0.0],
+        "the mean is taken over the prefixes: take it over the rollouts of each":
+            [1.0, 0.0, 0.0, 0.0],
         "these are shares: a label is 0 or 1": [0.5, 0.75, 0.0, 0.25]})
 
 
-def test_ex6_any_number_of_rollouts(rng):
-    """Prevents: a threshold fit for one M, verdicts as bool that cannot be averaged, labels that a loss cannot use."""
-    for M in (1, 2, 3, 7):
-        verdicts = torch.rand(20, M, generator=rng) < 0.5
-        found = majority_labels(verdicts)
-        check(found, [float(2 * sum(row) > M) for row in verdicts.tolist()], f"majority_labels of {M} rollouts")
+@pytest.mark.parametrize("M", [1, 2, 3, 7])
+def test_ex6_any_number_of_rollouts(rng, M):
+    """Prevents: a threshold fit for one M, verdicts as bool that cannot be averaged, labels that
+    a loss cannot use."""
+    verdicts = torch.rand(20, M, generator=rng) < 0.5
+    expected = [float(2 * sum(row) > M) for row in verdicts.tolist()]
+    found = majority_labels(verdicts)
+    check(found, expected, f"majority_labels of {M} rollouts")
     if found.dtype != torch.float32:
         fail(f"labels are {found.dtype}: bce_loss needs float32")
 
@@ -294,26 +315,36 @@ def test_ex6_any_number_of_rollouts(rng):
 
 def test_ex7_hand_value():
     """Prevents: the sign of the comparison turned round, masked comparisons in the mean, a sum."""
-    chosen, rejected, mask = torch.tensor([3.0, 0.0, 7.0]), torch.tensor([1.0, 0.5, -7.0]), torch.tensor([1, 1, 0])
-    losses = [-log_sigmoid(2.0), -log_sigmoid(-0.5), -log_sigmoid(14.0)]
-    check(bradley_terry_loss(chosen, rejected, mask), sum(losses[:2]) / 2, "bradley_terry_loss", {
-        "the sign is turned round: the chosen prefix should score higher": -(log_sigmoid(-2.0) + log_sigmoid(0.5)) / 2,
-        "masked comparisons are in the mean": sum(losses) / 3, "masked comparisons count in the denominator": sum(losses[:2]) / 3,
-        "the losses are summed: take their mean": sum(losses[:2]), "log sigmoid must be negated": -sum(losses[:2]) / 2})
+    chosen = torch.tensor([3.0, 0.0, 7.0])
+    rejected = torch.tensor([1.0, 0.5, -7.0])
+    mask = torch.tensor([1, 1, 0])
+    masked = -log_sigmoid(14.0)
+    total = -log_sigmoid(2.0) - log_sigmoid(-0.5)
+    check(bradley_terry_loss(chosen, rejected, mask), total / 2, "bradley_terry_loss", {
+        "the sign is turned round: the chosen prefix should score higher":
+            -(log_sigmoid(-2.0) + log_sigmoid(0.5)) / 2,
+        "masked comparisons are in the mean": (total + masked) / 3,
+        "masked comparisons count in the denominator": total / 3,
+        "the losses are summed: take their mean": total,
+        "log sigmoid must be negated": -total / 2})
 
 
 def test_ex7_masks_and_extremes(rng):
-    """Prevents: 0 / 0 = NaN where nothing is compared, log(sigmoid(x)) = -inf for a very wrong comparison."""
+    """Prevents: 0 / 0 = NaN where nothing is compared, log(sigmoid(x)) = -inf for a very wrong
+    comparison."""
+    what = "bradley_terry_loss"
     c, r = torch.randn(2, 3, 4, generator=rng, dtype=torch.float64) * 3
     mask = torch.rand(3, 4, generator=rng) < 0.6
     mask[0, 0] = True
-    slow = [-log_sigmoid(a - b) for a, b, m in zip(c.flatten().tolist(), r.flatten().tolist(), mask.flatten().tolist()) if m]
-    check(bradley_terry_loss(c, r, mask), sum(slow) / len(slow), "bradley_terry_loss")
-    check(bradley_terry_loss(c, r, torch.zeros(3, 4, dtype=torch.bool)).float(), 0.0, "bradley_terry_loss of nothing",
-          {"no comparison gives 0 / 0 = NaN: it should give 0 (masked_mean does)": math.nan})
-    check(bradley_terry_loss(torch.tensor([-400.0]), torch.tensor([400.0]), torch.ones(1)), 800.0, "the loss at -800",
-          {"log(sigmoid(x)) is log(0): use F.logsigmoid": math.inf})
-    learns(bradley_terry_loss(c.requires_grad_(), r, mask), "bradley_terry_loss")
+    losses = [-log_sigmoid(x) for x in (c - r)[mask].tolist()]
+    check(bradley_terry_loss(c, r, mask), sum(losses) / len(losses), what)
+    nothing = bradley_terry_loss(c, r, torch.zeros_like(mask))
+    check(nothing.float(), 0.0, f"{what} of nothing", {
+        "no comparison gives 0 / 0 = NaN: it should give 0 (masked_mean does)": math.nan})
+    far = torch.tensor([400.0])
+    check(bradley_terry_loss(-far, far, torch.ones(1)), 800.0, "the loss at -800", {
+        "log(sigmoid(x)) is log(0): use F.logsigmoid": math.inf})
+    learns(bradley_terry_loss(c.requires_grad_(), r, mask), what)
 
 
 # -- 8: KVCache.append, keep, rollback
@@ -483,54 +514,77 @@ LOG_P = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64).log()
 
 
 def drawn(us, message, expected, **options):
-    found = sample(LOG_P.expand(len(us), -1), torch.tensor(us, dtype=torch.float64), **options)
+    u = torch.tensor(us, dtype=torch.float64)
+    found = sample(LOG_P.expand(len(us), -1), u, **options)
     if not isinstance(found, torch.Tensor) or found.shape != (len(us),):
         fail(f"sample gives {found}, expected one token id for each of {len(us)} rows")
     if found.tolist() != expected:
-        fail(f"{message}: probabilities .2 .5 .3 and u = {us} with {options} gave tokens {found.tolist()}, expected {expected}")
+        fail(f"{message}: probabilities .2 .5 .3 and u = {us} with {options} gave tokens "
+             f"{found.tolist()}, expected {expected}")
 
 
 def test_ex10_inverts_the_distribution_function():
-    """Prevents: tokens drawn with other probabilities than the model's: the steps of the function are at .2 and .7."""
-    drawn([0.0, 0.199, 0.201, 0.699, 0.701, 0.999999], "the draw must invert the distribution function", [0, 0, 1, 1, 2, 2])
+    """Prevents: tokens drawn with other probabilities than the model's: the steps of the function
+    are at .2 and .7."""
+    drawn([0.0, 0.199, 0.201, 0.699, 0.701, 0.999999],
+          "the draw must invert the distribution function", [0, 0, 1, 1, 2, 2])
 
 
-def test_ex10_temperature():
-    """Prevents: logits multiplied by the temperature, or temperature 0 that divides by zero or still draws."""
-    s = [0.04 / 0.38, 0.29 / 0.38]
-    drawn([s[0] - 1e-6, s[0] + 1e-6, s[1] - 1e-6, s[1] + 1e-6], "logits are divided by the temperature: 0.5 squares the odds",
-          [0, 1, 1, 2], temperature=0.5)
+@pytest.mark.parametrize("temperature, power", [(0.5, 2), (2.0, 0.5)])
+def test_ex10_temperature(temperature, power):
+    """Prevents: logits multiplied by the temperature."""
+    a, b, c = [p ** power for p in (0.2, 0.5, 0.3)]
+    first = a / (a + b + c)
+    second = (a + b) / (a + b + c)
+    around = [first - 1e-6, first + 1e-6, second - 1e-6, second + 1e-6]
+    drawn(around, "logits are divided by the temperature: 0.5 squares the odds", [0, 1, 1, 2],
+          temperature=temperature)
+
+
+def test_ex10_temperature_zero():
+    """Prevents: temperature 0 that divides by zero or still draws."""
     drawn([0.999, 0.0], "temperature 0 takes the likeliest token", [1, 1], temperature=0)
 
 
 def test_ex10_top_k():
-    """Prevents: an excluded token drawn, or kept ones not renormalised: of {.5, .3} the first has .625."""
-    drawn([0.0, 0.6249, 0.6251, 0.999999], "top_k keeps the k likeliest and renormalises them", [1, 1, 2, 2], top_k=2)
+    """Prevents: an excluded token drawn, or kept ones not renormalised: of {.5, .3} the first has
+    .625."""
+    drawn([0.0, 0.6249, 0.6251, 0.999999], "top_k keeps the k likeliest and renormalises them",
+          [1, 1, 2, 2], top_k=2)
     drawn([0.0, 0.999999], "top_k = 1 leaves one token", [1, 1], top_k=1)
     drawn([0.1, 0.3, 0.9], "top_k = 0 keeps all", [0, 1, 2], top_k=0)
 
 
 def test_ex10_top_p():
-    """Prevents: the token that crosses top_p dropped (an empty set for small p), or one token too many kept."""
-    drawn([0.0, 0.999999], "the token that crosses top_p stays: one token always does", [1, 1], top_p=0.01)
-    drawn([0.0, 0.999999], ".5 alone reaches .49: no second token is kept", [1, 1], top_p=0.49)
-    drawn([0.0, 0.6249, 0.6251, 0.999999], ".5 does not reach .51, .5 + .3 does: two tokens", [1, 1, 2, 2], top_p=0.51)
-    found = {int(sample(LOG_P, torch.tensor([u], dtype=torch.float64), top_p=0.81)) for u in (0.0, 0.5, 0.6, 0.85, 0.999999)}
-    assert found == {0, 1, 2}, f".5 + .3 does not reach .81: all three tokens must be possible, not only {found}"
-    drawn([0.0, 0.999999], "top_p looks at tempered probabilities: at 0.5 the likeliest alone has .66", [1, 1], temperature=0.5,
-          top_p=0.6)
+    """Prevents: the token that crosses top_p dropped (an empty set for small p), or one token too
+    many kept."""
+    ends = [0.0, 0.999999]
+    drawn(ends, "the token that crosses top_p stays: one token always does", [1, 1], top_p=0.01)
+    drawn(ends, ".5 alone reaches .49: no second token is kept", [1, 1], top_p=0.49)
+    drawn([0.0, 0.6249, 0.6251, 0.999999], ".5 does not reach .51, .5 + .3 does: two tokens",
+          [1, 1, 2, 2], top_p=0.51)
+    drawn([0.0, 0.499, 0.501, 0.799, 0.801, 0.999999],
+          ".5 + .3 does not reach .81: all three tokens stay, likeliest first",
+          [1, 1, 2, 2, 0, 0], top_p=0.81)
+    drawn(ends, "top_p looks at tempered probabilities: at 0.5 the likeliest alone has .66",
+          [1, 1], temperature=0.5, top_p=0.6)
 
 
 def test_ex10_frequencies(rng):
-    """Prevents: a bias anywhere in the chain top-k, temperature, top-p, inverse; a token that has no probability drawn."""
+    """Prevents: a bias anywhere in the chain top-k, temperature, top-p, inverse; a token that has
+    no probability drawn."""
     logits, n = torch.tensor([0.3, -1.0, 1.2, 0.1, -5.0, -torch.inf]), 20_000
-    p = torch.softmax(logits[:4] / 0.8, 0)
     u = torch.rand(n, generator=rng)
-    counts = sample(logits.expand(n, -1), u, temperature=0.8, top_k=4, top_p=0.999).bincount(minlength=6)
-    assert counts[4:].tolist() == [0, 0], f"tokens beyond the top_k = 4 were drawn {counts[4:].tolist()} times"
-    for i, q in enumerate(p.tolist()):
-        if abs(int(counts[i]) - n * q) > 5 * math.sqrt(n * q * (1 - q)):
-            fail(f"token {i} has probability {q:.3f} but was drawn {int(counts[i])} times of {n}")
+    found = sample(logits.expand(n, -1), u, temperature=0.8, top_k=4, top_p=0.999)
+    *counts, fifth, last = found.bincount(minlength=6).tolist()
+    if fifth or last:
+        fail(f"tokens beyond the top_k = 4 were drawn {fifth} and {last} times")
+    probabilities = torch.softmax(logits[:4] / 0.8, 0).tolist()
+    for token, p in enumerate(probabilities):
+        error, spread = counts[token] - n * p, math.sqrt(n * p * (1 - p))
+        if abs(error) > 5 * spread:
+            fail(f"token {token} has probability {p:.3f} but was drawn {counts[token]} times "
+                 f"of {n}")
 
 
 # -- 11: ends_step
@@ -577,50 +631,63 @@ class Recorder:
         self.kept.append([winners, counts, groups])
 
 
-def promoted(scores, drawn, fed, alive, h):
+def selected(scores, drawn, fed, alive, h):
     """select on recorders -> winners, {"policy" | "prm": (winners, counts, groups)}, the new h"""
     state = State(Recorder(), Recorder(), h.clone())
     winners, told = select(state, scores, drawn, fed, alive), {}
     for name, cache in (("policy", state.policy), ("prm", state.prm)):
         if len(cache.kept) != 1 or cache.kept[0][1] is None:
-            fail(f"the {name}'s cache must be told once which winners to keep, and how many tokens: it was told {cache.kept}")
+            fail(f"the {name}'s cache must be told once which winners to keep, and how many "
+                 f"tokens: it was told {cache.kept}")
         told[name] = [alive if x is None else torch.as_tensor(x) for x in cache.kept[0]]
     return winners, told, state.h
 
 
 def test_ex12_hand_case():
-    """Prevents: the worst candidate taken, counts of another candidate, the policy's counts given to the PRM's cache."""
-    scores, h = torch.tensor([[0.1, 0.9, 0.3], [-2.0, -1.0, -5.0]]), torch.arange(6.0)[:, None].expand(6, 2)
-    winners, told, new = promoted(scores, torch.arange(1, 7), torch.arange(11, 17), torch.tensor([0, 1]), h)
-    check(winners, torch.tensor([1, 1]), "winners", {"the lowest score wins: it should be the highest": torch.tensor([0, 2])})
-    for name, first in (("policy", 1), ("prm", 11)):
-        check(told[name][0], torch.tensor([1, 1]), f"what the {name}'s cache keeps")
-        check(told[name][1], torch.tensor([first + 1, first + 4]), f"the counts that the {name}'s cache keeps", {
-            "counts lie candidate after candidate: those of sequence g start at g K": torch.tensor([first + 1, first + 1]),
+    """Prevents: the worst candidate taken, counts of another candidate, the policy's counts given
+    to the PRM's cache."""
+    scores = torch.tensor([[0.1, 0.9, 0.3],
+                           [-2.0, -1.0, -5.0]])
+    drawn, fed = torch.arange(1, 7), torch.arange(11, 17)
+    h = torch.arange(6.0)[:, None].expand(6, 2)
+    winners, told, new = selected(scores, drawn, fed, torch.tensor([0, 1]), h)
+    best = torch.tensor([1, 1])
+    check(winners, best, "winners", {
+        "the lowest score wins: it should be the highest": torch.tensor([0, 2])})
+    for name, own, other in (("policy", drawn, fed), ("prm", fed, drawn)):
+        kept, counts, _ = told[name]
+        check(kept, best, f"what the {name}'s cache keeps")
+        check(counts, own[[1, 4]], f"the counts that the {name}'s cache keeps", {
+            "counts lie candidate after candidate: those of sequence g start at g K": own[[1, 1]],
             "each cache keeps what IT was fed: `drawn` is the policy's, `fed` the PRM's":
-                torch.tensor([2, 5]) + (10 if first == 1 else 0)})
+                other[[1, 4]]})
     check(new[:, 0], [1.0, 1, 1, 4, 4, 4], "the first channel of h", {
-        "h stays as it was: all K rows of a sequence go on from the winner's state": torch.arange(6.0),
-        "both sequences go on from the first one's state: sequence g's rows start at g K": torch.ones(6)})
+        "h stays as it was: all K rows of a sequence go on from the winner's state": h[:, 0],
+        "both sequences go on from the first one's state: sequence g's rows start at g K":
+            torch.ones(6)})
 
 
-def test_ex12_some_sequences(rng):
-    """Prevents: a finished sequence whose state or cache changes; rows taken for candidates' places."""
-    for G, K, alive in ((4, 3, [1, 3]), (3, 1, [2]), (5, 2, [0, 1, 4]), (2, 5, [0, 1])):
-        alive, n = torch.tensor(alive), len(alive) * K
-        scores, h = torch.rand(len(alive), K, generator=rng), torch.randn(G * K, 3, generator=rng)
-        taken, fed = torch.randint(1, 9, (n,), generator=rng), torch.randint(1, 9, (n,), generator=rng)
-        best, expected = [row.index(max(row)) for row in scores.tolist()], h.clone()
-        for g, w in zip(alive.tolist(), best):
-            expected[g * K:(g + 1) * K] = h[g * K + w]
-        winners, told, new = promoted(scores, taken, fed, alive, h)
-        check(winners, torch.tensor(best), "winners")
-        check(new, expected, "h", {"h stays as it was": h})
-        for name, have in (("policy", taken), ("prm", fed)):
-            check(told[name][0], torch.tensor(best), f"what the {name}'s cache keeps")
-            counts = torch.stack([have[i * K + w] for i, w in enumerate(best)])
-            check(told[name][1], counts, f"the counts that the {name}'s cache keeps")
-            check(told[name][2], alive, f"the sequences in which the {name}'s cache keeps something")
+@pytest.mark.parametrize("G, K, alive", [
+    (4, 3, [1, 3]), (3, 1, [2]), (5, 2, [0, 1, 4]), (2, 5, [0, 1])])
+def test_ex12_some_sequences(rng, G, K, alive):
+    """Prevents: a finished sequence whose state or cache changes; rows taken for candidates'
+    places."""
+    n = len(alive)
+    scores, h = torch.rand(n, K, generator=rng), torch.randn(G * K, 3, generator=rng)
+    drawn, fed = torch.randint(1, 9, (2, n * K), generator=rng)
+    best, expected = [row.index(max(row)) for row in scores.tolist()], h.clone()
+    for g, winner in zip(alive, best):
+        expected[g * K:(g + 1) * K] = h[g * K + winner]
+    places = [i * K + winner for i, winner in enumerate(best)]
+    alive, best = torch.tensor(alive), torch.tensor(best)
+    winners, told, new = selected(scores, drawn, fed, alive, h)
+    check(winners, best, "winners")
+    check(new, expected, "h", {"h stays as it was": h})
+    for name, own in (("policy", drawn), ("prm", fed)):
+        kept, counts, groups = told[name]
+        check(kept, best, f"what the {name}'s cache keeps")
+        check(counts, own[places], f"the counts that the {name}'s cache keeps")
+        check(groups, alive, f"the sequences in which the {name}'s cache keeps something")
 
 
 # -- 13: GPT.fold
@@ -723,21 +790,29 @@ def test_ex14_lies_are_refused(tmp_path, why):
 # -- 15: hypervolume
 
 def volume(points, expected, message, reference=(0.0, 0.0)):
+    """Whatever the order of the points, the area is the expected one."""
     for order in (points, points[::-1], sorted(points)):
         found = hypervolume(order, reference)
         if not isinstance(found, (int, float)) or abs(found - expected) > 1e-12:
-            fail(f"{message}: the hypervolume of {order} above {reference} is {found}, expected {expected}")
+            fail(f"{message}: the hypervolume of {order} above {reference} is {found}, "
+                 f"expected {expected}")
 
 
 def test_ex15_hand_values():
-    """Prevents: areas counted twice, dominated or worthless points that count, an area that depends on the order of points."""
+    """Prevents: areas counted twice, dominated or worthless points that count, an area that
+    depends on the order of points."""
     volume([(0.5, 0.4)], 0.2, "one point covers a rectangle")
-    volume([(0.5, 0.4), (0.25, 0.25)], 0.2, "a point that is worse in both coordinates adds nothing")
-    volume([(0.5, 0.4), (0.5, 0.2), (0.1, 0.4)], 0.2, "a point that is worse in one coordinate, equal in the other, adds nothing")
-    volume([(1.0, 0.25), (0.5, 0.5), (0.25, 1.0)], 0.25 + 0.5 * 0.25 + 0.25 * 0.5, "what several points cover counts once")
-    volume([(3.0, 4.0), (0.5, 9.0)], 4.0, "areas start at the reference; a point below it adds nothing", (1.0, 2.0))
-    volume([(0.5, 3.0), (3.0, 1.0)], 0.0, "points below the reference in one coordinate cover nothing", (1.0, 2.0))
-    volume([(0.0, 0.5), (0.5, 0.5), (0.5, 0.5)], 0.25, "the same point twice covers its rectangle once")
+    volume([(0.5, 0.4), (0.25, 0.25)], 0.2, "a point worse in both coordinates adds nothing")
+    volume([(0.5, 0.4), (0.5, 0.2), (0.1, 0.4)], 0.2,
+           "a point worse in one coordinate, equal in the other, adds nothing")
+    volume([(1.0, 0.25), (0.5, 0.5), (0.25, 1.0)], 0.25 + 0.5 * 0.25 + 0.25 * 0.5,
+           "what several points cover counts once")
+    volume([(3.0, 4.0), (0.5, 9.0)], 4.0,
+           "areas start at the reference; a point below it adds nothing", (1.0, 2.0))
+    volume([(0.5, 3.0), (3.0, 1.0)], 0.0,
+           "points below the reference in one coordinate cover nothing", (1.0, 2.0))
+    volume([(0.0, 0.5), (0.5, 0.5), (0.5, 0.5)], 0.25,
+           "the same point twice covers its rectangle once")
     assert hypervolume([]) == 0, "no point covers nothing"
 
 
@@ -746,5 +821,8 @@ def test_ex15_random(rng):
     for n in (1, 2, 5, 9):
         points = [tuple(p) for p in torch.randint(-2, 9, (n, 2), generator=rng).tolist()]
         a, b = torch.randint(-3, 4, (2,), generator=rng).tolist()
-        cells = sum(any(x > i and y > j for x, y in points) for i in range(a, 9) for j in range(b, 9))
+        cells = 0
+        for i in range(a, 9):
+            for j in range(b, 9):
+                cells += any(x > i and y > j for x, y in points)
         volume(points, cells, "cell by cell another area is covered", (a, b))
