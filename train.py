@@ -46,25 +46,21 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (
-    DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Problem, Tokenizer, World, batches_by_length,
-    dealt_batches, fit_threshold, judge, pad, read_json, read_jsonl, run_command,
-    select_objectives, write_json, write_text)
+from data import (DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Problem, Tokenizer, World,
+                  batches_by_length, dealt_batches, fit_threshold, judge, pad, read_json,
+                  read_jsonl, run_command, select_objectives, write_json, write_text)
 from decode import domain_mix, generate, parse_weights, read_run
-from evaluate import (
-    average, converse, evaluate, load_rows, own_logps, pair_metrics_rows, plain_responder, publish,
-    seed_of, seed_runs)
+from evaluate import (average, converse, evaluate, load_rows, own_logps, pair_metrics_rows,
+                      plain_responder, publish, seed_of, seed_runs)
 from interop.datasets import DATA_HELP, describe_data, real_labels, real_pairs, worlds_of
-from interop.parallel import (
-    alone, gather, join_processes, like, local_items, placed, rank, ranks, shard, total, whole)
-from mah_dpo import (
-    Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pair_metrics, policy_logps)
-from model import (
-    GPT, GPTConfig, load_hf, load_safetensors, pick_device, read_metadata, sampling_dtype, save_hf,
-    save_safetensors)
-from prm import (
-    PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight_targets, majority_labels,
-    pair_scores, save_prm, step_loss, step_scores)
+from interop.parallel import (alone, gather, join_processes, like, local_items, placed, rank, ranks,
+                              shard, total, whole)
+from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pair_metrics,
+                     policy_logps)
+from model import (GPT, GPTConfig, load_hf, load_safetensors, pick_device, read_metadata,
+                   sampling_dtype, save_hf, save_safetensors)
+from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight_targets,
+                 majority_labels, pair_scores, save_prm, step_loss, step_scores)
 
 
 # -- options
@@ -89,14 +85,14 @@ class Config:
     seed: int = option(0, "every random draw of the run derives from it", low=0)
     seeds: int = option(1, "train so often, with seed, seed + 1, ..., for intervals over trainings")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    dtype: str = option("fp32", "bf16: training computes in bfloat16 (autocast); weights and losses "
-                        "stay in fp32", choices=["fp32", "bf16"])
-    grad_checkpoint: bool = option(False, "training recomputes each block in backward: less memory, "
-                                   "a third more time")
-    prm: str = option("unified", "unified: one PRM with an output per objective; each: one PRM per "
-                      "objective", choices=["unified", "each"])
-    temperature: float = option(0.7, "of samples, rollouts, candidates and tables (the paper's is "
-                                "1.0)", low=1e-6)
+    # bf16 is torch's autocast; weights and losses stay in fp32.
+    dtype: str = option("fp32", "fp32, or bf16 for training", choices=["fp32", "bf16"])
+    # Less memory for a third more time.
+    grad_checkpoint: bool = option(False, "training recomputes each block in backward")
+    # A unified PRM has an output per objective.
+    prm: str = option("unified", "one PRM, or one per objective", choices=["unified", "each"])
+    # The paper's is 1.0.
+    temperature: float = option(0.7, "of samples, rollouts, candidates and tables", low=1e-6)
     beta: float = option(0.1, "strength of the tie to the reference policy in DPO", low=1e-9)
     alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 if not named)")
     gamma: float = option(0.9, "discount per step in hindsight targets")
@@ -106,24 +102,22 @@ class Config:
     sft_steps: int = option(120, "SFT steps", fast=10)
     sft_batch: int = option(64, "conversations per SFT step")
     sft_lr: float = option(3e-4, "SFT learning rate")
-    epochs: int = option(8, "most passes over a stage's largest source of data; a stage ends there "
-                         "or at its number of steps")
+    # A training ends there, or at its number of steps.
+    epochs: int = option(8, "most passes of a training over its largest source of data")
     n_prompts: int = option(1000, "prompts per domain whose samples become pairs", fast=60)
     n_samples: int = option(6, "responses sampled per prompt", fast=4, low=2)
     # For the value model three times the problems are worth more than a second rollout of each,
     # which costs as much.
-    n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts, of SFT and "
-                                    "again of MAH-DPO", fast=40)
+    n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts", fast=40)
     rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
     prm_steps: int = option(1200, "PRM training steps", fast=10)
-    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they "
-                            "have labels, but at least prm_pairs of each")
+    # Shared by the domains as they have labels, but at least prm_pairs of each.
+    prm_batch: int = option(64, "labelled sequences per PRM step")
     prm_pairs: int = option(4, "pairs per objective and PRM step")
-    prm_value_weight: float = option(5.0, "weight of the value model's squared error in the PRM's "
-                                     "loss; without an auxiliary output beside it (--data) it "
-                                     "wants more, or drowns in the noise of the other gradients")
-    prm_step_weight: float = option(60.0, "weight in it of the auxiliary output, which is there in "
-                                    "training alone: is this step right?")
+    # Without the auxiliary output beside it, as with --data, the value model wants more, or drowns
+    # in the noise of the other outputs' gradients.
+    prm_value_weight: float = option(5.0, "weight of the value model's squared error in the loss")
+    prm_step_weight: float = option(60.0, "weight in it of the auxiliary output: is a step right?")
     prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
     prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
     dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
@@ -131,14 +125,14 @@ class Config:
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
     dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
     # With these factors all four methods end about as far from SFT: .052 to .057 nats per token on
-    # development prompts, mean of the domains.
+    # development prompts, mean of the domains. Names: METHODS; 1 where not named.
     dpo_lr_factor: str = option("single_head_dpo=0.55,modpo=0.55", "factors on the heads' rate, "
                                 "NAME=NUMBER,... of mah_dpo, single_head_dpo, modpo, soup")
     n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
-    split: str = option("test", "prompts of the tables; dev while settings are still being chosen",
-                        choices=["test", "dev"])
-    weight_steps: int = option(10, "steps in which the weights of two heads go from one to the "
-                               "other (0: no sweep)", fast=2, low=0)
+    # dev while settings are still being chosen.
+    split: str = option("test", "prompts of the tables: test or dev", choices=["test", "dev"])
+    weight_steps: int = option(10, "steps from one head to another in the sweep of weights, or 0",
+                               fast=2, low=0)
     k: int = option(5, "K, candidates per step of guided decoding, and whole answers of its rivals")
     max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
     checkpoint_every: int = option(100, "steps of a training between checkpoints for --resume")
@@ -164,12 +158,7 @@ class Run:
         self.objectives = objectives
         self.names = [o.name for o in objectives]
         self.device = pick_device(config.device)
-        # A hash of all that the figures depend on: options, objectives and the files of --data.
-        options = {k: v for k, v in asdict(config).items() if k not in HARMLESS}
-        files = []
-        for name in self.names if config.data else []:
-            files += [f"{config.data}/{name}.jsonl", f"{config.data}/{name}.steps.jsonl"]
-        self.key = fingerprint([options, [asdict(o) for o in objectives]], *files)
+        self.key = fingerprint(config, objectives)
         # Part of the seed where each of several processes draws for itself.
         self.own = (rank(),) if ranks() > 1 else ()
         self.training = False
@@ -196,7 +185,7 @@ class Run:
     def worlds(self, model):
         """The worlds to sample and measure in: the embedded ones, or the questions of --data."""
         config = self.config
-        return list(worlds_of(self.names, config.data, config.max_new_tokens, model).values())
+        return list(worlds_of(self.objectives, config.data, config.max_new_tokens, model).values())
 
     def autocast(self):
         """The context in which training computes: bfloat16 where --dtype says so."""
@@ -223,11 +212,15 @@ class Run:
         self.stopping = True
 
 
-def fingerprint(settings, *paths):
-    """A hash of settings (JSON) and of the contents of those files that are there."""
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for path in filter(os.path.exists, paths):
-        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+def fingerprint(config, objectives):
+    """A hash of all that the figures depend on: options, objectives and the files of --data."""
+    options = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
+    records = [asdict(o) for o in objectives]
+    digest = hashlib.sha256(json.dumps([options, records]).encode())
+    for o in objectives if config.data else []:
+        for path in (f"{config.data}/{o.name}.jsonl", f"{config.data}/{o.name}.steps.jsonl"):
+            if os.path.exists(path):
+                digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -356,7 +349,7 @@ def sft_examples(run, model):
     config, tokenizer = run.config, model.tokenizer
     n = min(2500, 25 * config.sft_steps)
     examples = demonstrations(run.worlds(model), n, run.rng("sft", "data"), tokenizer, True)
-    for pair in real_pairs(config.data, run.names, model)[0]:
+    for pair in real_pairs(config.data, run.objectives, model)[0]:
         if pair.split == "train":
             mask = [False] * len(pair.prompt) + [True] * len(pair.chosen)
             where = f"the example {tokenizer.decode(pair.prompt)[:60]!r}..."
@@ -534,7 +527,7 @@ def make_pairs(run, name):
     sampled = []
     for source in sources:
         sampled += sample_pairs(source, source.objectives("verifiable", "A", "B", "C"))
-    pairs = real_pairs(run.config.data, run.names, model)[0] + gather(sampled)
+    pairs = real_pairs(run.config.data, run.objectives, model)[0] + gather(sampled)
     count = Counter((pair.objective, pair.split) for pair in pairs)
     empty = [o for o in run.names if not count[o, "train"]]
     if empty:
@@ -1289,29 +1282,28 @@ def flag(name):
 def read_command(argv):
     """Command line -> Config, directory to resume or None. One flag per field of Config."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP,
+                                     argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        text = f.metadata["help"].replace("%", "%%")
-        if f.default != "":
-            text += f" (default {f.default!r})"
+        text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        parser.add_argument(flag(f.name), dest=f.name, default=None, help=text, **kind)
+        parser.add_argument(flag(f.name), dest=f.name, help=text, **kind)
     parser.add_argument("--fast", action="store_true",
                         help="every stage, small: shows that it works, finds nothing")
     parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, under its "
                         "own options; takes no other option but --device")
-    args = vars(parser.parse_args(argv))
-    fast, resume = args.pop("fast"), args.pop("resume")
-    given = {name: value for name, value in args.items() if value is not None}
-    if resume == "":                            # an empty variable of a script
+    given = vars(parser.parse_args(argv))           # only what stands on the command line
+    resume = given.pop("resume", None)
+    if resume == "":                                # an empty variable of a script
         raise InputError("--resume needs the directory of a run")
-    if resume and (fast or set(given) - {"device"}):
+    if resume and set(given) - {"device"}:
         raise InputError("--resume goes on with the run's own configuration; give no option with "
                          "it but --device")
     config = Config()
-    for f in fields(Config):
-        if fast and f.metadata["fast"] is not None:
-            setattr(config, f.name, f.metadata["fast"])
+    if given.pop("fast", False):
+        for f in fields(Config):
+            if f.metadata["fast"] is not None:
+                setattr(config, f.name, f.metadata["fast"])
     return replace(config, **given), resume
 
 
@@ -1325,13 +1317,10 @@ def check_config(config):
             raise InputError(f"{flag(f.name)} {value}: choose {' or '.join(choices)}")
     parse_weights(config.alpha, select_objectives(config.objective), "--alpha", 1.0)
     parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
-    batches = {"--sft-batch": config.sft_batch, "--dpo-pairs": config.dpo_pairs}
-    if not config.init:
-        batches["a batch of pre-training"] = 64
-    for name, n in batches.items():
-        if n % ranks():
-            raise InputError(f"{name} {n}: {ranks()} processes cannot share it evenly; choose a "
-                             "multiple, or other processes")
+    if config.sft_batch % ranks() or config.dpo_pairs % ranks() or not config.init and 64 % ranks():
+        raise InputError(f"{ranks()} processes cannot share --sft-batch {config.sft_batch}, "
+                         f"--dpo-pairs {config.dpo_pairs} and pre-training's batch of 64 evenly; "
+                         "choose multiples, or another number of processes")
     if config.data and not config.init:
         raise InputError("--data needs --init: the embedded model knows only its own small worlds")
 

@@ -5,15 +5,19 @@
     parse_pair, ...         one parser for each kind of row
     read_preferences, ...   give every row of a file to a parser, and say where a faulty one stands
     Questions, worlds_of    the worlds of train.py's --data
+    real_pairs, real_labels what a run learns from them
 """
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
 from data import DOMAINS, InputError, Problem, World, read_jsonl, split_of
 from interop.answers import final_answer, marked_answer, same_answer
+from mah_dpo import encode_pair
+from prm import Labelled, encode_steps
 
 
 @dataclass
@@ -432,3 +436,66 @@ def worlds_of(objectives, data, max_new_tokens, model):
         if holds_questions(path, objective):
             worlds[objective.domain] = Questions(path, objective, max_new_tokens, model)
     return worlds
+
+
+# -- what a run reads from its --data directory
+
+def real_pairs(data, objectives, model):
+    """DATA/<name>.jsonl for every objective that has pairs there -> list of Pair, {reason: number of
+    rows left out}; nothing where `data` is "". Pairs to train on come before those held out.
+
+    InputError for an objective with nothing to train on or to hold out."""
+    found, dropped = [], Counter()
+    limit = model.config.max_len
+    too_long = f"longer than the context of {limit} tokens, or alike in this vocabulary"
+    for objective in objectives if data else []:
+        path = os.path.join(data, f"{objective.name}.jsonl")
+        if holds_questions(path, objective):
+            continue
+        rows = read_preferences(path, objective.name, dropped)
+        encoded = [encode_pair(row, model) for row in rows]
+        kept = [pair for pair in encoded if pair]
+        dropped[too_long] += len(encoded) - len(kept)
+        if {pair.split for pair in kept} != {"train", "dev"}:
+            raise InputError(f"{path}: of its rows {len(kept)} fit the context of {limit} tokens; "
+                             "pairs to train on and to hold out are both needed: add rows, or "
+                             "shorter ones")
+        found += kept
+    found.sort(key=lambda pair: pair.split == "dev")
+    return found, dropped
+
+
+def real_labels(data, objectives, model):
+    """DATA/<name>.steps.jsonl, where there is one, of Objective records -> list of Labelled, number of
+    rows left out: longer than the context, or with a step without a token of this vocabulary."""
+    rows, n_dropped = [], 0
+    for objective in objectives if data else []:
+        path = os.path.join(data, f"{objective.name}.steps.jsonl")
+        for row in read_steps(path) if os.path.exists(path) else []:
+            found = encode_steps(model.tokenizer, row.prompt, row.steps, objective.boundary)
+            if found is None or len(found[0]) > model.config.max_len:
+                n_dropped += 1
+                continue
+            ids, ends = found
+            targets = [{objective.name: label} for label in row.labels]
+            split = "train" if split_of(json.dumps(row.prompt)) == "train" else "dev"
+            rows.append(Labelled(ids, ends, targets, split))
+    return rows, n_dropped
+
+
+def describe_data(data, objectives, max_new_tokens, model):
+    """Read all that a run will read of its --data directory, and print how much there is."""
+    pairs, dropped = real_pairs(data, objectives, model)
+    labels, n_dropped = real_labels(data, objectives, model)
+    n_train = sum(pair.split == "train" for pair in pairs)
+    print(f"pairs: {n_train} to train on, {len(pairs) - n_train} held out{left_out(dropped)}")
+    if labels or n_dropped:
+        print(f"responses with step labels: {len(labels)}, {n_dropped} left out")
+    for world in worlds_of(objectives, data, max_new_tokens, model).values():
+        counts = [f"{n} {split}" for split, n in world.counts().items()]
+        print(f"questions: {', '.join(counts)}{left_out(world.dropped)}")
+
+
+def left_out(dropped):
+    """{reason: number of rows} -> text."""
+    return "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n)

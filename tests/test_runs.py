@@ -314,7 +314,7 @@ def test_resume_takes_no_options(capsys, whole):
         assert "no option with it but --device" in refused(["--resume", whole, *option], capsys)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "ranks", lambda: 3)
-        assert "--sft-batch 64: 3 processes cannot" in refused(["--resume", whole], capsys)
+        assert "3 processes cannot share --sft-batch 64" in refused(["--resume", whole], capsys)
 
 
 # -- several trainings, and runs from others
