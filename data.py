@@ -1,6 +1,4 @@
 """data.py: what the models learn from, and what their answers are measured by. Next file: model.py.
-
-Read it in this order:
     objectives   seven axes of alignment: how the labels of each are made, and where its steps end
     tokenizer    text <-> ids, built from the words of the worlds, never downloaded
     worlds       three small worlds written as programs: each asks questions, shows how people who
@@ -36,8 +34,7 @@ from interop.parallel import rank, ranks, total
 # A: a judge rates answers that are completed from a step, where such rollouts are cheap.
 # B: a judge rates what was said so far. C: of two whole answers one is preferred.
 CASES = ("verifiable", "A", "B", "C")
-# What ends a step of an answer.
-BOUNDARIES = ("newline", "sentence", "turn")
+BOUNDARIES = ("newline", "sentence", "turn")        # what ends a step of an answer
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,8 @@ def select_objectives(spec):
 
 
 def read_objectives(where, records):
-    """Records of a config.json, each an Objective's asdict -> list of Objective. InputError names
-    `where`, the file and the key."""
+    """Records of a config.json (`where`: file and key), each an Objective's asdict -> list of
+    Objective."""
     try:
         found = [Objective(**record) for record in records]
         # A name becomes part of the names of files: it must be no path.
@@ -110,17 +107,15 @@ class RNG:
             self.pool = torch.rand(4096, generator=self.generator, dtype=torch.float64).tolist()
         return self.pool.pop()
 
-    def below(self, n):
-        """A whole number from 0 to n - 1."""
-        return int(self.random() * n)
+
 
     def chance(self, p):
         """True with probability p."""
         return self.random() < p
 
     def choice(self, items):
-        """One of a list's items."""
-        return items[self.below(len(items))]
+        """One of the items of a list or range."""
+        return items[int(self.random() * len(items))]
 
 
 # -- tokenizer
@@ -144,13 +139,12 @@ def ends_step(masks, token, previous, before):
 
 
 class Tokenizer:
-    """Text <-> token ids. tiktoken merges the bytes of a text into pieces: first PATTERN cuts it
-    into words, then in each word the two neighbours whose union has the lowest rank become one
-    piece, again and again.
+    """Text <-> token ids. tiktoken cuts a text into words by a pattern; in each word the two
+    neighbours whose union has the lowest rank become one piece, again and again.
 
     pieces:   list of bytes by id; b"" for special tokens and unused ids
-    ranks:    {piece: rank}, from 0 on; all 256 single bytes are among them, since tiktoken panics at
-              a byte that it lacks. Ranks need not be ids: in some checkpoints the order differs
+    ranks:    {piece: rank}, from 0 on, not always in the order of ids. All 256 single bytes must be
+              among them: tiktoken panics at a byte that it lacks
     specials: {text: id}. Ordinary text never becomes one; only chats are written with them
     """
 
@@ -161,7 +155,7 @@ class Tokenizer:
         self.eos_id, self.pad_id, self.bos_id = eos_id, pad_id, bos_id
         self.files = {}                        # {name: text} of the files that it came from
         self.masks = {}                        # boundary masks as lists, by kind
-        # What tiktoken calls tokens are ranks here; a table leads from them to ids.
+        # tiktoken knows ranks alone.
         ids = {piece: i for i, piece in enumerate(pieces)}
         self.id_of_rank = [ids.get(piece) for piece in ranks]
         self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=ranks,
@@ -200,8 +194,7 @@ class Tokenizer:
     def encode_chat(self, messages, add_generation_prompt=True):
         """Messages -> ids, ready for the model to go on: <|user|> ... <|end|><|assistant|> ... <|end|>
 
-        Every message is encoded apart. In one text, tokens could merge across the border between
-        prompt and response, and a cached conversation would change when it goes on."""
+        Every message is encoded apart: no token reaches across the border of prompt and response."""
         ids = []
         for message in messages:
             # A system message has no marker of its own: it counts as the user's.
@@ -216,16 +209,15 @@ class Tokenizer:
         return self.encode_chat([{"role": "user", "content": content}])
 
     def save(self, directory):
-        """Write the files that it came from, as they came, for other programs to load. The worlds'
-        tokenizer came from none: its tokenizer.json is made."""
+        """Write the files that it came from, as they came. The worlds' tokenizer came from none: its
+        tokenizer.json is made."""
         from interop.tokenizer import tokenizer_files     # here, because that file imports this one
         for name, content in (self.files or tokenizer_files(self)).items():
             write_text(os.path.join(directory, name), content)
 
-    # -- where steps end, as masks over the vocabulary: no text is decoded inside a decoding loop
-
     def boundary_masks(self, kind):
-        """Kind of boundary (newline, sentence, turn) -> four masks (V + 1,) bool for ends_step.
+        """Kind of boundary (newline, sentence, turn) -> four masks (V + 1,) bool for ends_step, so
+        that no text is decoded inside a decoding loop.
 
         Tokens that always end a step (EOS, and but for turns what holds a newline); sentence stops;
         initials and numbers; bare letters. Index V stands for "no token before"."""
@@ -233,7 +225,7 @@ class Tokenizer:
         # A newline ends a line and a sentence; nothing but EOS ends a turn.
         always = [kind != "turn" and "\n" in text for text in texts]
         always[self.eos_id] = True
-        stops, initials, letters = [[False] * self.n_vocab] * 3
+        stops = initials = letters = [False] * self.n_vocab
         if kind == "sentence":
             stops = [text.rstrip("\"')").endswith((".", "!", "?")) for text in texts]
             initials = [bool(re.fullmatch(r".*[0-9]|\s[b-zB-HJ-Z]", text)) for text in texts]
@@ -282,14 +274,12 @@ class World:
     """What the worlds share. Each adds
 
         problem(rng)                                  draws a Problem
-        demonstrate(problem, messages, rng, careful)  answers the messages, as people do who err;
-                                                      careful people err less
+        demonstrate(problem, messages, rng, careful)  answers as people do who err, careful ones less
         scores(problem, messages, response)           the noise-free {objective: score in [0, 1]}
 
-    and, where an objective is verifiable, verify(problem, steps), as Math does.
+    and, where an objective is verifiable, verify(problem, steps), as Math does. Its name is its
+    domain; the assistant speaks `turns` times, with max_new_tokens or fewer each time.
     """
-    # Its name is its domain. The assistant speaks `turns` times, each time with max_new_tokens or
-    # fewer, and `boundary` ends a step of what it says.
     name, turns, max_new_tokens, boundary = "", 1, 0, "turn"
 
     @property
@@ -360,7 +350,7 @@ class Math(World):
             " . this one is sweet !", " . on we go my friend !"]
 
     def problem(self, rng):
-        first = value = rng.below(21)
+        first = value = rng.choice(range(21))
         asked, terms, solution = str(first), [], []
         for label in "abcde"[:rng.choice((2, 3, 3, 4, 4, 5))]:
             # Running values stay in 0..20, so that there are few enough facts to be learnt.
@@ -375,11 +365,9 @@ class Math(World):
         return Problem(f"{asked} = ?", truth)
 
     def demonstrate(self, problem, messages, rng, careful=False):
-        # Misconceptions are repeated more often than not: neither greedy decoding nor a majority
-        # vote mends them.
+        # Misconceptions are repeated more often than not: no majority vote mends them.
         p_wrong = 0.6 if careful else 0.7
-        # In pre-training some people chat a lot: a model that has seen only short answers loses its
-        # place in long ones.
+        # Some people chat a lot: a model that saw only short answers loses its place in long ones.
         p_chat = 0.25 if careful else rng.random()
         for _ in range(20):
             value, lines, inside = problem.truth["first"], "", True
@@ -451,8 +439,7 @@ class Values(World):
               "shy": {"seen": (.45, .15, .05), "heard": (.10, .10, .05), "none": (.00, .05, .10)}}
 
     # What a fact brings, by the verb that it is told with. The objectives agree on what was seen;
-    # what was heard they would have claimed, hedged, or left out. For truthfulness silence is worth
-    # more than a guess and less than what was seen, else it would ask for nothing but silence.
+    # what was heard they would have claimed, hedged, or left out.
     HELPS = {"is": 1.0, "may be": 0.8, "remains": 0.0, "silent": 0.0}
     FITS = {"seen": "is", "heard": "may be", "none": "remains"}
     TRUE = {"is": 1.0, "may be": 0.9, "remains": 0.7, "silent": 0.7}
@@ -526,9 +513,9 @@ class Tutoring(World):
            "how would you check it ?"]
 
     def problem(self, rng):
-        x = rng.below(13)
+        x = rng.choice(range(13))
         op1, op2 = rng.choice("+-*"), rng.choice("+-*")
-        b, c = 2 + rng.below(5), 2 + rng.below(5)
+        b, c = rng.choice(range(2, 7)), rng.choice(range(2, 7))
         y = right(x, op1, b)
         z = right(y, op2, c)
         # A student must be able to count up to these values: else draw again.
@@ -647,11 +634,10 @@ def run_command(main):
         # `| head` has read enough. To flush again would only complain.
         os._exit(0)
     except (InputError, OSError, UnicodeError) as e:
-        # OSError: no such directory, no right to write, a full disk. UnicodeError: a terminal or a
-        # pipe in another encoding.
+        # OSError: no right to write, a full disk. UnicodeError: a terminal in another encoding.
         if rank() > 0 and isinstance(e, InputError):
-            # Most mistakes are met by every process, and one line is enough: the others wait for
-            # torchrun to end them because the first has ended.
+            # Most mistakes are met by every process, and one line is enough: wait to be ended by
+            # torchrun, because the first has ended.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         print(f"error: {e}", file=sys.stderr)
@@ -677,15 +663,13 @@ def read_jsonl(path):
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; expected one JSON object per line")
     with open(path, "rb") as f:
-        first = True
-        for number, line in enumerate(f, 1):
+        # Behind a byte order mark perhaps, the first character shows the kind of file.
+        is_list = f.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        for number, line in enumerate([f.read()] if is_list else f, 1):
             if not line.strip():
                 continue
-            # The first line with text shows the kind of file, behind a byte order mark perhaps.
-            is_list = first and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
-            first = False
             try:
-                value = json.loads((line + f.read() if is_list else line).decode("utf-8-sig"))
+                value = json.loads(line.strip().decode("utf-8-sig"))
             except (ValueError, RecursionError) as e:
                 raise InputError(f"{path}:{number}: not JSON ({e}); write one flat object per "
                                  "line, in UTF-8") from None
@@ -750,8 +734,7 @@ def batches_by_length(lengths, tokens=16384):
     """Yield lists of indices, shortest row first. A batch that is padded to its longest row holds
     at most `tokens`, or one row: little padding, and memory is bounded whatever the lengths."""
     batch = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        # Row i would be the longest of the batch.
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):       # i: the longest so far
         if batch and (len(batch) + 1) * lengths[i] > tokens:
             yield batch
             batch = []
@@ -761,8 +744,8 @@ def batches_by_length(lengths, tokens=16384):
 
 
 def dealt_batches(lengths, tokens=16384):
-    """batches_by_length of this process's rows, dealt out as local_items does. Processes take part
-    in each other's computations: all get equally many batches, and need equally many rows."""
+    """batches_by_length of this process's rows, which local_items deals out, equally many to each.
+    Processes take part in each other's computations: all get equally many batches, too."""
     order = range(len(lengths))
     shares = [sorted(order[r::ranks()], key=lengths.__getitem__) for r in range(ranks())]
     # The processes' k-th rows stand at the same place of their batches: the longest of them counts.
