@@ -1,7 +1,7 @@
 """Rows of public files, and real questions as a world to sample and to measure in.
 
     DATA_HELP               shows the rows: pairs, ratings, questions, labelled steps, outputs
-    FIELDS, messages_of     what the fields are called, and how conversations are written
+    FIELDS, read_field      what the fields are called, and how conversations are written
     parse_preference, ...   one parser for each kind of row
     read_preferences, ...   give every row of a file to a parser
     Questions, worlds_of    the worlds of train.py's --data
@@ -109,8 +109,9 @@ def key_of(row, name):
     return keys[0] if keys else None
 
 
-def text_field(row, name):
-    """A field as text that is not blank. Of a list of messages it is the last one's content."""
+def read_field(row, name):
+    """A field -> (text, not blank; messages). The messages of a text are there if it is a transcript,
+    the text of a list of messages is the last one's."""
     key = key_of(row, name)
     if key is None:
         others = ", ".join(FIELDS.get(name, ())[1:])
@@ -118,15 +119,15 @@ def text_field(row, name):
         found = ", ".join(sorted(row)) or "no fields"
         raise InputError(f"field {name!r} is missing{hint}; the row has {found}")
     value = row[key]
-    messages = message_list(value)
-    if messages:
+    messages = transcript(value) if isinstance(value, str) else message_list(value)
+    if messages and not isinstance(value, str):
         value = messages[-1]["content"]
     if not isinstance(value, str):
         kind = type(value).__name__
         raise InputError(f"{key!r} is {kind}; give text or a list of role/content messages")
     if not value.strip():
         raise InputError(f"{key!r} is empty; remove the row or fill it in")
-    return value
+    return value, messages
 
 
 # -- conversations
@@ -139,9 +140,7 @@ TURN = re.compile(rf"(?:^|\n\r?\n)({'|'.join(SPEAKERS)}):")
 UNANSWERED = {"role": "assistant", "content": ""}
 
 
-def messages_of(value):
-    """A list of messages or a transcript -> [{"role", "content"}]; [] if it is neither."""
-    return transcript(value) if isinstance(value, str) else message_list(value)
+
 
 
 def message_list(value):
@@ -176,14 +175,12 @@ def transcript(text):
 
 def prompt_field(row):
     """The prompt as messages, the user's last. Text that is no transcript is one message."""
-    text = text_field(row, "prompt")
-    value = row[key_of(row, "prompt")]
-    messages = messages_of(value)
+    text, messages = read_field(row, "prompt")
     if messages[-1:] == [UNANSWERED]:
         messages.pop()
     if messages and messages[-1]["role"] != "assistant":
         return messages
-    if not isinstance(value, str):
+    if not isinstance(row[key_of(row, "prompt")], str):
         raise InputError("'prompt' ends with the assistant's turn; end it with the user's")
     return [{"role": "user", "content": text}]
 
@@ -193,12 +190,10 @@ def prompt_field(row):
 def response_field(row, key):
     """A row's `chosen` or `rejected` -> (the messages before the response, if they stand there too;
     the text of the response)."""
-    text = text_field(row, key)
+    text, messages = read_field(row, key)
     # Beside a prompt a text is the response alone, without one it is a transcript.
-    if isinstance(row[key], str) and key_of(row, "prompt"):
-        return [], text
-    messages = messages_of(row[key])
-    if not messages:
+    response_alone = isinstance(row[key], str) and key_of(row, "prompt")
+    if response_alone or not messages:
         return [], text
     if messages[-1] == UNANSWERED:
         raise Unusable("the transcript ends without a response")
@@ -299,11 +294,11 @@ def parse_question(row):
     # Published files have answers that nobody could extract.
     if row.get(key) in ("", "nan"):
         raise Unusable("the answer is empty")
-    given = text_field(row, key)
+    given, _ = read_field(row, key)
     answer = marked_answer(given)
     solution = given if answer else ""
     if key_of(row, "solution"):
-        solution = text_field(row, "solution")
+        solution, _ = read_field(row, "solution")
     if answer is None and key not in FIELDS["answer"]:
         raise InputError(f"{key!r} marks no final answer; end it in '#### 18' or '\\boxed{{18}}'")
     return Question(prompt_field(row), answer or given.strip(), solution)
