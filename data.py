@@ -20,11 +20,9 @@ import re
 import signal
 import sys
 import time
-import unicodedata
 import zlib
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import tiktoken
@@ -93,11 +91,6 @@ def read_objectives(where, records):
     return found
 
 
-def objective_named(name, objectives):
-    """The one of that name in a list of Objective."""
-    return next(o for o in objectives if o.name == name)
-
-
 def domain_objectives(domain, objectives):
     """Those of a domain in a list of Objective, in order."""
     return [o for o in objectives if o.domain == domain]
@@ -140,413 +133,135 @@ class RNG:
 
 # -- tokenizer
 
-# Words and numbers keep the space before them, as in GPT-2; anything else is cut into single characters.
+# Words and numbers keep the space before them, as in GPT-2; anything else is cut into characters.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-                 r"|\s+(?!\S)|\s+")
 SPECIALS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-CHAT_TEMPLATE = ("{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>"
-                 "{{ m['content'] }}<|end|>{% endfor %}"
-                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-# All that a checkpoint may say about its tokenizer; save() writes them as they came.
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-                   "special_tokens_map.json", "chat_template.jinja", "generation_config.json"]
-
-
-@dataclass(frozen=True)
-class ChatForm:
-    """How a family of chat templates spells a conversation. <|...|> is a special token, the rest is ordinary text."""
-    turn: str              # a turn of the user or the system, with {role} and {content}
-    answer: str            # what the assistant's answer follows; EOS ends it
-    tail: str = ""         # text behind that EOS; it opens whatever comes next
-    trim: bool = False     # white space around a content is dropped
-    preamble: str = ""     # starts every system message; a conversation without one gets one
-    default: str = ""      # the system message of a conversation that brings none
-
-
-OWN_FORM = ChatForm("<|user|>{content}<|end|>", "<|assistant|>")          # a system message counts as the user's
-PLAIN_FORM = ChatForm("{Role}: {content}\n", "Assistant:")                # for models that never learnt a template
-CHATML_FORM = ChatForm("<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n", "\n")
-LLAMA3_FORM = ChatForm("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
-                       "<|start_header_id|>assistant<|end_header_id|>\n\n", trim=True)
-# How a template's text, with ' for " and newlines, is brought to the form of ChatForm.turn: 'a' + 'b' is 'ab'.
-SPELLINGS = [(r"' ?\+ ?'", ""), (r" ?\| ?trim", "|trim"), (r"' ?\+ ?message(?:\.role|\['role'\]) ?\+ ?'", "{role}"),
-             (r"' ?\+ ?(?:message\.|message\['|)content(?:'\])?(\|trim)? ?\+ ?'", r"{content\1}")]
-# It must end with the bare head of an answer (Qwen3's empty thoughts are written on demand only).
-LAST = (r"' ?-?\}\}\s*(?:\{%-? if enable_thinking is defined and enable_thinking is false -?%\}[^%]*"
-        r"\{%-? endif -?%\}\s*)?(?:\{%-? endif -?%\}\s*)?$")
-
-
-def chat_form(template, specials):
-    """A checkpoint's chat template (text of Jinja, None or "") -> ChatForm. InputError for one of an unknown family."""
-    if not template or template == CHAT_TEMPLATE:
-        return OWN_FORM if "<|user|>" in specials else PLAIN_FORM
-    text = template.replace("\\n", "\n").replace('"', "'")
-    for pattern, new in SPELLINGS:
-        text = re.sub(pattern, new, text)
-    turn = lambda form: form.turn.replace("{content}", "{content|trim}" if form.trim else "{content}")
-    form = next((form for form in (CHATML_FORM, LLAMA3_FORM) if f"'{turn(form)}'" in text
-                 and re.search(f"'{re.escape(form.answer)}{LAST}", text)), None)
-    # The system message that the template makes up is a literal, unlike one that goes on with a variable.
-    literal = re.search(r"<\|im_start\|>system(?:\\n|\n)(?!['\"])(.*?)<\|im_end\|>", template, re.DOTALL)
-    default = literal[1].encode("ascii", "backslashreplace").decode("unicode-escape") if literal else ""
-    dates = re.search(r"'Cutting Knowledge Date: ([^'\n]*)\n'", text), re.search(r"date_string = '([^']*)'", text)
-    missing = [s for s in re.findall(r"<\|\w+\|>", form.turn) if s not in specials] if form else []
-    if form is None or missing or re.search(r"['\"] ?\+|\{\{", default) or ("Today Date" in text and not all(dates)):
-        why = f"needs the special token {missing[0]}" if missing else \
-            "is of no family that is written here (ChatML as in Qwen2-3 and SmolLM2, Llama-3 headers)"
-        raise InputError(f"chat_template {template[:80]!r}... {why}")
-    preamble = "Cutting Knowledge Date: {}\nToday Date: {}\n\n".format(*(d[1] for d in dates)) if all(dates) else ""
-    return replace(form, default=default, preamble=preamble)
-
-
-def byte_alphabet():
-    """byte -> printable character, the reversible map that byte-level tokenizer.json files are written in (GPT-2)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    odd = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(odd)}
 
 
 # --- exercise 11: ends_step (2 points) ---
 def ends_step(masks, token, previous, before):
-    """Does a step end with `token`, given the two tokens of the step before it? Works on ids and lists of bool as on
-    tensors of ids and bool masks (see Tokenizer.boundary_masks). A stop does not end a sentence after a number or an
-    initial ('3.14', 'e.'), nor after a bare letter that itself follows a stop (the 'g' of 'e.g.')."""
+    """Does a step end with `token`, given the two tokens of the step before it? -> bool
+
+    Works on ids and lists of bool as on tensors of ids and bool masks (Tokenizer.boundary_masks). A
+    stop does not end a sentence after a number or an initial ('3.14', 'e.'), nor after a bare
+    letter that itself follows a stop (the 'g' of 'e.g.')."""
     always, stops, initials, letters = masks
-    return always[token] | (stops[token] & ((initials[previous] | (letters[previous] & stops[before])) ^ True))
+    abbreviated = initials[previous] | (letters[previous] & stops[before])
+    return always[token] | (stops[token] & (abbreviated ^ True))
 # --- end of exercise 11 ---
 
 
-def split_pattern(path, pre):
-    """tokenizer.json's pre_tokenizer -> (pattern whose matches are the pieces to merge, add_prefix_space)."""
-    parts = pre.get("pretokenizers", [pre])
-    kinds, last = [p.get("type") for p in parts], parts[-1]
-    if kinds == ["ByteLevel"] and last.get("use_regex", True):
-        return GPT2_PATTERN, last.get("add_prefix_space", True)
-    if kinds == ["Digits", "ByteLevel"] and last.get("use_regex", True) and last.get("add_prefix_space") is False:
-        # Digits are cut out before the rest is split: they take no space with them, and white space before them stands
-        # at the end of its text, where GPT-2's pattern leaves it whole.
-        digits = r"\p{N}" if parts[0].get("individual_digits") else r"\p{N}+"
-        return GPT2_PATTERN.replace(r" ?\p{N}+", digits).replace(r"(?!\S)", r"(?![^\s\p{N}])"), False
-    if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
-        split = parts[0]
-        if "Regex" in split["pattern"] and split.get("behavior") == "Isolated" and not split.get("invert"):
-            pattern = split["pattern"]["Regex"]  # text between its matches is a piece too, which tiktoken would lose
-            return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+", bool(last.get("add_prefix_space"))
-    raise InputError(f"{path}: pre_tokenizer {json.dumps(pre)[:200]} is not read, only ByteLevel, Digits + ByteLevel, "
-                     "or Split (a Regex, Isolated) + ByteLevel without its own regex")
-
-
-def read_added_tokens(path, spec):
-    """tokenizer.json -> (specials, added, nfc) of Tokenizer."""
-    normalizer, tokens = spec.get("normalizer"), [t for t in spec.get("added_tokens") or [] if t["content"]]
-    normalizers = [] if not normalizer else normalizer.get("normalizers", [normalizer])
-    odd = [f"normalizer {n.get('type')}" for n in normalizers if n.get("type") != "NFC"]
-    odd += [f"added token {t['content']!r} with {flag}" for t in tokens for flag in ("lstrip", "rstrip", "single_word")
-            if t.get(flag)]
-    if odd:
-        raise InputError(f"{path}: {odd[0]} is not read, only the normalizer NFC and added tokens without such flags")
-    specials = {t["content"]: t["id"] for t in tokens if t.get("special", True)}
-    added, nfc = ({}, {}), bool(normalizers)
-    for t in tokens:
-        if t["content"] not in specials:
-            late = bool(t.get("normalized"))
-            added[late][unicodedata.normalize("NFC", t["content"]) if nfc and late else t["content"]] = t["id"]
-    return specials, added, nfc
-
-
-def read_vocabulary(path, model, specials, added):
-    """tokenizer.json's model, specials and added tokens -> (pieces, ranks) of Tokenizer."""
-    odd = [k for k in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
-    odd += ["fuse_unk"] if model.get("fuse_unk") and model.get("unk_token") else []
-    if model.get("type", "BPE") != "BPE" or odd:
-        raise InputError(f"{path}: only byte-level BPE is read, not {model.get('type')} {' '.join(odd)}")
-    to_byte = {c: b for b, c in byte_alphabet().items()}
-    raw = lambda s: bytes(to_byte[c] for c in s)
-    others = {t: i for tokens in (*added, specials) for t, i in tokens.items()}
-    vocab = {raw(s): i for s, i in model["vocab"].items() if s not in others}
-    known = [*vocab.values(), *others.values()]
-    if not all(type(i) is int and 0 <= i < 1000 + 10 * len(known) for i in known):
-        raise InputError(f"{path}: a token id is not a whole number from 0 to ten times the number of tokens")
-    if len(set(known)) < len(known):
-        raise InputError(f"{path}: two tokens have the same id")
-    by_id = {i: piece for piece, i in vocab.items()} | {i: t.encode() for t, i in others.items() if t not in specials}
-    pieces = [by_id.get(i, b"") for i in range(1 + max(known, default=0))]
-    # Priorities: single bytes first, then results of merges in merge order, then what only a whole word can be.
-    # tiktoken merges any two neighbours whose union has a priority, the reference only pairs on its list.
-    # In vocabularies made by training that is the same: where the one can merge, so can the other.
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    made = [raw(a + b) for a, b in merges if a + b not in specials]
-    ordered = [bytes([b]) for b in range(256)] + made
-    if model.get("ignore_merges"):
-        ordered += sorted(vocab, key=vocab.get)
-    return pieces, {piece: i for i, piece in enumerate(dict.fromkeys(ordered))}
-
-
-def two_file_spec(directory, config, merges):
-    """vocab.json and merges.txt, as GPT-2 and Qwen2 ship them -> what their tokenizer.json would say. These files hold
-    no split pattern: the class that tokenizer_config.json names stands for it."""
-    kind = (config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
-    if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer") or merges is None:
-        raise InputError(f"{directory}: " + ("no merges.txt beside vocab.json" if merges is None else
-                         f"the split pattern of {kind} is not known; save it with a tokenizer.json"))
-    vocab, path = read_json(os.path.join(directory, "vocab.json")), os.path.join(directory, "added_tokens.json")
-    tokens = {t["content"]: t | {"id": int(i)} for i, t in (config.get("added_tokens_decoder") or {}).items()}
-    ids = vocab | (read_json(path) if os.path.exists(path) else {})
-    named = [config.get(k) for k in ("bos_token", "eos_token", "unk_token", "pad_token")]
-    named += [*(config.get("additional_special_tokens") or []), "<|endoftext|>"]
-    named = {t["content"] if isinstance(t, dict) else t for t in named if t} & ids.keys()
-    for s in sorted(named | (ids.keys() - vocab.keys())):
-        tokens.setdefault(s, {"id": ids[s], "content": s, "special": s in named, "normalized": s not in named})
-    split = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated"}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space")), "use_regex": False}
-    qwen, lines = kind == "Qwen2Tokenizer", merges.splitlines()
-    return {"added_tokens": list(tokens.values()), "normalizer": {"type": "NFC"} if qwen else None,
-            "pre_tokenizer": {"pretokenizers": [split, byte_level]} if qwen else byte_level | {"use_regex": True},
-            "model": {"vocab": vocab, "merges": [m for m in lines[merges.startswith("#version"):] if m]}}
-
-
 class Tokenizer:
-    """Text <-> token ids. The merging is done by a tiktoken.Encoding built here from a vocabulary.
+    """Text <-> token ids. tiktoken merges the bytes of a text into pieces: first PATTERN cuts it
+    into words, then in each word the two neighbours whose union has the lowest rank become one
+    piece, again and again.
 
-    pieces:   list of bytes by id; b"" for special tokens and unused ids.
-    ranks:    dict bytes -> merge priority, ascending from 0; all 256 single bytes are among them (tiktoken panics on a
-              byte it lacks). What tiktoken calls tokens are these priorities; a table translates them to ids.
-    specials: dict text -> id. Ordinary text never becomes one: only encode_chat writes them.
-    added:    two dicts text -> id of tokens that are cut out of ordinary text before it is merged, the first before
-              and the second after the text is brought to Unicode's NFC (if `nfc` says so).
-    unk_id:   id for bytes that have none; without it they vanish, as in the reference implementation.
+    pieces:   list of bytes by id; b"" for special tokens and unused ids
+    ranks:    {piece: rank}, from 0 on; all 256 single bytes are among them, since tiktoken panics at
+              a byte that it lacks. Ranks need not be ids: in some checkpoints the order differs
+    specials: {text: id}. Ordinary text never becomes one; only chats are written with them
     """
 
-    def __init__(self, pieces, ranks, specials, pattern, eos_id, pad_id, bos_id=None, prefix_space=False,
-                 added=({}, {}), nfc=False, unk_id=None):
-        self.pieces, self.specials, self.pattern, self.nfc = pieces, specials, pattern, nfc
-        self.eos_id, self.pad_id, self.bos_id, self.prefix_space = eos_id, pad_id, bos_id, prefix_space
-        self.n_vocab, self.files, self.masks = len(pieces), {}, {}
-        self.form, self.form_error = chat_form(None, specials), None
-        # The longest token wins, as in the reference; in a group, so that split() keeps it. (?!) matches nowhere.
-        choice = lambda tokens: "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
-        self.added = [(tokens, re.compile(f"({choice(tokens)})")) for tokens in added]
-        extra = {i for tokens in added for i in tokens.values()}
-        ids = {pieces[i]: i for i in extra} | {p: i for i, p in enumerate(pieces) if p and i not in extra}
-        self.lost = b"".join(bytes([b]) for b in range(256) if bytes([b]) not in ids)
-        ids |= {bytes([b]): -1 if unk_id is None else unk_id for b in self.lost}      # at -1 merge() takes the slower way
-        self.ranks, self.id_of_rank = ranks, [ids[p] for p in ranks]
-        self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(self, text):
-        """Ordinary text -> ids. The text of a special token is ordinary here; only other added tokens are matched."""
-        ids, ((first, cut_first), (then, cut_then)) = [], self.added
-        for i, part in enumerate(cut_first.split(text)):
-            if i % 2:
-                ids.append(first[part])
-                continue
-            part = unicodedata.normalize("NFC", part) if self.nfc else part
-            for j, piece in enumerate(cut_then.split(part)):
-                ids += [then[piece]] if j % 2 else self.merge(piece)
-        return ids
-
-    def merge(self, text):
-        """Text without added tokens -> ids. InputError where the split pattern fails inside tiktoken, which panics then
-        with a BaseException (half a million blanks in a row do that, or a pattern that matches the empty text)."""
-        if self.prefix_space and text and text[0] != " ":
-            text = " " + text
-        try:
-            ids = self.encoding.encode_ordinary(text)
-        except BaseException as e:
-            if type(e).__name__ != "PanicException":
-                raise
-            raise InputError(f"the tokenizer's split pattern fails on {text[:40]!r}... of {len(text)} characters; "
-                             "shorten its runs of white space") from None
-        ids = [self.id_of_rank[i] for i in ids]
-        return self.merge_known(text) if -1 in ids else ids
-
-    def merge_known(self, text):
-        """Text with bytes that have no token -> ids. In the reference such bytes vanish after the split and before the
-        merging, so that their neighbours merge. tiktoken does not tell where it splits: a pattern that can only match
-        at the start asks for one piece after the other."""
-        first = tiktoken.Encoding("first", pat_str=rf"\A(?:{self.pattern})", special_tokens={},
-                                  mergeable_ranks={bytes([b]): b for b in range(256)})
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")     # lone surrogates, as in tiktoken
-        ids, start, width = [], 0, 64
-        while start < len(text):
-            piece = bytes(first.encode_ordinary(text[start:start + width]))
-            length = len(piece.decode())
-            if 2 * length > width and start + width < len(text):
-                width *= 2                       # the piece may go on, or depend on what follows
-                continue
-            known, start, width = piece.translate(None, self.lost), start + length, 64
-            ids += self.encoding._encode_single_piece(known) if known else []
-        return [self.id_of_rank[i] for i in ids]
-
-    def decode(self, ids):
-        """ids -> text; special tokens vanish, broken UTF-8 becomes U+FFFD."""
-        return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
-
-    def fill(self, markup, role="", content=""):
-        """A piece of a ChatForm -> ids. Role and content are filled in last: they cannot smuggle in a special token."""
-        ids = []
-        for i, part in enumerate(re.split(r"(<\|\w+\|>)", markup)):
-            part = part.replace("{role}", role).replace("{Role}", role.capitalize()).replace("{content}", content)
-            ids += [self.specials[part]] if i % 2 else self.encode(part)
-        return ids
-
-    def encode_chat(self, messages, add_generation_prompt=True):
-        """Messages -> ids, ready for the model to go on, as the checkpoint's chat template spells them. An answer is
-        encoded apart from its neighbours (trap: tokens that merge across the border between prompt and response), so a
-        cached conversation never changes. InputError for a template of an unknown family."""
-        if self.form_error:
-            raise InputError(self.form_error)
-        form, ids = self.form, [self.bos_id] if self.bos_id is not None else []
-        if (form.preamble or form.default) and [m["role"] for m in messages[:1]] != ["system"]:
-            messages = [{"role": "system", "content": form.default}, *messages]
-        for m in messages:
-            if m["role"] == "assistant":
-                ids += self.fill(form.answer) + self.encode(m["content"]) + [self.eos_id] + self.fill(form.tail)
-            else:
-                content = m["content"].strip() if form.trim else m["content"]
-                opening = form.preamble if m is messages[0] else ""
-                ids += self.fill(form.turn, m["role"], opening + content)
-        return ids + self.fill(form.answer) if add_generation_prompt else ids
-
-    def encode_turn(self, content):
-        """A user's next message in a running conversation whose cache ends with the end-of-turn token."""
-        content = content.strip() if self.form.trim else content
-        return self.fill(self.form.tail) + self.fill(self.form.turn, "user", content) + self.fill(self.form.answer)
-
-    # -- where steps end, as masks over the vocabulary, so that no text is decoded inside a decoding loop
-
-    def boundary_masks(self, kind):
-        """-> four masks (V + 1,) bool for ends_step: tokens that always end a step (EOS, and but for `turn` what holds
-        a newline); sentence stops; initials and numbers; bare letters. Index V stands for "no token before"."""
-        masks = torch.zeros(4, self.n_vocab + 1, dtype=torch.bool)
-        texts = [piece.decode("utf-8", errors="replace") for piece in self.pieces]
-        rows = [[kind != "turn" and "\n" in t for t in texts]]
-        if kind == "sentence":
-            rows += [[t.rstrip("\"')").endswith((".", "!", "?")) for t in texts],
-                     [re.fullmatch(r".*[0-9]|\s[b-zB-HJ-Z]", t) is not None for t in texts],
-                     [re.fullmatch(r"[A-Za-z]", t) is not None for t in texts]]
-        masks[:len(rows), :-1] = torch.tensor(rows)          # one by one takes seconds for 150,000 tokens
-        masks[0, self.eos_id] = True
-        return tuple(masks)
-
-    def step_ends(self, ids, kind):
-        """Response ids -> indices of the last token of every step (a cut-off last step counts as one)."""
-        if kind not in self.masks:
-            self.masks[kind] = [m.tolist() for m in self.boundary_masks(kind)]
-        none, found = self.n_vocab, []
-        previous = before = none
-        for t, token in enumerate(ids):
-            if ends_step(self.masks[kind], token, previous, before) or t == len(ids) - 1:
-                found.append(t)
-                previous = before = none
-            else:
-                previous, before = token, previous
-        return found
-
-    # -- to and from Hugging Face's tokenizer.json
+    def __init__(self, pieces, ranks, specials, pattern, eos_id, pad_id, bos_id=None):
+        self.pieces = pieces
+        self.ranks = ranks
+        self.specials = specials
+        self.eos_id, self.pad_id, self.bos_id = eos_id, pad_id, bos_id
+        self.files = {}                        # {name: text} of the files that it came from
+        self.masks = {}                        # boundary masks as lists, by kind
+        # What tiktoken calls tokens are ranks here; a table leads from them to ids.
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        self.id_of_rank = [ids.get(piece) for piece in ranks]
+        self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens={})
 
     @classmethod
     def embedded(cls):
-        """The tokenizer of the three worlds: 256 bytes, then every word and number that occurs, then the specials."""
+        """The tokenizer of the three worlds: 256 bytes, then every word and number that occurs in
+        3,000 conversations, then the special tokens."""
         rng, words = RNG(0), set()
-        for domain in DOMAINS.values():
+        for world in DOMAINS.values():
             for _ in range(1000):
-                for m in domain.conversation(domain.problem(rng), rng):
-                    words.update(w.encode() for w in re.findall(PATTERN, m["content"]))
-        pieces = [bytes([b]) for b in range(256)] + sorted(w for w in words if len(w) > 1)
-        known, alphabet = set(pieces), byte_alphabet()
-        shown = lambda piece: "".join(alphabet[b] for b in piece)
-        # tiktoken merges any two neighbours whose union is a token: the same as listing every split of every token.
-        merges = [[shown(p[:i]), shown(p[i:])] for p in pieces for i in range(1, len(p)) if p[:i] in known and p[i:] in known]
-        specials = {s: len(pieces) + i for i, s in enumerate(SPECIALS)}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        spec = {
-            "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [dict(id=i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False,
-                                  special=True) for s, i in specials.items()],
-            "normalizer": None, "post_processor": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}, byte_level]},
-            "decoder": byte_level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                      "vocab": {shown(p): i for i, p in enumerate(pieces)} | specials, "merges": merges}}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|pad|>",
-                  "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
-        tokenizer = cls.from_spec("the embedded tokenizer", spec, config)
-        tokenizer.files = {name: json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-                           for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config))}
-        return tokenizer
+                for message in world.conversation(world.problem(rng), rng):
+                    words.update(re.findall(PATTERN, message["content"]))
+        longer = sorted(word.encode() for word in words if len(word) > 1)
+        # Any text can be written with the bytes; what is longer only makes it shorter.
+        pieces = [bytes([b]) for b in range(256)]
+        pieces += longer
+        ranks = {piece: i for i, piece in enumerate(pieces)}
+        specials = {text: len(pieces) + i for i, text in enumerate(SPECIALS)}
+        pieces += [b""] * len(specials)
+        return cls(pieces, ranks, specials, PATTERN, specials["<|end|>"], specials["<|pad|>"])
 
-    @classmethod
-    def from_hf(cls, directory):
-        """A Hugging Face directory with tokenizer.json, or vocab.json and merges.txt, of a byte-level BPE (GPT-2,
-        Llama-3, Qwen, SmolLM2) -> Tokenizer. InputError names the file and what in it is not read."""
-        path, config = os.path.join(directory, "tokenizer.json"), {}
-        try:
-            found = [Path(directory, name) for name in TOKENIZER_FILES]
-            files = {f.name: f.read_bytes().decode() for f in found if f.exists()}
-            for name in ("special_tokens_map.json", "tokenizer_config.json"):
-                config |= read_json(os.path.join(directory, name)) if name in files else {}
-            if "chat_template.jinja" in files:
-                config["chat_template"] = files["chat_template.jinja"]
-            if "tokenizer.json" not in files and "vocab.json" in files:
-                path = os.path.join(directory, "vocab.json")
-                spec = two_file_spec(directory, config, files.get("merges.txt"))
-            else:
-                spec = read_json(path)
-            tokenizer = cls.from_spec(path, spec, config)
-        except InputError:
-            raise
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as e:
-            raise InputError(f"{path}: not a tokenizer file that is read here ({type(e).__name__}: {e})") from None
-        tokenizer.files = files
-        return tokenizer
+    @property
+    def n_vocab(self):
+        """The number of ids."""
+        return len(self.pieces)
 
-    @classmethod
-    def from_spec(cls, path, spec, config):
-        """The contents of tokenizer.json and tokenizer_config.json -> Tokenizer; path is for messages."""
-        model, (pattern, prefix_space) = spec["model"], split_pattern(path, spec.get("pre_tokenizer") or {})
-        specials, added, nfc = read_added_tokens(path, spec)
-        pieces, ranks = read_vocabulary(path, model, specials, added)
-        template, problem = config.get("chat_template"), None
-        if isinstance(template, list):           # several templates with names
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
-        try:
-            form = chat_form(template, specials)
-        except InputError as e:                  # encode() works without a template: refused once it is needed
-            form, problem = PLAIN_FORM, f"{path}: {e}"
-        name = lambda key: config[key].get("content") if isinstance(config.get(key), dict) else config.get(key)
-        # What ends a turn in the template ends an answer, whatever a base model's config says of the end of a text.
-        ends = re.findall(r"<\|\w+\|>", form.turn)[-1:] + [name("eos_token"), "<|end|>", "</s>", "<|endoftext|>"]
-        eos = next((specials[s] for s in ends if s in specials), None)
-        if eos is None:
-            raise InputError(f"{path}: no end-of-text token; name it as eos_token in tokenizer_config.json")
-        # A template says itself whether BOS comes first; for plain text the config does, or else the post_processor.
-        post = spec.get("post_processor") or {}
-        first = [p["single"][0] for p in post.get("processors", [post]) if p.get("type") == "TemplateProcessing"]
-        bos = name("bos_token")
-        if not ("bos_token" in template if template else config.get("add_bos_token")):
-            known = template or "add_bos_token" in config or not first
-            bos = None if known else first[0].get("SpecialToken", {}).get("id")
-        bos = specials.get(bos)
-        names = [name("pad_token"), "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", *specials]
-        pad = next((specials[s] for s in names if s in specials and specials[s] not in (eos, bos)), eos)
-        tokenizer = cls(pieces, ranks, specials, pattern, eos, pad, bos, prefix_space, added, nfc,
-                        model["vocab"].get(model.get("unk_token")))
-        tokenizer.form, tokenizer.form_error = form, problem
-        try:
-            tokenizer.encode("a 1\n")           # a pattern that tiktoken cannot run shows now, not in a long run
-        except InputError as e:
-            raise InputError(f"{path}: {e}") from None
-        return tokenizer
+    def encode(self, text):
+        """Ordinary text -> ids. The text of a special token is ordinary here."""
+        return [self.id_of_rank[rank] for rank in self.encoding.encode_ordinary(text)]
+
+    def decode(self, ids):
+        """ids -> text; special tokens vanish, broken UTF-8 becomes U+FFFD."""
+        return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
+
+    def encode_chat(self, messages, add_generation_prompt=True):
+        """Messages -> ids, ready for the model to go on: <|user|> ... <|end|><|assistant|> ... <|end|>
+
+        Every message is encoded apart. In one text, tokens could merge across the border between
+        prompt and response, and a cached conversation would change when it goes on."""
+        ids = []
+        for message in messages:
+            # A system message has no marker of its own: it counts as the user's.
+            role = "<|assistant|>" if message["role"] == "assistant" else "<|user|>"
+            ids += [self.specials[role], *self.encode(message["content"]), self.eos_id]
+        if add_generation_prompt:
+            ids.append(self.specials["<|assistant|>"])
+        return ids
+
+    def encode_turn(self, content):
+        """A user's next message in a running conversation whose cache ends with <|end|>."""
+        return self.encode_chat([{"role": "user", "content": content}])
 
     def save(self, directory):
-        """Write the files that it came from, as they came, for other programs to load."""
-        for name, content in self.files.items():
+        """Write the files that it came from, as they came, for other programs to load. The worlds'
+        tokenizer came from none: its tokenizer.json is made."""
+        from interop.tokenizer import tokenizer_files     # here, because that file imports this one
+        for name, content in (self.files or tokenizer_files(self)).items():
             write_text(os.path.join(directory, name), content)
+
+    # -- where steps end, as masks over the vocabulary: no text is decoded inside a decoding loop
+
+    def boundary_masks(self, kind):
+        """Kind of boundary (newline, sentence, turn) -> four masks (V + 1,) bool for ends_step.
+
+        Tokens that always end a step (EOS, and but for turns what holds a newline); sentence stops;
+        initials and numbers; bare letters. Index V stands for "no token before"."""
+        texts = [piece.decode("utf-8", errors="replace") for piece in self.pieces]
+        # A newline ends a line and a sentence; nothing but EOS ends a turn.
+        always = [kind != "turn" and "\n" in text for text in texts]
+        always[self.eos_id] = True
+        stops, initials, letters = [[False] * self.n_vocab] * 3
+        if kind == "sentence":
+            stops = [text.rstrip("\"')").endswith((".", "!", "?")) for text in texts]
+            initials = [bool(re.fullmatch(r".*[0-9]|\s[b-zB-HJ-Z]", text)) for text in texts]
+            letters = [bool(re.fullmatch(r"[A-Za-z]", text)) for text in texts]
+        return tuple(torch.tensor([*m, False]) for m in (always, stops, initials, letters))
+
+    def step_ends(self, ids, kind):
+        """Response ids -> indices of the last token of every step; a cut-off last step counts."""
+        if kind not in self.masks:
+            self.masks[kind] = [mask.tolist() for mask in self.boundary_masks(kind)]
+        none, ends = self.n_vocab, []
+        previous = before = none
+        for t, token in enumerate(ids):
+            if ends_step(self.masks[kind], token, previous, before) or t == len(ids) - 1:
+                ends.append(t)
+                previous = before = none          # a step does not know how the one before ended
+            else:
+                previous, before = token, previous
+        return ends
 
 
 # -- three worlds as programs

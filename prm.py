@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from data import InputError, Objective, batches_by_length, pad, read_objectives
 from interop.parallel import gathered
 from interop.reward_models import read_released_head
-from model import Checkpoint, GPT, backbone_tensors, load_tokenizer, read_config, save_directory
+from interop.tokenizer import load_tokenizer
+from model import Checkpoint, GPT, backbone_tensors, read_config, save_directory
 
 # -- labels
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError
-from model import (DTYPES, GPT, GPTConfig, KVCache, attend, linear, load_hf, load_safetensors,
+from model import (DTYPES, GPT, GPTConfig, KVCache, linear, load_hf, load_safetensors,
                    rotate, save_hf, save_safetensors)
 
 SHAPES = [(p, n, m, kv) for p in ("rope", "learned") for n in ("rms", "layer") for m in ("swiglu", "gelu") for kv in (1, 2, 4)]
@@ -136,7 +136,7 @@ def test_ragged_rows_equal_each_row_alone(shape):
     first = model(ids, cache)
     assert close(first, model(ids))                     # padded on the right, with and without a cache
     cache.rollback(lengths)
-    assert cache.lengths.tolist() == [3, 7, 1] and cache.high == 7
+    assert cache.lengths.tolist() == [3, 7, 1]
     ids = torch.full((3, 6), 21)
     for b, (n, m) in enumerate(zip(lengths, more)):
         ids[b, :m] = rows[b][n:n + m]
@@ -183,7 +183,7 @@ def test_rollback_forgets():
     cache = model.new_cache(2, 10)
     model(ids[:, :8], cache)
     cache.rollback(torch.tensor([4, 6]))
-    assert cache.lengths.tolist() == [4, 6] and cache.high == 6
+    assert cache.lengths.tolist() == [4, 6]
     h = model(other[:, :2], cache)
     for b, n in enumerate((4, 6)):
         assert close(h[b], model(torch.cat([ids[b, :n], other[b, :2]])[None])[0, n:])
@@ -251,7 +251,7 @@ def test_keep_again_and_again():
             assert close(h[k], model(torch.cat([text, candidates[k:k + 1]], 1))[0, -candidates.shape[1]:])
         cache.keep(winner, torch.tensor([length]))
         text = torch.cat([text, candidates[winner:winner + 1, :length]], 1)
-        assert cache.lengths.tolist() == [text.shape[1]] and cache.high == text.shape[1]
+        assert cache.lengths.tolist() == [text.shape[1]]
 
 
 def test_the_prefix_is_stored_once():
