@@ -30,6 +30,7 @@ import contextlib
 import hashlib
 import json
 import math
+import operator
 import os
 import shutil
 import signal
@@ -178,6 +179,7 @@ class Run:
 
     def load(self, name):
         """A trained model of this run, ready to train on; several processes share its weights."""
+        # Every process keeps its part of every weight.
         model = load_hf(self.file(name), place=partial(placed, device=self.device))
         model.grad_checkpoint = self.config.grad_checkpoint
         return model
@@ -199,6 +201,7 @@ class Run:
         This comes before the file that says the stage is finished: a kill between the two would
         lose the rows. Figures of time go to timings.jsonl, so that all else can repeat."""
         path = self.file(name)
+        # The file is written anew, whole or not at all.
         old = [row for _, row in read_jsonl(path)] if os.path.exists(path) else []
         kept = [row for row in old if row["stage"] != stage]
         new = [{"stage": stage} | row for row in rows]
@@ -216,6 +219,7 @@ def fingerprint(config, objectives):
     """A hash of all that the figures depend on: options, objectives and the files of --data."""
     options = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
     records = [asdict(o) for o in objectives]
+    # Equal options, records and files give equal hashes; any change gives another.
     digest = hashlib.sha256(json.dumps([options, records]).encode())
     for o in objectives if config.data else []:
         for path in (f"{config.data}/{o.name}.jsonl", f"{config.data}/{o.name}.steps.jsonl"):
@@ -241,10 +245,18 @@ def read_rows(path, kind):
         try:
             rows.append(kind(**row))
         except TypeError:
-            raise InputError(f"{where}: not a row that this run has written; bring the file back, or "
-                             "remove it to have it made again") from None
+            raise InputError(f"{where}: not a row that this run has written; bring the file back, "
+                             "or remove it to have it made again") from None
         rows[-1].where = where
     return rows
+
+
+def shown(row):
+    """A row of the log as text."""
+    parts = []
+    for key, value in row.items():
+        parts.append(f"{key} {value:.3g}" if type(value) is float else f"{key} {value}")
+    return ", ".join(parts)
 
 
 class Cycle:
@@ -293,10 +305,12 @@ class Example:
 
 
 def chat_example(tokenizer, messages):
-    """A conversation -> Example. The mask is True on the assistant's tokens and their end of turn."""
+    """A conversation -> Example: the assistant's tokens and ends of turn are learnt."""
     ids, mask = [], []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
+            # The user's words since the last answer, and the head of this one, are not learnt.
+            # The answer is encoded apart: prompt and answer must not merge into one token.
             prompt = tokenizer.encode_chat(messages[:i])
             response = tokenizer.encode(message["content"]) + [tokenizer.eos_id]
             mask += [False] * (len(prompt) - len(ids)) + [True] * len(response)
@@ -319,6 +333,7 @@ def train_base(run, name):
     if config.init:
         save_hf(load_init(run), run.file(name), weights=0)
         return
+    # All worlds, whatever the objectives: a base model knows a bit of everything.
     examples = demonstrations(DOMAINS.values(), 8000, run.rng("base", "data"), tokenizer, False)
     for example in examples:
         example.mask = [True] * len(example)            # a base model learns the user's words too
@@ -349,6 +364,7 @@ def sft_examples(run, model):
     config, tokenizer = run.config, model.tokenizer
     n = min(2500, 25 * config.sft_steps)
     examples = demonstrations(run.worlds(model), n, run.rng("sft", "data"), tokenizer, True)
+    # With --data the chosen responses are the demonstrations.
     for pair in real_pairs(config.data, run.objectives, model)[0]:
         if pair.split == "train":
             mask = [False] * len(pair.prompt) + [True] * len(pair.chosen)
@@ -398,6 +414,7 @@ def length_batches(items, size, generator):
         shuffled = Cycle(items, generator).take(len(items))
         batches = []
         for start in range(0, len(items), 16 * size):
+            # Neighbours in a sorted window are of similar length, so that little is padded.
             window = sorted(shuffled[start:start + 16 * size], key=len)
             batches += [window[i:i + size] for i in range(0, len(window), size)]
         for batch in reversed(Cycle(batches, generator).take(len(batches))):
@@ -454,6 +471,7 @@ def roll_out(source, purpose, n):
     n counts turns: a dialogue counts as often as the policy speaks in it."""
     run, policy, _, world, split = source
     seed = purpose, policy, world.name, split
+    # One split is one purpose: the draws of development do not depend on those of training.
     n = n if split == "train" else int(0.15 * n)
     problems = world.problems(split, max(8, n) // world.turns, run.rng(*seed))
     # All processes have drawn the same problems. From here on each draws for itself.
@@ -473,6 +491,7 @@ def answer(source, problems, generator, student, title):
         respond = plain_responder(model, world, source.mix, run.config.temperature, generator,
                                   progress=bar.update)
         talks = converse(world, problems, model.tokenizer, respond, student)
+    # What was said before each answer, as the judge reads it and as the policy read it.
     turns = []
     for talk in talks:
         for prompt, messages, response in talk.turns:
@@ -511,6 +530,7 @@ def sample_pairs(source, names):
     pairs = []
     for turn, responses in zip(turns, samples):
         ratings = [rate(source, turn, response, names, rng) for response in responses]
+        # An objective has its own best and worst. Ratings that are nearly equal say nothing.
         for name in names:
             rated = [rating[name] for rating in ratings]
             high, low = max(rated), min(rated)
@@ -528,14 +548,16 @@ def make_pairs(run, name):
     for source in sources:
         sampled += sample_pairs(source, source.objectives("verifiable", "A", "B", "C"))
     pairs = real_pairs(run.config.data, run.objectives, model)[0] + gather(sampled)
+    # Every objective needs pairs, or its head would stay a copy.
     count = Counter((pair.objective, pair.split) for pair in pairs)
     empty = [o for o in run.names if not count[o, "train"]]
     if empty:
         raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled "
                          "answers of different scores (all wrong, or all right); raise --n-samples "
                          "or --n-prompts, or give a better --init")
-    counts = [f"{o} {count[o, 'train']} + {count[o, 'dev']}" for o in run.names]
-    tqdm.write(f"  pairs to train on + held out: {', '.join(counts)}")
+    for o in run.names:
+        tqdm.write(f"  {o}: {count[o, 'train']} pairs to train on, {count[o, 'dev']} held out")
+    # The reference never changes: its log-probabilities are computed once, for all policies.
     logps = score_pairs(run, run.load("sft"), pairs, "log-probs of sft").tolist()
     for pair, reference in zip(pairs, logps):
         pair.reference = reference
@@ -588,12 +610,15 @@ def train_policy(run, name):
     heads = names if name == "mah_dpo" else ["policy"]
     if name == "modpo":
         set_margins(run, pairs)
+    # Several heads start a little apart from each other; a single head is an exact copy.
     noise = config.perturbation if len(heads) > 1 else 0.0
     model = run.load("sft").with_heads(heads, noise, run.generator(name, "heads"))
+    # A rate of its own for each method, so that all end about as far from the reference.
     factors = parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
     factor = factors[METHODS.index("soup" if name.startswith("dpo_") else name)]
     optimizer = make_optimizer(model, config.dpo_lr_backbone, factor * config.dpo_lr_heads)
 
+    # The loss of an objective is the mean over its pairs in the batch.
     per_step = [config.dpo_pairs if o in names else 0 for o in run.names]
     count = torch.tensor(per_step, device=run.device)                               # (O,)
 
@@ -618,6 +643,7 @@ def train_policy(run, name):
             found["gradient_norm"] = torch.stack(norms) / ranks()
         return found
 
+    # Progress is measured on held-out pairs, as many of every objective.
     dev = []
     for objective in names:
         dev += choose(pairs, objective, "dev")[:4 * config.dpo_pairs]
@@ -627,15 +653,22 @@ def train_policy(run, name):
             logps = own_logps(model, dev).T.to(run.device)
         return preference_loss(run, dev, logps)[1]
 
-    # An objective's pairs come in the same order to every policy, for the same number of steps.
-    train = {o: choose(pairs, o, "train") for o in run.names}
-    cycles = [Cycle(train[o], run.generator("pairs", o)) for o in names]
-    batches = mixed_batches(cycles, [config.dpo_pairs] * len(names))
-    steps = capped(config.dpo_steps, max(map(len, train.values())) / config.dpo_pairs, config)
+    steps, batches = pair_batches(run, pairs, names)
     log = fit(run, name, model, optimizer, steps, batches, backward, run.names,
               develop if dev else None, clip=10.0)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
+
+
+def pair_batches(run, pairs, names):
+    """The steps of a policy's training and its endless batches: an objective's pairs come in the
+    same order to every policy, for the same number of steps."""
+    train = {o: choose(pairs, o, "train") for o in run.names}
+    cycles = [Cycle(train[o], run.generator("pairs", o)) for o in names]
+    n = run.config.dpo_pairs
+    epoch = max(map(len, train.values())) / n
+    steps = capped(run.config.dpo_steps, epoch, run.config)
+    return steps, mixed_batches(cycles, [n] * len(names))
 
 
 def set_margins(run, pairs):
@@ -645,6 +678,7 @@ def set_margins(run, pairs):
     for pair in pairs:
         pair.margin = 0.0
     for objective in run.objectives:
+        # This objective's policy rewards the pairs of the domain's other objectives.
         mates = [o.name for o in run.objectives if o.domain == objective.domain]
         part = [p for p in pairs if p.objective in mates and p.objective != objective.name]
         if part:
@@ -665,6 +699,7 @@ def measure_pairs(run, name):
     for domain in dict.fromkeys(o.domain for o in run.objectives):
         names = [o.name for o in run.objectives if o.domain == domain]
         jobs.append(("soup", [f"dpo_{o}" for o in names], names))
+    # The SFT policy is the reference itself; the others are compared with it.
     rows = []
     for policy, members, names in jobs:
         part = [pair for pair in pairs if pair.objective in names]
@@ -688,6 +723,7 @@ def make_labels(run, name):
         model, sources = sources_of(run, policy)
         for source in sources:
             judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
+            # SFT comes first: on its answers the judge is calibrated.
             for objective in source.objectives("A"):
                 if objective not in judges:
                     judges[objective] = calibrate_judge(source, objective)
@@ -717,11 +753,13 @@ def calibrate_judge(source, name):
         score = world.scores(turn.problem, turn.messages, text)[name]
         ratings.append(judge(score, rng))
         gold.append(score >= ENGAGING)
+    # Gold labels come from noise-free scores, as a person would rate a few examples by hand.
     half = len(gold) // 2
     threshold, fitted = fit_threshold(ratings[:half], gold[:half])
-    agreed = [(rating > threshold) == good for rating, good in zip(ratings[half:], gold[half:])]
+    verdicts = [rating > threshold for rating in ratings[half:]]
+    agreement = sum(map(operator.eq, verdicts, gold[half:])) / half
     row = {"objective": name, "threshold": threshold, "agreement_fitted": fitted,
-           "agreement": sum(agreed) / half, "positive": sum(gold[half:]) / half}
+           "agreement": agreement, "positive": sum(gold[half:]) / half}
     tqdm.write(f"  judge, fitted on {half} examples, measured on {half} others: {shown(row)}")
     return row
 
@@ -748,11 +786,13 @@ def label_steps(source, names, judges, purpose, n, M):
             prefix = turn.response[:end + 1]
             rollouts.append([turn.response] + [prefix + tail for tail in next(tails)])
         rollouts.append([turn.response] * M)
+        # Every objective labels every step that it can; STEP those up to the first wrong one.
         targets = [{} for _ in at]                          # for every step {name: label}
         for name in [*names, STEP]:
             labels = labels_of(source, turn, rollouts, name, judges, rng)
             for target, label in zip(targets, labels):
                 target[name] = label
+        # The PRM reads the prompt, too: a step ends that much later.
         at = [len(turn.prompt) + end for end in at]
         rows.append(Labelled(turn.prompt + turn.response, at, targets, source.split))
     return rows
@@ -765,6 +805,7 @@ def labels_of(source, turn, rollouts, name, judges, rng):
         return known_verdicts(source, turn) if verifiable else []
     if name in verifiable:
         return hindsight(source, turn, rollouts)
+    # A judge of case A was calibrated; in case B, half of the scale is positive.
     threshold = judges[name]["threshold"] if name in judges else 0.5
     verdicts = []
     for responses in rollouts:
@@ -822,6 +863,7 @@ def prm_sources(run, names, split):
             labelled |= about
         if about and row.split == split:
             groups.setdefault(frozenset(about), []).append(row)
+    # An objective without step labels learns from its pairs.
     for file in PAIR_FILES:
         pairs += read_rows(run.file(file), Pair)
     found = list(groups.values())
@@ -831,19 +873,18 @@ def prm_sources(run, names, split):
     return [items for items in found if items]
 
 
-def shown(row):
-    """A row of the log as text."""
-    return ", ".join(f"{key} {value:.3g}" if type(value) is float else f"{key} {value}"
-                     for key, value in row.items())
-
-
 def step_sizes(sources, config):
     """How many items of each source a PRM step takes. Labelled sequences: as many as the source has
     a share of the labels, but at least prm_pairs, so that few labels are still learned from."""
-    labels = [sum(len(x.ends) for x in items if isinstance(x, Labelled)) for items in sources]
+    # A source of pairs has no labels, and takes prm_pairs.
+    labelled = []
+    for items in sources:
+        steps = [len(item.ends) for item in items if isinstance(item, Labelled)]
+        labelled.append(sum(steps))
     sizes = []
-    for n in labels:
-        size = max(config.prm_pairs, config.prm_batch * n // max(1, sum(labels)))
+    for n in labelled:
+        share = config.prm_batch * n // max(1, sum(labelled))
+        size = max(config.prm_pairs, share)
         sizes.append(max(1, size // ranks()) * ranks())     # what the processes can share
     return sizes
 
@@ -858,9 +899,10 @@ def count_labels(items):
 
 
 def own_parts(batch):
-    """This process's items of a batch in parts: labelled sequences of similar length, then pairs."""
+    """This process's items of a batch in parts: labelled sequences, then pairs."""
     labelled = [item for item in batch if isinstance(item, Labelled)]
     pairs = [item for item in batch if isinstance(item, Pair)]
+    # Few tokens at a time: gradients add up, and little is padded.
     for index in dealt_batches([len(row) for row in labelled], 2048):
         yield [labelled[i] for i in index]
     if pairs:
@@ -874,6 +916,7 @@ def prm_loss(prm, part, in_batch):
     if isinstance(part[0], Labelled):
         scores, targets = step_scores(prm, part)                                    # (N, P)
         return step_loss(prm.outputs, scores, targets, in_batch), (~targets.isnan()).sum(0)
+    # Case C: the comparisons of each objective, counted over all processes.
     chosen, rejected, output = pair_scores(prm, part)                               # (N,)
     P = len(prm.outputs)
     losses = [bradley_terry_loss(chosen, rejected, output == p) for p in range(P)]
@@ -888,6 +931,7 @@ def train_prm(run, name):
     names, cases = [o.name for o in outputs], [o.case for o in outputs]
     sources = prm_sources(run, names, "train")
     backbone = run.load("sft").with_heads(())
+    # A value model's squared errors are small beside the other outputs' losses.
     weights = [config.prm_value_weight if case == "verifiable" else 1.0 for case in cases]
     # Where it is known which steps are right, a value model is taught that too. A single block has
     # no layer below it to read it from.
@@ -896,7 +940,8 @@ def train_prm(run, name):
             outputs.append(STEP_OUTPUT)
             weights.append(config.prm_step_weight)
     weight = torch.tensor(weights, device=run.device)                               # (P,)
-    prm = shard(PRM(backbone, outputs, run.generator(name, "weights")).to(run.device), run.device)
+    prm = PRM(backbone, outputs, run.generator(name, "weights")).to(run.device)
+    prm = shard(prm, run.device)
     optimizer = torch.optim.AdamW([{"params": backbone.parameters(), "lr": config.prm_lr_backbone},
                                    {"params": prm.score.parameters(), "lr": config.prm_lr_head}],
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -934,11 +979,13 @@ def measure_prm(prm, sources):
             spread[items[0].objective] += [chosen, rejected]
             continue
         scores, targets = all_scores(step_scores, prm, items)                       # (N, P)
+        # Only the steps that have a label of this output count.
         for p, output in enumerate(prm.outputs):
             has = ~targets[:, p].isnan()
             if has.any():
                 quality[output.name] = step_quality(output, scores[has, p], targets[has, p])
                 spread[output.name].append(scores[has, p])
+    # Scores of different outputs are brought to one unit by their spread.
     for p, name in enumerate(prm.names):
         values = torch.cat(spread[name]) if spread[name] else torch.zeros(1)
         if len(values) > 1 and float(values.std()) > 0:
@@ -963,9 +1010,10 @@ def step_quality(output, scores, targets):
         error = ((scores - targets) ** 2).mean()
         variance = targets.var(correction=0).clamp(min=1e-9)
         return {"r2": 1 - float(error / variance), "n": len(scores)}
-    common, right = float(targets.mean()), (scores > 0) == (targets > 0.5)
-    return {"accuracy": float(right.float().mean()), "commoner_label": max(common, 1 - common),
-            "n": len(scores)}
+    right = (scores > 0) == (targets > 0.5)
+    positive = float(targets.mean())
+    return {"accuracy": float(right.float().mean()),
+            "commoner_label": max(positive, 1 - positive), "n": len(scores)}
 
 
 # -- the table of stages
@@ -983,7 +1031,9 @@ def stages(run):
     policies = "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor"
     prm = ("prm prm_steps prm_batch prm_pairs prm_value_weight prm_step_weight prm_lr_backbone "
            "prm_lr_head")
-    prms = ["prm"] if run.config.prm == "unified" else [f"prm_{name}" for name in run.names]
+    prms = ["prm"]
+    if run.config.prm == "each":
+        prms = [f"prm_{name}" for name in run.names]
     source = f"from {run.config.init}" if run.config.init else "pre-training"
     found = [
         Stage(f"base model, {source}", ["base"],
@@ -1012,14 +1062,19 @@ def make_tables(run, name):
 def finished(run, stage):
     """Is a stage's last file there?"""
     path = run.file(stage.files[-1])
-    return os.path.exists(path if "." in stage.files[-1] else os.path.join(path, "config.json"))
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+    return os.path.exists(path)
 
 
 def run_stages(run):
     """Run what is not finished, with a numbered title and the time of each stage."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.stop)
-    begun, source = time.time(), source_of(run)
+    # A stage may be copied as long as all options agree that it or a stage before it reads.
+    begun = time.time()
+    # The other run may be gone when this one is resumed: then it does all by itself.
+    source = source_of(run) if os.path.isdir(run.config.from_) else None
     agreed = source is not None
     for number, stage in enumerate(stages(run), 1):
         for name in stage.options.split() if agreed else []:
@@ -1045,9 +1100,7 @@ def run_stages(run):
 
 
 def source_of(run):
-    """The run that this one starts from, or None; of several trainings the one of the same seed."""
-    if not os.path.isdir(run.config.from_):
-        return None
+    """The run that this one starts from; of several trainings the one of the same seed."""
     for path in seed_runs(run.config.from_):
         source = open_run(path) if os.path.isdir(path) else None
         if source and source.config.seed == run.config.seed:
@@ -1056,8 +1109,9 @@ def source_of(run):
 
 
 def take_over(run, source, stage):
-    """Copy a finished stage of another run: its rows of the log, then its files, the last at last."""
+    """Copy a finished stage of another run: its rows of the log and its files."""
     name = stage.files[-1].partition(".")[0]
+    # The rows first, as in a stage that was run: its last file says that all is there.
     rows = [row for _, row in read_jsonl(source.file("log.jsonl")) if row["stage"] == name]
     run.log(name, rows)
     for file in stage.files if rank() == 0 else []:
@@ -1078,7 +1132,8 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
     step. backward(batch): adds up the gradient of this process's share, and returns numbers for
     the log, {metric: tensor}, scalars or one for each objective of `names`, which add up over the
     processes. develop(): the same on held-out data, four times. clip: largest norm of a gradient.
-    Every config.checkpoint_every steps, and before a stop, all is saved that the next step needs."""
+    Every config.checkpoint_every steps, and before a stop, all that the next step needs is
+    saved."""
     top = [group["lr"] for group in optimizer.param_groups]
     start, log = load_checkpoint(run, stage, model, optimizer)
     seconds, tokens = 0.0, 0
@@ -1088,6 +1143,7 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
             if develop and step % math.ceil(steps / 3) == 0:
                 log.append({"step": step, "split": "dev"} | log_row(develop(), names))
             begun = time.perf_counter()
+            # One step: the rates, the gradient, and if it is a number, the update.
             for group, lr in zip(optimizer.param_groups, top):
                 group["lr"] = lr * rate_factor(step, steps, warm_up, decay)
             found, norm, finite = gradient(optimizer, batch, backward, clip)
@@ -1096,6 +1152,7 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
             optimizer.step()
             seconds += time.perf_counter() - begun
             tokens += sum(map(len, batch))
+            # What a person wants to see.
             if step % 10 == 0 or step == steps - 1:
                 row = log_row(found, names)
                 log.append({"step": step, "gradient_norm": norm.item()} | row)
@@ -1137,7 +1194,7 @@ def gradient(optimizer, batch, backward, clip):
 
 
 def refuse_step(stage, step, optimizer, batch, backward):
-    """InputError that names the examples whose loss or gradient alone is not finite, or else all."""
+    """InputError that names the examples which alone give no finite gradient, or else all."""
     bad = []
     for item in batch:
         if not gradient(optimizer, [item] * ranks(), backward, 1.0)[2]:
@@ -1196,7 +1253,9 @@ def load_checkpoint(run, stage, model, optimizer):
     if about.get("key") != run.key:
         raise InputError(f"{path}: saved with another configuration or other data than these; "
                          f"bring those back, or {again}")
-    weights, parameters = model.state_dict(), parameters_of(optimizer)
+    # Everything goes back to where it was, on its device and in its shards.
+    weights = model.state_dict()
+    parameters = parameters_of(optimizer)
     for key, tensor in load_safetensors(path).items():
         kind, _, name = key.partition(".")
         if kind == "model":
@@ -1205,7 +1264,8 @@ def load_checkpoint(run, stage, model, optimizer):
         p = parameters[int(name)]
         tensor = tensor.clone()                 # apart from the file, which will be replaced
         # The number of steps is one number for a parameter, which is not sharded.
-        optimizer.state[p][kind] = tensor.to(p.device) if kind == "step" else like(tensor, p)
+        tensor = tensor.to(p.device) if kind == "step" else like(tensor, p)
+        optimizer.state[p][kind] = tensor
     return int(about["step"]), json.loads(about["log"])
 
 
@@ -1219,10 +1279,12 @@ def carry_out(run):
             trainings = seed_runs(run.path)
             if len(trainings) == 1:
                 return run_stages(run)
+            # A training of several is a run of its own, with its own seed.
             for i, path in enumerate(trainings):
                 print(f"\n{path}: training {i + 1} of {len(trainings)}")
                 one = replace(run.config, seed=run.config.seed + i, seeds=1)
-                run_stages(open_run(path, one.device) if os.path.isdir(path) else begin(path, one))
+                begun = os.path.isdir(path)
+                run_stages(open_run(path, one.device) if begun else begin(path, one))
             publish(run.path, load_rows(run.path))
         except KeyboardInterrupt:
             if rank() == 0:
@@ -1234,6 +1296,7 @@ def carry_out(run):
 def begin(path, config):
     """Make the directory of a run, which is never there without its config.json -> Run."""
     run = Run(path, config)
+    # Written under another name, then renamed: the directory appears with its file in it.
     saved = asdict(config) | {"objectives": [asdict(o) for o in run.objectives], "key": run.key}
     if rank() == 0:
         os.makedirs(f"{path}.tmp", exist_ok=True)
@@ -1248,6 +1311,7 @@ def open_run(path, device="auto"):
     """The run in a directory, with its own options. InputError if it is of another version, or if
     its options or data are no longer those that it began with."""
     saved = read_run(path)
+    # Another version of this program may mean something else by its options.
     other = set(saved) ^ {f.name for f in fields(Config)} ^ {"objectives", "key"}
     if other:
         raise InputError(f"{path}/config.json: not the configuration of a run of this version "
@@ -1276,6 +1340,7 @@ def read_command(argv):
     parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP,
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    # The options are the fields of Config, so that none can be forgotten.
     for f in fields(Config):
         text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
@@ -1309,7 +1374,8 @@ def check_config(config):
             raise InputError(f"{flag(f.name)} {value}: choose {' or '.join(choices)}")
     parse_weights(config.alpha, select_objectives(config.objective), "--alpha", 1.0)
     parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
-    if config.sft_batch % ranks() or config.dpo_pairs % ranks() or not config.init and 64 % ranks():
+    batches = [config.sft_batch, config.dpo_pairs] + ([] if config.init else [64])
+    if any(size % ranks() for size in batches):
         raise InputError(f"{ranks()} processes cannot share --sft-batch {config.sft_batch}, "
                          f"--dpo-pairs {config.dpo_pairs} and pre-training's batch of 64 evenly; "
                          "choose multiples, or another number of processes")
@@ -1320,10 +1386,8 @@ def check_config(config):
 def check_inputs(config):
     """Read what the stages of a new run will read, so that a mistake shows before anything is
     written."""
-    for path in (config.data, config.init, config.from_):
-        if path and not os.path.isdir(path):
-            raise InputError(f"{path}: no such directory")
-    for seed in range(config.seed, config.seed + config.seeds):
+    # Where --from leads, there must be a training of every seed.
+    for seed in range(config.seed, config.seed + config.seeds) if config.from_ else []:
         source_of(Run("", replace(config, seed=seed)))
     run = Run("", config)
     model = load_init(run) if config.init else None
