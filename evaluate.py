@@ -418,6 +418,7 @@ def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
     with the reference; logp_accuracy asks whether the policy itself finds chosen likelier."""
     chosen, rejected = logps.T                                        # (N,) each
     delta = log_ratio_margin(chosen, rejected, *reference.T)
+    # Of every metric the values of all pairs, of which each objective then takes its own.
     values = {"loss": dpo_loss(chosen, rejected, *reference.T, beta),
               "margin": beta * delta,
               "logp_accuracy": (chosen > rejected).float(),
@@ -509,11 +510,12 @@ def front_area(rows, pair):
     """The summary of the hypervolume of rows' scores; the reference is (0, 0), the worst score. The
     interval is over trainings: of a single one, whose "each" are prompts, nothing is known."""
     x, y = pair
+    # A row of several trainings names all their seeds.
     seeds = rows[0]["seed"]
     if isinstance(seeds, int):
         points = [(r["metrics"][x]["mean"], r["metrics"][y]["mean"]) for r in rows]
         return summary([hypervolume(points)])
-    # Of several trainings "each" has a value for every one.
+    # Its "each" has a value for every training, and every training has an area.
     areas = []
     for k in range(len(seeds)):
         points = [(r["each"][x][k], r["each"][y][k]) for r in rows]
@@ -555,15 +557,16 @@ def report(rows, config):
     """All tables as Markdown: (what is printed, the sweeps, which only results.md has)."""
     n, names = config["seeds"], ", ".join(o.name for o in config["objectives"])
     seeds = ", ".join(str(config["seed"] + i) for i in range(n))
+    over = "prompts" if n == 1 else "trainings"
     parts = [f"Objectives: {names}. Trained with seed {seeds}. "
              f"Sampling temperature {config['temperature']}, beta {config['beta']}, "
-             f"{config['k']} candidates. Mean ± half the 95 % interval over "
-             f"{'prompts' if n == 1 else 'trainings'}.\n"]
+             f"{config['k']} candidates. Mean ± half the 95 % interval over {over}.\n"]
     details = []
     for domain, plain, swept in by_domain(rows):
         # The first row, a plain policy, has every metric.
-        metrics, title = plain[0]["metrics"], f"{n_of(plain[0])} {config['split']} prompts"
-        parts.append(table(f"{domain}, {title}", [cells(row, metrics) for row in plain]))
+        first = plain[0]
+        title = f"{domain}, {n_of(first)} {config['split']} prompts"
+        parts.append(table(title, [cells(row, first["metrics"]) for row in plain]))
         areas = []
         for pair, mixes in swept.items():
             details.append(sweep_table(domain, pair, mixes))
@@ -594,7 +597,8 @@ def side_by_side(runs):
     for (domain, _), by_run in found.items():
         # SFT's plain samples have every metric.
         sft = next(iter(found[domain, "sft"].values()))
-        names, lines = list(by_run), [cells(row, sft["metrics"]) for row in by_run.values()]
+        names = list(by_run)
+        lines = [cells(row, sft["metrics"]) for row in by_run.values()]
         # What a varied option does not touch reads the same everywhere.
         if lines == [lines[0]] * len(runs):
             names = ["all"]
@@ -633,8 +637,8 @@ def plot(plain, mixes, pair):
         points = " ".join(f"{x},{y}" for x, y in line)
         out.append(f'<polyline points="{points}" stroke="{COLOURS[policy]}"/>')
     for row in plain:
+        # A ring is guided, a disc is not. mah_dpo:honesty and mah_dpo_greedy are of the method mah_dpo.
         x, y = place(row, pair)
-        # mah_dpo:honesty and mah_dpo_greedy are of the method mah_dpo.
         colour = next(c for method, c in COLOURS.items() if row["policy"].startswith(method))
         fill = "none" if row["guide"] else colour
         out.append(f'<circle cx="{x}" cy="{y}" r="4" stroke="{colour}" fill="{fill}">'
@@ -668,6 +672,7 @@ def evaluate(run, pair_rows, device=None):
     """Measure every row of a run of one seed, then publish. pair_rows: the rows of held-out pairs;
     device: if not the run's own."""
     bench = Bench(run, device)
+    # First the tables of all domains, then the sweeps.
     tables = [bench.jobs(domain) for domain in bench.worlds]
     sweeps = [bench.sweep(domain) for domain in bench.worlds]
     jobs = list(itertools.chain(*tables, *sweeps))
