@@ -91,11 +91,6 @@ def read_objectives(where, records):
     return found
 
 
-def objective_named(name, objectives):
-    """The one of that name in a list of Objective."""
-    return next(o for o in objectives if o.name == name)
-
-
 def domain_objectives(domain, objectives):
     """Those of a domain in a list of Objective, in order."""
     return [o for o in objectives if o.domain == domain]

@@ -556,33 +556,25 @@ def choose(pairs, objective, split):
     return [pair for pair in pairs if pair.objective == objective and pair.split == split]
 
 
-class PairLoss:
-    """The loss of a policy on pairs: DPO's, by objective, or MODPO's where the pairs have margins."""
+def preference_loss(run, pairs, logps, count=None):
+    """The loss of n pairs: DPO's objective by objective, or MODPO's where the pairs have margins.
 
-    def __init__(self, run, names):
-        """names: the objectives that the policy is trained on."""
-        weights = parse_weights(run.config.alpha, run.names, "--alpha", 1.0)
-        domains = [o.domain for o in run.objectives]
-        own = [run.names.index(name) for name in names]
-        self.names = names
-        self.beta = run.config.beta
-        self.alpha = torch.tensor([weights[i] for i in own], device=run.device)     # (O,)
-        # MODPO's weights are uniform over the objectives of a domain.
-        w_k = [1 / domains.count(domains[i]) for i in own]
-        self.w_k = torch.tensor(w_k, device=run.device)                             # (O,)
-
-    def __call__(self, pairs, logps, count=None):
-        """logps (2, n), of the policy -> loss, metrics by objective; count: see balanced_mean."""
-        device = logps.device
-        owner = torch.tensor([self.names.index(pair.objective) for pair in pairs], device=device)
-        reference = torch.tensor([pair.reference for pair in pairs], device=device)  # (n, 2)
-        both = [*logps, *reference.T]                                               # 4 times (n,)
-        if pairs[0].margin is None:
-            return mah_dpo_loss(*both, owner, self.alpha, self.beta, count)
-        margin = torch.tensor([pair.margin for pair in pairs], device=device)
-        losses = modpo_loss(*both, margin, self.w_k[owner], self.beta)
-        metrics = pair_metrics(losses, *both, owner, len(self.names), self.beta, count)
-        return balanced_mean(losses, owner, self.alpha, count), metrics
+    logps (2, n): the policy's. count: see balanced_mean -> loss, metrics by objective."""
+    device, beta = logps.device, run.config.beta
+    weights = parse_weights(run.config.alpha, run.names, "--alpha", 1.0)
+    alpha = torch.tensor(weights, device=device)                                    # (O,)
+    owner = torch.tensor([run.names.index(pair.objective) for pair in pairs], device=device)
+    reference = torch.tensor([pair.reference for pair in pairs], device=device)     # (n, 2)
+    both = [*logps, *reference.T]                                                   # 4 times (n,)
+    if pairs[0].margin is None:
+        return mah_dpo_loss(*both, owner, alpha, beta, count)
+    margin = torch.tensor([pair.margin for pair in pairs], device=device)           # (n,)
+    # MODPO's weights are uniform over the objectives of a domain.
+    domains = [o.domain for o in run.objectives]
+    w_k = torch.tensor([1 / domains.count(domain) for domain in domains], device=device)
+    losses = modpo_loss(*both, margin, w_k[owner], beta)
+    metrics = pair_metrics(losses, *both, owner, len(alpha), beta, count)
+    return balanced_mean(losses, owner, alpha, count), metrics
 
 
 def train_policy(run, name):
@@ -596,23 +588,24 @@ def train_policy(run, name):
     heads = names if name == "mah_dpo" else ["policy"]
     if name == "modpo":
         set_margins(run, pairs)
-    loss_of = PairLoss(run, names)
     noise = config.perturbation if len(heads) > 1 else 0.0
     model = run.load("sft").with_heads(heads, noise, run.generator(name, "heads"))
     factors = parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
     factor = factors[METHODS.index("soup" if name.startswith("dpo_") else name)]
     optimizer = make_optimizer(model, config.dpo_lr_backbone, factor * config.dpo_lr_heads)
 
+    per_step = [config.dpo_pairs if o in names else 0 for o in run.names]
+    count = torch.tensor(per_step, device=run.device)                               # (O,)
+
     def backward(batch):
         found = Counter()
-        count = torch.full((len(names),), config.dpo_pairs, device=run.device)
         # The losses and gradients of the parts of a batch add up to those of the batch.
         for index in dealt_batches([len(pair) for pair in batch]):
             part = [batch[i] for i in index]
             head = [heads.index(pair.objective) if len(heads) > 1 else 0 for pair in part]
             with run.autocast():
                 logps = policy_logps(model, part, torch.tensor(head, device=run.device))  # (2, n)
-            loss, metrics = loss_of(part, logps, count)
+            loss, metrics = preference_loss(run, part, logps, count)
             if ranks() > 1:     # FSDP wants a gradient for the same parameters in every process
                 loss = loss + 0 * sum(head.weight[0, 0] for head in model.heads)
             (loss * ranks()).backward()
@@ -620,8 +613,9 @@ def train_policy(run, name):
                 found[metric] += value
         if len(heads) > 1:      # a head's gradient comes from its own objective alone
             grads = [head.weight.grad for head in model.heads]      # None in a process without pair
-            norms = [whole(g.norm()) if g is not None else torch.zeros(()) for g in grads]
-            found["gradient_norm"] = torch.stack(norms).to(run.device) / ranks()
+            zero = torch.zeros((), device=run.device)
+            norms = [zero if grad is None else whole(grad.norm()) for grad in grads]
+            found["gradient_norm"] = torch.stack(norms) / ranks()
         return found
 
     dev = []
@@ -631,14 +625,14 @@ def train_policy(run, name):
     def develop():
         with run.autocast():
             logps = own_logps(model, dev).T.to(run.device)
-        return loss_of(dev, logps)[1]
+        return preference_loss(run, dev, logps)[1]
 
     # An objective's pairs come in the same order to every policy, for the same number of steps.
     train = {o: choose(pairs, o, "train") for o in run.names}
     cycles = [Cycle(train[o], run.generator("pairs", o)) for o in names]
     batches = mixed_batches(cycles, [config.dpo_pairs] * len(names))
     steps = capped(config.dpo_steps, max(map(len, train.values())) / config.dpo_pairs, config)
-    log = fit(run, name, model, optimizer, steps, batches, backward, names,
+    log = fit(run, name, model, optimizer, steps, batches, backward, run.names,
               develop if dev else None, clip=10.0)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
@@ -726,12 +720,10 @@ def calibrate_judge(source, name):
     half = len(gold) // 2
     threshold, fitted = fit_threshold(ratings[:half], gold[:half])
     agreed = [(rating > threshold) == good for rating, good in zip(ratings[half:], gold[half:])]
-    agreement, positive = sum(agreed) / half, sum(gold[half:]) / half
-    tqdm.write(f"  {name}: judge's threshold {threshold:.3f}, agreement {fitted:.3f} on the {half} "
-               f"rated dev examples it was fitted on, {agreement:.3f} on {half} others (always "
-               f"the commoner answer: {max(positive, 1 - positive):.3f})")
-    return {"objective": name, "threshold": threshold, "agreement_fitted": fitted,
-            "agreement": agreement, "positive": positive}
+    row = {"objective": name, "threshold": threshold, "agreement_fitted": fitted,
+           "agreement": sum(agreed) / half, "positive": sum(gold[half:]) / half}
+    tqdm.write(f"  judge, fitted on {half} examples, measured on {half} others: {shown(row)}")
+    return row
 
 
 def label_steps(source, names, judges, purpose, n, M):
@@ -837,6 +829,12 @@ def prm_sources(run, names, split):
         if name not in labelled:
             found.append(choose(pairs, name, split))
     return [items for items in found if items]
+
+
+def shown(row):
+    """A row of the log as text."""
+    return ", ".join(f"{key} {value:.3g}" if type(value) is float else f"{key} {value}"
+                     for key, value in row.items())
 
 
 def step_sizes(sources, config):
@@ -946,8 +944,7 @@ def measure_prm(prm, sources):
         if len(values) > 1 and float(values.std()) > 0:
             prm.scale[p] = values.std()
     for name, measures in quality.items():
-        shown = [f"{key} {value:.3g}" for key, value in measures.items()]
-        tqdm.write(f"  {name:17s} held-out {', '.join(shown)}")
+        tqdm.write(f"  {name:17s} held-out {shown(measures)}")
     return {"held_out": quality}
 
 
@@ -1039,10 +1036,10 @@ def run_stages(run):
             seconds = time.time() - start
             run.log(stage.title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
             print(f"    {seconds:.0f} s", flush=True)
-    for name in os.listdir(run.path):           # a kill may have left half a file
-        if name == "checkpoint.safetensors" or name.endswith(".tmp"):
-            with contextlib.suppress(OSError):
-                os.remove(run.file(name))
+    # A kill may have left half a file. The last training's checkpoint is of no more use.
+    for path in [*Path(run.path).glob("*.tmp"), Path(run.file("checkpoint.safetensors"))]:
+        with contextlib.suppress(OSError):
+            path.unlink()
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py "
           f"{run.path} --prompt ...")
 
@@ -1089,7 +1086,7 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
     with tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar:
         for step, batch in enumerate(islice(batches, start, steps), start):
             if develop and step % math.ceil(steps / 3) == 0:
-                log.append(development_row(stage, step, develop(), names))
+                log.append({"step": step, "split": "dev"} | log_row(develop(), names))
             begun = time.perf_counter()
             for group, lr in zip(optimizer.param_groups, top):
                 group["lr"] = lr * rate_factor(step, steps, warm_up, decay)
@@ -1102,7 +1099,7 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
             if step % 10 == 0 or step == steps - 1:
                 row = log_row(found, names)
                 log.append({"step": step, "gradient_norm": norm.item()} | row)
-                bar.set_postfix(loss=float(found["loss"].mean()), refresh=False)
+                bar.set_postfix(loss=float(found["loss"].nanmean()), refresh=False)
             bar.update()
             # Several processes stop after the same step.
             stopping = bool(total(torch.tensor(int(run.stopping), device=run.device)))
@@ -1112,7 +1109,10 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
                 raise KeyboardInterrupt
     run.training = False
     if develop:
-        log.append(development_row(stage, steps, develop(), names))
+        row = log_row(develop(), names)
+        log.append({"step": steps, "split": "dev"} | row)
+        for name, measures in row.items():
+            tqdm.write(f"  {stage}, held-out {name}: {shown(measures)}")
     run.log(stage, [{"steps": steps - start, "tokens": tokens, "seconds": seconds,
                      "tokens_per_second": tokens / max(seconds, 1e-9)}], "timings.jsonl")
     return log
@@ -1132,7 +1132,8 @@ def gradient(optimizer, batch, backward, clip):
     optimizer.zero_grad()
     found = {metric: total(value.detach()) for metric, value in backward(batch).items()}
     norm = whole(torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip))
-    return found, norm, bool(norm.isfinite()) and bool(found["loss"].isfinite().all())
+    # The loss of an objective without pairs is NaN.
+    return found, norm, bool(norm.isfinite() and found["loss"].nansum().isfinite())
 
 
 def refuse_step(stage, step, optimizer, batch, backward):
@@ -1160,15 +1161,6 @@ def log_row(found, names):
             if not math.isnan(number):
                 row.setdefault(name, {})[metric] = number
     return row
-
-
-def development_row(stage, step, found, names):
-    """The row of the log for held-out data; prints each objective's loss, margin and accuracy."""
-    row = log_row(found, names)
-    cells = [f"{name} {m['loss']:.3f} {m['margin']:+.2f} {m['accuracy']:.2f}"
-             for name, m in row.items()]
-    tqdm.write(f"  {stage}, step {step}, held-out loss, margin, accuracy: {'; '.join(cells)}")
-    return {"step": step, "split": "dev"} | row
 
 
 # -- checkpoints

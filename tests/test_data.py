@@ -9,9 +9,8 @@ import torch
 
 import data
 from data import (DOMAINS, RNG, InputError, OBJECTIVES, Objective, Problem, World,
-                  batches_by_length, believed, domain_objectives, fit_threshold, judge,
-                  objective_named, pad, read_json, read_objectives, response_mask, right,
-                  select_objectives, split_of)
+                  batches_by_length, believed, domain_objectives, fit_threshold, judge, pad,
+                  read_json, read_objectives, response_mask, right, select_objectives, split_of)
 
 
 # -- objectives
@@ -53,7 +52,6 @@ def test_domain_objectives():
     honesty, maths = OBJECTIVES["honesty"], OBJECTIVES["math_accuracy"]
     other = Objective("brevity", "math", "C", "newline")
     assert domain_objectives("math", [other, honesty, maths]) == [other, maths]
-    assert objective_named("brevity", [honesty, other]) is other
 
 
 def test_records_of_objectives():
