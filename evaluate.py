@@ -196,24 +196,6 @@ def half_width(metric):
 LOGITS = 2 ** 28       # at once, a gigabyte in float32: the KL needs five such tensors
 
 
-def kl_sums(model, head, reference, turns, pad_id):
-    """The KL of kl_to_sft, summed over the tokens of every turn's response -> (len(turns),)."""
-    device = head.device
-    texts = [before + response for before, _, response in turns]
-    ids, lengths = pad(texts, pad_id, device)                         # (B, T)
-    starts = torch.tensor([len(before) for before, _, _ in turns], device=device)
-    mask = response_mask(starts, lengths, ids.shape[1])               # (B, T)
-    # Only states that predict a response token count: the state at t predicts the token at t + 1.
-    row, t = mask[:, 1:].nonzero(as_tuple=True)                       # (N,) each
-    h = model(ids)[row, t]                                            # (N, d)
-    h_ref = reference(ids)[row, t]
-    # Both distributions over the whole vocabulary, so the sum over it is exact.
-    log_pi = F.log_softmax(F.linear(h, head).float(), -1)             # (N, V)
-    log_ref = F.log_softmax(reference.logits(h_ref).float(), -1)
-    kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                  # (N,)
-    return torch.zeros(len(turns), device=device).index_add(0, row, kl)
-
-
 @torch.no_grad()
 def kl_to_sft(model, head, reference, conversations, pad_id):
     """KL(pi || pi_sft) of the next-token distributions (all tokens, temperature 1), in nats: exact
@@ -221,16 +203,29 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
 
     head (V, d): the policy's folded head. -> two lists with a number for each conversation: its
     mean per token, and its sum over an answer's tokens; both are means over the turns."""
+    device = head.device
     turns = list(itertools.chain.from_iterable(c.turns for c in conversations))
-    lengths = [len(before) + len(response) for before, _, response in turns]
+    texts = [before + response for before, _, response in turns]
+    starts = torch.tensor([len(before) for before, _, _ in turns], device=device)
     sums = torch.zeros(len(turns), dtype=torch.float64)
     # Few enough tokens at a time for their logits over a large vocabulary.
     size = min(16384, LOGITS // len(head))
-    for index in batches_by_length(lengths, size):
-        part = [turns[i] for i in index]
-        sums[index] = kl_sums(model, head, reference, part, pad_id).double().cpu()
+    for index in batches_by_length([len(text) for text in texts], size):
+        ids, lengths = pad([texts[i] for i in index], pad_id, device)     # (B, T)
+        mask = response_mask(starts[index], lengths, ids.shape[1])        # (B, T)
+        # Only states that predict a response token count: that at t predicts the token at t + 1.
+        row, t = mask[:, 1:].nonzero(as_tuple=True)                       # (N,) each
+        h = model(ids)[row, t]                                            # (N, d)
+        h_ref = reference(ids)[row, t]
+        # Both distributions over the whole vocabulary, so the sum over it is exact.
+        log_pi = F.log_softmax(F.linear(h, head).float(), -1)             # (N, V)
+        log_ref = F.log_softmax(reference.logits(h_ref).float(), -1)
+        kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                  # (N,)
+        # Every turn's tokens are added up.
+        found = torch.zeros(len(index), device=device).index_add(0, row, kl)
+        sums[index] = found.double().cpu()
     n_tokens = torch.tensor([len(response) for _, _, response in turns])
-    both = torch.stack((sums / n_tokens, sums))                       # (2, turns of all)
+    both = torch.stack((sums / n_tokens, sums))                           # (2, turns of all)
     # Every conversation has equally many turns, one after the other.
     return both.view(2, len(conversations), -1).mean(-1).tolist()
 
@@ -506,6 +501,11 @@ def hypervolume(points, reference=(0.0, 0.0)):
 # --- end of exercise 15 ---
 
 
+def means_of(row, pair):
+    """A row's mean scores of two objectives."""
+    return [row["metrics"][name]["mean"] for name in pair]
+
+
 def front_area(rows, pair):
     """The summary of the hypervolume of rows' scores; the reference is (0, 0), the worst score. The
     interval is over trainings: of a single one, whose "each" are prompts, nothing is known."""
@@ -513,8 +513,7 @@ def front_area(rows, pair):
     # A row of several trainings names all their seeds.
     seeds = rows[0]["seed"]
     if isinstance(seeds, int):
-        points = [(r["metrics"][x]["mean"], r["metrics"][y]["mean"]) for r in rows]
-        return summary([hypervolume(points)])
+        return summary([hypervolume([means_of(r, pair) for r in rows])])
     # Its "each" has a value for every training, and every training has an area.
     areas = []
     for k in range(len(seeds)):
@@ -574,13 +573,13 @@ def report(rows, config):
         if areas:
             parts.append(table(f"{domain}, the area below each method's front", areas))
     # The rows of pairs held out from training, if there are any.
-    held_out = []
+    lines = []
     for row in rows:
         if row["domain"].startswith("pairs:"):
             line = cells(row, PAIR_METRICS, ("domain", "policy"))
-            held_out.append(line | {"n": str(n_of(row))})
-    if held_out:
-        parts.append(table("preference pairs held out from training", held_out))
+            lines.append(line | {"n": str(n_of(row))})
+    if lines:
+        parts.append(table("preference pairs held out from training", lines))
     return "\n".join(parts), "\n".join(details)
 
 
@@ -623,7 +622,7 @@ AXES = """<path d="M0 0V360H360"/>
 
 def place(row, pair):
     """Where a row's scores stand in a plot, in pixels from its upper left corner."""
-    x, y = [row["metrics"][name]["mean"] for name in pair]
+    x, y = means_of(row, pair)
     return round(SIDE * x, 1), round(SIDE * (1 - y), 1)
 
 

@@ -17,7 +17,7 @@ from itertools import chain
 
 import torch
 
-from data import RNG, InputError, objective_named, read_json, read_jsonl, run_command
+from data import RNG, InputError, read_json, read_jsonl, run_command
 from evaluate import Bench, cells, own_logps, pair_metrics_rows, seed_runs, summary, table
 from interop.answers import final_answer, same_answer
 from interop.datasets import DATA_HELP, read_outputs, read_preferences, read_steps
@@ -32,6 +32,7 @@ def score_answers(path):
     found, left = {}, {}
     for question, said in read_outputs(path, left):
         for name, text in said.items():
+            # Not spelling counts, but value.
             right = same_answer(final_answer(text), question.answer)
             found.setdefault(name, []).append(float(right))
     rows = []
@@ -84,6 +85,7 @@ def bootstrap_f1(hits, errs, times=1000):
     """A summary of the F1 of n responses. Its standard error is its spread over samples of as many
     responses, drawn with replacement: the bootstrap."""
     n, drawn = len(hits), []
+    # The same draws every time: an interval is no matter of luck.
     generator = torch.Generator().manual_seed(0)
     for _ in range(times):
         index = torch.randint(n, (n,), generator=generator)
@@ -94,7 +96,7 @@ def bootstrap_f1(hits, errs, times=1000):
 def score_first_errors(scorer, path):
     """ProcessBench's measure of a PRM's output on labelled steps -> a row, what was left out."""
     prm, tokenizer = scorer.prm, scorer.prm.backbone.tokenizer
-    boundary = objective_named(scorer.output, prm.outputs).boundary
+    boundary = prm.outputs[prm.names.index(scorer.output)].boundary
     sequences, labels, folds, left = [], [], [], {"seen in training": 0, "too long": 0}
     for row in read_steps(path):
         encoded = encode_steps(tokenizer, row.prompt, row.steps, boundary, prm.marker)
@@ -104,10 +106,12 @@ def score_first_errors(scorer, path):
             left["too long"] += 1
         else:
             sequences.append(encoded)
+            # The first step that is wrong.
             labels.append(next((t for t, right in enumerate(row.labels) if right < 0.5), -1))
             # Two halves by prompt: solutions of one problem are alike, and stay together.
             folds.append(zlib.crc32(json.dumps(row.prompt).encode()) % 2)
     errs = torch.tensor([label >= 0 for label in labels])
+    # Every threshold needs both kinds to be chosen by.
     if len(set(zip(folds, errs.tolist()))) < 4:
         raise InputError(f"{path}: {len(labels)} responses are left ({left}); each half of them, "
                          "by hash of the prompt, must hold right and wrong ones")
@@ -126,25 +130,30 @@ def score_preferences(scorer, path):
     on whole responses -> rows, what was left out."""
     bench, prm, output, left = scorer.bench, scorer.prm, scorer.output, {}
     reader = bench.sft if bench else prm.backbone
-    both = [(p, encode_pair(p, reader)) for p in read_preferences(path, output, left)]
-    fit = [(p, pair) for p, pair in both if pair]
-    fresh = [(p, pair) for p, pair in fit if not scorer.seen(pair.prompt)]
-    left["seen in training"] = len(fit) - len(fresh)
-    left["too long or alike"] = len(both) - len(fit)
-    if not fresh:
+    preferences = list(read_preferences(path, output, left))
+    left |= {"seen in training": 0, "too long or alike": 0}
+    pairs, whole = [], []
+    for p in preferences:
+        pair = encode_pair(p, reader)
+        if not pair:
+            left["too long or alike"] += 1
+        elif scorer.seen(pair.prompt):
+            left["seen in training"] += 1
+        else:
+            pairs.append(pair)
+            # The PRM reads every response as a single step.
+            for text in (p.chosen, p.rejected):
+                step = encode_steps(reader.tokenizer, p.prompt, [text], "turn", prm.marker)
+                whole.append(step)
+    if not pairs:
         raise InputError(f"{path}: no pair is left ({left})")
-    rows, whole = [], []
+    rows = []
     if bench:
         # A policy's implicit reward of a response is beta log(pi / pi_sft).
-        pairs = [pair for _, pair in fresh]
         reference, beta = own_logps(bench.sft, pairs), bench.config["beta"]
         for name in ("sft", "base", "single_head_dpo", "modpo", f"dpo_{output}", "mah_dpo"):
             logps = own_logps(bench.model(name), pairs)
             rows += pair_metrics_rows(name, logps, reference, pairs, beta, bench.seed)
-    # The PRM reads every response as a single step.
-    for p, _ in fresh:
-        for text in (p.chosen, p.rejected):
-            whole.append(encode_steps(reader.tokenizer, p.prompt, [text], "turn", prm.marker))
     scores = [score for score, in score_sequences(prm, output, whole)]
     right = [float(c > r) for c, r in zip(scores[::2], scores[1::2])]
     metrics = {"reward_accuracy": summary(right)}
@@ -163,7 +172,8 @@ class Scorer:
             raise InputError(f"{path}: name the run or the PRM that is to be scored: "
                              f"python -m interop.score RUN {path}")
         self.bench, self.prompts, self.labelled = None, set(), []
-        if "seeds" in read_json(f"{directory}/config.json"):                   # a run
+        # Only a run's configuration says how many seeds it has.
+        if "seeds" in read_json(f"{directory}/config.json"):
             self.bench = Bench(seed_runs(directory)[0], device)
             self.read_training(self.bench)
             objectives = self.bench.objectives
@@ -188,9 +198,11 @@ class Scorer:
         """Keep what a run was trained on: prompts, and labelled sequences, which begin with one."""
         for name in ("pairs.jsonl", "mah_dpo_pairs.jsonl", "labels.jsonl"):
             for _, row in read_jsonl(f"{bench.run}/{name}"):
-                if row["split"] == "train" and "prompt" in row:
+                if row["split"] != "train":
+                    continue
+                if "prompt" in row:
                     self.prompts.add(tuple(row["prompt"]))
-                elif row["split"] == "train":
+                else:
                     self.labelled.append(row["ids"])
         # It may have been trained on any of the training questions in --data.
         for world in bench.worlds.values() if bench.config["data"] else ():
@@ -214,7 +226,7 @@ def score(directory, path, output, device):
         rows, left = score_preferences(Scorer(directory, path, output, False, device), path)
     else:
         rows, left = score_answers(path)
-    # Columns are the metrics that any row has.
+    # Columns are the metrics that any row has; a row without one has a dash there.
     metrics = dict.fromkeys(chain.from_iterable(row["metrics"] for row in rows))
     lines = []
     for row in rows:
