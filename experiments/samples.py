@@ -25,6 +25,7 @@ def fold(text, margin):
 
 def show_conversation(name, conversation, world, tokenizer):
     """Print a policy's name and scores, its answers and the user's replies between them."""
+    # The scores are the world's own, without noise.
     line = f"\n{name:<38}"
     for objective, score in conversation.scores(world, tokenizer).items():
         line += f"  {objective} {score:.2f}"
@@ -33,6 +34,7 @@ def show_conversation(name, conversation, world, tokenizer):
         # Before every answer but the first, what the user has replied to the one before it.
         if number:
             fold(turn.messages[-1]["content"], "  > ")
+        # An answer that was cut off lacks the end of the turn.
         whole = turn.response[-1] == tokenizer.eos_id
         fold(tokenizer.decode(turn.response) + ("" if whole else " [cut off]"), "    ")
 
@@ -40,6 +42,7 @@ def show_conversation(name, conversation, world, tokenizer):
 def show_samples(run, n, device=None):
     """Print the responses of every row's policy to the same n prompts of each domain."""
     bench = Bench(seed_runs(run)[0], device)
+    # The first n prompts of the tables, or more of the same.
     bench.config["n_test"] = n
     for domain, world in bench.worlds.items():
         # Policy by policy, as models are loaded; printed below prompt by prompt.

@@ -73,6 +73,7 @@ def localise(responses):
     scores, on the other fold (0 or 1): no response has a say in its own."""
     cuts = []
     for fold in (0, 1):
+        # What the other half of the responses says of a threshold.
         others = [response for response in responses if response[2] != fold]
         steps = sorted(chain.from_iterable(scores for scores, _, _ in others))
         # Every step's score could be the threshold; some 200 of them will do.
@@ -154,6 +155,7 @@ def score_preferences(scorer, path):
         for name in ("sft", "base", "single_head_dpo", "modpo", f"dpo_{output}", "mah_dpo"):
             logps = own_logps(bench.model(name), pairs)
             rows += pair_metrics_rows(name, logps, reference, pairs, beta, bench.seed)
+    # One score for every response: chosen and rejected by turns.
     scores = [score for score, in score_sequences(prm, output, whole)]
     right = [float(c > r) for c, r in zip(scores[::2], scores[1::2])]
     metrics = {"reward_accuracy": summary(right)}
@@ -191,6 +193,7 @@ class Scorer:
         known = [o.name for o in objectives]
         if self.output not in known:
             raise InputError(f"{path}: say with --objective what it is about: {', '.join(known)}")
+        # Which PRM of a run is asked depends on the output.
         if self.bench:
             self.prm = self.bench.prm(self.output)
 
@@ -211,6 +214,7 @@ class Scorer:
 
     def seen(self, ids):
         """Was the run trained on a response to this prompt?"""
+        # A labelled sequence begins with its prompt; of pairs the prompts are kept by themselves.
         begun = any(row[:len(ids)] == ids for row in self.labelled)
         return begun or tuple(ids) in self.prompts
 

@@ -71,7 +71,8 @@ def test_conversation_ids_are_the_chat_of_its_messages(tokenizer):
     for text, end in (("yes . good try !", True), ("not quite .", False), ("ok .", True)):
         before, response = c.ids, ids_of(tokenizer, text, end)
         c.answer(response, world, tokenizer, RNG(0))
-        assert c.turns[-1].before == before and c.turns[-1].response == response
+        assert c.turns[-1].before == before
+        assert c.turns[-1].response == response
         if c.messages[-1]["role"] == "user":
             assert c.ids == tokenizer.encode_chat(c.messages)
             assert c.ids == before + response + c.new_ids
@@ -138,7 +139,8 @@ def test_reranking_chooses_among_whole_answers(gpt, tokenizer, monkeypatch):
     by_step, whole = found
     step, = whole.steps
     best = max(range(3), key=step.scores.__getitem__)
-    assert len(by_step.steps) == 20 and whole.ids == step.candidates[best]
+    assert len(by_step.steps) == 20
+    assert whole.ids == step.candidates[best]
 
 
 def test_guided_conversations_equal_re_encoding(gpt, tokenizer):
@@ -311,7 +313,8 @@ def test_hypervolume_by_hand():
     """Areas counted twice, dominated or worthless points that count, a front that depends on their
     order."""
     volume = evaluate.hypervolume
-    assert volume([]) == 0 and volume([(0.5, 0.4)]) == approx(0.2)
+    assert volume([]) == 0
+    assert volume([(0.5, 0.4)]) == approx(0.2)
     assert volume([(0.5, 0.4), (0.3, 0.3), (0.5, 0.2)]) == approx(0.2)    # dominated
     for points in itertools.permutations([(1.0, 0.2), (0.6, 0.5), (0.2, 0.9)]):
         assert volume(points) == approx(0.2 + 0.6 * 0.3 + 0.2 * 0.4)
@@ -430,11 +433,13 @@ def test_results_have_the_promised_fields(whole):
     """A number without its error, weights that do not sum to one, a policy without its cost."""
     keys = {"policy", "weights", "guide", "domain", "metrics", "seed"}
     for row in results_of(whole):
-        assert set(row) - {"sweep"} == keys and row["seed"] == 0
+        assert set(row) - {"sweep"} == keys
+        assert row["seed"] == 0
         assert sum(row["weights"].values()) == approx(1.0)
         for metric in row["metrics"].values():
             assert set(metric) == {"mean", "stderr", "n"}
-            assert math.isfinite(metric["mean"]) and metric["stderr"] >= 0
+            assert math.isfinite(metric["mean"])
+            assert metric["stderr"] >= 0
         if "tokens" in row["metrics"]:
             drawn, tokens = row["metrics"]["drawn"], row["metrics"]["tokens"]
             assert drawn["mean"] > tokens["mean"] + 1 if row["guide"] else drawn == tokens
