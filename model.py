@@ -96,29 +96,30 @@ def attention_mask(held, P, t, S):
 
 @dataclass
 class Past:
-    """What n = G' m rows see while T tokens are fed to them; KVCache.extend makes it."""
-    prefix: list                # the cache's lists of layers
+    """What n = G' m rows see while T tokens are fed to them: KVCache.extend makes it for all
+    layers."""
+    prefix: list                # the cache's keys and values, layer by layer
     step: list
-    groups: object              # (G',) the sequences, or slice(None): all, read without a copy
-    rows: object                # (n,) the rows, or slice(None)
-    start: int                  # places in the step: new tokens go to start .. stop
+    groups: object              # (G',) the sequences; slice(None) for all, which are not copied
+    rows: object                # (n,) the rows; slice(None) for all
+    start: int                  # the new tokens go to places start .. stop of their step
     stop: int
-    seen: tuple                 # how many places of prefix and step are looked at
+    P: int                      # places of the prefix that are looked at,
+    S: int                      # and of the step
     positions: torch.Tensor     # (n, T) of the new tokens in their texts
-    mask: torch.Tensor          # (G', T, P + S) added to the scores; None: everything is seen
+    mask: torch.Tensor          # (G', T, P + S) added to the scores; None: all is seen
 
     def read(self, layer, new):
         """New keys and values (2, n, n_kv, T, hd) of a layer join its step.
         -> all that is seen: prefix (2, G', n_kv, P, hd), step (2, n, n_kv, S, hd)"""
-        P, S = self.seen
-        prefix = self.prefix[layer][:, self.groups, :, :P]
+        prefix = self.prefix[layer][:, self.groups, :, :self.P]
         step = self.step[layer]
-        # In training nothing is written: gradients need the old values, and blocks that are
-        # computed again (gradient checkpointing) must find what they found the first time.
         if torch.is_grad_enabled():
+            # Nothing is written in training: gradients need the old values, and a block that is
+            # computed again (gradient checkpointing) must find what it found the first time.
             return prefix, torch.cat((step, new), 3) if self.start else new
         step[:, self.rows, :, self.start:self.stop] = new
-        return prefix, step[:, self.rows, :, :S]
+        return prefix, step[:, self.rows, :, :self.S]
 
 
 class KVCache:
@@ -155,38 +156,33 @@ class KVCache:
     def extend(self, rows, T):
         """Make room for T more tokens of some rows, and say what they see. -> Past
 
-        rows (G', m): m rows of each of G' sequences; None: all."""
-        device, G, K = self.held.device, len(self.held), self.K
+        rows (G', m): m rows of each of G' sequences; None: all, and with gradients always all."""
+        G, K, device = len(self.held), self.K, self.held.device
         on_cpu = device.type == "cpu"
-        fed = G * K if rows is None else rows.numel()
-        if self.own and fed > self.fed:
+        n = G * K if rows is None else rows.numel()
+        if self.own and n > self.fed:
             raise ValueError("a row that dropped out cannot go on before the next keep")
-        start, self.own, self.fed = self.own, self.own + T, fed
-        groups = flat = slice(None)
+        start, self.own, self.fed = self.own, self.own + T, n
+        if not torch.is_grad_enabled():
+            self.step = with_room(self.step, self.own)
+        groups = which = slice(None)
         if rows is not None:
-            groups, flat = rows[:, 0] // K, rows.flatten()
-            # All of them, in order, are read in place: indices would copy.
+            groups, which = rows[:, 0] // K, rows.flatten()
             if on_cpu and torch.equal(groups, torch.arange(G)):
                 groups = slice(None)
-            if on_cpu and torch.equal(flat, torch.arange(G * K)):
-                flat = slice(None)
-        training = torch.is_grad_enabled()
-        if not training:
-            self.step = with_room(self.step, self.own)
-        elif not (groups == flat == slice(None)):
-            raise ValueError("with gradients all rows are fed")
-        # A CPU looks at what is there; an accelerator at all places, so that shapes stay the same.
         held = self.held[groups]                                            # (G',)
+        # A CPU looks at what is there; an accelerator at all places, so that shapes stay the same.
         P, S = self.prefix[0].shape[3], self.step[0].shape[3]
-        if on_cpu or training:
+        if on_cpu or torch.is_grad_enabled():
             P, S = min(P, int(self.held.max())), self.own
         t = start + torch.arange(T, device=device)                          # (T,)
+        positions = (held[:, None] + t).repeat_interleave(n // len(held), 0)
         mask = None
-        if T > 1 or not on_cpu or bool((held != P).any()):
-            mask = torch.zeros(len(held), T, P + S, device=device, dtype=self.prefix[0].dtype)
-            mask.masked_fill_(~attention_mask(held, P, t, S), -math.inf)
-        positions = (held[:, None] + t).repeat_interleave(fed // len(held), 0)
-        return Past(self.prefix, self.step, groups, flat, start, self.own, (P, S), positions, mask)
+        if P + start > 0 and (T > 1 or not on_cpu or bool((held < P).any())):
+            seen = attention_mask(held, P, t, S)
+            mask = torch.zeros(seen.shape, device=device, dtype=self.prefix[0].dtype)
+            mask.masked_fill_(~seen, -math.inf)
+        return Past(self.prefix, self.step, groups, which, start, self.own, P, S, positions, mask)
 
     # --- exercise 8: KVCache.fork, keep and rollback (6 points) ---
     def fork(self, K):
@@ -302,43 +298,51 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def attend_decoding(q, prefix, step, mask):
-    """Attention of few new tokens to what their sequence said and to their row's own step.
+def attend_one(q, prefix, step, mask):
+    """Attention of one new token per row to what its sequence said and to its row's own step.
 
-    q (n, T, n_head, hd); prefix (2, G', n_kv, P, hd); step (2, n, n_kv, S, hd); mask (G', T, P + S)
-    or None. All rows of a sequence read its prefix in one product. -> (n, T, n_head hd)"""
-    (_, G, n_kv, P, hd), (n, T, n_head, _) = prefix.shape, q.shape
-    m, g = n // G, n_head // n_kv       # rows per sequence, query heads per key head
-    q = (q * hd ** -0.5).view(G, m, T, n_kv, g, hd).permute(0, 3, 1, 2, 4, 5)
-    q = q.reshape(G, n_kv, m * T * g, hd)
-    own_q = q.view(G, n_kv, m, T * g, hd).transpose(1, 2).reshape(n, n_kv, T * g, hd)
-    shared = (q @ prefix[0].mT).view(G, n_kv, m, T * g, P)
-    own = (own_q @ step[0].mT).view(G, m, n_kv, T * g, -1).transpose(1, 2)
-    scores = torch.cat((shared, own), -1)                                   # (G', n_kv, m, T g, P + S)
+    q (n, 1, n_head, hd), prefix (2, G', n_kv, P, hd), step (2, n, n_kv, S, hd), mask (G', 1, P + S)
+    or None. The m rows of a sequence and the g query heads of a key head read the prefix in one
+    product. -> (n, 1, n_head hd)"""
+    (_, G, n_kv, P, hd), n = prefix.shape, len(q)
+    q = q.view(n, n_kv, -1, hd) * hd ** -0.5                                # (n, n_kv, g, hd)
+    m, g = n // G, q.shape[2]
+    together = q.view(G, m, n_kv, g, hd).transpose(1, 2).reshape(G, n_kv, m * g, hd)
+    shared = (together @ prefix[0].mT).view(G, n_kv, m, g, P).transpose(1, 2)
+    own = (q @ step[0].mT).view(G, m, n_kv, g, -1)
+    scores = torch.cat((shared, own), -1)                                   # (G', m, n_kv, g, P + S)
     if mask is not None:
-        scores += mask.repeat_interleave(g, 1)[:, None, None]
+        scores = scores + mask[:, None, None]
     # One softmax over both, in float32 at least, then each part's share of the values.
     precise = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=precise).to(scores.dtype)
-    shared, own = weights[..., :P], weights[..., P:]
-    out = (shared.flatten(2, 3) @ prefix[1]).view(G, n_kv, m, T, g, hd)
-    own = own.transpose(1, 2).reshape(n, n_kv, T * g, -1) @ step[1]
-    out = out + own.view(G, m, n_kv, T, g, hd).transpose(1, 2)
-    return out.permute(0, 2, 3, 1, 4, 5).reshape(n, T, -1)
+    together = weights[..., :P].transpose(1, 2).reshape(G, n_kv, m * g, P)
+    shared = (together @ prefix[1]).view(G, n_kv, m, g, hd).transpose(1, 2)
+    own = weights[..., P:].flatten(0, 1) @ step[1]                          # (n, n_kv, g, hd)
+    return (shared + own.view(G, m, n_kv, g, hd)).reshape(n, 1, -1)
 
 
-def attend_appended(q, prefix, step, mask):
-    """The same for many new tokens, or with gradients: scores would be large, so keys of prefix and
-    step are put one behind the other for F.scaled_dot_product_attention, which never stores them.
-    The rows of a sequence stand side by side as heads, since they share a mask."""
+def attend_many(q, prefix, step, mask):
+    """The same for T new tokens, or in training. Scores would be large, so keys of prefix and step
+    are put one behind the other for F.scaled_dot_product_attention, which does not store them. The
+    rows of a sequence stand side by side as more heads, since they share a mask (G', T, P + S)."""
     (_, G, n_kv, P, hd), (n, T, n_head, _) = prefix.shape, q.shape
     m = n // G
     shared = prefix[:, :, None].expand(2, G, m, n_kv, P, hd)
     own = step.unflatten(1, (G, m))
     k, v = torch.cat((shared, own), 4).flatten(2, 3)                        # (G', m n_kv, P + S, hd)
     q = q.view(G, m, T, n_head, hd).transpose(2, 3).flatten(1, 2)           # (G', m n_head, T, hd)
-    o = F.scaled_dot_product_attention(q, k, v, mask[:, None].to(q.dtype), enable_gqa=True)
+    mask = mask[:, None].to(q.dtype)
+    o = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     return o.view(n, n_head, T, hd).transpose(1, 2).reshape(n, T, -1)
+
+
+def attend_first(q, k, v):
+    """Attention of texts from their beginning, (n, T, heads, hd) each -> (n, T, n_head hd). With a
+    past, is_causal would put the triangle into the wrong corner: there a mask says what is seen."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return o.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -361,20 +365,16 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        step = None
-        if past is not None:
-            new = torch.stack((k, v)).transpose(2, 3)                       # (2, n, n_kv, T, hd)
-            prefix, step = past.read(self.layer, new)
-        if past is None or past.seen[0] == past.start == 0:
-            # Nothing before these tokens. (After a past, is_causal would put the triangle into the
-            # wrong corner: then a mask says what is seen.)
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            o = o.transpose(1, 2).reshape(n, T, -1)
-        elif T == 1 and not torch.is_grad_enabled():
-            o = attend_decoding(q, prefix, step, past.mask)
+        if past is None:
+            return self.out(attend_first(q, k, v)), None
+        new = torch.stack((k, v)).transpose(2, 3)                           # (2, n, n_kv, T, hd)
+        prefix, step = past.read(self.layer, new)
+        if past.P + past.start == 0:
+            o = attend_first(q, k, v)
+        elif T == 1:
+            o = attend_one(q, prefix, step, past.mask)
         else:
-            o = attend_appended(q, prefix, step, past.mask)
+            o = attend_many(q, prefix, step, past.mask)
         return self.out(o), step
 
 
