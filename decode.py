@@ -29,9 +29,9 @@ from itertools import chain, zip_longest
 import torch
 import torch.nn.functional as F
 
-from data import InputError, ends_step, pad, read_json, run_command
+from data import InputError, ends_step, pad, read_json, read_objectives, run_command
 from model import KVCache, linear, load_hf
-from prm import load_prm, read_objectives
+from prm import load_prm
 
 # -- sampling
 

@@ -35,6 +35,8 @@ class Pair:
     chosen: list
     rejected: list
     split: str                  # train | dev
+    reference: list = None      # the SFT policy's log-probabilities of chosen and rejected
+    margin: float = None        # MODPO's
 
     def __len__(self):
         """Tokens that are fed for it: the prompt is encoded once for both responses."""

@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, Tokenizer, write_json, writing
+from data import InputError, write_json, writing
 from interop import checkpoints as hf
 from interop.parallel import gathered, like, rank, shard, whole
+from interop.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -811,20 +812,6 @@ def load_hf(directory, objectives=None, dtype=torch.float32, place=lambda t: t):
         files.unused -= {name for name in files.unused if name.startswith("heads.")}
     files.finish()
     return GPT.from_state(config, state, load_tokenizer(directory, config.vocab_size))
-
-
-def load_tokenizer(directory, vocab_size):
-    """The directory's tokenizer, padded to the model's vocabulary; None where it has none."""
-    files = [os.path.join(directory, name) for name in ("tokenizer.json", "vocab.json")]
-    if not any(map(os.path.exists, files)):
-        return None
-    tokenizer = Tokenizer.from_hf(directory)
-    if tokenizer.n_vocab > vocab_size:
-        raise InputError(f"{directory}: its tokenizer has ids up to {tokenizer.n_vocab - 1}, the "
-                         f"model {vocab_size}")
-    tokenizer.pieces += [b""] * (vocab_size - tokenizer.n_vocab)
-    tokenizer.n_vocab = vocab_size
-    return tokenizer
 
 
 def config_of(model, **extra):

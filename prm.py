@@ -20,10 +20,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, Objective, batches_by_length, pad
+from data import InputError, Objective, batches_by_length, pad, read_objectives
 from interop.parallel import gathered
 from interop.reward_models import read_released_head
-from model import Checkpoint, GPT, backbone_tensors, load_tokenizer, read_config, save_directory
+from interop.tokenizer import load_tokenizer
+from model import Checkpoint, GPT, backbone_tensors, read_config, save_directory
 
 # -- labels
 
@@ -283,19 +284,6 @@ def save_prm(prm, directory):
     tensors["score_scale"] = prm.scale[kept]
     records = [asdict(prm.outputs[p]) for p in kept]
     save_directory(directory, tensors, prm.backbone, prm_outputs=records)
-
-
-def read_objectives(where, records):
-    """Objective records of a config.json -> list of Objective. InputError, which names `where`."""
-    objectives = []
-    try:
-        for record in records:
-            fields = {key: str(value) for key, value in record.items()}
-            objectives.append(Objective(**fields))
-    except (AttributeError, TypeError):
-        raise InputError(f"{where} must be a list of objectives with name, domain, case and "
-                         f"boundary, not {str(records)[:200]}") from None
-    return objectives
 
 
 @torch.no_grad()

@@ -1,27 +1,36 @@
-"""train.py: the whole method, one stage after another, from one command. Before: evaluate.py (and all the others).
+"""train.py: the whole method, one stage after another, from one command. Before: evaluate.py.
 
     python train.py --objective all
 
-    1 base       pre-training on flawed demonstrations of three small worlds (with --init: a real checkpoint instead)
-    2 sft        supervised fine-tuning on demonstrations (better ones in maths and tutoring): the reference policy pi_ref
-    3 pairs      responses of the SFT policy, judged: preference pairs per objective
-    4 policies   MAH-DPO, and on the same pairs single-head DPO, one DPO per objective (for the soup), MODPO
-    5 labels     rollouts and judged answers of SFT and of MAH-DPO, the two policies that will be guided
-    6 prm        the process reward model, one output per objective
-    7 tables     every policy measured on unseen prompts, alone and guided
+    base       pre-training on flawed demonstrations of three small worlds; with --init a real
+               checkpoint instead
+    sft        fine-tuning on better demonstrations: the reference policy pi_ref
+    pairs      responses of the SFT policy, judged: preference pairs of every objective
+    policies   trained on these: single-head DPO, one DPO per objective (the soup), MODPO, MAH-DPO
+    labels     rollouts and judged answers of SFT and of MAH-DPO, the two that will be guided
+    prm        the process reward model, one output per objective
+    tables     every policy measured on unseen prompts, alone and guided
 
-A stage is a function of the configuration, the seed and the files of earlier stages, and writes its own files last:
-`--resume RUN` skips what is finished and starts the unfinished stage (in stage 4: policy) again, its training from the last
-checkpoint, and ends with the same bits as a run that nobody stopped. --seeds N trains N times, in RUN/seed=..., and puts the
-tables over the trainings into RUN; --sweep FIELD=a,b,c trains variants of a run, in RUN/FIELD=a and so on. --fast runs
-everything small, to see that it works. --data DIR reads DIR/<objective>.jsonl: preference pairs, or for math_accuracy questions
-with final answers, which are sampled and verified; and DIR/<objective>.steps.jsonl, labelled steps, where it exists.
+The stages are rows of a table, see `stages`. A stage is a function of the options, the seed and the
+files of earlier stages; its last file says that it has finished.
+    --resume RUN   skips what is finished and starts the unfinished stage again, a training from its
+                   last checkpoint. It ends with the same bits as a run that nobody stopped.
+    --from RUN     starts a new run from copies of what RUN has finished under the same options.
+    --seeds N      trains N times, in RUN/seed=..., and puts the tables over the trainings into RUN.
+    --data DIR     reads real data. DIR/<objective>.jsonl: preference pairs, or for math_accuracy
+                   questions with final answers, which are sampled and verified; and, where it
+                   exists, DIR/<objective>.steps.jsonl: labelled steps.
+    --fast         makes everything small, to see that it works.
+
+Read in this order: the stages from `train_base` to `measure_prm`; their table `stages`; the
+training loop `fit`; then checkpoints, runs in directories, and the command line.
 """
 import argparse
 import contextlib
 import hashlib
 import json
 import math
+import operator
 import os
 import shutil
 import signal
@@ -29,650 +38,225 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
-from fnmatch import fnmatch
+from functools import partial
 from itertools import islice
+from pathlib import Path
+from typing import Callable, NamedTuple
 
-try:
-    import fcntl
-except ImportError:     # Windows has no such locks
-    fcntl = None
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-
-def claim(argv):
-    """Make the directory of a new run, with the command line in it: from here on --resume can go on after a kill. A taken name
-    gets the next number. -> its path; None for --resume, --help and a command line that main will refuse."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    for name, default in (("--out", ""), ("--objective", "all"), ("--resume", None)):
-        parser.add_argument(name, default=default)
-    try:
-        args, others = parser.parse_known_args(argv)
-    except argparse.ArgumentError:
-        return None
-    if args.resume is not None or {"-h", "--help"} & set(others):
-        return None
-    wanted = (args.out or os.path.join("runs", args.objective.replace(",", "+"))).rstrip("/")
-    path, number = wanted, 2
-    while os.path.lexists(path):
-        path, number = f"{wanted}-{number}", number + 1
-    os.makedirs(f"{path}.tmp", exist_ok=True)
-    with open(os.path.join(f"{path}.tmp", "command.json"), "w", encoding="utf-8") as f:
-        json.dump(argv, f)
-    os.rename(f"{path}.tmp", path)              # never there without the command
-    return path
-
-
-# torch takes seconds to be imported; the run's directory is there before.
-CLAIMED = None
-if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":      # the first of several processes
-    with contextlib.suppress(OSError):      # main meets it again, and says so
-        CLAIMED = claim(sys.argv[1:])
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from data import (DOMAINS, RNG, ENGAGING, InputError, OBJECTIVES, Tokenizer, batches_by_length,
-                  dealt_batches, domain_objectives, fit_threshold, judge, pad, read_json,
-                  read_jsonl, run_command, select_objectives, split_of, write_json, write_text)
+from data import (DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Problem, Tokenizer, World,
+                  batches_by_length, dealt_batches, fit_threshold, judge, pad, read_json,
+                  read_jsonl, run_command, select_objectives, write_json, write_text)
 from decode import domain_mix, generate, parse_weights, read_run
-from evaluate import (average, converse, evaluate, find_variants, load_rows, own_logps,
-                      pair_metrics_rows, plain_responder, publish, seed_of, seed_runs)
-from interop.datasets import DATA_HELP, holds_questions, read_preferences, read_steps, worlds_of
-from interop.parallel import (gather, join_processes, like, local_items, placed, rank, ranks, shard,
-                              total, whole)
-from mah_dpo import (Pair, balanced_mean, encode_pair, mah_dpo_loss, make_optimizer, modpo_loss,
-                     pair_logps, pair_metrics, policy_logps)
+from evaluate import (average, converse, evaluate, load_rows, own_logps, pair_metrics_rows,
+                      plain_responder, publish, seed_of, seed_runs)
+from interop.datasets import DATA_HELP, describe_data, real_labels, real_pairs, worlds_of
+from interop.parallel import (alone, gather, join_processes, like, local_items, placed, rank, ranks,
+                              shard, total, whole)
+from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pair_metrics,
+                     policy_logps)
 from model import (GPT, GPTConfig, load_hf, load_safetensors, pick_device, read_metadata,
                    sampling_dtype, save_hf, save_safetensors)
-from prm import (Labelled, PRM, STEP, STEP_OUTPUT, bradley_terry_loss, encode_steps,
-                 hindsight_targets, majority_labels, pair_scores, save_prm, step_loss, step_scores)
-
-VERIFIABLE = {o.name for o in OBJECTIVES.values() if o.case == "verifiable"}
+from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight_targets,
+                 majority_labels, pair_scores, save_prm, step_loss, step_scores)
 
 
-def option(default, text, fast=None):
-    """A configuration field: its default, its line in --help, and its value under --fast."""
-    return field(default=default, metadata={"help": text, "fast": fast})
+# -- options
+
+def option(default, text, fast=None, low=None, choices=None):
+    """A field of Config: its default, its line in --help, its value under --fast, and what it may
+    be: at least `low` (0 if not said, or 1 for a whole number), or one of `choices`."""
+    if low is None:
+        low = 1 if type(default) is int else 0
+    about = {"help": text, "fast": fast, "low": low, "choices": choices}
+    return field(default=default, metadata=about)
 
 
 @dataclass
 class Config:
-    """All that a run depends on, and its command line: one flag per field. Saved as RUN/config.json."""
-    objective: str = option("all", "all, math, values, tutoring, or objective names separated by commas")
-    out: str = option("", "run directory (default runs/<objective>; a taken name gets the next free number)")
+    """All that a run depends on, and its command line: one flag per field. Saved in config.json."""
+    objective: str = option("all", "all, math, values, tutoring, or objectives, with commas")
+    out: str = option("", "run directory (default runs/<objective>; a taken name gets a number)")
+    from_: str = option("", "start from copies of what this run has finished under these options")
     init: str = option("", "Hugging Face directory that serves as the base model")
-    data: str = option("", "directory of <objective>.jsonl with real pairs or questions, see below (needs --init)")
-    seed: int = option(0, "every random draw of the run derives from it")
-    seeds: int = option(1, "train so many times, with seed, seed + 1, ..., for intervals over trainings")
+    data: str = option("", "directory of real pairs and questions, see below (needs --init)")
+    seed: int = option(0, "every random draw of the run derives from it", low=0)
+    seeds: int = option(1, "train so often, with seed, seed + 1, ..., for intervals over trainings")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    dtype: str = option("fp32", "fp32, or bf16: training computes in bfloat16 (autocast), weights and losses stay in fp32")
-    grad_checkpoint: bool = option(False, "training recomputes each block in backward: less memory, a third more time")
-    prm: str = option("unified", "unified: one PRM with an output per objective; each: one PRM per objective")
-    temperature: float = option(0.7, "for samples, rollouts, candidates and tables (the paper's is 1.0)")
-    beta: float = option(0.1, "strength of the tie to the reference policy in DPO")
-    alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 where not named)")
+    # bf16 is torch's autocast; weights and losses stay in fp32.
+    dtype: str = option("fp32", "fp32, or bf16 for training", choices=["fp32", "bf16"])
+    # Less memory for a third more time.
+    grad_checkpoint: bool = option(False, "training recomputes each block in backward")
+    # A unified PRM has an output per objective.
+    prm: str = option("unified", "one PRM, or one per objective", choices=["unified", "each"])
+    # The paper's is 1.0.
+    temperature: float = option(0.7, "of samples, rollouts, candidates and tables", low=1e-6)
+    beta: float = option(0.1, "strength of the tie to the reference policy in DPO", low=1e-9)
+    alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 if not named)")
     gamma: float = option(0.9, "discount per step in hindsight targets")
-    perturbation: float = option(1e-3, "standard deviation of the noise on each head's copy of the SFT head")
+    perturbation: float = option(1e-3, "standard deviation of the noise on a head's copy of SFT's")
     base_steps: int = option(1200, "pre-training steps of 64 conversations", fast=300)
     base_lr: float = option(3e-3, "peak learning rate of pre-training")
     sft_steps: int = option(120, "SFT steps", fast=10)
     sft_batch: int = option(64, "conversations per SFT step")
     sft_lr: float = option(3e-4, "SFT learning rate")
-    epochs: int = option(8, "most passes over a stage's largest source of data; a stage ends there or at its number of steps")
-    n_prompts: int = option(1000, "prompts per domain whose sampled responses become pairs", fast=60)
-    n_samples: int = option(6, "responses sampled per prompt", fast=4)
-    # For the value model three times the problems are worth more than a second rollout of each, which costs as much.
-    n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts, of SFT and again of MAH-DPO", fast=40)
+    # A training ends there, or at its number of steps.
+    epochs: int = option(8, "most passes of a training over its largest source of data")
+    n_prompts: int = option(1000, "prompts per domain whose samples become pairs", fast=60)
+    n_samples: int = option(6, "responses sampled per prompt", fast=4, low=2)
+    # For the value model three times the problems are worth more than a second rollout of each,
+    # which costs as much.
+    n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts", fast=40)
     rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
     prm_steps: int = option(1200, "PRM training steps", fast=10)
-    prm_batch: int = option(64, "labelled sequences per PRM step, shared by the domains as they have labels, but at least prm_pairs "
-                            "of each")
+    # Shared by the domains as they have labels, but at least prm_pairs of each.
+    prm_batch: int = option(64, "labelled sequences per PRM step")
     prm_pairs: int = option(4, "pairs per objective and PRM step")
-    prm_value_weight: float = option(5.0, "weight of the value model's squared error in the PRM's loss; without an auxiliary output "
-                                     "beside it (--data) it wants more, or drowns in the noise of the other outputs' gradients")
-    prm_step_weight: float = option(60.0, "weight in it of the auxiliary output, for training alone: is this step right?")
+    # Without the auxiliary output beside it, as with --data, the value model wants more, or drowns
+    # in the noise of the other outputs' gradients.
+    prm_value_weight: float = option(5.0, "weight of the value model's squared error in the loss")
+    prm_step_weight: float = option(60.0, "weight in it of the auxiliary output: is a step right?")
     prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
     prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
     dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
     dpo_pairs: int = option(8, "pairs per objective and step")
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
     dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
-    # On development prompts all four methods then end about as far from SFT: .052 to .057 nats per token, mean of the domains.
-    dpo_lr_factor: str = option("single_head_dpo=0.55,modpo=0.55", "factors on the heads' rate, NAME=NUMBER,... of mah_dpo, "
-                                "single_head_dpo, modpo, soup (1 where not named)")
+    # With these factors all four methods end about as far from SFT: .052 to .057 nats per token on
+    # development prompts, mean of the domains. Names: METHODS; 1 where not named.
+    dpo_lr_factor: str = option("single_head_dpo=0.55,modpo=0.55", "factors on the heads' rate, "
+                                "NAME=NUMBER,... of mah_dpo, single_head_dpo, modpo, soup")
     n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
-    split: str = option("test", "prompts of the tables: test, or dev while settings are still being chosen")
-    weight_steps: int = option(10, "steps in which the weights of two heads go from one to the other (0: no sweep)", fast=2)
-    k: int = option(5, "K, candidates per step of guided decoding in the tables, and whole answers of their rivals")
+    # dev while settings are still being chosen.
+    split: str = option("test", "prompts of the tables: test or dev", choices=["test", "dev"])
+    weight_steps: int = option(10, "steps from one head to another in the sweep of weights, or 0",
+                               fast=2, low=0)
+    k: int = option(5, "K, candidates per step of guided decoding, and whole answers of its rivals")
     max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
-    checkpoint_every: int = option(100, "steps of a training stage between checkpoints from which --resume goes on")
+    checkpoint_every: int = option(100, "steps of a training between checkpoints for --resume")
 
 
-# In the order of the stages: what they leave in a run directory and in its log, and the options that they are the first to
-# depend on. A variant of --sweep takes over what comes before its option.
-WRITTEN = {"base": "dtype base_steps base_lr epochs",
-           "sft": "sft_steps sft_batch sft_lr max_new_tokens",
-           "pairs.jsonl": "temperature n_prompts n_samples",
-           "single_head_dpo dpo_* modpo sft_logps.safetensors":
-               "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor",
-           "mah_dpo pair_metrics.json": "perturbation",
-           "mah_dpo_pairs.jsonl labels.jsonl judge": "gamma rollouts n_rollout_prompts",
-           "prm prm_*": "prm prm_steps prm_batch prm_pairs prm_value_weight prm_step_weight prm_lr_backbone prm_lr_head",
-           "results.json": "n_test split k"}
-UNTOUCHED = {name: " ".join(list(WRITTEN)[:i]).split() for i, names in enumerate(WRITTEN.values()) for name in names.split()}
+# Options that change no figure: a run may go on, or be started from, under other values.
+HARMLESS = ["out", "from_", "seeds", "device", "checkpoint_every"]
+# The names under which --dpo-lr-factor knows the preference-trained policies.
+METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]
 
+
+# -- what the stages share
 
 class Run:
-    """A run directory and what the stages share."""
+    """A run directory, its options and objectives, and the random draws of its stages."""
 
-    def __init__(self, path, config):
-        self.path, self.config = path, config
-        self.objectives = select_objectives(config.objective)
-        self.domains = list(dict.fromkeys(OBJECTIVES[o].domain for o in self.objectives))
+    def __init__(self, path, config, objectives=None):
+        """objectives: the records in an old run's config.json; a new run looks them up."""
+        if objectives is None:
+            objectives = [OBJECTIVES[name] for name in select_objectives(config.objective)]
+        self.path = path
+        self.config = config
+        self.objectives = objectives
+        self.names = [o.name for o in objectives]
         self.device = pick_device(config.device)
-        self.own = (rank(),) if ranks() > 1 else ()       # in the seed of what the processes draw apart
-        self.training = self.stopping = False
-
-    def stop(self, *signal):
-        """Ctrl-C, or SIGTERM, a batch system's request: at once, but in training after the step that is under way, whose
-        result is saved."""
-        if not self.training or self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-
-    def key(self, *paths):
-        """Fingerprint of the configuration and of files: what was made from others must not be used."""
-        settings = {k: v for k, v in asdict(self.config).items() if k not in ("out", "device", "checkpoint_every")}
-        return fingerprint([settings, self.objectives], *paths)
+        self.key = fingerprint(config, objectives)
+        # Part of the seed where each of several processes draws for itself.
+        self.own = (rank(),) if ranks() > 1 else ()
+        self.training = False
+        self.stopping = False
 
     def file(self, name):
         """The path of one of the run's files."""
         return os.path.join(self.path, name)
 
-    def generator(self, *what):
-        """A torch.Generator for one purpose."""
-        return torch.Generator().manual_seed(seed_of(self.config.seed, *what))
+    def generator(self, *purpose):
+        """A torch.Generator for one purpose: the draws of one stage do not shift another's."""
+        return torch.Generator().manual_seed(seed_of(self.config.seed, *purpose))
 
-    def rng(self, *what):
-        """Python-side draws for one purpose."""
-        return RNG(seed_of(self.config.seed, *what))
+    def rng(self, *purpose):
+        """Draws of Python numbers for one purpose."""
+        return RNG(seed_of(self.config.seed, *purpose))
 
     def load(self, name):
-        """A trained model of this run, ready to train on, and sharded over the processes."""
-        model = load_hf(self.file(name), place=lambda t: placed(t, self.device))
+        """A trained model of this run, ready to train on; several processes share its weights."""
+        # Every process keeps its part of every weight.
+        model = load_hf(self.file(name), place=partial(placed, device=self.device))
         model.grad_checkpoint = self.config.grad_checkpoint
         return model
 
-    def autocast(self):
-        """The context in which training computes. Its cache of weights in bfloat16 would undo the sharding."""
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.config.dtype == "bf16",
-                              cache_enabled=ranks() == 1)
-
     def worlds(self, model):
-        """domain -> the world to sample and to measure in: the embedded ones, or those of the questions in --data."""
-        return worlds_of(self.objectives, self.config.data, self.config.max_new_tokens, model)
+        """The worlds to sample and measure in: the embedded ones, or the questions of --data."""
+        config = self.config
+        return list(worlds_of(self.objectives, config.data, config.max_new_tokens, model).values())
+
+    def autocast(self):
+        """The context in which training computes: bfloat16 where --dtype says so."""
+        # autocast's cache of weights in bfloat16 would undo the sharding over several processes.
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16,
+                              enabled=self.config.dtype == "bf16", cache_enabled=ranks() == 1)
 
     def log(self, stage, rows, name="log.jsonl"):
-        """Put a stage's rows into log.jsonl, before the file that says it is finished (a kill between the two would lose
-        them); what an interrupted attempt left of it is replaced. Figures of time go to timings.jsonl, and nowhere else."""
+        """Put a stage's rows into log.jsonl; what an interrupted attempt left of it is replaced.
+
+        This comes before the file that says the stage is finished: a kill between the two would
+        lose the rows. Figures of time go to timings.jsonl, so that all else can repeat."""
         path = self.file(name)
-        kept = [row for _, row in read_jsonl(path) if row["stage"] != stage] if os.path.exists(path) else []
-        write_text(path, "".join(json.dumps(row) + "\n" for row in [*kept, *({"stage": stage} | row for row in rows)]))
+        # The file is written anew, whole or not at all.
+        old = [row for _, row in read_jsonl(path)] if os.path.exists(path) else []
+        kept = [row for row in old if row["stage"] != stage]
+        new = [{"stage": stage} | row for row in rows]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept + new))
+
+    def stop(self, *signal):
+        """Ctrl-C, or SIGTERM, a batch system's request. Training first ends the step under way
+        and saves its result; a second request, or one elsewhere, stops at once."""
+        if not self.training or self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
 
 
-def fingerprint(settings, *paths):
-    """A hash of settings (JSON) and of the contents of files."""
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for path in paths:
-        with open(path, "rb") as f:
-            digest.update(hashlib.sha256(f.read()).digest())
+def fingerprint(config, objectives):
+    """A hash of all that the figures depend on: options, objectives and the files of --data."""
+    options = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
+    records = [asdict(o) for o in objectives]
+    # Equal options, records and files give equal hashes; any change gives another.
+    digest = hashlib.sha256(json.dumps([options, records]).encode())
+    for o in objectives if config.data else []:
+        for path in (f"{config.data}/{o.name}.jsonl", f"{config.data}/{o.name}.steps.jsonl"):
+            if os.path.exists(path):
+                digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()
 
 
-# -- 1, 2: base and SFT
-
-def chat_example(tokenizer, messages):
-    """A conversation -> (ids, mask): mask is True on the assistant's tokens, end of turn included."""
-    ids, mask = [], []
-    for i, m in enumerate(messages):
-        if m["role"] == "assistant":
-            prompt, response = tokenizer.encode_chat(messages[:i]), tokenizer.encode(m["content"]) + [tokenizer.eos_id]
-            mask += [False] * (len(prompt) - len(ids)) + [True] * len(response)
-            ids = prompt + response
-    return ids, mask
-
-
-def fit(run, stage, model, optimizer, steps, *, batches, backward, tokens, where, key, names=(), develop=None, clip=1.0,
-        warm_up=20, rate=lambda step: 1.0):
-    """The training loop of every stage: `steps` updates, each by the gradient of one batch. -> rows for the log
-
-    batches: endless iterator of lists of items, a function of the seed alone, so that its position is the step.
-    backward(batch): adds up the gradient of this process's share, returns numbers for the log, {name: tensor, scalar or one
-    per objective of `names`}, which add up over the processes. tokens(item), where(item): its size, and where a person finds
-    it. key: fingerprint of all this. rate(step): factor on the learning rates, which rise over `warm_up` steps. develop(): the
-    numbers of backward on development data, taken four times. Every config.checkpoint_every steps, and before a stop, all that
-    the next step needs is saved."""
-    top, seconds, n_tokens = [g["lr"] for g in optimizer.param_groups], 0.0, 0
-    start, log = load_checkpoint(run, stage, model, optimizer, key)
-    measure = lambda step: log.append({"step": step, "split": "dev"} | log_row(develop(), names)) if develop else None
-    run.training = True
-    with tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar:
-        for step, batch in enumerate(islice(batches, start, steps), start):
-            if step % math.ceil(steps / 3) == 0:
-                measure(step)
-            begun = time.perf_counter()
-            for group, lr in zip(optimizer.param_groups, top):
-                group["lr"] = lr * (min(1.0, (step + 1) / warm_up) * rate(step))
-            found, norm, finite = gradient(optimizer, batch, backward, clip)
-            if not finite:
-                bad = [where(item) for item in batch if not gradient(optimizer, [item] * ranks(), backward, clip)[-1]]
-                refuse_step(stage, step, bad or [where(item) for item in batch])
-            optimizer.step()
-            seconds, n_tokens = seconds + time.perf_counter() - begun, n_tokens + sum(map(tokens, batch))
-            if step % 10 == 0 or step == steps - 1:
-                log.append({"step": step, "gradient_norm": norm.item()} | log_row(found, names))
-                bar.set_postfix_str(brief(log[-1], names), refresh=False)
-            bar.update()
-            stopping = bool(total(torch.tensor(int(run.stopping), device=run.device)))
-            if stopping or (step + 1) % run.config.checkpoint_every == 0 and step + 1 < steps:
-                save_checkpoint(run, stage, model, optimizer, step + 1, log, key)
-            if stopping:
-                raise KeyboardInterrupt
-    run.training = False
-    measure(steps)
-    run.log(stage, [{"steps": steps - start, "tokens": n_tokens, "seconds": seconds,
-                     "tokens_per_second": n_tokens / max(seconds, 1e-9)}], "timings.jsonl")
-    return log
-
-
-def gradient(optimizer, batch, backward, clip):
-    """Leave a batch's gradient, clipped, in the parameters. -> (numbers for the log, norm before clipping, are loss and norm
-    finite?), all over all processes"""
-    optimizer.zero_grad()
-    found = {name: total(value.detach()) for name, value in backward(batch).items()}
-    norm = whole(torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip))
-    return found, norm, bool(norm.isfinite()) and bool(found["loss"].isfinite().all())
-
-
-def refuse_step(stage, step, bad):
-    """InputError that names stage, step and the examples whose loss or gradient is no finite number."""
-    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-    raise InputError(f"{stage}, step {step}: the loss or its gradient is not finite for {', '.join(bad[:5])}{more}; this step was "
-                     "not taken, and earlier checkpoints are kept. Lower the learning rate, or look at these examples")
-
-
-def log_row(found, names):
-    """{metric: scalar, or (H,) tensor} -> {metric: number}, {objective: {metric: number}}; an objective without data, whose
-    metrics are NaN, is left out."""
-    values = {metric: value.tolist() for metric, value in found.items()}
-    each = {name: {metric: v[i] for metric, v in values.items() if isinstance(v, list)} for i, name in enumerate(names)}
-    return {metric: v for metric, v in values.items() if not isinstance(v, list)} | {
-        name: row for name, row in each.items() if not any(map(math.isnan, row.values()))}
-
-
-def brief(row, names):
-    """A row of the log in one line: means over the objectives."""
-    each = [row[n] for n in names if n in row] or [row]
-    wanted = ("loss", "margin", "accuracy", "chosen", "rejected", "kl")
-    shown = {m: sum(r[m] for r in each) / len(each) for m in wanted if m in each[0]}
-    return " ".join(f"{m} {v:.3g}" for m, v in (shown | {"gradient": row["gradient_norm"]}).items())
-
-
-def save_checkpoint(run, stage, model, optimizer, step, log, key):
-    """What the next step of a stage needs: weights, the optimiser's state, the number of steps done, from which schedule and
-    draws follow, and the log so far."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"optimizer.{i}.{k}": v for i, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
-    save_safetensors(tensors, run.file("checkpoint.safetensors"),
-                     {"stage": stage, "step": str(step), "key": key, "log": json.dumps(log)})
-
-
-@torch.no_grad()
-def load_checkpoint(run, stage, model, optimizer, key):
-    """Put back what save_checkpoint saved. -> (steps done, log), (0, []) where there is nothing of this stage. InputError if
-    it was saved under another configuration or with other data."""
-    path = run.file("checkpoint.safetensors")
-    try:
-        about = read_metadata(path) if os.path.exists(path) else {}
-    except InputError as e:
-        raise InputError(f"{e}; remove this file to start {stage} again") from None
-    if about.get("stage") != stage:             # none, or that of an earlier stage, which is finished
-        return 0, []
-    if about.get("key") != key:
-        raise InputError(f"{path}: saved with another configuration or other data than these; bring those back, or remove this "
-                         f"file to start {stage} again")
-    tensors, own, saved = load_safetensors(path), model.state_dict(), optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "model":
-            own[rest].copy_(like(tensor, own[rest]))
-        else:
-            i, what = rest.split(".")
-            state = saved["state"].setdefault(int(i), {})
-            state[what] = tensor.clone() if what == "step" else like(tensor.clone(), parameters[int(i)])
-    optimizer.load_state_dict(saved)
-    return int(about["step"]), json.loads(about["log"])
-
-
-def language_model(run, stage, model, examples, steps, lr, batch_size=64, files=()):
-    """Next-token training on the masked tokens of (ids, mask) examples; batches of similar length, cosine schedule.
-    files: what the examples were read from. Logs, saves. -> the rows of the log"""
-    steps = capped(steps, len(examples) / batch_size, run.config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-
-    def backward(index):
-        index = local_items(index)
-        ids, _ = pad([examples[i][0] for i in index], model.tokenizer.pad_id, run.device)
-        mask, _ = pad([[int(m) for m in examples[i][1]] for i in index], 0, run.device)
-        r, t = mask[:, 1:].nonzero(as_tuple=True)
-        with run.autocast():
-            loss = F.cross_entropy(model.logits(model(ids)[r, t]).float(), ids[r, t + 1])
-            loss = loss * (len(r) / total(mask[:, 1:].sum()))
-        (loss * ranks()).backward()         # FSDP takes the mean of the processes' gradients; theirs is a sum
-        return {"loss": loss}
-
-    log = fit(run, stage, model, optimizer, steps, backward=backward, tokens=lambda i: len(examples[i][0]),
-              batches=length_batches([len(ids) for ids, _ in examples], batch_size, run.generator(stage)),
-              warm_up=40, rate=lambda step: 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2,
-              where=lambda i: f"example {i + 1} ({model.tokenizer.decode(examples[i][0][:20])!r}...)",
-              key=run.key(*files))
-    run.log(stage, log)
-    save_hf(model, run.file(stage), weights=0)
-    return log
-
-
-def length_batches(lengths, size, generator):
-    """Endless batches of indices of similar length: every epoch is shuffled, then sorted in windows of 16 batches. What is
-    left of a batch that the processes cannot share evenly waits for another epoch."""
-    if len(lengths) < ranks():
-        raise InputError(f"{len(lengths)} examples are too few for {ranks()} processes")
-    while True:
-        order, batches = torch.randperm(len(lengths), generator=generator).tolist(), []
-        for start in range(0, len(order), 16 * size):
-            window = sorted(order[start:start + 16 * size], key=lengths.__getitem__)
-            batches += [window[i:i + size] for i in range(0, len(window), size)]
-        for i in reversed(torch.randperm(len(batches), generator=generator).tolist()):
-            even = len(batches[i]) - len(batches[i]) % ranks()
-            if even:
-                yield batches[i][:even]
-
-
-def capped(steps, steps_per_epoch, config):
-    """The number of steps of a stage: as configured, but at most config.epochs passes over its largest data source."""
-    return min(steps, max(1, math.ceil(config.epochs * steps_per_epoch)))
-
-
-def load_init(run):
-    """The checkpoint given by --init, which must bring its tokenizer."""
-    directory = run.config.init
-    model = load_hf(directory, place=lambda t: placed(t, run.device))
-    if model.tokenizer is None:
-        raise InputError(f"{directory}: tokenizer.json, or vocab.json and merges.txt, is missing; a base model needs one")
-    return model
-
-
-def train_base(run):
-    """Stage 1: the embedded base model, or the checkpoint that --init names."""
-    if run.config.init:
-        save_hf(load_init(run), run.file("base"), weights=0)
-        return
-    tokenizer, rng, examples = Tokenizer.embedded(), run.rng("base", "data"), []
-    for domain in DOMAINS.values():
-        for problem in domain.problems("train", 8000, rng):
-            ids, _ = chat_example(tokenizer, domain.conversation(problem, rng))
-            examples.append((ids, [True] * len(ids)))
-    model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab), run.generator("base", "weights")).to(run.device)
-    model.tokenizer = tokenizer
-    language_model(run, "base", shard(model, run.device), examples, run.config.base_steps, run.config.base_lr)
-
-
-def train_sft(run):
-    """Stage 2: fine-tuning on careful demonstrations, or on the chosen responses of real pairs."""
-    model, config = run.load("base"), run.config
-    examples = sft_examples(run, model)
-    files = [os.path.join(config.data, f"{o}.jsonl") for o in run.objectives] if config.data else []
-    language_model(run, "sft", model, examples, config.sft_steps, config.sft_lr, config.sft_batch, files)
-
-
-def sft_examples(run, model):
-    """Stage 2's (ids, mask): careful demonstrations, or the chosen responses of real pairs. InputError if one is longer
-    than the context."""
-    rng, config = run.rng("sft", "data"), run.config
-    examples = [(p.prompt + p.chosen, [False] * len(p.prompt) + [True] * len(p.chosen))
-                for p in read_real_pairs(run, model)[0]] if config.data else []
-    for world in run.worlds(model).values():
-        for problem in world.problems("train", min(2500, 25 * config.sft_steps), rng):
-            examples.append(chat_example(model.tokenizer, world.conversation(problem, rng, careful=True)))
-    longest = max(len(ids) for ids, _ in examples)
-    if longest > model.config.max_len:
-        raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short for the embedded worlds, "
-                         f"whose conversations reach {longest} in its vocabulary")
-    return examples
-
-
-# -- 3: samples
-
 def write_rows(path, rows):
-    """Dataclass objects -> JSONL."""
-    write_text(path, "".join(json.dumps(asdict(r)) + "\n" for r in rows))
+    """Dataclass objects -> JSONL; what is None is left out."""
+    lines = []
+    for row in rows:
+        kept = {name: value for name, value in asdict(row).items() if value is not None}
+        lines.append(json.dumps(kept) + "\n")
+    write_text(path, "".join(lines))
 
 
 def read_rows(path, kind):
-    """JSONL -> objects of a dataclass. InputError for a line that is none."""
-    names, rows = [f.name for f in fields(kind)], []
+    """JSONL -> objects of a dataclass; .where is an object's file and line. InputError for a line
+    that is none."""
+    rows = []
     for where, row in read_jsonl(path):
-        if sorted(row) != sorted(names):
-            raise InputError(f"{where}: not a row that this run has written, which has the fields {', '.join(names)}; bring the "
-                             "file back, or remove it to have it made again")
-        rows.append(kind(**row))
+        try:
+            rows.append(kind(**row))
+        except TypeError:
+            raise InputError(f"{where}: not a row that this run has written; bring the file back, "
+                             "or remove it to have it made again") from None
+        rows[-1].where = where
     return rows
 
 
-def read_real_pairs(run, model):
-    """DIR/<objective>.jsonl for every objective that has pairs there -> (train pairs, dev pairs, {reason: number of rows
-    dropped}). An objective with nothing left to train on or to hold out is an error."""
-    found, dropped = [], Counter()
-    too_long = f"longer than the context of {model.config.max_len} tokens, or alike in this vocabulary"
-    for name in run.objectives:
-        path = os.path.join(run.config.data, f"{name}.jsonl")
-        if holds_questions(path, name):
-            continue
-        encoded = [encode_pair(p, model) for p in read_preferences(path, name, dropped)]
-        kept = [pair for pair in encoded if pair]
-        dropped[too_long] += len(encoded) - len(kept)
-        if {p.split for p in kept} != {"train", "dev"}:
-            raise InputError(f"{path}: of its rows {len(kept)} fit the context of {model.config.max_len} tokens; pairs to "
-                             "train on and to hold out are both needed: add rows, or shorter ones")
-        found += kept
-    return [p for p in found if p.split == "train"], [p for p in found if p.split == "dev"], dropped
-
-
-def read_real_labels(run, model):
-    """DIR/<objective>.steps.jsonl, where it exists -> (Labelled rows, number of rows dropped: longer than the context, or a
-    step without a token of this vocabulary)."""
-    rows, n_dropped = [], 0
-    for name in run.objectives:
-        path = os.path.join(run.config.data, f"{name}.steps.jsonl")
-        for row in read_steps(path) if os.path.exists(path) else ():
-            found = encode_steps(model.tokenizer, row.prompt, row.steps, OBJECTIVES[name].boundary)
-            targets = [{name: v} for v in row.labels]
-            if found and len(found[0]) <= model.config.max_len:
-                rows.append(Labelled(*found, targets, "train" if split_of(json.dumps(row.prompt)) == "train" else "dev"))
-            else:
-                n_dropped += 1
-    return rows, n_dropped
-
-
-def policy_of(run, name):
-    """A trained policy of this run to sample from -> (model, {domain: mix of its heads}). Several processes share the prompts, each
-    with the whole model: sharded, every token would wait for all of them."""
-    dtype = sampling_dtype(run.config.dtype, run.device)
-    model = load_hf(run.file(name), dtype=dtype, place=lambda t: t.to(run.device))
-    return model, {d: domain_mix(model.config.objectives, d, OBJECTIVES.values()) for d in run.domains}
-
-
-def make_pairs(run):
-    """Stage 3: pairs.jsonl, from samples of the SFT policy, or from --data."""
-    model, mixes = policy_of(run, "sft")
-    pairs = []
-    for domain, world in run.worlds(model).items():
-        names = [o for o in run.objectives if o in world.objectives]
-        for split in ("train", "dev"):
-            pairs += sample_pairs(run, "sft", model, mixes[domain], world, split, names)
-    pairs = gather(pairs)
-    if run.config.data:
-        train, dev, _ = read_real_pairs(run, model)
-        pairs = train + dev + pairs
-    count = Counter((p.objective, p.split) for p in pairs)
-    empty = [o for o in run.objectives if not count[o, "train"]]
-    if empty:
-        raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled answers of different scores (all "
-                         "wrong, or all right); raise --n-samples or --n-prompts, or give a better --init")
-    tqdm.write("  pairs to train on + held out: "
-               + ", ".join(f"{o} {count[o, 'train']} + {count[o, 'dev']}" for o in run.objectives))
-    write_rows(run.file("pairs.jsonl"), pairs)
-
-
-def rollout(run, what, name, model, mix, world, split, n):
-    """The beginning of every sampling stage: a policy answers training problems of n turns in all, or 15 % as many development
-    problems. -> every turn as (problem, messages before, ids before, response), the judge's RNG, the generator for further samples"""
-    seed, n = (what, name, world.name, split), max(8, n if split == "train" else int(0.15 * n)) // world.turns
-    problems = local_items(world.problems(split, n, run.rng(*seed)))
-    # The processes have drawn the same problems; from here on each draws apart.
-    rng, generator = run.rng(*seed, "judge", *run.own), run.generator(*seed, *run.own)
-    student = seed_of(run.config.seed, *seed, "student", *run.own)
-    with tqdm(total=len(problems) * world.turns, desc=f"{world.name}: {what}, {split}", unit="answer", disable=None) as bar:
-        respond = plain_responder(model, world, mix, run.config.temperature, generator, progress=bar.update)
-        played = converse(world, problems, model.tokenizer, respond, student)
-    return [(c.problem, before, ids, response) for c in played for ids, before, response in c.turns], rng, generator
-
-
-def sample_pairs(run, name, model, mix, world, split, names):
-    """Several answers of a policy to every prompt, judged for the objectives `names` -> list of Pair, the best against the worst."""
-    config, tokenizer = run.config, model.tokenizer
-    # The contexts to answer: the problems themselves, or every turn of a dialogue that the policy has played.
-    contexts, rng, generator = rollout(run, "samples", name, model, mix, world, split, config.n_prompts)
-    with tqdm(total=len(contexts) * config.n_samples, desc=f"{world.name} {split}", unit="sample", disable=None) as bar:
-        answers = generate(model, [ids for _, _, ids, _ in contexts], weights=mix, samples=config.n_samples,
-                           max_new_tokens=world.max_new_tokens, temperature=config.temperature, generator=generator,
-                           progress=bar.update)
-    pairs = []
-    for i, (problem, before, ids, _) in enumerate(contexts):
-        responses = answers[i * config.n_samples:(i + 1) * config.n_samples]
-        scores = [world.scores(problem, before, tokenizer.decode(r)) for r in responses]
-        ratings = [{n: s[n] if OBJECTIVES[n].case == "verifiable" else judge(s[n], rng) for n in names} for s in scores]
-        for o in names:
-            best, worst = (f(range(len(responses)), key=lambda k: ratings[k][o]) for f in (max, min))
-            if ratings[best][o] - ratings[worst][o] > 0.1 and responses[best] != responses[worst]:
-                pairs.append(Pair(o, ids, responses[best], responses[worst], split))
-    return pairs
-
-
-def make_labels(run):
-    """Stage 5: what the PRM learns from, labels.jsonl and mah_dpo_pairs.jsonl. It will guide the SFT policy and MAH-DPO's uniform
-    mixes, so both make its data: rollouts, turns to be judged, and for case C pairs (SFT's are in pairs.jsonl)."""
-    labels, pairs, cuts = [], [], {}
-    for name in ("sft", "mah_dpo"):
-        model, mixes = policy_of(run, name)
-        worlds = run.worlds(model)
-        if name == "sft":
-            judges = [calibrate_judge(run, model, o) for w in worlds.values() for o in run.objectives
-                      if o in w.objectives and OBJECTIVES[o].case == "A"]
-            cuts = {row["objective"]: row["threshold"] for row in judges}
-        for domain, world in worlds.items():
-            of = lambda *cases: [o for o in run.objectives if o in world.objectives and OBJECTIVES[o].case in cases]
-            for split in ("train", "dev"):
-                part = run, name, model, mixes[domain], world, split
-                labels += judge_turns(*part, of("B")) if of("B") else []
-                labels += label_rollouts(*part, of("verifiable", "A"), cuts) if of("verifiable", "A") else []
-                pairs += sample_pairs(*part, of("C")) if name != "sft" and of("C") else []
-    labels, pairs = gather(labels), gather(pairs)
-    if run.config.data:
-        labels += read_real_labels(run, model)[0]
-    tqdm.write(f"  labelled sequences: {len(labels)}; more pairs: {len(pairs)}")
-    run.log("judge", judges)
-    write_rows(run.file("mah_dpo_pairs.jsonl"), pairs)
-    write_rows(run.file("labels.jsonl"), labels)
-
-
-def judge_turns(run, name, model, mix, world, split, names):
-    """Case B: every turn of a policy's dialogues, judged as it is -> list of Labelled."""
-    turns, rng, _ = rollout(run, "turns", name, model, mix, world, split, run.config.n_prompts)
-    rows = []
-    for problem, before, ids, response in turns:
-        scores = world.scores(problem, before, model.tokenizer.decode(response))
-        targets = {o: float(judge(scores[o], rng) > 0.5) for o in names}
-        rows.append(Labelled(ids + response, [len(ids) + len(response) - 1], [targets], split))
-    return rows
-
-
-def calibrate_judge(run, model, name):
-    """Case A: the judge's threshold, fitted on 200 rated development examples, and the agreement on another 200.
-    -> a row for the log."""
-    world, rng, generator = DOMAINS[OBJECTIVES[name].domain], run.rng("judge", name), run.generator("judge", name)
-    respond = plain_responder(model, world, 0, run.config.temperature, generator)
-    student = seed_of(run.config.seed, "judge", name)
-    rated = converse(world, world.problems("dev", 400, rng), model.tokenizer, respond, student)
-    scores = [c.scores(world, model.tokenizer)[name] for c in rated]
-    ratings, gold = [judge(s, rng) for s in scores], [s >= ENGAGING for s in scores]
-    half = len(scores) // 2
-    threshold, fitted = fit_threshold(ratings[:half], gold[:half])
-    agreement = sum((r > threshold) == g for r, g in zip(ratings[half:], gold[half:])) / half
-    share = sum(gold[half:]) / half
-    tqdm.write(f"  {name}: judge's threshold {threshold:.3f}, agreement {fitted:.3f} on the {half} rated dev examples it was "
-               f"fitted on, {agreement:.3f} on {half} others (always the commoner answer: {max(share, 1 - share):.3f})")
-    return {"objective": name, "threshold": threshold, "agreement_fitted": fitted, "agreement": agreement, "positive": share}
-
-
-def label_rollouts(run, name, model, mix, world, split, names, cuts):
-    """Rollouts from every prefix of a policy's responses -> Labelled rows with hindsight targets and majority labels."""
-    config, tokenizer, more = run.config, model.tokenizer, run.config.rollouts - 1
-    answers, rng, generator = rollout(run, "rollouts", name, model, mix, world, split, config.n_rollout_prompts)
-    ends = [tokenizer.step_ends(response, world.boundary) for *_, response in answers]
-    starts = [(ids + response[:e + 1], e) for (*_, ids, response), found in zip(answers, ends) for e in found[:-1]]
-    with tqdm(total=len(starts) * more, desc=f"rollouts of {name}, {split}", unit="rollout", disable=None) as bar:
-        tails = iter(generate(model, [prefix for prefix, _ in starts], weights=mix, generator=generator,
-                              max_new_tokens=[world.max_new_tokens - e - 1 for _, e in starts], samples=more,
-                              temperature=config.temperature, progress=bar.update) if more else [])
-    rows = []
-    for (problem, _, prompt, response), found in zip(answers, ends):
-        # For every step M completed rollouts, the response first; behind the last step nothing is left to draw.
-        sets = [[response] + [response[:e + 1] + next(tails) for _ in range(more)] for e in found[:-1]]
-        sets, steps = sets + [[response] * config.rollouts], step_texts(tokenizer, response, world.boundary)
-        r = world.verify(problem, steps)[1] if VERIFIABLE & set(names) else [None] * len(steps)
-        targets = {o: (hindsight(world, problem, tokenizer, r, sets, config.gamma) if o in VERIFIABLE
-                       else verdicts(world, problem, tokenizer, o, sets, cuts[o], rng)).tolist() for o in names}
-        known = r.index(0.0) + 1 if 0.0 in r else len(r)    # what follows a wrong step is judged by that, not by what it says
-        targets[STEP] = r[:known] + [None] * (len(r) - known)
-        rows.append(Labelled(prompt + response, [len(prompt) + e for e in found],
-                             [{o: v[s] for o, v in targets.items() if v[s] is not None} for s in range(len(steps))], split))
-    return rows
-
-
-def step_texts(tokenizer, ids, boundary):
-    """Response ids -> the text of every step."""
-    ends = tokenizer.step_ends(ids, boundary)
-    return [tokenizer.decode(ids[a + 1:b + 1]) for a, b in zip([-1, *ends], ends)]
-
-
-def hindsight(world, problem, tokenizer, r, sets, gamma):
-    """The verifiable case: verify every rollout's end, then hindsight_targets. r: verdicts on the response's steps, or None."""
-    texts = [[step_texts(tokenizer, ids, world.boundary) for ids in rollouts] for rollouts in sets]
-    z = torch.tensor([[world.verify(problem, t)[0] for t in row] for row in texts])
-    n = torch.tensor([[len(t) for t in row] for row in texts])
-    return hindsight_targets(torch.tensor([right or 0.0 for right in r]), n, z, gamma)
-
-
-def verdicts(world, problem, tokenizer, name, sets, threshold, rng):
-    """Case A: the judge's verdict on every completed rollout, then majority_labels."""
-    rate = lambda r: judge(world.scores(problem, [], tokenizer.decode(r))[name], rng)
-    return majority_labels(torch.tensor([[rate(r) > threshold for r in rollouts] for rollouts in sets]))
-
-
-# -- 6: PRM
-
-PAIR_FILES = ["pairs.jsonl", "mah_dpo_pairs.jsonl"]      # of samples of SFT, on which the policies train, and of MAH-DPO
+def shown(row):
+    """A row of the log as text."""
+    parts = []
+    for key, value in row.items():
+        parts.append(f"{key} {value:.3g}" if type(value) is float else f"{key} {value}")
+    return ", ".join(parts)
 
 
 class Cycle:
@@ -680,7 +264,9 @@ class Cycle:
 
     def __init__(self, items, generator):
         assert items, "nothing to draw from"
-        self.items, self.generator, self.order = items, generator, []
+        self.items = items
+        self.generator = generator
+        self.order = []
 
     def take(self, n):
         """The next n items."""
@@ -690,528 +276,1153 @@ class Cycle:
         return [self.items[i] for i in taken]
 
 
-def prm_sources(run, outputs):
-    """What a PRM with these outputs learns from: {split: (lists of Labelled by objectives, lists of Pair by objective)}. With
-    real data an objective without step labels learns from its pairs, as in case C."""
-    labels = read_rows(run.file("labels.jsonl"), Labelled)
-    pairs = [p for name in PAIR_FILES for p in read_rows(run.file(name), Pair)]
-    labelled = {o for row in labels if row.split == "train" for o in about(run, row)}
-    groups = {}
-    for row in labels:                          # sequences with the same labelled objectives come from one domain
-        groups.setdefault(tuple(o for o in about(run, row) if o in outputs), []).append(row)
-    groups.pop((), None)
-    rest = [[p for p in pairs if p.objective == o] for o in outputs if o not in labelled]
-    split = lambda kind, s: [part for part in ([item for item in items if item.split == s] for items in kind) if part]
-    return {s: (split(groups.values(), s), split(rest, s)) for s in ("train", "dev")}
+def mixed_batches(cycles, sizes):
+    """Endless batches, each of sizes[i] items of cycles[i]."""
+    while True:
+        batch = []
+        for cycle, size in zip(cycles, sizes):
+            batch += cycle.take(size)
+        yield batch
 
 
-def about(run, item):
-    """The objectives of a Pair or of the labels of a Labelled."""
-    return [item.objective] if isinstance(item, Pair) else [o for o in run.objectives if any(o in t for t in item.targets)]
+def capped(steps, epoch, config):
+    """A training's number of steps: as configured, but at most config.epochs passes over its
+    largest source of data. epoch: the steps of one pass."""
+    return min(steps, max(1, math.ceil(config.epochs * epoch)))
 
 
-def where_is(run, item):
-    """The line of labels.jsonl or of pairs.jsonl on which an item stands, and its objectives."""
-    for path in map(run.file, PAIR_FILES if isinstance(item, Pair) else ["labels.jsonl"]):
-        rows = read_rows(path, type(item)) if os.path.exists(path) else []
-        if item in rows:
-            return f"{path}:{rows.index(item) + 1} ({', '.join(about(run, item))})"
+# -- stages base and sft: language models
+
+@dataclass
+class Example:
+    """A text to learn from; the loss counts the tokens whose mask is True."""
+    ids: list
+    mask: list
+    where: str          # tells a person which it is
+
+    def __len__(self):
+        return len(self.ids)
 
 
-def train_prm(run, name, outputs):
-    """Stage 6: one PRM with these outputs, on labelled sequences and pairs, from the SFT backbone."""
-    config, generator, sources = run.config, run.generator(name), prm_sources(run, outputs)
+def chat_example(tokenizer, messages):
+    """A conversation -> Example: the assistant's tokens and ends of turn are learnt."""
+    ids, mask = [], []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            # The user's words since the last answer, and the head of this one, are not learnt.
+            # The answer is encoded apart: prompt and answer must not merge into one token.
+            prompt = tokenizer.encode_chat(messages[:i])
+            response = tokenizer.encode(message["content"]) + [tokenizer.eos_id]
+            mask += [False] * (len(prompt) - len(ids)) + [True] * len(response)
+            ids = prompt + response
+    return Example(ids, mask, f"the example {messages[0]['content'][:60]!r}...")
+
+
+def demonstrations(worlds, n, rng, tokenizer, careful):
+    """Examples of n conversations of each world; those of careful demonstrators err less."""
+    examples = []
+    for world in worlds:
+        for problem in world.problems("train", n, rng):
+            examples.append(chat_example(tokenizer, world.conversation(problem, rng, careful)))
+    return examples
+
+
+def train_base(run, name):
+    """Stage base: the embedded base model, or the checkpoint that --init names."""
+    config, tokenizer = run.config, Tokenizer.embedded()
+    if config.init:
+        save_hf(load_init(run), run.file(name), weights=0)
+        return
+    # All worlds, whatever the objectives: a base model knows a bit of everything.
+    examples = demonstrations(DOMAINS.values(), 8000, run.rng("base", "data"), tokenizer, False)
+    for example in examples:
+        example.mask = [True] * len(example)            # a base model learns the user's words too
+    model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab), run.generator("base", "weights"))
+    model.tokenizer = tokenizer
+    model = shard(model.to(run.device), run.device)
+    language_model(run, name, model, examples, config.base_steps, config.base_lr, 64)
+
+
+def load_init(run):
+    """The checkpoint given by --init, which must bring its tokenizer."""
+    model = load_hf(run.config.init, place=partial(placed, device=run.device))
+    if model.tokenizer is None:
+        raise InputError(f"{run.config.init}: tokenizer.json, or vocab.json and merges.txt, is "
+                         "missing; a base model needs one")
+    return model
+
+
+def train_sft(run, name):
+    """Stage sft: fine-tuning on careful demonstrations, or on chosen responses of real pairs."""
+    model, config = run.load("base"), run.config
+    examples = sft_examples(run, model)
+    language_model(run, name, model, examples, config.sft_steps, config.sft_lr, config.sft_batch)
+
+
+def sft_examples(run, model):
+    """The Examples of stage sft. InputError if one is longer than the model's context."""
+    config, tokenizer = run.config, model.tokenizer
+    n = min(2500, 25 * config.sft_steps)
+    examples = demonstrations(run.worlds(model), n, run.rng("sft", "data"), tokenizer, True)
+    # With --data the chosen responses are the demonstrations.
+    for pair in real_pairs(config.data, run.objectives, model)[0]:
+        if pair.split == "train":
+            mask = [False] * len(pair.prompt) + [True] * len(pair.chosen)
+            where = f"the example {tokenizer.decode(pair.prompt)[:60]!r}..."
+            examples.append(Example(pair.prompt + pair.chosen, mask, where))
+    longest = max(map(len, examples))
+    if longest > model.config.max_len:
+        raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short; "
+                         f"the embedded worlds' conversations reach {longest} in its vocabulary")
+    return examples
+
+
+def language_model(run, stage, model, examples, steps, lr, batch_size):
+    """Next-token training on the masked tokens of Examples. Logs, saves -> the rows of the log."""
+    steps = capped(steps, len(examples) / batch_size, run.config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01,
+                                  fused=True)
+
+    def backward(batch):
+        own = local_items(batch)
+        ids, _ = pad([e.ids for e in own], model.tokenizer.pad_id, run.device)      # (B, T)
+        mask, _ = pad([e.mask for e in own], False, run.device)                     # (B, T)
+        # The token at t + 1 is predicted by the hidden state at t.
+        b, t = mask[:, 1:].nonzero(as_tuple=True)                                   # (N,)
+        with run.autocast():
+            logits = model.logits(model(ids)[b, t]).float()                         # (N, V)
+            loss = F.cross_entropy(logits, ids[b, t + 1])
+        # The mean over the tokens of all processes. FSDP takes the mean of the processes'
+        # gradients, so each is made larger by their number.
+        loss = loss * (len(b) / total(mask[:, 1:].sum()))
+        (loss * ranks()).backward()
+        return {"loss": loss}
+
+    batches = length_batches(examples, batch_size, run.generator(stage))
+    log = fit(run, stage, model, optimizer, steps, batches, backward, warm_up=40, decay="cosine")
+    run.log(stage, log)
+    save_hf(model, run.file(stage), weights=0)
+    return log
+
+
+def length_batches(items, size, generator):
+    """Endless batches of items of similar length: every epoch is shuffled, then sorted in windows
+    of 16 batches. What several processes cannot share evenly waits for another epoch."""
+    if len(items) < ranks():
+        raise InputError(f"{len(items)} examples are too few for {ranks()} processes")
+    while True:
+        shuffled = Cycle(items, generator).take(len(items))
+        batches = []
+        for start in range(0, len(items), 16 * size):
+            # Neighbours in a sorted window are of similar length, so that little is padded.
+            window = sorted(shuffled[start:start + 16 * size], key=len)
+            batches += [window[i:i + size] for i in range(0, len(window), size)]
+        for batch in reversed(Cycle(batches, generator).take(len(batches))):
+            even = len(batch) - len(batch) % ranks()
+            if even:
+                yield batch[:even]
+
+
+# -- stage pairs: a policy's samples, judged
+
+class Source(NamedTuple):
+    """Where samples come from: a policy of the run that answers problems of a world and split."""
+    run: Run
+    policy: str
+    model: GPT
+    world: World
+    split: str
+
+    @property
+    def mix(self):
+        """The weights of the policy's heads in this world: uniform over those of its domain."""
+        return domain_mix(self.model.config.objectives, self.world.name, self.run.objectives)
+
+    def objectives(self, *cases):
+        """The names of the run's objectives of these cases that the world scores."""
+        found = [o.name for o in self.run.objectives if o.case in cases]
+        return [name for name in found if name in self.world.objectives]
+
+
+def sources_of(run, policy):
+    """A policy of this run, and a Source for each world and split in which it is to answer."""
+    # Several processes share the prompts, each with the whole model: if they shared the model,
+    # every token would wait for all of them.
+    model = load_hf(run.file(policy), dtype=sampling_dtype(run.config.dtype, run.device),
+                    place=partial(torch.Tensor.to, device=run.device))
+    found = []
+    for world in run.worlds(model):
+        found += [Source(run, policy, model, world, split) for split in ("train", "dev")]
+    return model, found
+
+
+class Turn(NamedTuple):
+    """One answer of a policy: to which problem, after which messages; prompt and answer as ids."""
+    problem: Problem
+    messages: list
+    prompt: list
+    response: list
+
+
+def roll_out(source, purpose, n):
+    """A policy answers n training problems, or 15 % as many development problems -> its Turns, the
+    RNG of the judge, the generator of further samples.
+
+    n counts turns: a dialogue counts as often as the policy speaks in it."""
+    run, policy, _, world, split = source
+    seed = purpose, policy, world.name, split
+    # One split is one purpose: the draws of development do not depend on those of training.
+    n = n if split == "train" else int(0.15 * n)
+    problems = world.problems(split, max(8, n) // world.turns, run.rng(*seed))
+    # All processes have drawn the same problems. From here on each draws for itself.
+    problems = local_items(problems)
+    rng = run.rng(*seed, "judge", *run.own)
+    generator = run.generator(*seed, *run.own)
+    student = seed_of(run.config.seed, *seed, "student", *run.own)
+    turns = answer(source, problems, generator, student, f"{world.name}: {purpose}, {split}")
+    return turns, rng, generator
+
+
+def answer(source, problems, generator, student, title):
+    """The Turns of a policy about these problems; `student`: the seed of simulated students."""
+    run, _, model, world, _ = source
+    count = len(problems) * world.turns
+    with tqdm(total=count, desc=title, unit="answer", disable=None) as bar:
+        respond = plain_responder(model, world, source.mix, run.config.temperature, generator,
+                                  progress=bar.update)
+        talks = converse(world, problems, model.tokenizer, respond, student)
+    # What was said before each answer, as the judge reads it and as the policy read it.
+    turns = []
+    for talk in talks:
+        for prompt, messages, response in talk.turns:
+            turns.append(Turn(talk.problem, messages, prompt, response))
+    return turns
+
+
+def draw_samples(source, prompts, n, room, generator):
+    """n samples behind every prompt -> a list of n responses each. room: most tokens of one."""
+    if n == 0:
+        return [[] for _ in prompts]
+    title = f"{source.world.name}: samples of {source.policy}, {source.split}"
+    with tqdm(total=len(prompts) * n, desc=title, unit="sample", disable=None) as bar:
+        found = generate(source.model, prompts, weights=source.mix, samples=n, max_new_tokens=room,
+                         temperature=source.run.config.temperature, generator=generator,
+                         progress=bar.update)
+    return [found[i:i + n] for i in range(0, len(found), n)]
+
+
+def rate(source, turn, response, names, rng):
+    """{objective: rating} of a response to a turn's messages. A verifier is exact, a judge not."""
+    text = source.model.tokenizer.decode(response)
+    scores = source.world.scores(turn.problem, turn.messages, text)
+    exact = source.objectives("verifiable")
+    return {name: scores[name] if name in exact else judge(scores[name], rng) for name in names}
+
+
+def sample_pairs(source, names):
+    """Several answers to every prompt, rated for the objectives `names` -> list of Pair, of each
+    prompt's answers the best against the worst."""
+    config = source.run.config
+    # What is answered: the problem itself, or every turn of a dialogue that the policy has led.
+    turns, rng, generator = roll_out(source, "samples", config.n_prompts)
+    prompts, room = [turn.prompt for turn in turns], source.world.max_new_tokens
+    samples = draw_samples(source, prompts, config.n_samples, room, generator)
+    pairs = []
+    for turn, responses in zip(turns, samples):
+        ratings = [rate(source, turn, response, names, rng) for response in responses]
+        # An objective has its own best and worst. Ratings that are nearly equal say nothing.
+        for name in names:
+            rated = [rating[name] for rating in ratings]
+            high, low = max(rated), min(rated)
+            best, worst = responses[rated.index(high)], responses[rated.index(low)]
+            if high - low > 0.1 and best != worst:
+                pairs.append(Pair(name, turn.prompt, best, worst, source.split))
+    return pairs
+
+
+def make_pairs(run, name):
+    """Stage pairs: pairs.jsonl, from --data and from samples of the SFT policy, with the SFT
+    policy's log-probabilities of both responses: the reference of preference training."""
+    model, sources = sources_of(run, "sft")
+    sampled = []
+    for source in sources:
+        sampled += sample_pairs(source, source.objectives("verifiable", "A", "B", "C"))
+    pairs = real_pairs(run.config.data, run.objectives, model)[0] + gather(sampled)
+    # Every objective needs pairs, or its head would stay a copy.
+    count = Counter((pair.objective, pair.split) for pair in pairs)
+    empty = [o for o in run.names if not count[o, "train"]]
+    if empty:
+        raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled "
+                         "answers of different scores (all wrong, or all right); raise --n-samples "
+                         "or --n-prompts, or give a better --init")
+    for o in run.names:
+        tqdm.write(f"  {o}: {count[o, 'train']} pairs to train on, {count[o, 'dev']} held out")
+    # The reference never changes: its log-probabilities are computed once, for all policies.
+    logps = score_pairs(run, run.load("sft"), pairs, "log-probs of sft").tolist()
+    for pair, reference in zip(pairs, logps):
+        pair.reference = reference
+    write_rows(run.file(name), pairs)
+
+
+# -- stages of the policies: one preference step for DPO, MAH-DPO and MODPO
+
+def score_pairs(run, model, pairs, title):
+    """Log-probabilities (N, 2) of chosen and rejected under a policy, each pair under its own head,
+    in the precision in which the policies train."""
+    with run.autocast(), tqdm(total=len(pairs), desc=title, unit="pair", disable=None) as bar:
+        return own_logps(model, pairs, bar.update)
+
+
+def choose(pairs, objective, split):
+    """The pairs of one objective and split."""
+    return [pair for pair in pairs if pair.objective == objective and pair.split == split]
+
+
+def preference_loss(run, pairs, logps, count=None):
+    """The loss of n pairs: DPO's objective by objective, or MODPO's where the pairs have margins.
+
+    logps (2, n): the policy's. count: see balanced_mean -> loss, metrics by objective."""
+    device, beta = logps.device, run.config.beta
+    weights = parse_weights(run.config.alpha, run.names, "--alpha", 1.0)
+    alpha = torch.tensor(weights, device=device)                                    # (O,)
+    owner = torch.tensor([run.names.index(pair.objective) for pair in pairs], device=device)
+    reference = torch.tensor([pair.reference for pair in pairs], device=device)     # (n, 2)
+    both = [*logps, *reference.T]                                                   # 4 times (n,)
+    if pairs[0].margin is None:
+        return mah_dpo_loss(*both, owner, alpha, beta, count)
+    margin = torch.tensor([pair.margin for pair in pairs], device=device)           # (n,)
+    # MODPO's weights are uniform over the objectives of a domain.
+    domains = [o.domain for o in run.objectives]
+    w_k = torch.tensor([1 / domains.count(domain) for domain in domains], device=device)
+    losses = modpo_loss(*both, margin, w_k[owner], beta)
+    metrics = pair_metrics(losses, *both, owner, len(alpha), beta, count)
+    return balanced_mean(losses, owner, alpha, count), metrics
+
+
+def train_policy(run, name):
+    """A stage of the policies: preference training from the SFT policy.
+
+    MAH-DPO has a head per objective, the others have one; dpo_<objective> learns from the pairs of
+    one objective, the others from all; MODPO's loss has margins. All else is the same. Balanced:
+    as many pairs of every objective in every step (paper, Sec. 5)."""
+    config, pairs = run.config, read_rows(run.file("pairs.jsonl"), Pair)
+    names = [name.removeprefix("dpo_")] if name.startswith("dpo_") else run.names
+    heads = names if name == "mah_dpo" else ["policy"]
+    if name == "modpo":
+        set_margins(run, pairs)
+    # Several heads start a little apart from each other; a single head is an exact copy.
+    noise = config.perturbation if len(heads) > 1 else 0.0
+    model = run.load("sft").with_heads(heads, noise, run.generator(name, "heads"))
+    # A rate of its own for each method, so that all end about as far from the reference.
+    factors = parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
+    factor = factors[METHODS.index("soup" if name.startswith("dpo_") else name)]
+    optimizer = make_optimizer(model, config.dpo_lr_backbone, factor * config.dpo_lr_heads)
+
+    # The loss of an objective is the mean over its pairs in the batch.
+    per_step = [config.dpo_pairs if o in names else 0 for o in run.names]
+    count = torch.tensor(per_step, device=run.device)                               # (O,)
+
+    def backward(batch):
+        found = Counter()
+        # The losses and gradients of the parts of a batch add up to those of the batch.
+        for index in dealt_batches([len(pair) for pair in batch]):
+            part = [batch[i] for i in index]
+            head = [heads.index(pair.objective) if len(heads) > 1 else 0 for pair in part]
+            with run.autocast():
+                logps = policy_logps(model, part, torch.tensor(head, device=run.device))  # (2, n)
+            loss, metrics = preference_loss(run, part, logps, count)
+            if ranks() > 1:     # FSDP wants a gradient for the same parameters in every process
+                loss = loss + 0 * sum(head.weight[0, 0] for head in model.heads)
+            (loss * ranks()).backward()
+            for metric, value in metrics.items():
+                found[metric] += value
+        if len(heads) > 1:      # a head's gradient comes from its own objective alone
+            grads = [head.weight.grad for head in model.heads]      # None in a process without pair
+            zero = torch.zeros((), device=run.device)
+            norms = [zero if grad is None else whole(grad.norm()) for grad in grads]
+            found["gradient_norm"] = torch.stack(norms) / ranks()
+        return found
+
+    # Progress is measured on held-out pairs, as many of every objective.
+    dev = []
+    for objective in names:
+        dev += choose(pairs, objective, "dev")[:4 * config.dpo_pairs]
+
+    def develop():
+        with run.autocast():
+            logps = own_logps(model, dev).T.to(run.device)
+        return preference_loss(run, dev, logps)[1]
+
+    steps, batches = pair_batches(run, pairs, names)
+    log = fit(run, name, model, optimizer, steps, batches, backward, run.names,
+              develop if dev else None, clip=10.0)
+    run.log(name, log)
+    save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
+
+
+def pair_batches(run, pairs, names):
+    """The steps of a policy's training and its endless batches: an objective's pairs come in the
+    same order to every policy, for the same number of steps."""
+    train = {o: choose(pairs, o, "train") for o in run.names}
+    cycles = [Cycle(train[o], run.generator("pairs", o)) for o in names]
+    n = run.config.dpo_pairs
+    epoch = max(map(len, train.values())) / n
+    steps = capped(run.config.dpo_steps, epoch, run.config)
+    return steps, mixed_batches(cycles, [n] * len(names))
+
+
+def set_margins(run, pairs):
+    """MODPO's margin of a pair of objective k: the sum over the domain's other objectives j of
+    w_j (r_j(y+) - r_j(y-)), with uniform w and r_j = beta log(pi_j / pi_ref) by the policies of
+    single objectives (paper, Sec. 5)."""
+    for pair in pairs:
+        pair.margin = 0.0
+    for objective in run.objectives:
+        # This objective's policy rewards the pairs of the domain's other objectives.
+        mates = [o.name for o in run.objectives if o.domain == objective.domain]
+        part = [p for p in pairs if p.objective in mates and p.objective != objective.name]
+        if part:
+            policy = f"dpo_{objective.name}"
+            logps = score_pairs(run, run.load(policy), part, f"rewards by {policy}")
+            reference = torch.tensor([pair.reference for pair in part])
+            rewards = run.config.beta * (logps - reference)                         # (n, 2)
+            for pair, (chosen, rejected) in zip(part, rewards.tolist()):
+                pair.margin += (chosen - rejected) / len(mates)
+
+
+def measure_pairs(run, name):
+    """Stage pair_metrics: rows for the table of held-out pairs. Each pair is scored under its own
+    head; the soup is that of its domain's policies."""
+    pairs = [p for p in read_rows(run.file("pairs.jsonl"), Pair) if p.split == "dev"]
+    jobs = [(policy, [policy], run.names)
+            for policy in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo")]
+    for domain in dict.fromkeys(o.domain for o in run.objectives):
+        names = [o.name for o in run.objectives if o.domain == domain]
+        jobs.append(("soup", [f"dpo_{o}" for o in names], names))
+    # The SFT policy is the reference itself; the others are compared with it.
+    rows = []
+    for policy, members, names in jobs:
+        part = [pair for pair in pairs if pair.objective in names]
+        reference = torch.tensor([pair.reference for pair in part]).view(-1, 2)
+        logps = reference
+        if policy != "sft":
+            model = average([run.load(member) for member in members])
+            logps = score_pairs(run, model, part, f"held-out pairs: {policy}")
+        rows += pair_metrics_rows(policy, logps, reference, part, run.config.beta, run.config.seed)
+    write_json(run.file(name), rows)
+
+
+# -- stage labels: what the PRM learns from
+
+def make_labels(run, name):
+    """Stage labels: labels.jsonl and mah_dpo_pairs.jsonl. The PRM will guide the SFT policy and
+    MAH-DPO's uniform mixes, so both make its data: judged turns (case B), rollouts (verifiable and
+    case A), and pairs (case C; those of SFT are in pairs.jsonl)."""
+    config, labels, pairs, judges = run.config, [], [], {}
+    for policy in ("sft", "mah_dpo"):
+        model, sources = sources_of(run, policy)
+        for source in sources:
+            judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
+            # SFT comes first: on its answers the judge is calibrated.
+            for objective in source.objectives("A"):
+                if objective not in judges:
+                    judges[objective] = calibrate_judge(source, objective)
+            labels += label_steps(source, judged, judges, "turns", config.n_prompts, 1)
+            labels += label_steps(source, rolled, judges, "rollouts", config.n_rollout_prompts,
+                                  config.rollouts)
+            if policy == "mah_dpo" and source.objectives("C"):
+                pairs += sample_pairs(source, source.objectives("C"))
+    labels, pairs = gather(labels), gather(pairs)
+    labels += real_labels(config.data, run.objectives, model)[0]
+    tqdm.write(f"  labelled sequences: {len(labels)}; more pairs: {len(pairs)}")
+    run.log("labels", judges.values())
+    write_rows(run.file("mah_dpo_pairs.jsonl"), pairs)
+    write_rows(run.file(name), labels)
+
+
+def calibrate_judge(source, name):
+    """Case A: the judge's threshold, fitted on 200 rated development examples of the SFT policy,
+    and the agreement on another 200 -> a row for the log."""
+    run, world = source.run, source.world
+    rng, generator = run.rng("judge", name), run.generator("judge", name)
+    problems = world.problems("dev", 400, rng)
+    student = seed_of(run.config.seed, "judge", name)
+    ratings, gold = [], []
+    for turn in answer(source, problems, generator, student, f"{name}: rated examples"):
+        text = source.model.tokenizer.decode(turn.response)
+        score = world.scores(turn.problem, turn.messages, text)[name]
+        ratings.append(judge(score, rng))
+        gold.append(score >= ENGAGING)
+    # Gold labels come from noise-free scores, as a person would rate a few examples by hand.
+    half = len(gold) // 2
+    threshold, fitted = fit_threshold(ratings[:half], gold[:half])
+    verdicts = [rating > threshold for rating in ratings[half:]]
+    agreement = sum(map(operator.eq, verdicts, gold[half:])) / half
+    row = {"objective": name, "threshold": threshold, "agreement_fitted": fitted,
+           "agreement": agreement, "positive": sum(gold[half:]) / half}
+    tqdm.write(f"  judge, fitted on {half} examples, measured on {half} others: {shown(row)}")
+    return row
+
+
+def label_steps(source, names, judges, purpose, n, M):
+    """M rollouts from every step of a policy's answers to n problems -> Labelled rows with a label
+    for each of the objectives `names`. judges: rows of calibrate_judge, by objective."""
+    if not names:
+        return []
+    tokenizer, world = source.model.tokenizer, source.world
+    turns, rng, generator = roll_out(source, purpose, n)
+    ends = [tokenizer.step_ends(turn.response, world.boundary) for turn in turns]
+    # The response itself is the first rollout. M - 1 samples go on from every step but the last.
+    prefixes, room = [], []
+    for turn, at in zip(turns, ends):
+        for end in at[:-1]:
+            prefixes.append(turn.prompt + turn.response[:end + 1])
+            room.append(world.max_new_tokens - end - 1)
+    tails = iter(draw_samples(source, prefixes, M - 1, room, generator))
+    rows = []
+    for turn, at in zip(turns, ends):
+        rollouts = []                                       # for every step M whole responses
+        for end in at[:-1]:
+            prefix = turn.response[:end + 1]
+            rollouts.append([turn.response] + [prefix + tail for tail in next(tails)])
+        rollouts.append([turn.response] * M)
+        # Every objective labels every step that it can; STEP those up to the first wrong one.
+        targets = [{} for _ in at]                          # for every step {name: label}
+        for name in [*names, STEP]:
+            labels = labels_of(source, turn, rollouts, name, judges, rng)
+            for target, label in zip(targets, labels):
+                target[name] = label
+        # The PRM reads the prompt, too: a step ends that much later.
+        at = [len(turn.prompt) + end for end in at]
+        rows.append(Labelled(turn.prompt + turn.response, at, targets, source.split))
+    return rows
+
+
+def labels_of(source, turn, rollouts, name, judges, rng):
+    """One output's labels for the steps of a turn. rollouts: for every step M responses."""
+    verifiable = source.objectives("verifiable")
+    if name == STEP:
+        return known_verdicts(source, turn) if verifiable else []
+    if name in verifiable:
+        return hindsight(source, turn, rollouts)
+    # A judge of case A was calibrated; in case B, half of the scale is positive.
+    threshold = judges[name]["threshold"] if name in judges else 0.5
+    verdicts = []
+    for responses in rollouts:
+        ratings = [rate(source, turn, response, [name], rng)[name] for response in responses]
+        verdicts.append([rating > threshold for rating in ratings])
+    return majority_labels(torch.tensor(verdicts)).tolist()
+
+
+def verify(source, turn, response):
+    """The verifier on a response -> is its end right? 1 or 0; the same for every step, or None."""
+    tokenizer = source.model.tokenizer
+    steps, start = [], 0
+    for end in tokenizer.step_ends(response, source.world.boundary):
+        steps.append(tokenizer.decode(response[start:end + 1]))
+        start = end + 1
+    return source.world.verify(turn.problem, steps)
+
+
+def hindsight(source, turn, rollouts):
+    """The verifiable case: V_t for every step."""
+    correct, lengths = [], []
+    for responses in rollouts:
+        verified = [verify(source, turn, response) for response in responses]
+        correct.append([z for z, _ in verified])
+        lengths.append([len(rewards) for _, rewards in verified])
+    # Nobody verifies the single steps of an answer to a real question: r_t is 0 there.
+    _, rewards = verify(source, turn, turn.response)
+    r = torch.tensor([reward or 0.0 for reward in rewards])                         # (S,)
+    gamma = source.run.config.gamma
+    return hindsight_targets(r, torch.tensor(lengths), torch.tensor(correct), gamma).tolist()
+
+
+def known_verdicts(source, turn):
+    """The verifier's verdicts on the steps up to the first wrong one: what follows that is judged
+    by it, not by what it says. Nothing where steps are not verified."""
+    _, rewards = verify(source, turn, turn.response)
+    known = [reward for reward in rewards if reward is not None]
+    return known[:known.index(0.0) + 1] if 0.0 in known else known
+
+
+# -- stage prm: the process reward model
+
+# Pairs of samples of SFT, on which the policies train too, and of MAH-DPO.
+PAIR_FILES = ["pairs.jsonl", "mah_dpo_pairs.jsonl"]
+
+
+def prm_sources(run, names, split):
+    """What a PRM with these outputs learns from, or is measured on: lists of Labelled, one for each
+    set of objectives that are labelled together (those of a domain); then lists of Pair, one for
+    each objective without labels, as in case C."""
+    labelled, groups, pairs = set(), {}, []
+    for row in read_rows(run.file("labels.jsonl"), Labelled):
+        about = set().union(*row.targets) & set(names)
+        if row.split == "train":
+            labelled |= about
+        if about and row.split == split:
+            groups.setdefault(frozenset(about), []).append(row)
+    # An objective without step labels learns from its pairs.
+    for file in PAIR_FILES:
+        pairs += read_rows(run.file(file), Pair)
+    found = list(groups.values())
+    for name in names:
+        if name not in labelled:
+            found.append(choose(pairs, name, split))
+    return [items for items in found if items]
+
+
+def step_sizes(sources, config):
+    """How many items of each source a PRM step takes. Labelled sequences: as many as the source has
+    a share of the labels, but at least prm_pairs, so that few labels are still learned from."""
+    # A source of pairs has no labels, and takes prm_pairs.
+    labelled = []
+    for items in sources:
+        steps = [len(item.ends) for item in items if isinstance(item, Labelled)]
+        labelled.append(sum(steps))
+    sizes = []
+    for n in labelled:
+        share = config.prm_batch * n // max(1, sum(labelled))
+        size = max(config.prm_pairs, share)
+        sizes.append(max(1, size // ranks()) * ranks())     # what the processes can share
+    return sizes
+
+
+def count_labels(items):
+    """The number of labels of every output on Labelled rows (a Pair has none)."""
+    count = Counter()
+    for item in items:
+        for labels in item.targets if isinstance(item, Labelled) else []:
+            count.update(labels.keys())
+    return count
+
+
+def own_parts(batch):
+    """This process's items of a batch in parts: labelled sequences, then pairs."""
+    labelled = [item for item in batch if isinstance(item, Labelled)]
+    pairs = [item for item in batch if isinstance(item, Pair)]
+    # Few tokens at a time: gradients add up, and little is padded.
+    for index in dealt_batches([len(row) for row in labelled], 2048):
+        yield [labelled[i] for i in index]
+    if pairs:
+        yield local_items(pairs)
+
+
+def prm_loss(prm, part, in_batch):
+    """Losses (P,) of every output on a part of a batch, such that those of all parts add up to the
+    batch's; and how many labels or comparisons of each there are in the part (P,). in_batch (P,):
+    labels in the whole batch."""
+    if isinstance(part[0], Labelled):
+        scores, targets = step_scores(prm, part)                                    # (N, P)
+        return step_loss(prm.outputs, scores, targets, in_batch), (~targets.isnan()).sum(0)
+    # Case C: the comparisons of each objective, counted over all processes.
+    chosen, rejected, output = pair_scores(prm, part)                               # (N,)
+    P = len(prm.outputs)
+    losses = [bradley_terry_loss(chosen, rejected, output == p) for p in range(P)]
+    count = output.bincount(minlength=P)
+    return torch.stack(losses) * count / total(count).clamp(min=1), count
+
+
+def train_prm(run, name):
+    """Stage prm: one PRM on labelled sequences and pairs, from the SFT backbone."""
+    config, generator = run.config, run.generator(name)
+    outputs = [o for o in run.objectives if name in ("prm", f"prm_{o.name}")]
+    names, cases = [o.name for o in outputs], [o.case for o in outputs]
+    sources = prm_sources(run, names, "train")
     backbone = run.load("sft").with_heads(())
-    # Where it is known which steps are right, a value model is taught that too. (Below an only block there is nothing to read.)
-    verified = any(STEP in t for items in sources["train"][0] for row in items for t in row.targets)
-    if verified and VERIFIABLE & set(outputs) and backbone.config.n_layer > 1:
-        outputs = [*outputs, STEP]
-    records = [STEP_OUTPUT if o == STEP else OBJECTIVES[o] for o in outputs]
-    prm = shard(PRM(backbone, records, run.generator(name, "weights")).to(run.device), run.device)
+    # A value model's squared errors are small beside the other outputs' losses.
+    weights = [config.prm_value_weight if case == "verifiable" else 1.0 for case in cases]
+    # Where it is known which steps are right, a value model is taught that too. A single block has
+    # no layer below it to read it from.
+    if "verifiable" in cases and STEP in count_labels(sum(sources, [])):
+        if backbone.config.n_layer > 1:
+            outputs.append(STEP_OUTPUT)
+            weights.append(config.prm_step_weight)
+    weight = torch.tensor(weights, device=run.device)                               # (P,)
+    prm = PRM(backbone, outputs, run.generator(name, "weights")).to(run.device)
+    prm = shard(prm, run.device)
     optimizer = torch.optim.AdamW([{"params": backbone.parameters(), "lr": config.prm_lr_backbone},
                                    {"params": prm.score.parameters(), "lr": config.prm_lr_head}],
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    rows, pairs = ([Cycle(items, generator) for items in kind] for kind in sources["train"])
-    n_labels = [sum(len(r.ends) for r in cycle.items) for cycle in rows]
-    even = lambda n: max(1, n // ranks()) * ranks()                                       # what the processes can share
-    share = lambda n: max(config.prm_pairs, config.prm_batch * n // sum(n_labels))        # few labels are still learned from
-    sizes = [even(share(n)) for n in n_labels] + [even(config.prm_pairs) for _ in pairs]
-    largest = max(len(cycle.items) / size for cycle, size in zip([*rows, *pairs], sizes))
-    steps = capped(config.prm_steps, largest, config)
-    weight = torch.tensor([config.prm_step_weight if o == STEP else config.prm_value_weight if o in VERIFIABLE else 1.0
-                           for o in outputs], device=run.device)
-
-    def batches():
-        while True:
-            yield [item for cycle, n in zip([*rows, *pairs], sizes) for item in cycle.take(n)]
-
-    def parts(batch):
-        """This process's items, labelled ones some of similar length at a time: gradients add up, and little is padded."""
-        labelled, compared = ([x for x in batch if isinstance(x, kind)] for kind in (Labelled, Pair))
-        for index in dealt_batches([len(r) for r in labelled], 2048):
-            yield [labelled[i] for i in index]
-        if compared:
-            yield local_items(compared)
 
     def backward(batch):
         losses, labels = torch.zeros(2, len(outputs), device=run.device)
-        named = Counter(o for x in batch if isinstance(x, Labelled) for t in x.targets for o in t)
-        of_batch = torch.tensor([named[o] for o in outputs], device=run.device)
-        for part in parts(batch):
+        count = count_labels(batch)
+        in_batch = torch.tensor([count[output] for output in prm.names], device=run.device)
+        for part in own_parts(batch):
             with run.autocast():
-                if isinstance(part[0], Labelled):
-                    scores, targets = step_scores(prm, part)
-                    count = (~targets.isnan()).sum(0)
-                    loss = step_loss(records, scores, targets, of_batch)
-                else:
-                    chosen, rejected, owner = pair_scores(prm, part)
-                    count = owner.bincount(minlength=len(outputs))
-                    loss = torch.stack([bradley_terry_loss(chosen, rejected, owner == p) for p in range(len(outputs))])
-                    loss = loss * count / total(count).clamp(min=1)
+                loss, n = prm_loss(prm, part, in_batch)
             ((loss * weight).sum() * ranks()).backward()
-            losses, labels = losses + loss.detach(), labels + count
+            losses, labels = losses + loss.detach(), labels + n
         return {"loss": losses, "labels": labels}
 
-    log = fit(run, name, prm, optimizer, steps, batches=batches(), backward=backward, names=outputs,
-              warm_up=100, rate=lambda step: 0.05 + 0.95 * (1 - step / steps), tokens=len,
-              where=lambda item: where_is(run, item), key=run.key(*map(run.file, ["labels.jsonl", *PAIR_FILES])))
-    log.append(measure_prm(prm, sources["dev"]))
-    run.log(name, log)
+    sizes = step_sizes(sources, config)
+    batches = mixed_batches([Cycle(items, generator) for items in sources], sizes)
+    epoch = max(len(items) / size for items, size in zip(sources, sizes))
+    steps = capped(config.prm_steps, epoch, config)
+    log = fit(run, name, prm, optimizer, steps, batches, backward, prm.names, warm_up=100,
+              decay="linear")
+    run.log(name, [*log, measure_prm(prm, prm_sources(run, names, "dev"))])
     save_prm(prm, run.file(name))
 
 
 @torch.no_grad()
 def measure_prm(prm, sources):
-    """Held-out quality of every output, printed; sets prm.scale. For the value model: R^2 beside predict-the-mean (0)."""
-    found, quality = {o: [] for o in prm.names}, {}
-    batches = lambda items: ([items[i] for i in index] for index in batches_by_length([len(x) for x in items]))
-    for rows in sources[0]:
-        parts = [step_scores(prm, part) for part in batches(rows)]
-        scores, targets = (torch.cat(t) for t in zip(*parts))
-        for p, name in enumerate(prm.names):
+    """The held-out quality of every output, printed, as a row of the log; sets prm.scale."""
+    quality, spread = {}, {name: [] for name in prm.names}
+    for items in sources:
+        if isinstance(items[0], Pair):
+            chosen, rejected, _ = all_scores(pair_scores, prm, items)               # (N,)
+            right = (chosen > rejected).float()
+            quality[items[0].objective] = {"pair_accuracy": float(right.mean()), "n": len(right)}
+            spread[items[0].objective] += [chosen, rejected]
+            continue
+        scores, targets = all_scores(step_scores, prm, items)                       # (N, P)
+        # Only the steps that have a label of this output count.
+        for p, output in enumerate(prm.outputs):
             has = ~targets[:, p].isnan()
-            s, t = scores[has, p], targets[has, p]
-            if len(s) and name in VERIFIABLE:
-                quality[name] = {"r2": 1 - float(((s - t) ** 2).mean() / t.var(correction=0).clamp(min=1e-9)), "n": len(s)}
-            elif len(s):
-                common = float(t.mean())
-                quality[name] = {"accuracy": float(((s > 0) == (t > 0.5)).float().mean()),
-                                 "commoner_label": max(common, 1 - common), "n": len(s)}
-            found[name].append(s)
-    for pairs in sources[1]:
-        chosen, rejected, _ = (torch.cat(t) for t in zip(*(pair_scores(prm, part) for part in batches(pairs))))
-        quality[pairs[0].objective] = {"pair_accuracy": float((chosen > rejected).float().mean()), "n": len(chosen)}
-        found[pairs[0].objective] += [chosen, rejected]
+            if has.any():
+                quality[output.name] = step_quality(output, scores[has, p], targets[has, p])
+                spread[output.name].append(scores[has, p])
+    # Scores of different outputs are brought to one unit by their spread.
     for p, name in enumerate(prm.names):
-        values = torch.cat(found[name]) if found[name] else torch.zeros(0)
+        values = torch.cat(spread[name]) if spread[name] else torch.zeros(1)
         if len(values) > 1 and float(values.std()) > 0:
             prm.scale[p] = values.std()
-    for name, q in quality.items():
-        tqdm.write(f"  {name:17s} held-out " + ", ".join(f"{k} {v:.3f}" if k != "n" else f"{v} steps" for k, v in q.items()))
+    for name, measures in quality.items():
+        tqdm.write(f"  {name:17s} held-out {shown(measures)}")
     return {"held_out": quality}
 
 
-# -- 4: policies
-
-METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]
-
-
-def reference_logps(run, pairs):
-    """The SFT policy's log-probabilities (N, 2) of all pairs, computed once, in the precision that the policies train in, and
-    kept in sft_logps.safetensors. InputError if what is kept there is of other pairs, or if one is not finite."""
-    path, key = run.file("sft_logps.safetensors"), fingerprint(run.config.dtype, run.file("pairs.jsonl"))
-    if not os.path.exists(path):
-        model = run.load("sft")
-        with run.autocast(), tqdm(total=len(pairs), desc="log-probs of sft", unit="pair", disable=None) as bar:
-            logps = own_logps(model, pairs, bar.update)
-        bad = (~logps.isfinite().all(1)).nonzero()[:, 0].tolist()
-        if bad:
-            raise InputError(f"{where_is(run, pairs[bad[0]])}: its log-probability under the SFT policy is not finite, as of "
-                             f"{len(bad)} of {len(pairs)} pairs")
-        save_safetensors({"logps": logps}, path, {"key": key})
-    if read_metadata(path).get("key") != key:
-        raise InputError(f"{path}: computed for another pairs.jsonl, or in another --dtype; bring that back, or remove this file "
-                         "and the policies that were trained on it")
-    return load_safetensors(path)["logps"]
+def all_scores(read, prm, items):
+    """What `read` (step_scores or pair_scores) gives for all items, some of them at a time."""
+    parts = []
+    for index in batches_by_length([len(item) for item in items]):
+        parts.append(read(prm, [items[i] for i in index]))
+    return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
-def train_policy(run, name, heads, objectives, margins=None):
-    """Preference training on the pairs of `objectives`. heads: names of the policy's heads; an objective without a head
-    of its own goes through head 0, so this one function is MAH-DPO, single-head DPO, DPO on one objective, and with
-    margins (N,) MODPO. Balanced: the same number of pairs of every objective in every step (paper, Sec. 5)."""
-    config, pairs = run.config, read_rows(run.file("pairs.jsonl"), Pair)
-    reference = reference_logps(run, pairs)
-    model = run.load("sft").with_heads(heads, config.perturbation if len(heads) > 1 else 0.0, run.generator(name, "heads"))
-    factors = parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
-    factor = factors[METHODS.index("soup" if name.startswith("dpo_") else name)]
-    optimizer = make_optimizer(model, config.dpo_lr_backbone, factor * config.dpo_lr_heads)
-    weights = dict(zip(run.objectives, parse_weights(config.alpha, run.objectives, "--alpha", 1.0)))
-    alpha = torch.tensor([weights[o] for o in objectives], device=run.device)
-    domain = lambda o: OBJECTIVES[o].domain
-    w_k = torch.tensor([1 / sum(domain(o) == domain(k) for o in objectives) for k in objectives], device=run.device)
-    # An objective's pairs come in the same order to every policy, for the same number of steps.
-    of = lambda o, split: [i for i, p in enumerate(pairs) if p.objective == o and p.split == split]
-    cycles = {o: Cycle(of(o, "train"), run.generator("pairs", o)) for o in run.objectives}
-    steps = capped(config.dpo_steps, max(len(c.items) for c in cycles.values()) / config.dpo_pairs, config)
-    dev = [i for o in objectives for i in of(o, "dev")[:4 * config.dpo_pairs]]
-    head_of = lambda o: heads.index(o) if o in heads else 0
-
-    def batches():
-        while True:
-            yield [i for o in objectives for i in cycles[o].take(config.dpo_pairs)]
-
-    def judged(pi, index, count=None):
-        """Log-probabilities (2, n) of the pairs `index` -> loss, metrics."""
-        which = torch.tensor([objectives.index(pairs[i].objective) for i in index], device=run.device)
-        ref = reference[index].T.to(run.device)
-        if margins is None:
-            return mah_dpo_loss(*pi, *ref, which, alpha, config.beta, count)
-        losses = modpo_loss(*pi, *ref, margins[index].to(run.device), w_k[which], config.beta)
-        return balanced_mean(losses, which, alpha, count), pair_metrics(losses, *pi, *ref, which, len(alpha), config.beta, count)
-
-    def backward(index):
-        found = []
-        count = torch.full((len(objectives),), config.dpo_pairs, device=run.device)
-        for part in dealt_batches([len(pairs[i]) for i in index]):                        # gradients add up exactly
-            part = [index[k] for k in part]
-            head = torch.tensor([head_of(pairs[i].objective) for i in part], device=run.device)
-            with run.autocast():
-                loss, metrics = judged(policy_logps(model, [pairs[i] for i in part], head), part, count)
-            if ranks() > 1:             # FSDP wants a gradient for the same parameters in every process
-                loss = loss + 0 * sum(head.weight[0, 0] for head in model.heads)
-            (loss * ranks()).backward()
-            found.append(metrics)
-        found = {metric: sum(m[metric] for m in found) for metric in found[0]}
-        if len(heads) > 1:              # a head's gradient comes from its objective alone
-            grads = [model.heads[head_of(o)].weight.grad for o in objectives]     # None without a pair of the objective
-            norms = [torch.zeros((), device=run.device) if g is None else whole(g.norm()) for g in grads]
-            found["gradient_norm"] = torch.stack(norms) / ranks()
-        return found
-
-    def develop():
-        with run.autocast():
-            logps = own_logps(model, [pairs[i] for i in dev]).T.to(run.device)
-        return judged(logps, dev)[1]
-
-    log = fit(run, name, model, optimizer, steps, batches=batches(), backward=backward, names=objectives, clip=10.0,
-              develop=develop if dev else None, tokens=lambda i: len(pairs[i]), where=lambda i: where_is(run, pairs[i]),
-              key=run.key(run.file("pairs.jsonl")))
-    if not name.startswith("dpo_"):         # the soup's members go without
-        show_progress(name, objectives, log)
-    run.log(name, log)
-    save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
+def step_quality(output, scores, targets):
+    """Scores and targets (n,) of one output on held-out steps -> its measures. R^2 is the share of
+    the targets' variance that is explained; to predict their mean gives 0."""
+    if output.case == "verifiable":
+        error = ((scores - targets) ** 2).mean()
+        variance = targets.var(correction=0).clamp(min=1e-9)
+        return {"r2": 1 - float(error / variance), "n": len(scores)}
+    right = (scores > 0) == (targets > 0.5)
+    positive = float(targets.mean())
+    return {"accuracy": float(right.float().mean()),
+            "commoner_label": max(positive, 1 - positive), "n": len(scores)}
 
 
-def show_progress(name, objectives, log):
-    """One aligned line per evaluation on development pairs: loss, margin, accuracy of every objective."""
-    names = " ".join(f"{o:>18}" for o in objectives)
-    tqdm.write(f"  {name}: loss, margin, accuracy on development pairs\n        {names}")
-    for row in (r for r in log if r.get("split") == "dev"):
-        cells = [f"{m['loss']:6.3f} {m['margin']:+6.2f} {m['accuracy']:4.2f}" if m else "-"
-                 for m in (row.get(o) for o in objectives)]
-        tqdm.write(f"  {row['step']:5d} " + " ".join(f"{c:>18}" for c in cells))
+# -- the table of stages
 
-
-def modpo_margins(run, pairs):
-    """(N,): for a pair of objective k, sum over the domain's other objectives j of w_j (r_j(y+) - r_j(y-)) with uniform w
-    and r_j = beta log(pi_j / pi_ref) by the single-objective DPO policies."""
-    reference = reference_logps(run, pairs)
-    margins = torch.zeros(len(pairs))
-    for name in run.objectives:
-        mates = domain_objectives(OBJECTIVES[name].domain, run.objectives)
-        index = [i for i, p in enumerate(pairs) if p.objective in mates and p.objective != name]
-        if index:
-            model = run.load(f"dpo_{name}")
-            with run.autocast(), tqdm(total=len(index), desc=f"rewards by dpo_{name}", unit="pair", disable=None) as bar:
-                logps = pair_logps(model, [pairs[i] for i in index], lambda o: 0, model.tokenizer.pad_id, bar.update)
-            rewards = run.config.beta * (logps - reference[index])
-            margins[index] += (rewards[:, 0] - rewards[:, 1]) / len(mates)
-    return margins
-
-
-def train_policies(run):
-    """Stage 4, one policy after another; finished ones are skipped."""
-    objectives = run.objectives
-    jobs = [("mah_dpo", objectives, objectives), ("single_head_dpo", ["policy"], objectives),
-            *((f"dpo_{o}", ["policy"], [o]) for o in objectives), ("modpo", ["policy"], objectives)]
-    for name, heads, wanted in jobs:
-        if not finished(run, name):
-            margins = modpo_margins(run, read_rows(run.file("pairs.jsonl"), Pair)) if name == "modpo" else None
-            train_policy(run, name, list(heads), wanted, margins)
-    with run.autocast():            # as the reference's log-probabilities were computed
-        write_json(run.file("pair_metrics.json"), measure_pairs(run))
-
-
-def measure_pairs(run):
-    """Rows of the held-out pairs' table: every policy, each pair under its own head; the soup under its domain's."""
-    pairs = read_rows(run.file("pairs.jsonl"), Pair)
-    reference, rows = reference_logps(run, pairs), []
-    jobs = [(name, [name], run.objectives) for name in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo")]
-    jobs += [("soup", [f"dpo_{o}" for o in names], names)
-             for names in (domain_objectives(domain, run.objectives) for domain in run.domains)]
-    for policy, members, names in tqdm(jobs, desc="held-out pairs", unit="policy", disable=None):
-        index = [i for i, p in enumerate(pairs) if p.split == "dev" and p.objective in names]
-        part, model = [pairs[i] for i in index], average([run.load(m) for m in members])
-        logps = reference[index] if policy == "sft" else own_logps(model, part)
-        rows += pair_metrics_rows(policy, logps, reference[index], part, run.config.beta, run.config.seed)
-    return rows
-
-
-# -- command
-
-def finished(run, name):
-    """Is a stage's last file there?"""
-    return os.path.exists(run.file(name if "." in name else os.path.join(name, "config.json")))
+class Stage(NamedTuple):
+    """A stage, and what tells whether its files may be kept."""
+    title: str
+    files: list         # what it leaves in the directory; the last one says that it has finished
+    options: str        # the options that it depends on and the stages before it do not
+    work: Callable      # work(run, the last file's name)
 
 
 def stages(run):
-    """The stages in order: (title, the file that is there when it is finished, the work)."""
-    prms = [("prm", run.objectives)] if run.config.prm == "unified" else [(f"prm_{o}", [o]) for o in run.objectives]
+    """The stages of a run in their order."""
+    policies = "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor"
+    prm = ("prm prm_steps prm_batch prm_pairs prm_value_weight prm_step_weight prm_lr_backbone "
+           "prm_lr_head")
+    prms = ["prm"]
+    if run.config.prm == "each":
+        prms = [f"prm_{name}" for name in run.names]
     source = f"from {run.config.init}" if run.config.init else "pre-training"
-    yield f"base model, {source}", "base", lambda: train_base(run)
-    yield "supervised fine-tuning", "sft", lambda: train_sft(run)
-    yield "samples and judges", "pairs.jsonl", lambda: make_pairs(run)
-    yield "MAH-DPO and the baselines", "pair_metrics.json", lambda: train_policies(run)
-    yield "rollouts and labels", "labels.jsonl", lambda: make_labels(run)
-    for name, outputs in prms:
-        yield f"process reward model {name}", name, lambda name=name, outputs=outputs: train_prm(run, name, outputs)
-    yield "tables", "results.json", lambda: evaluate(run.path, read_json(run.file("pair_metrics.json")))
+    found = [
+        Stage(f"base model, {source}", ["base"],
+              "init seed dtype grad_checkpoint epochs base_steps base_lr", train_base),
+        Stage("supervised fine-tuning", ["sft"],
+              "objective data max_new_tokens sft_steps sft_batch sft_lr", train_sft),
+        Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs)]
+    for name in ["single_head_dpo", *[f"dpo_{o}" for o in run.names], "modpo"]:
+        found.append(Stage(f"policy {name}", [name], policies, train_policy))
+    found += [
+        Stage("policy mah_dpo", ["mah_dpo"], "perturbation", train_policy),
+        Stage("held-out pairs", ["pair_metrics.json"], "", measure_pairs),
+        Stage("rollouts and labels", ["mah_dpo_pairs.jsonl", "labels.jsonl"],
+              "gamma rollouts n_rollout_prompts", make_labels)]
+    for name in prms:
+        found.append(Stage(f"process reward model {name}", [name], prm, train_prm))
+    tables = ["scores.jsonl", "results.md", "pareto.svg", "results.json"]
+    return [*found, Stage("tables", tables, "n_test split weight_steps k", make_tables)]
+
+
+def make_tables(run, name):
+    """Stage tables: those of evaluate.py, with the rows of the held-out pairs."""
+    evaluate(run.path, read_json(run.file("pair_metrics.json")))
+
+
+def finished(run, stage):
+    """Is a stage's last file there?"""
+    path = run.file(stage.files[-1])
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+    return os.path.exists(path)
 
 
 def run_stages(run):
     """Run what is not finished, with a numbered title and the time of each stage."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.stop)
+    # A stage may be copied as long as all options agree that it or a stage before it reads.
     begun = time.time()
-    for number, (title, last_file, work) in enumerate(stages(run), 1):
-        if finished(run, last_file):
-            print(f"[{number}] {title}: finished before")
-            continue
-        print(f"[{number}] {title}", flush=True)
-        start = time.time()
-        work()
-        seconds = time.time() - start
-        run.log(title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
-        print(f"    {seconds:.0f} s", flush=True)
-    for name in os.listdir(run.path):          # a kill may have left half a file
-        if name == "checkpoint.safetensors" or name.endswith(".tmp"):
-            with contextlib.suppress(OSError):
-                os.remove(run.file(name))
-    print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py {run.path} --prompt ...")
-
-
-def link(source, target):
-    """A link to a file or a directory, or a copy of it where the system lends links to few (Windows)."""
-    try:
-        os.symlink(os.path.relpath(source, os.path.dirname(target)), target)
-    except OSError:
-        part = f"{target}.tmp"                 # half a copy is made again
-        if os.path.isdir(source):
-            shutil.copytree(source, part, dirs_exist_ok=True)
+    # The other run may be gone when this one is resumed: then it does all by itself.
+    source = source_of(run) if os.path.isdir(run.config.from_) else None
+    agreed = source is not None
+    for number, stage in enumerate(stages(run), 1):
+        for name in stage.options.split() if agreed else []:
+            agreed = agreed and getattr(run.config, name) == getattr(source.config, name)
+        if finished(run, stage):
+            print(f"[{number}] {stage.title}: finished before")
+        elif agreed and finished(source, stage):
+            print(f"[{number}] {stage.title}: copied from {source.path}")
+            take_over(run, source, stage)
         else:
-            shutil.copy(source, part)
-        os.replace(part, target)
+            print(f"[{number}] {stage.title}", flush=True)
+            start = time.time()
+            stage.work(run, stage.files[-1])
+            seconds = time.time() - start
+            run.log(stage.title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
+            print(f"    {seconds:.0f} s", flush=True)
+    # A kill may have left half a file. The last training's checkpoint is of no more use.
+    for path in [*Path(run.path).glob("*.tmp"), Path(run.file("checkpoint.safetensors"))]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py "
+          f"{run.path} --prompt ...")
 
 
-def take_over(run, source, swept):
-    """Link what a run that differs in the swept field need not make again, and copy its part of the log."""
-    same = lambda name: "=" not in name and any(fnmatch(name, p) for p in UNTOUCHED[swept])         # no other variants
-    if not os.path.exists(run.file("log.jsonl")):
-        rows = [row for _, row in read_jsonl(source.file("log.jsonl")) if same(row["stage"])]
-        write_text(run.file("log.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    for name in filter(same, sorted(os.listdir(source.path))):
-        if rank() == 0 and not os.path.lexists(run.file(name)):
-            link(source.file(name), run.file(name))
-    total(torch.zeros(1))                      # the other processes look for the links only now
+def source_of(run):
+    """The run that this one starts from; of several trainings the one of the same seed."""
+    for path in seed_runs(run.config.from_):
+        source = open_run(path) if os.path.isdir(path) else None
+        if source and source.config.seed == run.config.seed:
+            return source
+    raise InputError(f"--from {run.config.from_}: it has no training with seed {run.config.seed}")
+
+
+def take_over(run, source, stage):
+    """Copy a finished stage of another run: its rows of the log and its files."""
+    name = stage.files[-1].partition(".")[0]
+    # The rows first, as in a stage that was run: its last file says that all is there.
+    rows = [row for _, row in read_jsonl(source.file("log.jsonl")) if row["stage"] == name]
+    run.log(name, rows)
+    for file in stage.files if rank() == 0 else []:
+        old, part = source.file(file), run.file(f"{file}.tmp")
+        shutil.rmtree(part, ignore_errors=True)     # what a kill has left
+        copy = shutil.copytree if os.path.isdir(old) else shutil.copy
+        os.replace(copy(old, part), run.file(file))
+    total(torch.zeros(1))                           # the other processes look for it only now
+
+
+# -- the training loop of all stages
+
+def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develop=None, clip=1.0,
+        warm_up=20, decay="constant"):
+    """`steps` updates, each by the gradient of one batch -> rows for the log.
+
+    batches: endless iterator of lists of items, a function of the seed alone: its position is the
+    step. backward(batch): adds up the gradient of this process's share, and returns numbers for
+    the log, {metric: tensor}, scalars or one for each objective of `names`, which add up over the
+    processes. develop(): the same on held-out data, four times. clip: largest norm of a gradient.
+    Every config.checkpoint_every steps, and before a stop, all that the next step needs is
+    saved."""
+    top = [group["lr"] for group in optimizer.param_groups]
+    start, log = load_checkpoint(run, stage, model, optimizer)
+    seconds, tokens = 0.0, 0
+    run.training = True
+    with tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar:
+        for step, batch in enumerate(islice(batches, start, steps), start):
+            if develop and step % math.ceil(steps / 3) == 0:
+                log.append({"step": step, "split": "dev"} | log_row(develop(), names))
+            begun = time.perf_counter()
+            # One step: the rates, the gradient, and if it is a number, the update.
+            for group, lr in zip(optimizer.param_groups, top):
+                group["lr"] = lr * rate_factor(step, steps, warm_up, decay)
+            found, norm, finite = gradient(optimizer, batch, backward, clip)
+            if not finite:
+                refuse_step(stage, step, optimizer, batch, backward)
+            optimizer.step()
+            seconds += time.perf_counter() - begun
+            tokens += sum(map(len, batch))
+            # What a person wants to see.
+            if step % 10 == 0 or step == steps - 1:
+                row = log_row(found, names)
+                log.append({"step": step, "gradient_norm": norm.item()} | row)
+                bar.set_postfix(loss=float(found["loss"].nanmean()), refresh=False)
+            bar.update()
+            # Several processes stop after the same step.
+            stopping = bool(total(torch.tensor(int(run.stopping), device=run.device)))
+            if stopping or (step + 1) % run.config.checkpoint_every == 0 and step + 1 < steps:
+                save_checkpoint(run, stage, model, optimizer, step + 1, log)
+            if stopping:
+                raise KeyboardInterrupt
+    run.training = False
+    if develop:
+        row = log_row(develop(), names)
+        log.append({"step": steps, "split": "dev"} | row)
+        for name, measures in row.items():
+            tqdm.write(f"  {stage}, held-out {name}: {shown(measures)}")
+    run.log(stage, [{"steps": steps - start, "tokens": tokens, "seconds": seconds,
+                     "tokens_per_second": tokens / max(seconds, 1e-9)}], "timings.jsonl")
+    return log
+
+
+def rate_factor(step, steps, warm_up, decay):
+    """The factor on the learning rates: it rises over `warm_up` steps; then it stays, or falls to
+    .05."""
+    left = {"constant": 1.0, "linear": 1 - step / steps,
+            "cosine": (1 + math.cos(math.pi * step / steps)) / 2}[decay]
+    return min(1.0, (step + 1) / warm_up) * (0.05 + 0.95 * left)
+
+
+def gradient(optimizer, batch, backward, clip):
+    """Leave a batch's gradient, clipped, in the parameters -> numbers for the log, the norm before
+    clipping, are loss and norm finite? All over all processes."""
+    optimizer.zero_grad()
+    found = {metric: total(value.detach()) for metric, value in backward(batch).items()}
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip))
+    # The loss of an objective without pairs is NaN.
+    return found, norm, bool(norm.isfinite() and found["loss"].nansum().isfinite())
+
+
+def refuse_step(stage, step, optimizer, batch, backward):
+    """InputError that names the examples which alone give no finite gradient, or else all."""
+    bad = []
+    for item in batch:
+        if not gradient(optimizer, [item] * ranks(), backward, 1.0)[2]:
+            bad.append(item.where)
+    bad = bad or [item.where for item in batch]
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    raise InputError(f"{stage}, step {step}: the loss or its gradient is not finite for "
+                     f"{', '.join(bad[:5])}{more}; this step was not taken, and earlier "
+                     "checkpoints are kept. Lower the learning rate, or look at these examples")
+
+
+def log_row(found, names):
+    """{metric: tensor} -> {metric: number} of scalars, {objective: {metric: number}} of the others.
+    An objective without data, whose metrics are NaN, is left out."""
+    row = {}
+    for metric, value in found.items():
+        if value.dim() == 0:
+            row[metric] = value.item()
+            continue
+        for name, number in zip(names, value.tolist()):
+            if not math.isnan(number):
+                row.setdefault(name, {})[metric] = number
+    return row
+
+
+# -- checkpoints
+
+def parameters_of(optimizer):
+    """The parameters that an optimiser updates, in a fixed order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def save_checkpoint(run, stage, model, optimizer, step, log):
+    """What the next step of a stage needs: weights, the optimiser's state, the log so far, and the
+    number of steps done, from which the schedule and the draws follow."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for i, p in enumerate(parameters_of(optimizer)):
+        for name, tensor in optimizer.state.get(p, {}).items():
+            tensors[f"{name}.{i}"] = tensor
+    about = {"stage": stage, "step": str(step), "key": run.key, "log": json.dumps(log)}
+    save_safetensors(tensors, run.file("checkpoint.safetensors"), about)
+
+
+@torch.no_grad()
+def load_checkpoint(run, stage, model, optimizer):
+    """Put back what save_checkpoint saved -> steps done, log; 0, [] where there is nothing of this
+    stage. InputError if it was saved under other options or with other data."""
+    path = run.file("checkpoint.safetensors")
+    again = f"remove this file to start {stage} again"
+    try:
+        about = read_metadata(path) if os.path.exists(path) else {}
+    except InputError as e:
+        raise InputError(f"{e}; {again}") from None
+    if about.get("stage") != stage:             # none, or that of an earlier, finished stage
+        return 0, []
+    if about.get("key") != run.key:
+        raise InputError(f"{path}: saved with another configuration or other data than these; "
+                         f"bring those back, or {again}")
+    # Everything goes back to where it was, on its device and in its shards.
+    weights = model.state_dict()
+    parameters = parameters_of(optimizer)
+    for key, tensor in load_safetensors(path).items():
+        kind, _, name = key.partition(".")
+        if kind == "model":
+            weights[name].copy_(like(tensor, weights[name]))
+            continue
+        p = parameters[int(name)]
+        tensor = tensor.clone()                 # apart from the file, which will be replaced
+        # The number of steps is one number for a parameter, which is not sharded.
+        tensor = tensor.to(p.device) if kind == "step" else like(tensor, p)
+        optimizer.state[p][kind] = tensor
+    return int(about["step"]), json.loads(about["log"])
+
+
+# -- runs and their directories
+
+def carry_out(run):
+    """All that is unfinished of a run: its stages, or those of each of several trainings, and then
+    the tables over these. Exit code 130 where it is stopped."""
+    with alone(run.path):
+        try:
+            trainings = seed_runs(run.path)
+            if len(trainings) == 1:
+                return run_stages(run)
+            # A training of several is a run of its own, with its own seed.
+            for i, path in enumerate(trainings):
+                print(f"\n{path}: training {i + 1} of {len(trainings)}")
+                one = replace(run.config, seed=run.config.seed + i, seeds=1)
+                begun = os.path.isdir(path)
+                run_stages(open_run(path, one.device) if begun else begin(path, one))
+            publish(run.path, load_rows(run.path))
+        except KeyboardInterrupt:
+            if rank() == 0:
+                print("\nstopped; what is finished is kept. Go on with: python train.py --resume "
+                      f"{run.path}", file=sys.stderr)
+            sys.exit(130)
 
 
 def begin(path, config):
-    """The run in a directory, begun with this configuration if there is none yet."""
+    """Make the directory of a run, which is never there without its config.json -> Run."""
     run = Run(path, config)
-    if not os.path.exists(run.file("config.json")):
-        os.makedirs(path, exist_ok=True)
-        write_json(run.file("config.json"), asdict(config) | {"objectives": [asdict(OBJECTIVES[o]) for o in run.objectives]})
+    # Written under another name, then renamed: the directory appears with its file in it.
+    saved = asdict(config) | {"objectives": [asdict(o) for o in run.objectives], "key": run.key}
+    if rank() == 0:
+        os.makedirs(f"{path}.tmp", exist_ok=True)
+    write_json(f"{path}.tmp/config.json", saved)
+    if rank() == 0:
+        os.rename(f"{path}.tmp", path)
+    total(torch.zeros(1))                       # the other processes look for it only now
     return run
 
 
-def carry_out(run, source=None, swept=None):
-    """All that is unfinished of a run: its stages, or with several seeds those of each training; then the variants that --sweep
-    put into its directory; then the tables over these."""
-    trainings, variants = seed_runs(run.path), find_variants(run.path)
-    if run.config.seeds > 1:
-        for i, path in enumerate(trainings):
-            print(f"\n{path}: training {i + 1} of {len(trainings)}")
-            one = begin(path, replace(run.config, seed=run.config.seed + i, seeds=1))
-            carry_out(one, source and Run(seed_runs(source.path)[i], one.config), swept)
-    else:
-        if source:
-            take_over(run, source, swept)
-        run_stages(run)
-    for name, values in variants.items():
-        for path in values.values():
-            print(f"\n{path}: {name} varied")
-            carry_out(open_run(run.config, path), run, name)
-    if len(trainings) > 1 or variants:
-        publish(run.path, load_rows(run.path))
+def open_run(path, device="auto"):
+    """The run in a directory, with its own options. InputError if it is of another version, or if
+    its options or data are no longer those that it began with."""
+    saved = read_run(path)
+    # Another version of this program may mean something else by its options.
+    other = set(saved) ^ {f.name for f in fields(Config)} ^ {"objectives", "key"}
+    if other:
+        raise InputError(f"{path}/config.json: not the configuration of a run of this version "
+                         f"({', '.join(sorted(other))})")
+    objectives, key = saved.pop("objectives"), saved.pop("key")
+    config = Config(**saved)
+    if device != "auto":
+        config.device = device
+    run = Run(path, config, objectives)
+    if key != run.key:
+        raise InputError(f"{path}/config.json: the options, or the files in --data, are not those "
+                         "that this run began with; bring those back, or start a new run")
+    check_config(config)                        # there may be more processes now
+    return run
 
 
-def read_sweep(text, config):
-    """'FIELD=a,b,c' (or 'FIELD=a;b;c', where a value has commas of its own) -> the field, [config with each value but the one
-    it has already]. Variants do without the sweep of weights, which would cost more time than all else of their tables."""
-    name, _, values = text.partition("=")
-    name = name.strip().replace("-", "_")
-    if name not in UNTOUCHED or not values:
-        raise InputError(f"--sweep {text}: write FIELD=a,b,c with one of the fields {', '.join(UNTOUCHED)}")
-    kind, found = type(getattr(config, name)), []
-    for value in values.split(";" if ";" in values else ","):
-        try:
-            found.append(replace(config, **{name: kind(value.strip())}))
-        except ValueError:
-            raise InputError(f"--sweep {text}: {value!r} is no {kind.__name__}") from None
-        check_config(found[-1])
-    return name, [replace(c, weight_steps=0) for c in found if c != config]
+# -- the command line
+
+def flag(name):
+    """The flag of a field of Config."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def read_command(argv):
-    """Command line -> (config, directory to resume or None, sweep or None). One flag per field of Config."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line -> Config, directory to resume or None. One flag per field of Config."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP,
+                                     argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    # The options are the fields of Config, so that none can be forgotten.
     for f in fields(Config):
-        shown = f"{f.metadata['help']} (default {f.default!r})" if f.default != "" else f.metadata["help"]
-        flag, shown = "--" + f.name.replace("_", "-"), shown.replace("%", "%%")
-        kind = {"action": "store_const", "const": True} if f.type is bool else {"type": type(f.default)}
-        parser.add_argument(flag, default=None, help=shown, **kind)
-    parser.add_argument("--fast", action="store_true", help="every stage, small: shows that it works, finds nothing")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run; takes no options but --device and --sweep")
-    parser.add_argument("--sweep", metavar="FIELD=a,b,c", help="train the run also with these values of an option, in "
-                        "RUN/FIELD=a and so on, from the first stage that the option concerns; the tables go into RUN/results.md. "
-                        f"With --resume: of an old run. FIELD is one of {', '.join(UNTOUCHED)}")
-    args = vars(parser.parse_args(argv))
-    fast, resume, sweep = args.pop("fast"), args.pop("resume"), args.pop("sweep")
-    given = {k: v for k, v in args.items() if v is not None}
-    if resume == "":                            # an empty variable of a script must not start a new run
+        text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        parser.add_argument(flag(f.name), dest=f.name, help=text, **kind)
+    parser.add_argument("--fast", action="store_true",
+                        help="every stage, small: shows that it works, finds nothing")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, under its "
+                        "own options; takes no other option but --device")
+    given = vars(parser.parse_args(argv))           # only what stands on the command line
+    resume = given.pop("resume", None)
+    if resume == "":                                # an empty variable of a script
         raise InputError("--resume needs the directory of a run")
-    begun, saved = [resume and os.path.exists(os.path.join(resume, name)) for name in ("config.json", "command.json")]
-    if (begun or saved) and (set(given) - {"device"} or fast):
-        raise InputError("--resume goes on with the run's own configuration; give no option with it but --device and --sweep")
-    if saved:
-        config, _, swept = read_command(read_json(os.path.join(resume, "command.json")))
-        return Config(**given) if begun else replace(config, **given), resume, sweep or swept
-    small = {f.name: f.metadata["fast"] for f in fields(Config) if fast and f.metadata["fast"] is not None}
-    return Config(**(small | given)), resume, sweep
+    if resume and set(given) - {"device"}:
+        raise InputError("--resume goes on with the run's own configuration; give no option with "
+                         "it but --device")
+    config = Config()
+    if given.pop("fast", False):
+        for f in fields(Config):
+            if f.metadata["fast"] is not None:
+                setattr(config, f.name, f.metadata["fast"])
+    return replace(config, **given), resume
 
 
-def check_config(c):
+def check_config(config):
     """InputError for an option out of its range."""
-    low = {"temperature": 1e-6, "beta": 1e-9, "perturbation": 0, "gamma": 0, "seed": 0, "n_samples": 2, "weight_steps": 0}
-    for f in fields(c):
-        value, kind = getattr(c, f.name), type(f.default)
-        if type(value) is not kind and not (kind is float and type(value) is int):            # in a config.json
-            raise InputError(f"--{f.name.replace('_', '-')} {value!r} is no {kind.__name__}")
-        least = low.get(f.name, 1 if type(value) is int else 0)
-        if type(value) in (int, float) and not least <= value < 2**31:
-            raise InputError(f"--{f.name.replace('_', '-')} {value} is out of range")
-    parse_weights(c.alpha, select_objectives(c.objective), "--alpha", 1.0)
-    parse_weights(c.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
-    for name, known in (("prm", ("unified", "each")), ("dtype", ("fp32", "bf16")), ("split", ("test", "dev"))):
-        if getattr(c, name) not in known:
-            raise InputError(f"--{name} {getattr(c, name)}: choose {' or '.join(known)}")
-    batches = {"--sft-batch": c.sft_batch, "--dpo-pairs": c.dpo_pairs}
-    for name, n in (batches if c.init else batches | {"a batch of pre-training": 64}).items():
-        if n % ranks():
-            raise InputError(f"{name} {n}: {ranks()} processes cannot share it evenly; choose a multiple, or other processes")
-    if c.data and not c.init:
+    for f in fields(config):
+        value, low, choices = getattr(config, f.name), f.metadata["low"], f.metadata["choices"]
+        if f.type in (int, float) and not low <= value < 2**31:
+            raise InputError(f"{flag(f.name)} {value} is out of range")
+        if choices and value not in choices:
+            raise InputError(f"{flag(f.name)} {value}: choose {' or '.join(choices)}")
+    parse_weights(config.alpha, select_objectives(config.objective), "--alpha", 1.0)
+    parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
+    batches = [config.sft_batch, config.dpo_pairs] + ([] if config.init else [64])
+    if any(size % ranks() for size in batches):
+        raise InputError(f"{ranks()} processes cannot share --sft-batch {config.sft_batch}, "
+                         f"--dpo-pairs {config.dpo_pairs} and pre-training's batch of 64 evenly; "
+                         "choose multiples, or another number of processes")
+    if config.data and not config.init:
         raise InputError("--data needs --init: the embedded model knows only its own small worlds")
 
 
-def check_inputs(run):
-    """Read what the stages will read, so that a mistake shows before anything is written."""
-    config = run.config
-    for path in filter(None, (config.data, config.init)):
-        if not os.path.isdir(path):
-            raise InputError(f"{path}: no such directory")
+def check_inputs(config):
+    """Read what the stages of a new run will read, so that a mistake shows before anything is
+    written."""
+    # Where --from leads, there must be a training of every seed.
+    for seed in range(config.seed, config.seed + config.seeds) if config.from_ else []:
+        source_of(Run("", replace(config, seed=seed)))
+    run = Run("", config)
     model = load_init(run) if config.init else None
     if config.data:
-        train, dev, dropped = read_real_pairs(run, model)
-        labels, n_bad = read_real_labels(run, model)
-        print(f"pairs: {len(train)} to train on, {len(dev)} held out"
-              + "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n))
-        if labels or n_bad:
-            print(f"responses with step labels: {len(labels)}, {n_bad} left out")
-        for world in run.worlds(model).values():
-            counts = ", ".join(f"{n} {split}" for split, n in world.counts().items())
-            print(f"questions: {counts}" + "".join(f"; {n} left out: {reason}" for reason, n in world.dropped.items() if n))
-        return
-    for domain in run.domains:                              # a world that is too small for what is asked
-        world, names = DOMAINS[domain], domain_objectives(domain, run.objectives)
-        rolled = {OBJECTIVES[o].case for o in names} & {"verifiable", "A"}
-        world.problems(config.split, config.n_test, RNG(0))
-        world.problems("train", max(config.n_prompts, config.n_rollout_prompts if rolled else 0) // world.turns, RNG(0))
+        describe_data(config.data, run.objectives, config.max_new_tokens, model)
     if model:
-        sft_examples(run, model)               # a context that is too short, a chat template that is not read
+        sft_examples(run, model)                # a short context, a chat template that is not read
+    for world in [] if config.data else run.worlds(model):
+        # A world may be too small for what is asked of it.
+        cases = [o.case for o in run.objectives if o.domain == world.name]
+        rolled = "verifiable" in cases or "A" in cases
+        n = max(config.n_prompts, config.n_rollout_prompts if rolled else 0)
+        world.problems(config.split, config.n_test, RNG(0))
+        world.problems("train", n // world.turns, RNG(0))
 
 
-def open_run(config, path):
-    """A new run in a directory that is empty or holds the command alone, or the old run there, with its own configuration."""
-    held = set(os.listdir(path)) if os.path.isdir(path) else {"nothing"}
-    begun = "config.json" in held or held and "command.json" not in held
-    if begun:
-        saved = read_run(path)
-        other = set(saved) ^ {f.name for f in fields(Config)} ^ {"objectives"}
-        if other:
-            raise InputError(f"{path}/config.json: not the configuration of a run of this version ({', '.join(sorted(other))})")
-        saved |= {"device": config.device} if config.device != "auto" else {}
-        config = Config(**{k: v for k, v in saved.items() if k != "objectives"})
+def new_run(config):
+    """Check what a new run was given, and make its directory. A taken name gets a number -> Run."""
     check_config(config)
-    if not begun:
-        config.out, config.device = path, pick_device(config.device)
-        check_inputs(Run(path, config))
-        print(f"writing to {path}")
-    return begin(path, config)
-
-
-@contextlib.contextmanager
-def alone(path):
-    """Hold a run directory. InputError if a train.py is at work there already, say the processes that go on after their torchrun
-    was killed: two would write the same files."""
-    with contextlib.ExitStack() as stack:
-        if fcntl and rank() == 0:
-            directory = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, directory)
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{path}: a train.py is at work there already; wait for it, or end its processes") from None
-            except OSError:                                 # a file system without locks
-                pass
-        yield
+    config.device = pick_device(config.device)
+    check_inputs(config)
+    name = config.out or os.path.join("runs", config.objective.replace(",", "+"))
+    config.out, number = name.rstrip("/"), 2
+    while os.path.lexists(config.out):
+        config.out, number = f"{name.rstrip('/')}-{number}", number + 1
+    config.out = gather([config.out])[0]        # several processes take the first one's
+    print(f"writing to {config.out}")
+    return begin(config.out, config)
 
 
 def main(argv=None):
     """The command line: a new run, or an unfinished one."""
-    argv = sys.argv[1:] if argv is None else argv
     join_processes()
-    path, = gather([CLAIMED or (claim(argv) if rank() == 0 else None)])[:1]
-    try:
-        config, resume, sweep = read_command(argv)
-        run = open_run(config, path or resume)
-        name, variants = read_sweep(sweep, run.config) if sweep else (None, [])
-        for variant in variants:
-            check_inputs(Run(run.path, variant))
-    except BaseException:
-        if path and rank() == 0:                                # a mistake leaves nothing behind
-            shutil.rmtree(path)
-            with contextlib.suppress(OSError):
-                os.rmdir("runs")
-        raise
-    with alone(run.path):
-        for variant in variants:
-            begin(run.file(f"{name}={getattr(variant, name)}"), variant)
-        try:
-            carry_out(run)
-        except KeyboardInterrupt:
-            if rank() == 0:
-                print(f"\nstopped; what is finished is kept. Go on with: python train.py --resume {run.path}", file=sys.stderr)
-            sys.exit(130)
+    config, resume = read_command(argv)
+    carry_out(open_run(resume, config.device) if resume else new_run(config))
 
 
 if __name__ == "__main__":

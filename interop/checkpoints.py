@@ -7,7 +7,6 @@ arithmetic that this project does not follow: such a configuration is refused, a
 
 Read read_fields first. model.py builds models of what is found here.
 """
-import math
 import os
 import re
 

@@ -1,17 +1,28 @@
-"""Rows of public files (pairs, ratings, labelled steps, questions, outputs), and real questions as a world.
+"""Rows of public files, and real questions as a world to sample and to measure in.
+
+    DATA_HELP               shows the rows: pairs, ratings, questions, labelled steps, outputs
+    FIELDS, messages_of     what the fields are called, and how conversations are written
+    parse_pair, ...         one parser for each kind of row
+    read_preferences, ...   give every row of a file to a parser, and say where a faulty one stands
+    Questions, worlds_of    the worlds of train.py's --data
+    real_pairs, real_labels what a run learns from them
 """
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
-from data import DOMAINS, InputError, OBJECTIVES, Problem, World, read_jsonl, split_of
+from data import DOMAINS, InputError, Problem, World, read_jsonl, split_of
 from interop.answers import final_answer, marked_answer, same_answer
+from mah_dpo import encode_pair
+from prm import Labelled, encode_steps
 
 
 @dataclass
 class Preference:
-    """One preference pair of an objective; prompt is a conversation that ends with a user message."""
+    """One preference pair of an objective. The prompt is a conversation that the user ends."""
     objective: str
     prompt: list
     chosen: str
@@ -20,7 +31,7 @@ class Preference:
 
 @dataclass
 class Steps:
-    """A response to `prompt` cut into steps, with a label in [0, 1] for each."""
+    """A response to a prompt, cut into steps, with a label in [0, 1] for each."""
     prompt: list
     steps: list
     labels: list
@@ -28,45 +39,47 @@ class Steps:
 
 @dataclass
 class Question:
-    """A question with its final answer, for the verifier, and the worked solution ("" where the file has none)."""
+    """A question, its final answer for the verifier, a worked solution ("" if there is none)."""
     prompt: list
     answer: str
     solution: str
 
 
-DATA_HELP = r"""Files of real data hold one JSON object per line, or one JSON list of them. The rows that are read:
+DATA_HELP = r"""Files of real data hold one JSON object per line, or one JSON list of them. The rows
+that are read:
 pairs      {"prompt": "Name a fruit.", "chosen": "A pear.", "rejected": "A brick."}
-           {"question": "Tutor: What is 2 + 3?\n\nStudent: 6\n\nTutor:", "chosen": "Count again.", "rejected": "Yes."}
-           {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}
+           {"question": "Tutor: 2+3?\n\nStudent: 6\n\nTutor:", "chosen": "Why?", "rejected": "No."}
+           {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: No."}
 ratings    {"instruction": "Name a fruit.", "completions": [
-              {"response": "A pear.", "annotations": {"honesty": {"Rating": "5"}, "helpfulness": {"Rating": "4"}}},
-              {"response": "A brick.", "annotations": {"honesty": {"Rating": "1"}, "helpfulness": {"Rating": "N/A"}}}]}
+              {"response": "A pear.", "annotations": {"honesty": {"Rating": "5"}}},
+              {"response": "A brick.", "annotations": {"honesty": {"Rating": "1"},
+                                                       "helpfulness": {"Rating": "N/A"}}}]}
 questions  {"question": "What is 9 + 9?", "answer": "9 + 9 = 18\n#### 18"}
            {"problem": "Halve 1.", "solution": "It is $\\boxed{\\frac{1}{2}}$."}
-steps      {"prompt": "What is 2 + 3 - 1?", "completions": ["2 + 3 = 5", "5 - 1 = 3"], "labels": [true, false]}
-           {"problem": "What is 2 + 3 - 1?", "steps": ["2 + 3 = 5", "5 - 1 = 3"], "label": 1}  (first wrong step, or -1)
-outputs    {"question": "What is 9 + 9?", "answer": "#### 18", "response": "I get 18."}  (evaluate.py --score)
-Prompts and responses are text or lists of {"role", "content"} messages. In a transcript the first word of a paragraph
-is the speaker: Human, User, Student, Assistant or Tutor. Ratings give the best completion against the worst, for each
-objective that is rated. Rows that cannot serve, such as ties, are left out; a row with a fault is an error."""
+steps      {"prompt": "2 + 3 - 1?", "completions": ["2 + 3 = 5", "5 - 1 = 3"],
+            "labels": [true, false]}
+           {"problem": "2 + 3 - 1?", "steps": ["2 + 3 = 5", "5 - 1 = 3"],
+            "label": 1}  (the first wrong step, or -1)
+outputs    {"question": "What is 9 + 9?", "answer": "#### 18",
+            "response": "I get 18."}  (python -m interop.score)
+Prompts and responses are text or lists of {"role", "content"} messages. In a transcript the first
+word of a paragraph is the speaker: Human, User, Student, Assistant or Tutor. Ratings give the best
+completion against the worst, for each objective that is rated. Rows that cannot serve, such as
+ties, are left out; a row with a fault is an error."""
 
-# What a field is called in published files (the first that a row has is read), and who speaks in their transcripts.
-FIELDS = {"prompt": ("prompt", "question", "instruction", "problem"), "steps": ("steps", "completions"),
-          "answer": ("answer", "final_answer"), "solution": ("solution", "ground_truth"),
-          "response": ("response", "output", "prediction", "completion")}
-SPEAKERS = {"Human": "user", "User": "user", "Student": "user", "Assistant": "assistant", "Tutor": "assistant"}
-TURN = re.compile(rf"(?:^|\n\r?\n)({'|'.join(SPEAKERS)}):")
-UNANSWERED = {"role": "assistant", "content": ""}            # the turn of a transcript that ends with 'Assistant:'
 
+# -- every row of a file
 
 class Unusable(Exception):
-    """A well-formed row that cannot serve, such as a tie: it is skipped, and counted under this reason."""
+    """A well-formed row that cannot serve, such as a tie. It is left out, and counted by reason."""
 
 
 def read_all(path, parse, skipped, kind):
-    """parse(row) of every row -> list. Unusable rows are counted by reason in the dict `skipped`, if given; an InputError
-    gets the row's place in front."""
-    found, skipped = [], {} if skipped is None else skipped
+    """parse(row) for every row of a file -> list. Rows that cannot serve are counted by reason in
+    `skipped`, a dict or None. An InputError about a row gets its place in front."""
+    found = []
+    skipped = {} if skipped is None else skipped
     for where, row in read_jsonl(path):
         try:
             found.append(parse(row))
@@ -75,50 +88,98 @@ def read_all(path, parse, skipped, kind):
         except InputError as e:
             raise InputError(f"{where}: {e}") from None
     if not found:
-        reasons = "".join(f"; {n} skipped: {reason}" for reason, n in skipped.items())
-        raise InputError(f"{path}: no rows to use{reasons}; train.py --help shows rows of {kind}")
+        reasons = [f"; {n} skipped: {reason}" for reason, n in skipped.items()]
+        raise InputError(f"{path}: no rows to use{''.join(reasons)}; train.py --help shows rows "
+                         f"of {kind}")
     return found
 
 
-def spelling(row, name):
-    """The key under which `row` has the field `name`, or None."""
-    return next((key for key in FIELDS.get(name, (name,)) if key in row), None)
+# -- fields
+
+# What a field is called in published files. Of several names the first that a row has is read.
+FIELDS = {"prompt": ("prompt", "question", "instruction", "problem"),
+          "steps": ("steps", "completions"),
+          "answer": ("answer", "final_answer"),
+          "solution": ("solution", "ground_truth"),
+          "response": ("response", "output", "prediction", "completion")}
 
 
-def messages_of(value):
-    """A list of messages or a transcript -> [{"role", "content"}], [] if it is neither. What a transcript says before
-    the first speaker is the user's, or a system message if the user speaks first."""
-    if isinstance(value, str):
-        opening, *parts = TURN.split(value)
-        messages = [{"role": SPEAKERS[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
-        if not opening.strip():
-            return messages
-        first = {"role": "system" if messages and messages[0]["role"] == "user" else "user", "content": opening.strip()}
-        return [first] + messages if any(m["role"] == "assistant" for m in messages) else []
-    good = isinstance(value, list) and all(
-        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
-        for m in value)
-    return [{"role": m["role"], "content": m["content"]} for m in value] if good else []
+def key_of(row, name):
+    """The key under which a row has the field `name`, or None."""
+    keys = [key for key in FIELDS.get(name, (name,)) if key in row]
+    return keys[0] if keys else None
 
 
 def text_field(row, name):
-    """The field as non-empty text; a list of messages gives its last message's content."""
-    key = spelling(row, name)
+    """A field as text that is not blank. Of a list of messages it is the last one's content."""
+    key = key_of(row, name)
     if key is None:
-        also, found = ", ".join(FIELDS.get(name, ())[1:]), ", ".join(sorted(row)) or "no fields"
-        raise InputError(f"field {name!r} is missing{f' ({also} would do)' if also else ''}; the row has {found}")
-    messages = [] if isinstance(row[key], str) else messages_of(row[key])
-    value = messages[-1]["content"] if messages else row[key]
+        others = ", ".join(FIELDS.get(name, ())[1:])
+        hint = f" ({others} would do)" if others else ""
+        found = ", ".join(sorted(row)) or "no fields"
+        raise InputError(f"field {name!r} is missing{hint}; the row has {found}")
+    value = row[key]
+    messages = message_list(value)
+    if messages:
+        value = messages[-1]["content"]
     if not isinstance(value, str):
-        raise InputError(f"{key!r} is {type(value).__name__}; give text or a list of role/content messages")
+        kind = type(value).__name__
+        raise InputError(f"{key!r} is {kind}; give text or a list of role/content messages")
     if not value.strip():
         raise InputError(f"{key!r} is empty; remove the row or fill it in")
     return value
 
 
+# -- conversations
+
+# Who speaks in transcripts, in the first word of a paragraph.
+SPEAKERS = {"Human": "user", "User": "user", "Student": "user", "Assistant": "assistant",
+            "Tutor": "assistant"}
+TURN = re.compile(rf"(?:^|\n\r?\n)({'|'.join(SPEAKERS)}):")
+# The last turn of a transcript that ends with 'Assistant:'.
+UNANSWERED = {"role": "assistant", "content": ""}
+
+
+def messages_of(value):
+    """A list of messages or a transcript -> [{"role", "content"}]; [] if it is neither."""
+    return transcript(value) if isinstance(value, str) else message_list(value)
+
+
+def message_list(value):
+    """A list of messages -> the same with role and content only; [] if it is none."""
+    if not isinstance(value, list):
+        return []
+    found = []
+    for message in value:
+        known = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
+        if not known or not isinstance(message.get("content"), str):
+            return []
+        found.append({"role": message["role"], "content": message["content"]})
+    return found
+
+
+def transcript(text):
+    """The text of a conversation -> messages; [] if nobody speaks in it."""
+    # split gives what stands before the first speaker, then speaker and words of every turn.
+    opening, *turns = TURN.split(text)
+    opening = opening.strip()
+    messages = []
+    for speaker, words in zip(turns[::2], turns[1::2]):
+        messages.append({"role": SPEAKERS[speaker], "content": words.strip()})
+    if not opening:
+        return messages
+    # A text with an opening is a transcript only if the assistant speaks in it. Before a user's
+    # turn the opening is a system message, before the assistant's it is the user's.
+    if not any(m["role"] == "assistant" for m in messages):
+        return []
+    role = "system" if messages[0]["role"] == "user" else "user"
+    return [{"role": role, "content": opening}, *messages]
+
+
 def prompt_field(row):
-    """The prompt as a list of messages that ends with the user's. Text is one message if it is no transcript."""
-    text, value = text_field(row, "prompt"), row[spelling(row, "prompt")]
+    """The prompt as messages, the user's last. Text that is no transcript is one message."""
+    text = text_field(row, "prompt")
+    value = row[key_of(row, "prompt")]
     messages = messages_of(value)
     if messages[-1:] == [UNANSWERED]:
         messages.pop()
@@ -129,134 +190,201 @@ def prompt_field(row):
     return [{"role": "user", "content": text}]
 
 
-def read_pair(row, objective):
-    """A row of pairs -> Preference. A response may come as a whole conversation (a transcript if there is no prompt):
-    the last message is the response, what both share before it the prompt."""
-    said, heads = [], []
-    for key in ("chosen", "rejected"):
-        text = text_field(row, key)
-        messages = [] if isinstance(row[key], str) and spelling(row, "prompt") else messages_of(row[key])
-        if messages[-1:] == [UNANSWERED]:
-            raise Unusable("the transcript ends without a response")
-        if messages and messages[-1]["role"] != "assistant":
-            raise InputError(f"{key!r} does not end with the assistant's turn; end it with that")
-        heads.append(messages[:-1])
-        said.append(messages[-1]["content"] if messages else text)
-    if heads[0] != heads[1] and (all(heads) or not spelling(row, "prompt")):
-        raise Unusable("chosen and rejected answer different prompts")
-    before = heads[0] or heads[1]
-    # Beside whole conversations a prompt may be their first message only, or hold a system message that they lack.
-    prompt = prompt_field(row) if spelling(row, "prompt") or not before else before
-    if before != prompt[len(prompt) - len(before):]:
-        prompt = before if prompt == before[:len(prompt)] else []
+# -- pairs and ratings
+
+def response_field(row, key):
+    """A row's `chosen` or `rejected` -> (the messages before the response, if they stand there too;
+    the text of the response)."""
+    text = text_field(row, key)
+    # Beside a prompt a text is the response alone, without one it is a transcript.
+    if isinstance(row[key], str) and key_of(row, "prompt"):
+        return [], text
+    messages = messages_of(row[key])
+    if not messages:
+        return [], text
+    if messages[-1] == UNANSWERED:
+        raise Unusable("the transcript ends without a response")
+    if messages[-1]["role"] != "assistant":
+        raise InputError(f"{key!r} does not end with the assistant's turn; end it with that")
+    return messages[:-1], messages[-1]["content"]
+
+
+def joined_prompt(row, before):
+    """The prompt of a pair whose responses came with the messages `before`, or with none."""
+    if before and not key_of(row, "prompt"):
+        prompt = before
+    else:
+        prompt = prompt_field(row)
+        # Beside whole conversations a prompt may hold more than they do, such as a system message,
+        # or only the first of their messages.
+        if prompt[max(0, len(prompt) - len(before)):] != before:
+            prompt = before if before[:len(prompt)] == prompt else []
     if not prompt or prompt[-1]["role"] == "assistant":
         raise Unusable("the responses do not answer the prompt")
-    if said[0] == said[1]:
+    return prompt
+
+
+def parse_pair(row, objective):
+    """A row of pairs -> Preference."""
+    before_chosen, chosen = response_field(row, "chosen")
+    before_rejected, rejected = response_field(row, "rejected")
+    # Beside a prompt one of the two may be the bare response.
+    bare = key_of(row, "prompt") and not (before_chosen and before_rejected)
+    if before_chosen != before_rejected and not bare:
+        raise Unusable("chosen and rejected answer different prompts")
+    prompt = joined_prompt(row, before_chosen or before_rejected)
+    if chosen == rejected:
         raise InputError("'chosen' equals 'rejected'; a pair must prefer something")
-    return Preference(objective, prompt, *said)
+    return Preference(objective, prompt, chosen, rejected)
 
 
-def read_rated(row, objective):
-    """A row of rated completions -> Preference: the best against the worst. One rated "N/A" is left out."""
-    rated = []
+def parse_ratings(row, objective):
+    """A row of rated completions -> Preference, the best against the worst."""
+    ratings, responses = [], []
     try:
-        for c in row["completions"]:
-            rating = c["annotations"].get(objective, {}).get("Rating", "N/A")
-            if rating not in ("N/A", None) and c["response"].strip():
-                rated.append((float(str(rating)), c["response"]))       # str: true is not a rating
-        if not all(abs(rating) < 1e9 for rating, _ in rated):           # nor is NaN
+        for completion in row["completions"]:
+            rating = completion["annotations"].get(objective, {}).get("Rating", "N/A")
+            if rating in ("N/A", None) or not completion["response"].strip():
+                continue
+            # By way of str, because JSON's true is no rating.
+            ratings.append(float(str(rating)))
+            responses.append(completion["response"])
+        # Nor are NaN and infinity.
+        if not all(abs(rating) < 1e9 for rating in ratings):
             raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError):
+        example = f'{{"{objective}": {{"Rating": "4"}}}}'
         raise InputError("a completion needs a 'response' and 'annotations', such as "
-                         f"{{\"{objective}\": {{\"Rating\": \"4\"}}}}; \"N/A\" leaves it out") from None
-    worst, best = (pick(rated, key=lambda r: r[0], default=(0, ""))[1] for pick in (min, max))
-    if worst == best:                    # of equal ratings both picks take the first
+                         f"{example}; \"N/A\" leaves it out") from None
+    # Of equal ratings the first counts.
+    best = responses[ratings.index(max(ratings))] if ratings else None
+    worst = responses[ratings.index(min(ratings))] if ratings else None
+    if best == worst:
         raise Unusable(f"no two completions have different ratings of {objective}")
     return Preference(objective, prompt_field(row), best, worst)
 
 
+def parse_preference(row, objective):
+    """A row of pairs or of ratings -> Preference."""
+    rated = "completions" in row and "chosen" not in row
+    return parse_ratings(row, objective) if rated else parse_pair(row, objective)
+
+
 def read_preferences(path, objective, skipped=None):
-    """Pairs or rated completions (DATA_HELP) -> list[Preference]. `skipped`: see read_all. InputError as file:line."""
-    def parse(row):
-        rated = "completions" in row and "chosen" not in row
-        return (read_rated if rated else read_pair)(row, objective)
+    """Pairs or rated completions -> list[Preference]. `skipped`: see read_all."""
+    parse = partial(parse_preference, objective=objective)
     return read_all(path, parse, skipped, "pairs and ratings")
 
 
+# -- labelled steps
+
+def labels_until(label, n):
+    """The first wrong step of n, or -1 -> labels of all n: what follows a wrong step is wrong."""
+    if type(label) is not int or not -1 <= label < n:
+        raise InputError(f"'label' must be the first wrong step (0 to {n - 1}) or -1")
+    n_right = n if label == -1 else label
+    return [1.0] * n_right + [0.0] * (n - n_right)
+
+
+def parse_steps(row):
+    """A row of labelled steps -> Steps."""
+    key = key_of(row, "steps") or "steps"
+    steps = row.get(key)
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in steps):
+        raise InputError(f"{key!r} must be a non-empty list of non-empty texts")
+    labels = row.get("labels")
+    if "label" in row and "labels" not in row:
+        labels = labels_until(row["label"], len(steps))
+    numbers = labels if isinstance(labels, list) else [None]
+    if not all(type(v) in (bool, int, float) and 0 <= v <= 1 for v in numbers):
+        raise InputError("'labels' must be a list of numbers from 0 to 1")
+    if len(steps) != len(labels):
+        raise InputError(f"{len(steps)} steps but {len(labels)} labels; give one label per step")
+    return Steps(prompt_field(row), steps, [float(label) for label in labels])
+
+
 def read_steps(path):
-    """Labelled steps (DATA_HELP) -> list[Steps]. With `label` all steps from the first wrong one on are wrong. InputError as
-    file:line."""
-    def parse(row):
-        key = spelling(row, "steps") or "steps"
-        steps, labels = row.get(key), row.get("labels")
-        if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in steps):
-            raise InputError(f"{key!r} must be a non-empty list of non-empty texts")
-        if "label" in row and "labels" not in row:
-            if type(row["label"]) is not int or not -1 <= row["label"] < len(steps):
-                raise InputError(f"'label' must be the first wrong step (0 to {len(steps) - 1}) or -1")
-            labels = [row["label"] == -1 or t < row["label"] for t in range(len(steps))]
-        if not isinstance(labels, list) or not all(isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in labels):
-            raise InputError("'labels' must be a list of numbers from 0 to 1")
-        if len(steps) != len(labels):
-            raise InputError(f"{len(steps)} steps but {len(labels)} labels; give one label per step")
-        return Steps(prompt_field(row), steps, [float(v) for v in labels])
-    return read_all(path, parse, {}, "steps")
+    """Labelled steps -> list[Steps]."""
+    return read_all(path, parse_steps, None, "steps")
 
 
-def read_question(row):
-    """A row of questions -> Question."""
-    key = spelling(row, "answer") or spelling(row, "solution")
-    value = str(row[key]) if key and type(row[key]) in (int, float) else row.get(key)
-    if value in ("", "nan"):         # published files have answers that nobody could extract
+# -- questions and outputs
+
+def parse_question(row):
+    """A row of questions -> Question. The answer stands alone or is marked in a solution."""
+    key = key_of(row, "answer") or key_of(row, "solution") or "answer"
+    value = row.get(key)
+    if type(value) in (int, float):
+        value = str(value)
+    # Published files have answers that nobody could extract.
+    if value in ("", "nan"):
         raise Unusable("the answer is empty")
-    given = text_field({key: value} if key else row, key or "answer")
-    solution = given if marked_answer(given) else ""
-    if spelling(row, "solution"):
+    given = text_field(row | {key: value} if key in row else row, key)
+    answer = marked_answer(given)
+    solution = given if answer else ""
+    if key_of(row, "solution"):
         solution = text_field(row, "solution")
-    answer = marked_answer(given) or (given.strip() if key in FIELDS["answer"] else None)
-    if answer is None:
+    if answer is None and key not in FIELDS["answer"]:
         raise InputError(f"{key!r} marks no final answer; end it in '#### 18' or '\\boxed{{18}}'")
-    return Question(prompt_field(row), answer, solution)
+    return Question(prompt_field(row), answer or given.strip(), solution)
 
 
 def read_questions(path, skipped=None):
-    """Questions with a final answer, alone or marked in a solution (DATA_HELP) -> list[Question]."""
-    return read_all(path, read_question, skipped, "questions")
+    """Questions with a final answer -> list[Question]. `skipped`: see read_all."""
+    return read_all(path, parse_question, skipped, "questions")
+
+
+def parse_output(row):
+    """A row of outputs -> (Question, {model: text of its response})."""
+    # One response has a field. Several stand in objects that are named after their models.
+    key = key_of(row, "response")
+    if key:
+        said = {key: row[key]}
+    else:
+        said = {model: v.get("solution") for model, v in row.items() if isinstance(v, dict)}
+    if not said or not all(isinstance(text, str) for text in said.values()):
+        raise InputError("no text of a response; give it as \"response\", beside the question and "
+                         "its answer")
+    return parse_question(row), said
 
 
 def read_outputs(path, skipped=None):
-    """Questions with the responses of models -> [(Question, {model: its text})]. A response stands in "response" (or "output",
-    "prediction", "completion"), or several in objects with a "solution", each named after its model."""
-    def parse(row):
-        key = spelling(row, "response")
-        said = {key: row[key]} if key else {k: v.get("solution") for k, v in row.items() if isinstance(v, dict)}
-        if not said or not all(isinstance(text, str) for text in said.values()):
-            raise InputError("no text of a response; give it as \"response\", beside the question and its answer")
-        return read_question(row), said
-    return read_all(path, parse, skipped, "questions")
+    """Questions with the responses of models -> list of parse_output's pairs."""
+    return read_all(path, parse_output, skipped, "questions")
 
+
+# -- real questions as a world
 
 class Questions(World):
-    """Real questions as a world: a response is right if its final answer is. Its steps are lines; nobody verifies them one
-    by one, so the hindsight targets come from the rollouts' ends alone."""
+    """Real questions as a world: a response is right if its final answer is. Its steps are lines;
+    nobody verifies them one by one, so hindsight targets come from the ends of rollouts alone."""
     boundary = "newline"
 
     def __init__(self, path, objective, max_new_tokens, model):
-        """The rows of `path` that fit the model's context with their solution and with max_new_tokens; the others are
-        counted in `dropped`, {reason: number}."""
-        self.name, self.objective, self.max_new_tokens = OBJECTIVES[objective].domain, objective, max_new_tokens
+        """Keeps the rows of `path` that fit the model's context, with their solution and with
+        max_new_tokens. The others are counted in `dropped`, {reason: number}."""
+        self.name = objective.domain
+        self.objective = objective.name
+        self.max_new_tokens = max_new_tokens
         self.dropped = {}
-        rows, encode = read_questions(path, self.dropped), model.tokenizer.encode
-        fits = lambda q: len(model.tokenizer.encode_chat(q.prompt)) + max(max_new_tokens, len(encode(q.solution)) + 1) \
-            <= model.config.max_len
-        kept = [q for q in rows if fits(q)]
-        self.rows = {json.dumps(q.prompt): q for q in kept}
-        self.dropped |= {"too long for the context with an answer": len(rows) - len(kept),
-                         "asked before": len(kept) - len(self.rows)}
+        rows = read_questions(path, self.dropped)
+
+        context = model.config.max_len
+        fitting = [q for q in rows if self.length(q, model.tokenizer) <= context]
+        self.rows = {json.dumps(q.prompt): q for q in fitting}
+        self.dropped["too long for the context with an answer"] = len(rows) - len(fitting)
+        self.dropped["asked before"] = len(fitting) - len(self.rows)
+
         empty = [split for split, n in self.counts().items() if n == 0]
         if empty:
-            raise InputError(f"{path}: {len(rows)} questions, {len(self.rows)} fit the context of {model.config.max_len} "
-                             f"tokens with {max_new_tokens} for the answer; none is left for {', '.join(empty)}")
+            raise InputError(f"{path}: {len(rows)} questions, {len(self.rows)} fit the context of "
+                             f"{context} tokens with {max_new_tokens} for the answer; none is left "
+                             f"for {', '.join(empty)}")
+
+    def length(self, question, tokenizer):
+        """Tokens of a question and of what may follow it."""
+        solution = len(tokenizer.encode(question.solution)) + 1           # and EOS
+        return len(tokenizer.encode_chat(question.prompt)) + max(self.max_new_tokens, solution)
 
     @property
     def objectives(self):
@@ -264,38 +392,110 @@ class Questions(World):
 
     def counts(self):
         """Number of questions by split."""
-        return {s: sum(split_of(key) == s for key in self.rows) for s in ("train", "dev", "test")}
+        splits = [split_of(key) for key in self.rows]
+        return {split: splits.count(split) for split in ("train", "dev", "test")}
 
     def problems(self, split, n, rng):
         """n questions of a split in random order, or all that there are."""
-        found = sorted((rng.random(), key) for key in self.rows if split_of(key) == split)[:n]
-        return [Problem(self.rows[key].prompt, {"question": self.rows[key]}) for _, key in found]
+        drawn = [(rng.random(), key) for key in self.rows if split_of(key) == split]
+        questions = [self.rows[key] for _, key in sorted(drawn)[:n]]
+        return [Problem(question.prompt, {"question": question}) for question in questions]
 
     def conversation(self, problem, rng, careful=False):
-        solution = problem.truth["question"].solution or problem.truth["question"].answer
+        question = problem.truth["question"]
+        solution = question.solution or question.answer
         return problem.messages() + [{"role": "assistant", "content": solution}]
 
     def verify(self, problem, steps):
-        """As Math.verify, but only the final answer is known: None for every step."""
-        return float(same_answer(final_answer("".join(steps)), problem.truth["question"].answer)), [None] * len(steps)
+        """As Math.verify, but of the steps nothing is known."""
+        answer = final_answer("".join(steps))
+        correct = same_answer(answer, problem.truth["question"].answer)
+        return float(correct), [None] * len(steps)
 
     def scores(self, problem, messages, response):
-        return {self.objective: self.verify(problem, [response])[0]}
+        correct, _ = self.verify(problem, [response])
+        return {self.objective: correct}
 
 
 def holds_questions(path, objective):
-    """Does the file of a verifiable objective hold questions, not pairs?"""
-    if OBJECTIVES[objective].case != "verifiable":
+    """Does the file of an Objective hold questions, not pairs? Only a verifiable one's may."""
+    if objective.case != "verifiable":
         return False
-    row = next(read_jsonl(path), ("", {"chosen": ""}))[1]
+    _, row = next(read_jsonl(path), ("", {"chosen": ""}))
     return not {"chosen", "completions"} & row.keys()
 
 
 def worlds_of(objectives, data, max_new_tokens, model):
-    """domain -> world to sample and to measure in: the embedded worlds of the objectives, or with a directory `data` those
-    of the verifiable objectives whose files hold questions."""
+    """{domain: world} to sample and to measure in, for a list of Objective: the embedded worlds, or
+    with a directory `data` the questions that it holds for verifiable objectives."""
     if not data:
-        return {OBJECTIVES[o].domain: DOMAINS[OBJECTIVES[o].domain] for o in objectives}
-    files = {o: os.path.join(data, f"{o}.jsonl") for o in objectives}
-    return {OBJECTIVES[o].domain: Questions(path, o, max_new_tokens, model)
-            for o, path in files.items() if holds_questions(path, o)}
+        return {o.domain: DOMAINS[o.domain] for o in objectives}
+    worlds = {}
+    for objective in objectives:
+        path = os.path.join(data, f"{objective.name}.jsonl")
+        if holds_questions(path, objective):
+            worlds[objective.domain] = Questions(path, objective, max_new_tokens, model)
+    return worlds
+
+
+# -- what a run reads from its --data directory
+
+def real_pairs(data, objectives, model):
+    """DATA/<name>.jsonl for every objective that has pairs there -> list of Pair, {reason: number of
+    rows left out}; nothing where `data` is "". Pairs to train on come before those held out.
+
+    InputError for an objective with nothing to train on or to hold out."""
+    found, dropped = [], Counter()
+    limit = model.config.max_len
+    too_long = f"longer than the context of {limit} tokens, or alike in this vocabulary"
+    for objective in objectives if data else []:
+        path = os.path.join(data, f"{objective.name}.jsonl")
+        if holds_questions(path, objective):
+            continue
+        rows = read_preferences(path, objective.name, dropped)
+        encoded = [encode_pair(row, model) for row in rows]
+        kept = [pair for pair in encoded if pair]
+        dropped[too_long] += len(encoded) - len(kept)
+        if {pair.split for pair in kept} != {"train", "dev"}:
+            raise InputError(f"{path}: of its rows {len(kept)} fit the context of {limit} tokens; "
+                             "pairs to train on and to hold out are both needed: add rows, or "
+                             "shorter ones")
+        found += kept
+    found.sort(key=lambda pair: pair.split == "dev")
+    return found, dropped
+
+
+def real_labels(data, objectives, model):
+    """DATA/<name>.steps.jsonl, where there is one, of Objective records -> list of Labelled, number of
+    rows left out: longer than the context, or with a step without a token of this vocabulary."""
+    rows, n_dropped = [], 0
+    for objective in objectives if data else []:
+        path = os.path.join(data, f"{objective.name}.steps.jsonl")
+        for row in read_steps(path) if os.path.exists(path) else []:
+            found = encode_steps(model.tokenizer, row.prompt, row.steps, objective.boundary)
+            if found is None or len(found[0]) > model.config.max_len:
+                n_dropped += 1
+                continue
+            ids, ends = found
+            targets = [{objective.name: label} for label in row.labels]
+            split = "train" if split_of(json.dumps(row.prompt)) == "train" else "dev"
+            rows.append(Labelled(ids, ends, targets, split))
+    return rows, n_dropped
+
+
+def describe_data(data, objectives, max_new_tokens, model):
+    """Read all that a run will read of its --data directory, and print how much there is."""
+    pairs, dropped = real_pairs(data, objectives, model)
+    labels, n_dropped = real_labels(data, objectives, model)
+    n_train = sum(pair.split == "train" for pair in pairs)
+    print(f"pairs: {n_train} to train on, {len(pairs) - n_train} held out{left_out(dropped)}")
+    if labels or n_dropped:
+        print(f"responses with step labels: {len(labels)}, {n_dropped} left out")
+    for world in worlds_of(objectives, data, max_new_tokens, model).values():
+        counts = [f"{n} {split}" for split, n in world.counts().items()]
+        print(f"questions: {', '.join(counts)}{left_out(world.dropped)}")
+
+
+def left_out(dropped):
+    """{reason: number of rows} -> text."""
+    return "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n)

@@ -1,6 +1,7 @@
 """Several processes (torchrun, FSDP2): who am I, what is my part, sums and shards over all. With one process every function here
 does nothing. Imports nothing of this project; any file may import it.
 """
+import contextlib
 import functools
 import os
 import sys
@@ -10,6 +11,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+try:
+    import fcntl
+except ImportError:     # Windows has no such locks
+    fcntl = None
 
 
 def join_processes():
@@ -92,3 +98,21 @@ def gathered(p):
 def like(t, other):
     """t on the device of `other`, and sharded as that is."""
     return placed(t, other.device) if isinstance(other, DTensor) else t.to(other.device)
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Hold a directory. OSError if another command holds it, say the processes that go on after
+    their torchrun was killed: two would write the same files."""
+    with contextlib.ExitStack() as stack:
+        if fcntl and rank() == 0:
+            directory = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, directory)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"{path}: a train.py is at work there already; wait for it, or end "
+                              "its processes") from None
+            except OSError:                     # a file system without locks
+                pass
+        yield

@@ -154,7 +154,7 @@ def handed_out(tmp_path_factory):
 def test_the_copy_asks_for_every_exercise(handed_out):
     """An exercise whose tests pass, or fail for another exercise's sake, before it is solved; other
     tests that fail with it."""
-    names = ("exercises", "data", "tokenizer", "prm", "mah_dpo")
+    names = ("exercises", "data", "tokenizer", "vocabulary", "prm", "mah_dpo")
     files = [f"tests/test_{name}.py" for name in names]
     report = os.path.join(handed_out, "report.xml")
     options = ["-q", "--tb=native", "-p", "no:cacheprovider", f"--junitxml={report}"]

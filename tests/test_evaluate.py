@@ -1,203 +1,599 @@
-"""evaluate.py: statistics, findings, picture, timings. Every docstring states the bug that its test prevents. (Whole tables are
-tested with train.py.)"""
+"""evaluate.py: conversations, means and intervals, rows, tables, the picture, the files of a run.
+Every docstring states the bug that its test prevents."""
+import copy
 import itertools
 import math
-import random
+import os
 import re
+import shutil
+import types
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import torch
+import torch.nn.functional as F
+from pytest import approx
 
+import decode
 import evaluate
-from data import write_json
+from conftest import NAMES
+from data import (DOMAINS, OBJECTIVES, RNG, InputError, Problem, read_json, read_jsonl, split_of,
+                  write_json)
+from evaluate import Conversation, Job, converse, guided_responder, kl_to_sft, plain_responder
+from mah_dpo import Pair
+from model import GPTConfig
+from prm import PRM
+
+SVG = "{http://www.w3.org/2000/svg}"
+SUM = Problem("4 + 5 - 2 = ?")
+
+
+def ids_of(tokenizer, text, end=True):
+    return tokenizer.encode(text) + ([tokenizer.eos_id] if end else [])
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def prm_of(gpt, tokenizer, *names):
+    """A PRM with random weights on the tiny model."""
+    prm = PRM(gpt.with_heads(()), [OBJECTIVES[name] for name in names], seeded())
+    prm.backbone.tokenizer = tokenizer
+    return prm
+
+
+class OneSum(type(DOMAINS["math"])):
+    """A world with a single problem."""
+    def problems(self, split, n, rng):
+        return [SUM]
+
+
+# -- conversations
+
+def test_seeds_depend_on_seed_and_purpose():
+    """Stages that share a stream, so that one more draw in one changes all later ones."""
+    assert evaluate.seed_of(0, "sft") == evaluate.seed_of(0, "sft")
+    purposes = [("sft",), ("base",), ("test", "math"), ("test", "values")]
+    seeds = {evaluate.seed_of(s, *what) for s in (0, 1) for what in purposes}
+    assert len(seeds) == 8
+
+
+def tutoring_problem():
+    return DOMAINS["tutoring"].problem(RNG(4))
+
+
+def test_conversation_ids_are_the_chat_of_its_messages(tokenizer):
+    """Ids that drift from what training saw: a missing end of turn (also behind an answer that was
+    cut off), a marker twice, the reply left out."""
+    world = DOMAINS["tutoring"]
+    c = Conversation(tutoring_problem(), tokenizer)
+    assert c.ids == c.new_ids == tokenizer.encode_chat(c.messages)
+    for text, end in (("yes . good try !", True), ("not quite .", False), ("ok .", True)):
+        before, response = c.ids, ids_of(tokenizer, text, end)
+        c.answer(response, world, tokenizer, RNG(0))
+        assert c.turns[-1].before == before and c.turns[-1].response == response
+        if c.messages[-1]["role"] == "user":
+            assert c.ids == tokenizer.encode_chat(c.messages)
+            assert c.ids == before + response + c.new_ids
+    assert [m["role"] for m in c.messages] == ["user", "assistant"] * 3
+    assert [len(turn.messages) for turn in c.turns] == [1, 3, 5]
+
+
+def test_conversation_scores_average_over_turns(tokenizer):
+    """Later turns judged without what was said before, or only the last turn counted."""
+    world, c = DOMAINS["tutoring"], Conversation(tutoring_problem(), tokenizer)
+    for text in ("what comes next ?", "what comes next ?", "good try ! can you say why ?"):
+        c.answer(ids_of(tokenizer, text), world, tokenizer, RNG(0))
+    scores = c.scores(world, tokenizer)
+    assert scores["tutor_engagement"] == approx((0.6 + 0.0 + 1.0) / 3)    # asked before: 0
+    lengths = [len(turn.response) for turn in c.turns]
+    assert c.length() == sum(lengths) / 3
+
+
+def test_majority_vote_and_tokens_drawn(gpt, tokenizer, monkeypatch):
+    """A vote over other prompts' samples, a minority's answer, rivals of guidance whose cost is not
+    counted."""
+    texts = ["answer 3", "4 + 5 = 9\nanswer 7", "answer 7", "answer 1", "answer 2", "answer 1"]
+    answers = [ids_of(tokenizer, text) for text in texts]
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **options: answers)
+    talks = [types.SimpleNamespace(ids=[i], drawn=0) for i in range(2)]
+    respond = plain_responder(gpt, OneSum(), 0, 0.7, None, samples=3)
+    assert respond(talks) == [answers[1], answers[3]]
+    lengths = [len(ids) for ids in answers]
+    assert talks[0].drawn == sum(lengths[:3])
+    assert talks[1].drawn == sum(lengths[3:])
+
+
+def test_guided_answers_count_what_was_drawn(gpt, tokenizer, monkeypatch):
+    """Guidance that looks as cheap as one answer."""
+    steps, plain = [], evaluate.guided_decode
+
+    def watch(*args, **options):
+        results = plain(*args, **options)
+        steps.extend(results[0].steps)
+        return results
+    monkeypatch.setattr(evaluate, "guided_decode", watch)
+    c, prm = Conversation(SUM, tokenizer), prm_of(gpt, tokenizer, "math_accuracy")
+    guided_responder(gpt, prm, OneSum(), [1.0, 0.0], "math_accuracy", 0.7, seeded(), K=3)([c])
+    assert all(len(step.candidates) == 3 for step in steps)
+    assert c.drawn == sum(len(ids) for step in steps for ids in step.candidates)
+
+
+def test_reranking_chooses_among_whole_answers(gpt, tokenizer, monkeypatch):
+    """A rival of guidance by steps that is guidance by steps, or that the PRM does not choose."""
+    prm, found, plain = prm_of(gpt, tokenizer, "math_accuracy"), [], evaluate.guided_decode
+
+    def watch(*args, **options):
+        found.extend(plain(*args, **options))
+        return found[-1:]
+    monkeypatch.setattr(evaluate, "guided_decode", watch)
+    always = torch.ones(4, tokenizer.n_vocab + 1, dtype=torch.bool)
+    masks = {"newline": always, "turn": tokenizer.boundary_masks("turn")}
+    monkeypatch.setattr(tokenizer, "boundary_masks", masks.get)      # every token ends a line
+    world = types.SimpleNamespace(boundary="newline", max_new_tokens=20, turns=1)
+    for boundary in (None, "turn"):
+        respond = guided_responder(gpt, prm, world, [1.0, 0.0], "math_accuracy", 0.7, seeded(),
+                                   K=3, boundary=boundary)
+        respond([Conversation(SUM, tokenizer)])
+    by_step, whole = found
+    step, = whole.steps
+    best = max(range(3), key=step.scores.__getitem__)
+    assert len(by_step.steps) == 20 and whole.ids == step.candidates[best]
+
+
+def test_guided_conversations_equal_re_encoding(gpt, tokenizer):
+    """A carried state that differs from the conversation it stands for: three turns, ragged, some
+    cut off."""
+    model = copy.deepcopy(gpt).double()
+    with torch.no_grad():
+        for head in model.heads:
+            head.weight[tokenizer.eos_id] *= 2                  # so that some answers do end
+    prm = prm_of(gpt, tokenizer, "tutor_accuracy", "tutor_engagement").double()
+    world = DOMAINS["tutoring"]
+    problems = world.problems("test", 5, RNG(1))
+    respond = guided_responder(model, prm, world, [0.5, 0.5], "unified", 0.9, seeded(2), K=3)
+    carried = converse(world, problems, tokenizer, respond, 7)
+    generator = seeded(2)
+
+    def again(conversations):
+        results = decode.guided_decode(
+            model, prm, [c.ids for c in conversations], boundary="turn", K=3, weights=[0.5, 0.5],
+            guide="unified", max_new_tokens=world.max_new_tokens, temperature=0.9,
+            generator=generator)
+        return [result.ids for result in results]
+    fresh = converse(world, problems, tokenizer, again, 7)
+    assert [c.turns for c in carried] == [c.turns for c in fresh]
+    ended = {turn.response[-1] == tokenizer.eos_id for c in carried for turn in c.turns}
+    assert ended == {True, False}
+
+
+def test_guided_conversations_in_batches(gpt, tokenizer):
+    """A batch of conversations that goes on from another batch's state."""
+    prm, world = prm_of(gpt, tokenizer, "tutor_accuracy"), DOMAINS["tutoring"]
+    problems = world.problems("test", 5, RNG(1))
+    played = []
+    for size in (2, 256):
+        respond = guided_responder(gpt, prm, world, [0.5, 0.5], "unified", 0.0, None, K=1,
+                                   batch=size)
+        talks = converse(world, problems, tokenizer, respond, 7)
+        played.append([c.turns for c in talks])
+    assert played[0] == played[1]
+
+
+def test_longest_conversations_leave_room(tokenizer):
+    """A run that dies in its last table because a talkative policy fills the context before the
+    last turn."""
+    limit, rng = GPTConfig(vocab_size=tokenizer.n_vocab).max_len, RNG(0)
+    word = tokenizer.encode("ok")[0]
+    for world in DOMAINS.values():
+        for problem in world.problems("train", 200, rng):
+            c = Conversation(problem, tokenizer)
+            for _ in range(world.turns):
+                assert len(c.ids) + 1 <= limit
+                longest = min(world.max_new_tokens, limit - len(c.ids))
+                c.answer([word] * longest, world, tokenizer, rng)
+
+
+# -- means, intervals, distance
+
+def test_summary_hand_values():
+    """A population's standard deviation, or one not divided by sqrt(n)."""
+    stderr = approx(math.sqrt(7 / 3))
+    assert evaluate.summary([1.0, 2.0, 6.0]) == {"mean": 3.0, "stderr": stderr, "n": 3}
+    assert evaluate.summary([4.0]) == {"mean": 4.0, "stderr": 0.0, "n": 1}
 
 
 def test_intervals_are_student_t():
-    """Prevents: a normal quantile, or the wrong degrees of freedom, which make five trainings look twice as sure as they are."""
-    for df, t in ((1, 12.7062), (2, 4.3027), (4, 2.7764), (30, 2.0423), (1000, 1.9623)):
-        assert evaluate.student_t(df) == pytest.approx(t, rel=1e-3)
-    assert evaluate.student_t(4, level=0.995) == pytest.approx(5.5976, rel=1e-3)
-    assert evaluate.half_width(evaluate.summary([1.0, 2.0, 3.0, 4.0, 5.0])) == pytest.approx(2.7764 * math.sqrt(0.5), rel=1e-3)
+    """A normal quantile, or the wrong degrees of freedom, which make five trainings look twice as
+    sure as they are."""
+    published = {1: 12.7062, 2: 4.3027, 4: 2.7764, 10: 2.2281, 11: 2.2010, 15: 2.1314, 30: 2.0423,
+                 199: 1.9720, 1000: 1.9623}
+    for df, t in published.items():
+        assert evaluate.student_t(df) == approx(t, rel=1e-4)
+    five = evaluate.summary([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert evaluate.half_width(five) == approx(2.7764 * math.sqrt(0.5), rel=1e-4)
     assert evaluate.half_width(evaluate.summary([1.0])) == math.inf
-    assert evaluate.cell(evaluate.summary([1.0, 2.0, 3.0, 4.0, 5.0])) == "3.000 ±1.963"
+    assert evaluate.cell(five) == "3.000 ±1.963"
     assert evaluate.cell(evaluate.summary([1.0])) == "1.000"
 
 
-def test_jackknife():
-    """Prevents: an interval for a ratio or an area that is not that of a mean where the statistic is a mean, or that is centred
-    beside the statistic."""
-    values = [1.0, 4.0, 2.0, 9.0]
-    assert evaluate.jackknife(lambda m: m[0], [values]) == pytest.approx(values)
-    ratio = evaluate.summary(evaluate.jackknife(lambda m: m[0] / m[1], [[1.0, 2.0, 3.0], [2.0, 2.0, 5.0]]))
-    rest = [5 / 7, 4 / 7, 3 / 4]                              # each unit left out once
-    spread = math.sqrt(2 / 3 * sum((r - sum(rest) / 3) ** 2 for r in rest))
-    assert ratio == {"mean": pytest.approx(6 / 9), "stderr": pytest.approx(spread), "n": 3}
-    assert evaluate.jackknife(lambda m: m[0] + 1, [[5.0]]) == [6.0]
+def talk(*turns):
+    return types.SimpleNamespace(turns=[(before, [], response) for before, response in turns])
 
 
-# -- findings
+def token_kls(gpt, head, before, response):
+    """The KL at every token of a response, each from a forward of its own."""
+    found = []
+    for t in range(len(response)):
+        h = gpt(torch.tensor([before + response[:t]]))[0, -1]
+        log_pi = F.log_softmax(head @ h, 0)
+        log_ref = F.log_softmax(gpt.heads[0].weight @ h, 0)
+        kl = (log_pi.exp() * (log_pi - log_ref)).sum()
+        found.append(float(kl))
+    return found
 
-def made(policy, each, guide=None, domain="math", weights=None, sweep=None):
+
+@torch.no_grad()
+def test_kl_to_sft(gpt, tokenizer, monkeypatch):
+    """A KL over prompt or padding, of the wrong direction, or estimated from the samples: exact,
+    per token and per answer, turns averaged before conversations; another one where the logits do
+    not fit at once."""
+    talks = [talk(([400, 5, 6], [7, 8, 9, 10]),
+                  ([400, 5, 6, 7], [8])),
+             talk(([400, 50], [60]),
+                  ([9], [8, 7]))]
+    none = kl_to_sft(gpt, gpt.heads[0].weight, gpt, talks, tokenizer.pad_id)
+    assert none == [[approx(0.0, abs=1e-6)] * 2] * 2
+    other, per_token, per_answer = gpt.heads[1].weight, [], []
+    for c in talks:
+        kls = [token_kls(gpt, other, before, response) for before, _, response in c.turns]
+        first, second = kls
+        per_token.append((sum(first) / len(first) + sum(second) / len(second)) / 2)
+        per_answer.append((sum(first) + sum(second)) / 2)
+    found = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id)
+    assert found == [approx(per_token, rel=1e-4), approx(per_answer, rel=1e-4)]
+    assert min(found[0]) > 0.01
+    monkeypatch.setattr(evaluate, "LOGITS", 3 * len(other))
+    again = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id)
+    assert again == [approx(f) for f in found]
+
+
+def test_pair_metrics_rows_by_hand():
+    """Pairs of all objectives in each one's row, a margin without beta, an accuracy that counts
+    ties, or compares with the reference where it should not."""
+    names = ("honesty", "helpfulness", "honesty", "honesty")
+    pairs = [Pair(name, [0], [1], [2], "dev") for name in names]
+    chosen, rejected = [-3.0, -1.0, -4.0, -2.0], [-5.0, -2.0, -2.0, -6.0]
+    logps = torch.tensor([chosen, rejected]).T
+    chosen, rejected = [-4.0, -1.0, -6.0, -2.0], [-7.5, -2.0, -3.0, -6.0]
+    reference = torch.tensor([chosen, rejected]).T              # Delta = -1.5, 0, 1, 0
+    honesty, helpfulness = evaluate.pair_metrics_rows("p", logps, reference, pairs, 0.1, 7)
+    for row, name in ((honesty, "honesty"), (helpfulness, "helpfulness")):
+        assert row["domain"] == f"pairs:{name}" and row["weights"] == {name: 1.0}
+        assert (row["policy"], row["seed"]) == ("p", 7)
+    loss = sum(math.log1p(math.exp(-x)) for x in (-0.15, 0.1, 0.0)) / 3
+    expected = {"loss": loss, "margin": -0.05 / 3, "logp_accuracy": 2 / 3,
+                "reward_accuracy": 1 / 3}
+    assert means(honesty) == approx(expected, abs=1e-6)
+    expected = {"loss": math.log(2), "margin": 0, "logp_accuracy": 1}
+    assert means(helpfulness) == approx(expected, abs=1e-6)
+
+
+def means(row):
+    return {name: metric["mean"] for name, metric in row["metrics"].items()}
+
+
+# -- fronts, tables, picture
+
+def cells_of(line):
+    """A line of a Markdown table -> its texts."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def made(policy, each, guide=None, weights=None, sweep=None, seed=0):
     """A row as evaluate.load_rows gives them."""
-    row = {"policy": policy, "guide": guide, "domain": domain, "weights": weights or {}, "seed": 0, "each": each,
-           "metrics": {m: evaluate.summary(v) for m, v in each.items()}}
+    row = {"policy": policy, "guide": guide, "domain": "math", "weights": weights or {}, "n": 9,
+           "seed": seed, "each": each,
+           "metrics": {name: evaluate.summary(values) for name, values in each.items()}}
     return row | ({"sweep": list(sweep)} if sweep else {})
 
 
-def test_verdicts():
-    """Prevents: a difference within its noise that is called a finding, or a significant loss that is called noise."""
-    spread = [-0.1, 0.0, 0.1, 0.0]                            # half the interval: 0.13
-    about = lambda mean: evaluate.summary([mean + s for s in spread])
-    assert [evaluate.verdict(about(m)) for m in (0.2, 0.1, -0.1, -0.2)] == \
-        ["holds", "not significant", "not significant", "does not hold"]
-    assert evaluate.verdict(about(0.12), 0.02) == "holds" and evaluate.verdict(about(-0.2), 0.02) == "does not hold"
-    assert evaluate.verdict(evaluate.summary([0.5])) == "not significant" == evaluate.verdict(evaluate.summary([0.0] * 9))
-
-
-def test_comparisons_are_paired():
-    """Prevents: two rows compared as if they had met different prompts, which hides what one beats the other by on each; rows
-    swapped; an objective left out of a mean; a row that is missing taken for a success."""
-    rng = random.Random(0)
-    luck, other = ([rng.random() for _ in range(30)] for _ in range(2))
-    rows = {("sft", None): made("sft", {"a": luck, "b": other}),
-            ("mah_dpo", "a"): made("mah_dpo", {"a": [v + 0.1 + 0.01 * rng.random() for v in luck], "b": other}, "a")}
-    line = evaluate.compare("F4", "math", ["a"], ("mah_dpo", "a"), ("sft", None), 0, rows, rows)
-    assert line["verdict"] == "holds" and line["compared"] == "mah_dpo + a - sft"
-    assert 0.1 < line["metrics"]["difference"]["mean"] < 0.11 and evaluate.half_width(line["metrics"]["difference"]) < 0.005
-    back = evaluate.compare("F4", "math", ["a"], ("sft", None), ("mah_dpo", "a"), 0, rows, rows)
-    assert back["verdict"] == "does not hold"
-    both = evaluate.compare("F6", "math", ["a", "b"], ("mah_dpo", "a"), ("sft", None), 0, rows, rows)
-    assert both["metrics"]["difference"]["mean"] == pytest.approx(line["metrics"]["difference"]["mean"] / 2)
-    assert evaluate.compare("F4", "math", ["a"], ("mah_dpo", "a"), ("modpo", None), 0, rows, rows)["verdict"] == "not run"
-
-
-def test_claims_leave_no_rival_out():
-    """Prevents: a scorecard that looks better because a baseline, a head or an objective is missing from it."""
-    found = list(evaluate.claims(["math_accuracy", "math_engagement"]))
-    of = lambda finding: {(*names, better, worse) for f, names, better, worse, _ in found if f == finding}
-    baselines, none = ("sft", "single_head_dpo", "modpo", "soup"), None
-    assert of("F1") == {(n, ("mah_dpo", none), (b, none)) for n in ("math_accuracy", "math_engagement") for b in baselines}
-    rivals = lambda n: {("base", none), ("mah_dpo", none), *((b, none) for b in baselines), (f"mah_dpo:{n}", none)}
-    assert {w for n, _, w in of("F2") if n == "math_accuracy"} == rivals("math_engagement")
-    assert {w for n, _, w in of("F2") if n == "math_engagement"} == rivals("math_accuracy")
-    assert {w for *_, w in of("F3")} == \
-        rivals("math_accuracy") - {("base", none)} | {("mah_dpo:math_engagement", none), ("sft", "math_engagement")}
-    means = [("math_accuracy", "math_engagement"), *((n,) for n in ("math_accuracy", "math_engagement"))]
-    assert {m[:-2] for m in of("F4")} == set(means) and len(of("F4")) == 10
-    assert {w[0] for *_, g, w in of("F4") if g == ("mah_dpo", "unified")} == {"sft", "mah_dpo"} and not of("F6")
-    whole = {(p, (p, "math_accuracy"), (f"{p}_{rival}", guide)) for p in ("sft", "mah_dpo") for rival, guide in
-             (("greedy", none), ("vote", none), ("rerank", "math_accuracy"))}
-    assert {(b[0], b, w) for n, b, w in of("rivals") if n == "math_accuracy"} == whole
-    assert {(b, w[0]) for n, b, w in of("rivals") if n == "math_engagement"} == \
-        {((p, "math_engagement"), f"{p}_greedy") for p in ("sft", "mah_dpo")}
-    slack = {(f, n): s for f, (n, *_), _, _, s in found if f in ("F1", "F2")}
-    assert slack == {("F1", "math_accuracy"): evaluate.KEPT, ("F1", "math_engagement"): 0, ("F2", "math_accuracy"): 0,
-                     ("F2", "math_engagement"): 0}
-
-
 def swept(scores_a, scores_b, policy="mah_dpo"):
-    """Rows of a sweep from a to b: score lists by weight, each the same for four prompts but for a little noise."""
-    noise = [0.0, 0.001, 0.002, 0.003]
-    weights = [{"a": 1 - i / (len(scores_a) - 1), "b": i / (len(scores_a) - 1)} for i in range(len(scores_a))]
-    return [made(policy, {"a": [x + e for e in noise], "b": [y + e * e for e in noise]}, weights=w, sweep=("a", "b"))
-            for x, y, w in zip(scores_a, scores_b, weights)]
+    """Rows of a sweep from a to b."""
+    rows, steps = [], len(scores_a) - 1
+    for i, (x, y) in enumerate(zip(scores_a, scores_b)):
+        weights = {"a": 1 - i / steps, "b": i / steps}
+        rows.append(made(policy, {"a": [x, x], "b": [y, y]}, weights=weights, sweep=("a", "b")))
+    return rows
 
-
-def test_sweep_lines():
-    """Prevents: a sweep called smooth although it turns back, or one in which the score falls with its own weight."""
-    lines = list(evaluate.sweep_lines("math", ("a", "b"), swept([0.9, 0.6, 0.4, 0.1], [0.1, 0.5, 0.3, 0.8])))
-    assert [x["objective"] for x in lines] == ["a", "a", "b", "b"]
-    slope_a, worst_a, slope_b, worst_b = [x["metrics"]["difference"]["mean"] for x in lines]
-    assert (worst_a, worst_b) == (pytest.approx(0.2), pytest.approx(-0.2))
-    assert slope_a == pytest.approx((0.5 * 0.8 + 1 / 6 * 0.2) / (2 * (0.25 + 1 / 36)))           # least squares
-    assert [x["verdict"] for x in lines] == ["holds", "holds", "holds", "does not hold"]
-    assert lines[1]["metrics"]["difference"]["level"] == pytest.approx(1 - 0.05 / 3)
-    flat = list(evaluate.sweep_lines("math", ("a", "b"), swept([0.9, 0.5, 0.5], [0.1, 0.2, 0.9])))
-    assert flat[1]["verdict"] == "holds"                      # a step that leads nowhere does not lead back
-    rows = swept([0.9, 0.5, 0.499], [0.1, 0.2, 0.9])
-    rows[0]["each"]["a"] = [0.1, 0.5, 1.3, 1.7]               # the first step gains on the mean, but might as well lose
-    worst = list(evaluate.sweep_lines("math", ("a", "b"), rows))[1]
-    assert worst["verdict"] == "not significant" and worst["metrics"]["difference"]["mean"] == pytest.approx(0.4, abs=0.01)
-    back = list(evaluate.sweep_lines("math", ("a", "b"), swept([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])))
-    assert [x["verdict"] for x in back] == ["does not hold", "does not hold", "holds", "holds"]
-
-
-def test_findings_cells():
-    """Prevents: a finding that holds although one of its parts does not, or a part that was not run and is not said to be."""
-    of = lambda *found: evaluate.verdicts([{"verdict": v} for v in found])
-    assert of("holds", "holds") == "holds (2/2)" and of("holds", "not significant") == "not significant (1/2)"
-    assert of("holds", "not significant", "does not hold", "holds") == "does not hold (2/4)"
-    assert of("holds", "not run") == "holds (1/1), part not run" and of("not run") == "not run" and of() == "-"
-
-
-# -- fronts and picture
 
 def test_hypervolume_by_hand():
-    """Prevents: areas counted twice, dominated or worthless points that count, a front that depends on their order."""
-    assert evaluate.hypervolume([]) == 0 and evaluate.hypervolume([(0.5, 0.4)]) == pytest.approx(0.2)
-    assert evaluate.hypervolume([(0.5, 0.4), (0.3, 0.3), (0.5, 0.2)]) == pytest.approx(0.2)       # dominated
+    """Areas counted twice, dominated or worthless points that count, a front that depends on their
+    order."""
+    volume = evaluate.hypervolume
+    assert volume([]) == 0 and volume([(0.5, 0.4)]) == approx(0.2)
+    assert volume([(0.5, 0.4), (0.3, 0.3), (0.5, 0.2)]) == approx(0.2)    # dominated
     for points in itertools.permutations([(1.0, 0.2), (0.6, 0.5), (0.2, 0.9)]):
-        assert evaluate.hypervolume(points) == pytest.approx(0.2 + 0.6 * 0.3 + 0.2 * 0.4)
-    assert evaluate.hypervolume([(3.0, 4.0), (0.5, 9.0)], reference=(1.0, 2.0)) == pytest.approx(4.0)
-    assert evaluate.hypervolume([(0.5, 3.0), (3.0, 1.0)], reference=(1.0, 2.0)) == 0
+        assert volume(points) == approx(0.2 + 0.6 * 0.3 + 0.2 * 0.4)
+    assert volume([(3.0, 4.0), (0.5, 9.0)], reference=(1.0, 2.0)) == approx(4.0)
+    assert volume([(0.5, 3.0), (3.0, 1.0)], reference=(1.0, 2.0)) == 0
 
 
 def test_areas_by_method():
-    """Prevents: a method's area made of another's points, or of guided points where it has none."""
-    plain = [made("sft", {"a": [0.2, 0.4], "b": [0.5, 0.5]}), made("sft", {"a": [0.1, 0.1], "b": [0.9, 0.7]}, guide="b"),
-             made("modpo", {"a": [0.5, 0.5], "b": [0.5, 0.5]}), made("single_head_dpo", {"a": [0.1, 0.1], "b": [0.5, 0.5]}),
+    """A method's area made of another's points, or of guided points where it has none."""
+    plain = [made("sft", {"a": [0.2, 0.4], "b": [0.5, 0.5]}),
+             made("sft", {"a": [0.1, 0.1], "b": [0.9, 0.7]}, guide="b"),
+             made("modpo", {"a": [0.5, 0.5], "b": [0.5, 0.5]}),
+             made("single_head_dpo", {"a": [0.1, 0.1], "b": [0.5, 0.5]}),
              made("mah_dpo", {"a": [0.7, 0.7], "b": [0.1, 0.1]})]
-    found = evaluate.fronts(plain, swept([0.9, 0.1], [0.1, 0.9]) + swept([0.8, 0.2], [0.2, 0.8], "soup"))
-    rows = {m: evaluate.area("a and b", m, rows, ("a", "b")) for m, rows in found.items()}
-    assert {m: r["points"] for m, r in rows.items()} == {"sft": "1", "single_head_dpo": "1", "modpo": "1", "mah_dpo, swept": "2",
-                                                         "soup, swept": "2", "sft, guided": "2", "mah_dpo, guided": "1"}
-    volume = {m: r["metrics"]["hypervolume"]["mean"] for m, r in rows.items()}
-    assert volume["sft"] == pytest.approx(0.15) and volume["sft, guided"] == pytest.approx(0.3 * 0.5 + 0.1 * 0.3)
-    assert volume["mah_dpo, swept"] == pytest.approx(0.17, abs=0.01) and volume["soup, swept"] == pytest.approx(0.28, abs=0.01)
+    mixes = swept([0.9, 0.1], [0.1, 0.9]) + swept([0.8, 0.2], [0.2, 0.8], "soup")
+    lines = evaluate.area_lines(plain, mixes, ("a", "b"))
+    found = {line["method"]: (line["points"], line["hypervolume"]) for line in lines}
+    assert found == {
+        "sft": ("1", "0.150"), "single_head_dpo": ("1", "0.050"), "modpo": ("1", "0.250"),
+        "mah_dpo, swept": ("2", "0.170"), "soup, swept": ("2", "0.280"),
+        "sft, guided": ("2", "0.180"), "mah_dpo, guided": ("1", "0.070")}
 
 
-def label_boxes(group):
-    """Boxes of the labels of a panel, as wide as evaluate.put_label takes them to be."""
-    return [(float(t.get("x")), float(t.get("y")) - 8.5, float(t.get("x")) + 5.4 * len(t.text), float(t.get("y")) + 2.5)
-            for t in group.iter("{http://www.w3.org/2000/svg}text") if t.get("class") == "label"]
+def test_areas_have_intervals_over_trainings():
+    """An area's interval made of prompts, or an area of the mean of trainings where the mean of
+    their areas is meant."""
+    rows = [made("modpo", {"a": [0.5, 0.25], "b": [0.5, 1.0]}, seed=[3, 4])]
+    assert evaluate.front_area(rows, ("a", "b")) == {"mean": 0.25, "stderr": 0.0, "n": 2}
+    rows[0]["seed"] = 3
+    assert evaluate.front_area(rows, ("a", "b")) == {"mean": 0.375 * 0.75, "stderr": 0.0, "n": 1}
 
 
-def test_picture_has_room_for_its_labels():
-    """Prevents: labels on top of each other, marks or labels outside the picture, a point without a name."""
-    rng = random.Random(1)
-    near = lambda c: [min(1.0, max(0.0, c + 0.02 * rng.random() + s)) for s in (-0.1, 0.0, 0.1)]
-    crowd = [made(f"policy_number_{i}", {"a": near(i % 3 / 2), "b": near(i % 2)}, guide="b" if i % 2 else None) for i in range(24)]
-    rows = crowd + swept([0.9, 0.5, 0.1], [0.1, 0.5, 0.9]) + swept([0.8, 0.5, 0.2], [0.2, 0.5, 0.8], "soup")
+def test_tables_are_aligned_markdown():
+    """A cell under another column's title."""
+    row = made("sft", {"b": [1.0, 2.0, 3.0]}, guide="x")
+    other = made("base", {"a": [1.0]})
+    lines = [evaluate.cells(r, ["a", "b"]) for r in (other, row)]
+    title, _, *drawn = evaluate.table("t", lines).splitlines()
+    assert title == "### t"
+    assert len(set(map(len, drawn))) == 1
+    head, _, first, second = map(cells_of, drawn)
+    assert head == ["policy", "guide", "a", "b"]
+    assert first == ["base", "-", "1.000", "-"]
+    assert second == ["sft", "x", "-", "2.000 ±2.484"]
+
+
+def test_picture():
+    """A point outside the plot, upside down, without a name or in another method's colour; an SVG
+    that no browser opens."""
+    rows = [made("sft_greedy", {"a": [0.0], "b": [1.0]}),
+            made("mah_dpo:a", {"a": [1.0], "b": [0.25]}, guide="b"),
+            *swept([0.9, 0.5, 0.1], [0.1, 0.5, 0.9]),
+            *swept([0.8, 0.5, 0.2], [0.2, 0.5, 0.8], "soup")]
     root = ElementTree.fromstring(evaluate.pareto_svg(rows))
-    width, height = map(float, root.get("viewBox").split()[2:])
-    group, = root.iter("{http://www.w3.org/2000/svg}g")
-    boxes = label_boxes(group)
-    assert {t.text for t in group.iter() if t.get("class") == "label"} == {"mah_dpo, swept", "soup, swept"} | \
-        {f"policy_number_{i}" + " + b" * (i % 2) for i in range(24)}
-    for a, b in itertools.combinations(boxes, 2):
-        assert a[0] >= b[2] - 0.2 or b[0] >= a[2] - 0.2 or a[1] >= b[3] - 0.2 or b[1] >= a[3] - 0.2
-    assert all(0 <= b[0] and b[2] <= width and 0 <= b[1] and b[3] <= height for b in boxes)
-    for c in group.iter("{http://www.w3.org/2000/svg}circle"):
-        assert evaluate.LEFT <= float(c.get("cx")) <= evaluate.RIGHT and evaluate.TOP <= float(c.get("cy")) <= evaluate.BOTTOM
-    for path in group.iter("{http://www.w3.org/2000/svg}path"):
-        assert all(0 <= float(v) <= width for v in re.findall(r"[0-9.]+", path.get("d")))
-    assert [len(p.get("points").split()) for p in group.iter("{http://www.w3.org/2000/svg}polyline")] == [3, 3]
+    assert root.get("viewBox") == "0 0 880 490"
+    plain, guided = root.iter(SVG + "circle")
+    side, colours = evaluate.SIDE, evaluate.COLOURS
+    circle = {"cx": "0.0", "cy": "0.0", "r": "4", "stroke": colours["sft"], "fill": colours["sft"]}
+    assert plain.attrib == circle
+    assert plain[0].text == "sft_greedy"
+    circle = {"cx": f"{side}.0", "cy": f"{0.75 * side}", "r": "4", "stroke": colours["mah_dpo"],
+              "fill": "none"}
+    assert guided.attrib == circle
+    assert guided[0].text == "mah_dpo:a + b"
+    mixes, soups = root.iter(SVG + "polyline")
+    assert mixes.get("stroke") == colours["mah_dpo"]
+    assert soups.get("stroke") == colours["soup"]
+    assert mixes.get("points").split()[0] == f"{0.9 * side},{0.9 * side}"
+    legend = "".join(root[1].itertext())
+    for method in colours:
+        assert method in legend
     assert "prefers-color-scheme:dark" in root[0].text
     ElementTree.fromstring(evaluate.pareto_svg([]))
 
 
+# -- the files of a run
+
+def measured(domain, value, **more):
+    row = {"policy": "sft", "weights": {"policy": 1.0}, "guide": None, "domain": domain,
+           "metrics": {"loss": {"mean": value, "stderr": 0.1, "n": 8}}}
+    return row | more
+
+
 def test_trainings_are_averaged_row_by_row(tmp_path):
-    """Prevents: another objective's figures in a mean over trainings, because held-out pairs come in another order; a traceback
-    because one training lacks a row."""
-    row = lambda domain, value, **more: {"policy": "sft", "weights": {"policy": 1.0}, "guide": None, "domain": domain,
-                                         "metrics": {"loss": {"mean": value, "stderr": 0.1, "n": 8}}} | more
-    write_json(str(tmp_path / "config.json"), {"objectives": [], "temperature": 1, "seed": 3, "seeds": 2})
-    guided, swept = {"guide": "honesty"}, {"sweep": ["honesty", "helpfulness"]}
-    for seed, rows in ((3, [row("pairs:honesty", 1.0), row("pairs:helpfulness", 2.0), row("values", 3.0), row("values", 4.0, **guided),
-                            row("values", 5.0, **swept)]),
-                       (4, [row("pairs:helpfulness", 20.0), row("values", 50.0, **swept), row("values", 30.0),
-                            row("values", 40.0, **guided)])):
+    """Another objective's figures in a mean over trainings, because held-out pairs come in another
+    order; a traceback because one training lacks a row."""
+    objectives = [vars(OBJECTIVES["honesty"])]
+    config = {"objectives": objectives, "temperature": 1, "seed": 3, "seeds": 2}
+    write_json(str(tmp_path / "config.json"), config)
+    guided, mixed = {"guide": "honesty"}, {"sweep": ["honesty", "helpfulness"]}
+    results = {3: [measured("pairs:honesty", 1.0), measured("pairs:helpfulness", 2.0),
+                   measured("values", 3.0), measured("values", 4.0, **guided),
+                   measured("values", 5.0, **mixed)],
+               4: [measured("pairs:helpfulness", 20.0), measured("values", 50.0, **mixed),
+                   measured("values", 30.0), measured("values", 40.0, **guided)]}
+    for seed, rows in results.items():
         (tmp_path / f"seed={seed}").mkdir()
-        write_json(str(tmp_path / f"seed={seed}" / "results.json"), [r | {"seed": seed} for r in rows])
-    found = [(r["domain"], r["guide"], r["metrics"]["loss"]["mean"]) for r in evaluate.load_rows(str(tmp_path))]
-    assert found == [("pairs:helpfulness", None, 11.0), ("values", None, 16.5), ("values", "honesty", 22.0), ("values", None, 27.5)]
+        rows = [row | {"seed": seed} for row in rows]
+        write_json(str(tmp_path / f"seed={seed}" / "results.json"), rows)
+    rows = evaluate.load_rows(str(tmp_path))
+    found = [(r["domain"], r["guide"], r["metrics"]["loss"]["mean"]) for r in rows]
+    assert found == [("pairs:helpfulness", None, 11.0), ("values", None, 16.5),
+                     ("values", "honesty", 22.0), ("values", None, 27.5)]
+    assert all(row["seed"] == [3, 4] and row["n"] == 8 for row in rows)
+
+
+def results_of(run):
+    return read_json(os.path.join(run, "results.json"))
+
+
+def domain_rows(run, domain):
+    return [row for row in results_of(run) if row["domain"] == domain]
+
+
+def test_results_have_the_promised_fields(whole):
+    """A number without its error, weights that do not sum to one, a policy without its cost."""
+    keys = {"policy", "weights", "guide", "domain", "metrics", "seed"}
+    for row in results_of(whole):
+        assert set(row) - {"sweep"} == keys and row["seed"] == 0
+        assert sum(row["weights"].values()) == approx(1.0)
+        for metric in row["metrics"].values():
+            assert set(metric) == {"mean", "stderr", "n"}
+            assert math.isfinite(metric["mean"]) and metric["stderr"] >= 0
+        if "tokens" in row["metrics"]:
+            drawn, tokens = row["metrics"]["drawn"], row["metrics"]["tokens"]
+            assert drawn["mean"] > tokens["mean"] + 1 if row["guide"] else drawn == tokens
+
+
+@pytest.mark.parametrize("domain, names", [("values", NAMES[:2]), ("tutoring", NAMES[2:])])
+def test_results_have_the_promised_rows(whole, domain, names):
+    """A policy or a guide that the tables lack, or a weight that does not belong to the row."""
+    rows = [row for row in domain_rows(whole, domain) if "sweep" not in row]
+    assert all(row["metrics"][name]["n"] == 2 for row in rows for name in names)
+    alone = [f"mah_dpo:{name}" for name in names]
+    assert [row["policy"] for row in rows if row["guide"] is None] == [
+        "base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo",
+        "mah_dpo_greedy", *alone]
+    guided = [(row["policy"], row["guide"]) for row in rows if row["guide"]]
+    guides = [*names, "unified"]
+    assert guided == [(policy, guide) for policy in ("sft", "mah_dpo") for guide in guides]
+    weights = {evaluate.row_name(row): row["weights"] for row in rows}
+    assert weights["mah_dpo"] == {n: float(n in names) / len(names) for n in NAMES}
+    assert weights[alone[0]] == {n: float(n == names[0]) for n in NAMES}
+    assert weights["soup"] == dict.fromkeys(names, 1 / len(names))
+    for row in rows:
+        assert ("kl" in row["metrics"]) == (not row["guide"] and "greedy" not in row["policy"])
+    sft = next(row for row in rows if row["policy"] == "sft")
+    assert sft["metrics"]["kl"]["mean"] == approx(0, abs=1e-6)
+
+
+def test_results_have_the_promised_sweep(whole):
+    """Mixes that do not go from one head to the other, or a soup of other policies."""
+    rows = [row for row in domain_rows(whole, "values") if row.get("sweep") == NAMES[:2]]
+    mixes = [row["weights"]["helpfulness"] for row in rows if row["policy"] == "mah_dpo"]
+    assert mixes == [1.0, 0.5, 0.0]
+    soups = [row["weights"] for row in rows if row["policy"] == "soup"]
+    assert soups == [{"helpfulness": 1.0}, {"helpfulness": 0.5, "honesty": 0.5}, {"honesty": 1.0}]
+    honest = next(row for row in rows if row["weights"].get("honesty") == 1.0)
+    alone = [row for row in domain_rows(whole, "values") if row["policy"] == "mah_dpo:honesty"]
+    assert honest["metrics"] == alone[0]["metrics"]
+
+
+def test_scores_are_what_the_means_are_made_of(whole):
+    """Values prompt by prompt that belong to another row."""
+    rows = [row for row in results_of(whole) if ":" not in row["domain"]]
+    lines = [line for _, line in read_jsonl(os.path.join(whole, "scores.jsonl"))]
+    for line, row in zip(lines, rows, strict=True):
+        each = line.pop("each")
+        assert line == {key: row[key] for key in ("domain", "policy", "guide", "weights")}
+        assert {name: evaluate.summary(values) for name, values in each.items()} == row["metrics"]
+
+
+def test_held_out_pairs_have_their_rows(whole):
+    """A policy or an objective without held-out figures; a reference that differs from itself."""
+    policies = {"base", "sft", "single_head_dpo", "modpo", "mah_dpo", "soup"}
+    for name in NAMES:
+        rows = domain_rows(whole, f"pairs:{name}")
+        found = {row["policy"]: means(row) for row in rows}
+        assert set(found) == policies
+        assert found["sft"]["loss"] == approx(math.log(2), abs=1e-6)
+        assert found["sft"]["margin"] == approx(0, abs=1e-6)
+
+
+def test_report_and_picture(whole):
+    """Tables without their rows, an SVG without its lines and points."""
+    with open(os.path.join(whole, "results.md"), encoding="utf-8") as f:
+        text = f.read()
+    for part in ("### values, 2 test prompts", "### tutoring, 2 test prompts", "| sft_greedy",
+                 "### values, a sweep of weights", "| w helpfulness", "soup, swept",
+                 "| soup", "| mah_dpo:honesty", "| unified", "| honesty (", "±"):
+        assert part in text
+    root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
+    for line in root.iter(SVG + "polyline"):
+        assert len(line.get("points").split()) == 3
+    circles = list(root.iter(SVG + "circle"))
+    assert len(circles) == 8 + 2 + 2 * 3
+
+
+def test_evaluate_command_measures_again(whole, tmp_path, capsys):
+    """An evaluate.py that disagrees with the run's own tables, or loses the held-out pairs."""
+    copied = str(tmp_path / "copied")
+    shutil.copytree(whole, copied)
+    evaluate.main([copied])
+    assert "### values" in capsys.readouterr().out
+    assert results_of(copied) == results_of(whole)
+    with pytest.raises(InputError, match="not a finished run"):
+        evaluate.main([str(tmp_path)])
+
+
+def table_rows(text, title):
+    """The cells of a table's rows."""
+    body = text.split(f"### {title}\n\n")[1]
+    lines = body.split("\n\n")[0].splitlines()
+    return [cells_of(line) for line in lines[2:]]
+
+
+def test_runs_side_by_side(whole, tmp_path, capsys):
+    """Figures under another run's name, rows that differ shown once, or measured again."""
+    other = str(tmp_path / "other")
+    os.mkdir(other)
+    for name in ("config.json", "results.json", "scores.jsonl"):
+        shutil.copy(os.path.join(whole, name), other)
+    rows = results_of(other)
+    assert (rows[0]["policy"], rows[4]["policy"], rows[4]["domain"]) == ("base", "modpo", "values")
+    rows[4]["metrics"]["honesty"]["mean"] = 0.123
+    write_json(os.path.join(other, "results.json"), rows[1:])
+    evaluate.main([whole, other])
+    found = table_rows(capsys.readouterr().out, "values, by run")
+    named = [line[:2] for line in found[:3]]
+    assert named == [[whole, "base"], ["all", "sft"], ["all", "sft_greedy"]]
+    modpo = {line[0]: line[4] for line in found if line[1] == "modpo"}
+    assert list(modpo) == [whole, other]
+    assert modpo[other].startswith("0.123 ±")
+
+
+def test_samples_of_every_policy(whole, capsys):
+    """A policy whose responses are not shown, scores beside another's response, lines too long to
+    read."""
+    evaluate.main([whole, "--samples", "2"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert out.count("=== values, test prompt") == 2 == out.count("=== tutoring, test prompt")
+    for name in ("base", "sft_greedy", "soup", "mah_dpo:honesty", "sft + helpfulness",
+                 "mah_dpo + unified"):
+        shown = re.findall(rf"^{re.escape(name)} +helpfulness \d.\d\d  honesty", out, re.M)
+        assert len(shown) == 2
+    bench, job = evaluate.Bench(whole), Job("sft", "sft", {"policy": 1.0})
+    talks = bench.rollout("tutoring", job, bench.problems("tutoring", 2))[0]
+    score = talks[1].scores(bench.worlds["tutoring"], bench.tokenizer)["tutor_engagement"]
+    block = out.split("=== tutoring, test prompt 2")[1].split("\nsft ")[1].split("\nsft_greedy")[0]
+    assert f"tutor_engagement {score:.2f}" in block
+    assert block.count("  > ") == 2 and "[cut off]" in block
+
+
+def test_tables_measure_the_split_that_is_named(whole):
+    """Tuning that looks at test prompts although --split dev was said."""
+    bench = evaluate.Bench(whole)
+    for split in ("test", "dev"):
+        bench.config["split"] = split
+        for domain in bench.worlds:
+            problems = bench.problems(domain, 9)
+            assert {split_of(p.prompt) for p in problems} == {split}
+
+
+def test_soup_is_the_average_of_the_single_policies(whole):
+    """A soup with SFT, or with policies of other domains in it, or with other weights."""
+    bench = evaluate.Bench(whole)
+    job = Job("soup", "soup", {"helpfulness": 0.75, "honesty": 0.25})
+    mixed = bench.policy(job)[0].state_dict()
+    first = bench.model("dpo_helpfulness").state_dict()
+    second = bench.model("dpo_honesty").state_dict()
+    for name, value in mixed.items():
+        expected = 0.75 * first[name] + 0.25 * second[name]
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
+    assert not torch.equal(mixed["heads.0.weight"], first["heads.0.weight"])
+
+
+def test_tables_show_what_was_scored(whole):
+    """Columns of objectives that nobody scores, as those of real pairs beside real questions."""
+    rows = [made("sft", {"a": [1.0, 0.0], "tokens": [3.0, 4.0]})]
+    text, details = evaluate.report(rows, decode.read_run(whole))
+    head = text.split("\n\n")[2].splitlines()[0]
+    assert cells_of(head) == ["policy", "guide", "a", "tokens"]
+    assert details == ""

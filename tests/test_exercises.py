@@ -790,21 +790,29 @@ def test_ex14_lies_are_refused(tmp_path, why):
 # -- 15: hypervolume
 
 def volume(points, expected, message, reference=(0.0, 0.0)):
+    """Whatever the order of the points, the area is the expected one."""
     for order in (points, points[::-1], sorted(points)):
         found = hypervolume(order, reference)
         if not isinstance(found, (int, float)) or abs(found - expected) > 1e-12:
-            fail(f"{message}: the hypervolume of {order} above {reference} is {found}, expected {expected}")
+            fail(f"{message}: the hypervolume of {order} above {reference} is {found}, "
+                 f"expected {expected}")
 
 
 def test_ex15_hand_values():
-    """Prevents: areas counted twice, dominated or worthless points that count, an area that depends on the order of points."""
+    """Prevents: areas counted twice, dominated or worthless points that count, an area that
+    depends on the order of points."""
     volume([(0.5, 0.4)], 0.2, "one point covers a rectangle")
-    volume([(0.5, 0.4), (0.25, 0.25)], 0.2, "a point that is worse in both coordinates adds nothing")
-    volume([(0.5, 0.4), (0.5, 0.2), (0.1, 0.4)], 0.2, "a point that is worse in one coordinate, equal in the other, adds nothing")
-    volume([(1.0, 0.25), (0.5, 0.5), (0.25, 1.0)], 0.25 + 0.5 * 0.25 + 0.25 * 0.5, "what several points cover counts once")
-    volume([(3.0, 4.0), (0.5, 9.0)], 4.0, "areas start at the reference; a point below it adds nothing", (1.0, 2.0))
-    volume([(0.5, 3.0), (3.0, 1.0)], 0.0, "points below the reference in one coordinate cover nothing", (1.0, 2.0))
-    volume([(0.0, 0.5), (0.5, 0.5), (0.5, 0.5)], 0.25, "the same point twice covers its rectangle once")
+    volume([(0.5, 0.4), (0.25, 0.25)], 0.2, "a point worse in both coordinates adds nothing")
+    volume([(0.5, 0.4), (0.5, 0.2), (0.1, 0.4)], 0.2,
+           "a point worse in one coordinate, equal in the other, adds nothing")
+    volume([(1.0, 0.25), (0.5, 0.5), (0.25, 1.0)], 0.25 + 0.5 * 0.25 + 0.25 * 0.5,
+           "what several points cover counts once")
+    volume([(3.0, 4.0), (0.5, 9.0)], 4.0,
+           "areas start at the reference; a point below it adds nothing", (1.0, 2.0))
+    volume([(0.5, 3.0), (3.0, 1.0)], 0.0,
+           "points below the reference in one coordinate cover nothing", (1.0, 2.0))
+    volume([(0.0, 0.5), (0.5, 0.5), (0.5, 0.5)], 0.25,
+           "the same point twice covers its rectangle once")
     assert hypervolume([]) == 0, "no point covers nothing"
 
 
@@ -813,5 +821,8 @@ def test_ex15_random(rng):
     for n in (1, 2, 5, 9):
         points = [tuple(p) for p in torch.randint(-2, 9, (n, 2), generator=rng).tolist()]
         a, b = torch.randint(-3, 4, (2,), generator=rng).tolist()
-        cells = sum(any(x > i and y > j for x, y in points) for i in range(a, 9) for j in range(b, 9))
+        cells = 0
+        for i in range(a, 9):
+            for j in range(b, 9):
+                cells += any(x > i and y > j for x, y in points)
         volume(points, cells, "cell by cell another area is covered", (a, b))

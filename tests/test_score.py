@@ -1,126 +1,223 @@
 """interop/score.py: real outputs scored. Every docstring states the bug that its test prevents."""
 import json
 import os
+import re
 import zlib
 
 import pytest
 import torch
 
 import evaluate
-from data import InputError, OBJECTIVES
+from data import DOMAINS, OBJECTIVES, RNG, InputError
 from interop import score
+from model import load_hf
 from prm import PRM, load_prm, save_prm
 
 
-# -- real outputs
-
 def test_first_errors_by_hand():
-    """Prevents: another F1 than ProcessBench's, an error found too late that counts, a right response that is blamed and passes,
-    a threshold chosen with the response's own help."""
+    """Another F1 than ProcessBench's, an error found too late that counts, a right response that is
+    blamed and passes."""
     assert score.first_error_f1([4, 1, 10, 5]) == pytest.approx(2 * 0.25 * 0.5 / 0.75)
     assert score.first_error_f1([4, 0, 10, 9]) == 0 == score.first_error_f1([4, 4, 10, 0])
-    scores = [[0.9, 0.2, 0.1], [0.9, 0.3], [0.8, 0.9], [0.2, 0.9], [0.9, 0.1], [0.7, 0.8]]
-    labels, folds = [1, 1, -1, -1, 0, -1], [0, 1, 0, 1, 1, 1]
-    errs, found, right, passed = score.localise(scores, labels, folds)
-    assert errs == [1, 1, 0, 0, 1, 0] and right == [0, 0, 1, 1, 0, 1]
-    # Fold 1 is best cut at 0.7 (F1 1/2, finding row 1 and passing row 5), fold 0 at 0.8; each is judged by the other's cut.
-    assert found == [1, 1, 0, 0, 0, 0] and passed == [0, 0, 1, 0, 0, 0]
-    shifted = [[s + 5 for s in row] if f == 1 else row for row, f in zip(scores, folds)]
-    columns = score.localise(shifted, labels, folds)
-    assert [columns[1][i] + columns[3][i] for i, f in enumerate(folds) if f == 0] == [0, 0]      # all below the other's cut
+    assert score.outcome([0.9, 0.2, 0.1], 1, 0.5) == (1, 1, 0, 0)
+    assert score.outcome([0.9, 0.2, 0.1], 2, 0.5) == (1, 0, 0, 0)
+    assert score.outcome([0.9, 0.8], 1, 0.5) == (1, 0, 0, 0)
+    assert score.outcome([0.9, 0.8], -1, 0.5) == (0, 0, 1, 1)
+    assert score.outcome([0.9, 0.5], -1, 0.51) == (0, 0, 1, 0)
+
+
+RESPONSES = [([0.9, 0.2, 0.1], 1, 0), ([0.9, 0.3], 1, 1), ([0.8, 0.9], -1, 0),
+             ([0.2, 0.9], -1, 1), ([0.9, 0.1], 0, 1), ([0.7, 0.8], -1, 1)]
+
+
+def test_thresholds_come_from_the_other_fold():
+    """A threshold chosen with the response's own help."""
+    errs, found, right, passed = zip(*score.localise(RESPONSES))
+    assert errs == (1, 1, 0, 0, 1, 0) and right == (0, 0, 1, 1, 0, 1)
+    # Fold 1 is best cut at 0.7 (F1 1/2, finding row 1 and passing row 5), fold 0 at 0.8; each is
+    # judged by the other's cut.
+    assert found == (1, 1, 0, 0, 0, 0) and passed == (0, 0, 1, 0, 0, 0)
+    shifted = [([s + 5 * fold for s in scores], label, fold) for scores, label, fold in RESPONSES]
+    for (_, _, fold), outcome in zip(shifted, score.localise(shifted)):
+        assert fold == 1 or outcome[1] + outcome[3] == 0       # all are below the other fold's cut
+
+
+def test_the_bootstrap_measures_the_spread():
+    """An interval of F1 far from that of repeated experiments, or another one every time."""
+    generator = torch.Generator().manual_seed(1)
+
+    def experiment():
+        errs = torch.rand(200, generator=generator) < 0.5
+        hit = torch.rand(200, generator=generator) < 0.6
+        return torch.stack((errs, errs & hit, ~errs, ~errs & hit), 1).double().tolist()
+    f1s = [score.first_error_f1([sum(c) for c in zip(*experiment())]) for _ in range(300)]
+    rows = experiment()
+    found = score.bootstrap_f1(rows)
+    assert found["mean"] == score.first_error_f1([sum(c) for c in zip(*rows)])
+    assert found["stderr"] == pytest.approx(torch.tensor(f1s).std().item(), rel=0.2)
+    assert found["n"] == 200 and score.bootstrap_f1(rows) == found
+
+
+class Judged:
+    """A PRM's directory, and a place for files."""
+
+    def __init__(self, gpt, path):
+        self.path, self.prm = path, str(path / "prm")
+        generator = torch.Generator().manual_seed(1)
+        outputs = [OBJECTIVES[name] for name in ("math_accuracy", "honesty")]
+        prm = PRM(gpt.with_heads(()), outputs, generator)
+        save_prm(prm, self.prm)
+
+    def write(self, name, rows):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (self.path / name).write_text(text, encoding="utf-8")
+        return str(self.path / name)
 
 
 @pytest.fixture
 def judged(gpt, tmp_path):
-    """A PRM's directory, and a function that writes rows to a file in it."""
-    save_prm(PRM(gpt.with_heads(()), [OBJECTIVES[o] for o in ("math_accuracy", "honesty")], torch.Generator().manual_seed(1)), str(tmp_path / "prm"))
-
-    def write(name, rows):
-        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-        return str(tmp_path / name)
-    return str(tmp_path / "prm"), write
+    return Judged(gpt, tmp_path)
 
 
 def cells(capsys):
-    """The printed table's rows as lists of cells, and the rest."""
+    """The printed table's rows as lists of cells, and all that was printed."""
     out = capsys.readouterr().out
-    return [[c.strip() for c in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")][2:], out
+    lines = re.findall(r"^\|(.*)\|$", out, re.M)[2:]
+    return [[cell.strip() for cell in line.split("|")] for line in lines], out
 
 
 def test_scoring_answers(judged, capsys):
-    """Prevents: answers scored as text, or one model's under another's name, or left out in silence."""
-    _, write = judged
-    rows = [{"question": "q", "answer": f"#### {i}", "a": {"solution": f"it is {i}.0"}, "b": {"solution": "A: 1"}} for i in range(4)]
-    score.main([write("answers.jsonl", rows + [rows[0] | {"answer": ""}])])
+    """Answers scored as text, or one model's under another's name, or left out in silence."""
+    rows = []
+    for i in range(4):
+        said = {"a": {"solution": f"it is {i}.0"}, "b": {"solution": "A: 1"}}
+        rows.append({"question": "q", "answer": f"#### {i}"} | said)
+    score.main([judged.write("answers.jsonl", [*rows, rows[0] | {"answer": ""}])])
     found, out = cells(capsys)
     assert "1 rows left out: the answer is empty." in out
     assert found == [["a", "4", "1.000 ±0.000"], ["b", "4", "0.250 ±0.796"]]
 
 
+def message(text):
+    return [{"role": "user", "content": text}]
+
+
 def test_scoring_first_errors(judged, capsys):
-    """Prevents: steps scored at the wrong tokens, rows that do not fit left out in silence."""
-    directory, write = judged
-    steps = lambda i: [f"a {i} + 4 = 9", f"b 9 - {i} = 7", "answer 7"]
-    rows = [{"problem": f"{i} + 4 ?", "steps": steps(i), "label": -1 if i % 8 < 4 else i % 3} for i in range(12)]
-    path = write("steps.jsonl", rows + [{"problem": "4 " * 200, "steps": ["5"], "label": -1}])
-    score.main([directory, path])
+    """Steps scored at the wrong tokens, rows that do not fit left out in silence."""
+    rows = []
+    for i in range(12):
+        steps = [f"a {i} + 4 = 9", f"b 9 - {i} = 7", "answer 7"]
+        label = -1 if i % 8 < 4 else i % 3
+        rows.append({"problem": f"{i} + 4 ?", "steps": steps, "label": label})
+    long = {"problem": "4 " * 200, "steps": ["5"], "label": -1}
+    score.main([judged.prm, judged.write("steps.jsonl", [*rows, long])])
     ((name, n, *_, f1),), out = cells(capsys)
     assert (name, n) == ("PRM math_accuracy", "12") and "1 rows left out: too long." in out
-    prm, scores = load_prm(directory), []
+    prm, responses = load_prm(judged.prm), []
     tokenizer = prm.backbone.tokenizer
-    for r in rows:
-        ids, ends = tokenizer.encode_chat([{"role": "user", "content": r["problem"]}]), []
-        for text in (*(s + "\n" for s in r["steps"][:-1]), r["steps"][-1]):
-            ids = ids + tokenizer.encode(text) + ([] if text.endswith("\n") else [tokenizer.eos_id])
+    for row in rows:
+        ids, ends = tokenizer.encode_chat(message(row["problem"])), []
+        for text in row["steps"]:
+            if text == row["steps"][-1]:
+                ids += [*tokenizer.encode(text), tokenizer.eos_id]
+            else:
+                ids += tokenizer.encode(text + "\n")
             ends.append(len(ids) - 1)
-        scores.append(prm(torch.tensor([ids]))[0, ends, 0].tolist())
-    folds = [zlib.crc32(json.dumps([{"role": "user", "content": r["problem"]}]).encode()) % 2 for r in rows]
-    columns = score.localise(scores, [r["label"] for r in rows], folds)
-    assert f1.startswith(f"{score.first_error_f1(list(map(sum, columns))):.3f} ±")
+        scores = prm(torch.tensor([ids]))[0, ends, 0].tolist()
+        fold = zlib.crc32(json.dumps(message(row["problem"])).encode()) % 2
+        responses.append((scores, row["label"], fold))
+    sums = [sum(column) for column in zip(*score.localise(responses))]
+    assert f1.startswith(f"{score.first_error_f1(sums):.3f} ±")
 
 
 def test_scoring_pairs_by_a_prm(judged, capsys):
-    """Prevents: chosen and rejected swapped, or scored by another output than the one named."""
-    directory, write = judged
-    pairs = [{"prompt": f"what of {i} ?", "chosen": "the color is red ." * (i % 3 + 1), "rejected": "no ."} for i in range(9)]
-    path = write("pairs.jsonl", pairs + [{"prompt": "what ?", "chosen": "red " * 200, "rejected": "no"}])
-    score.main([directory, path, "--objective", "honesty"])
+    """Chosen and rejected swapped, or scored by another output than the one named."""
+    pairs = []
+    for i in range(9):
+        chosen = "the color is red ." * (i % 3 + 1)
+        pairs.append({"prompt": f"what of {i} ?", "chosen": chosen, "rejected": "no ."})
+    long = {"prompt": "what ?", "chosen": "red " * 200, "rejected": "no"}
+    path = judged.write("pairs.jsonl", [*pairs, long])
+    score.main([judged.prm, path, "--objective", "honesty"])
     found, out = cells(capsys)
-    prm = load_prm(directory)
+    prm, right = load_prm(judged.prm), []
     tokenizer = prm.backbone.tokenizer
-    prompt = lambda p: tokenizer.encode_chat([{"role": "user", "content": p["prompt"]}])
-    ids = lambda p, key: prompt(p) + tokenizer.encode(p[key]) + [tokenizer.eos_id]
-    value = lambda p, key: prm(torch.tensor([ids(p, key)]))[0, -1, 1].item()
-    right = [float(value(p, "chosen") > value(p, "rejected")) for p in pairs]
-    assert found == [["PRM honesty", "9", "-", "-", evaluate.cell(evaluate.summary(right)), "-"]]
+    for pair in pairs:
+        values = []
+        for which in ("chosen", "rejected"):
+            ids = tokenizer.encode_chat(message(pair["prompt"])) + tokenizer.encode(pair[which])
+            values.append(prm(torch.tensor([[*ids, tokenizer.eos_id]]))[0, -1, 1].item())
+        right.append(float(values[0] > values[1]))
+    assert found == [["PRM honesty", "9", evaluate.cell(evaluate.summary(right))]]
     assert "1 rows left out: too long or alike." in out
-    rated = lambda a, b: {"instruction": "what ?", "completions": [
-        {"response": text, "annotations": {"honesty": {"Rating": rating}}} for text, rating in (("yes .", a), ("no .", b))]}
-    score.main([directory, write("rated.jsonl", [rated("1", "5"), rated("3", "3")]), "--objective", "honesty"])
-    assert "1 rows left out: no two completions have different ratings of honesty." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv, rows, message", [
-    (["nowhere.jsonl"], None, "nowhere.jsonl: no such file"), 
-    (["f.jsonl"], [{"prompt": "p", "chosen": "a", "rejected": "b"}], "name the run or the PRM"),
-    (["prm", "f.jsonl", "--objective", "wit"], [{"prompt": "p", "chosen": "a", "rejected": "b"}], "accuracy, honesty"),
-    (["prm", "f.jsonl"], [{"problem": "p", "steps": ["a"], "label": 0}], "1 responses are left"),
-    (["prm", "f.jsonl"], [{"prompt": "p", "chosen": "a " * 300, "rejected": "b"}], "no pair is left"),
-    (["f.jsonl"], [{"question": "q", "answer": "#### 2"}], "f.jsonl:1: no text of a response")])
-def test_scoring_refuses(judged, argv, rows, message, tmp_path, monkeypatch):
-    """Prevents: tracebacks for a file that cannot be scored, or without what is to be scored."""
+def test_scoring_ratings(judged, capsys):
+    """Ties that are scored as a preference for one of two."""
+    rows = []
+    for ratings in (("1", "5"), ("3", "3")):
+        completions = []
+        for text, rating in zip(("yes .", "no ."), ratings):
+            about = {"honesty": {"Rating": rating}}
+            completions.append({"response": text, "annotations": about})
+        rows.append({"instruction": "what ?", "completions": completions})
+    score.main([judged.prm, judged.write("rated.jsonl", rows), "--objective", "honesty"])
+    left = "1 rows left out: no two completions have different ratings of honesty."
+    assert left in capsys.readouterr().out
+
+
+def test_scoring_pairs_by_a_run(whole, judged, capsys):
+    """A policy left out, rewards against another reference, pairs that count although the run was
+    trained on them."""
+    with open(os.path.join(whole, "pairs.jsonl"), encoding="utf-8") as f:
+        pairs = [json.loads(line) for line in f]
+    trained = [pair["prompt"] for pair in pairs if pair["split"] == "train"]
+    tokenizer = load_hf(os.path.join(whole, "sft")).tokenizer
+    rng = RNG(evaluate.seed_of(0, "samples", "sft", "values", "train"))
+    asked = [problem.messages() for problem in DOMAINS["values"].problems("train", 8, rng)]
+    known = next(messages for messages in asked if tokenizer.encode_chat(messages) in trained)
+    rows = []
+    for prompt in (message("what is new ?"), message("who are you ?"), known):
+        rows.append({"prompt": prompt, "chosen": "the color is red .", "rejected": "no ."})
+    score.main([whole, judged.write("honesty.jsonl", rows)])
+    found, out = cells(capsys)
+    assert [line[0] for line in found] == ["sft", "base", "single_head_dpo", "modpo", "dpo_honesty",
+                                           "mah_dpo", "PRM honesty"]
+    assert {line[1] for line in found} == {"2"} and "1 rows left out: seen in training." in out
+    assert found[0][2].startswith("0.693") and found[-1][2:5] == ["-"] * 3
+
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize("argv, row, words", [
+    (["nowhere.jsonl"], None, "nowhere.jsonl: no such file"),
+    (["f.jsonl"], PAIR, "name the run or the PRM"),
+    (["prm", "f.jsonl", "--objective", "wit"], PAIR, "accuracy, honesty"),
+    (["prm", "f.jsonl"], {"problem": "p", "steps": ["a"], "label": 0}, "1 responses are left"),
+    (["prm", "f.jsonl"], PAIR | {"chosen": "a " * 300}, "no pair is left"),
+    (["f.jsonl"], {"question": "q", "answer": "#### 2"}, "f.jsonl:1: no text of a response"),
+    (["prm", "f.jsonl", "g.jsonl"], PAIR, "give a run and one file")])
+def test_scoring_refuses(judged, argv, row, words, tmp_path, monkeypatch):
+    """Tracebacks for a file that cannot be scored, or without what is to be scored."""
     monkeypatch.chdir(tmp_path)
-    if rows:
-        judged[1]("f.jsonl", rows)
-    with pytest.raises(InputError, match=message):
+    if row:
+        judged.write("f.jsonl", [row])
+    with pytest.raises(InputError, match=words):
         score.main(argv)
+
+
+def test_a_run_is_asked_about_what_is_named(whole, judged):
+    """Pairs of nobody knows what, scored by whatever objective comes first."""
+    path = judged.write("pairs.jsonl", [PAIR])
+    with pytest.raises(InputError, match="say with --objective what it is about: helpfulness, "):
+        score.main([whole, path])
 
 
 def test_scoring_by_a_prm_without_a_tokenizer(judged):
     """A traceback for a reward model that came without a tokenizer that is read here."""
-    for name in os.listdir(judged[0]):
+    for name in os.listdir(judged.prm):
         if name.startswith("tokenizer"):
-            os.remove(os.path.join(judged[0], name))
-    path = judged[1]("f.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+            os.remove(os.path.join(judged.prm, name))
     with pytest.raises(InputError, match="no tokenizer.json"):
-        score.main([judged[0], path])
+        score.main([judged.prm, judged.write("f.jsonl", [PAIR])])

@@ -1,4 +1,5 @@
-"""experiments/timing.py: what each way of decoding feeds. Every docstring states the bug that its test prevents."""
+"""experiments/timing.py: what each way of decoding feeds. Every docstring states the bug that its
+test prevents."""
 import re
 import time
 
@@ -10,39 +11,50 @@ from experiments import timing
 from model import GPT, GPTConfig, save_hf
 
 
+def checkpoint(path, max_len):
+    """A tiny random model with a short context."""
+    config = GPTConfig(23, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=max_len)
+    save_hf(GPT(config, torch.Generator().manual_seed(0)), str(path), weights=0)
+    return str(path)
+
+
 def test_timing_counts_what_each_way_feeds(tmp_path, capsys):
-    """A benchmark whose ways do unequal work, or that hides tokens fed twice: with prompt P, K candidates, S steps of N tokens
-    the carried way feeds each model P + K S N tokens, published decoders the PRM K times the whole text in every step."""
-    config = GPTConfig(23, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=170)
-    save_hf(GPT(config, torch.Generator().manual_seed(0)), str(tmp_path), weights=0)
-    timing.main([str(tmp_path)])
-    printed = capsys.readouterr().out
-    rows = [[c.strip() for c in line.strip("| ").split("|")] for line in printed.splitlines() if line.startswith("| 128 ")]
-    assert "a prefix of 512 does not fit the context of 170" in printed and "GB/s of a copy" in printed
-    fed = {(int(r[1]), r[2]): (int(r[7]), int(r[8])) for r in rows}
+    """A benchmark whose ways do unequal work, or that hides tokens fed twice: with prompt P, K
+    candidates, S steps of N tokens the carried way feeds each model P + K S N tokens, published
+    decoders the PRM K times the whole text in every step."""
+    timing.main([checkpoint(tmp_path, 170)])
+    out = capsys.readouterr().out
+    assert "a prefix of 512 does not fit the context of 170" in out and "GB/s of a copy" in out
+    fed = {}
+    for line in re.findall(r"^\| (128 .*) \|$", out, re.M):
+        _, K, way, *_, policy, prm = re.split(r" *\| *", line)
+        fed[int(K), way] = int(policy), int(prm)
     P, S, N = 128, 2, 16
-    assert sorted(fed) == sorted((K, way) for K in (1, 2, 5, 10) for way in ("re-encoding", "cached, one by one", "carried (here)"))
+    expected = {}
     for K in (1, 2, 5, 10):
-        assert fed[K, "carried (here)"] == (P + K * S * N, P + K * S * N)
-        assert fed[K, "cached, one by one"] == (P + K * S * N, K * (P + N + P + 2 * N))
-        assert fed[K, "re-encoding"] == (K * (P + N + P + 2 * N), K * (P + N + P + 2 * N))
+        again, once = K * (P + N + P + 2 * N), P + K * S * N
+        expected[K, "re-encoding"] = again, again
+        expected[K, "cached, one by one"] = once, again
+        expected[K, "carried (here)"] = once, once
+    assert fed == expected
 
 
 def test_timing_of_a_short_context(tmp_path, capsys):
     """A traceback for a model that no prefix fits: it still has a speed of one token."""
-    config = GPTConfig(23, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=40)
-    save_hf(GPT(config, torch.Generator().manual_seed(0)), str(tmp_path), weights=0)
-    timing.main([str(tmp_path)])
-    assert capsys.readouterr().out.count("does not fit the context of 40") == 3
+    timing.main([checkpoint(tmp_path, 40)])
+    out = capsys.readouterr().out
+    assert out.count("does not fit the context of 40") == 3 and "one token: " in out
 
 
 def test_one_token_is_timed_by_the_tokens_drawn(tmp_path, capsys, monkeypatch):
     """A speed 64 times too good from a model that ends its answer at once."""
-    config = GPTConfig(23, n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=16, max_len=40)
-    save_hf(GPT(config, torch.Generator().manual_seed(0)), str(tmp_path), weights=0)
-    monkeypatch.setattr(timing, "generate", lambda model, prompts, **options: time.sleep(0.05) or [[0]])
-    timing.main([str(tmp_path)])
-    assert float(re.search(r"one token: ([0-9.]+) ms", capsys.readouterr().out)[1]) >= 50
+    def slow(model, prompts, **options):
+        time.sleep(0.05)
+        return [[0]]
+    monkeypatch.setattr(timing, "generate", slow)
+    timing.main([checkpoint(tmp_path, 40)])
+    milliseconds = re.search(r"one token: ([0-9.]+) ms", capsys.readouterr().out)[1]
+    assert float(milliseconds) >= 50
 
 
 def test_timing_needs_a_checkpoint(tmp_path):

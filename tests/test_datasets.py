@@ -1,0 +1,533 @@
+"""interop/datasets.py: rows of pairs, ratings, steps, questions and outputs. Every docstring states
+the bug that its test prevents.
+
+The rows here are written by hand after the published formats. Tests of published rows find them
+through the environment variable MAHALO_DATA and are skipped without it.
+"""
+import json
+import os
+import random
+import tracemalloc
+from collections import Counter
+
+import pytest
+
+from data import OBJECTIVES, InputError, read_jsonl
+from interop.answers import final_answer, marked_answer, same_answer
+from interop.datasets import (DATA_HELP, Preference, Question, Steps, holds_questions,
+                              read_outputs, read_preferences, read_questions, read_steps)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def bot(text):
+    return {"role": "assistant", "content": text}
+
+
+def read_file(kind, path, skipped=None):
+    """What the reader of this kind of rows makes of a file."""
+    if kind in ("pairs", "ratings"):
+        return read_preferences(str(path), "honesty", skipped)
+    if kind == "steps":
+        return read_steps(str(path))
+    reader = {"questions": read_questions, "outputs": read_outputs}[kind]
+    return reader(str(path), skipped)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(kind, *rows) -> (what is read from a file of these rows, counts of skipped ones)."""
+    def read(kind, *rows):
+        path, skipped = tmp_path / "rows.jsonl", {}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return read_file(kind, path, skipped), skipped
+    return read
+
+
+def published(name):
+    """The path of a published file, or the test is skipped."""
+    path = os.path.join(os.environ.get("MAHALO_DATA", ""), name)
+    if "MAHALO_DATA" not in os.environ or not os.path.isfile(path):
+        pytest.skip(f"MAHALO_DATA does not name a directory with {name}")
+    return path
+
+
+# -- files and faults
+
+PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
+RATED = {"prompt": "p", "completions": [{"response": "x", "annotations": {}}]}
+STEPS = {"prompt": "p", "steps": ["a"], "labels": [1]}
+LABEL = {"problem": "p", "steps": ["a", "b"], "label": 1}
+WITHOUT = object()
+
+
+def refusal(path, kind, *lines):
+    """The message with which a file is refused: rows, or lines as bytes."""
+    lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError) as e:
+        read_file(kind, path)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+@pytest.mark.parametrize("line, words", [
+    (b'{"prompt": "p", "chosen"', "not JSON"),
+    (b"[1, 2]", "list, not an object"),
+    (b"null", "not an object"),
+    (b'"text"', "not an object"),
+    (b'{"prompt": "\xff"}', "not UTF-8"),
+    (b"[" * 100_000, "nested too deeply"),
+    (b'{"prompt": ' + b"9" * 5000 + b"}", "not JSON")])
+def test_broken_lines_are_named(tmp_path, line, words):
+    """A broken line that is skipped, or a traceback that does not say which of thousands it is."""
+    path = tmp_path / "honesty.jsonl"
+    message = refusal(path, "pairs", PAIR, b"", line, PAIR)
+    assert f"{path}:3: " in message and words in message
+
+
+@pytest.mark.parametrize("good, change, words", [
+    # pairs
+    (PAIR, {"chosen": WITHOUT}, "'chosen' is missing"),
+    (PAIR, {"prompt": WITHOUT}, "'prompt' is missing (question, instruction, problem would do)"),
+    (PAIR, {key: WITHOUT for key in PAIR}, "no fields"),
+    (PAIR, {"rejected": 3}, "'rejected' is int"),
+    (PAIR, {"chosen": None}, "'chosen' is NoneType"),
+    *((PAIR, {"prompt": prompt}, "'prompt' is list") for prompt in (
+        [], [user(5)], [user("x") | {"role": "robot"}], [user("x") | {"role": ["user"]}])),
+    (PAIR, {"prompt": WITHOUT, "question": ["x"]}, "'question' is list"),
+    (PAIR, {"chosen": " \n"}, "'chosen' is empty"),
+    (PAIR, {"prompt": ""}, "'prompt' is empty"),
+    (PAIR, {"rejected": [bot("")]}, "'rejected' is empty"),
+    (PAIR, {"prompt": [bot("x")]}, "ends with the assistant"),
+    (PAIR, {"rejected": "c"}, "'chosen' equals 'rejected'"),
+    (PAIR, {"chosen": [bot("r")]}, "'chosen' equals 'rejected'"),
+    (PAIR, {"chosen": [user("x")]}, "'chosen' does not end with the assistant's turn"),
+    (PAIR, {"prompt": WITHOUT, "chosen": "Human: x"}, "'chosen' does not end"),
+    # ratings
+    *((RATED, {"completions": value}, "'annotations'") for value in (
+        5, ["x"], [{"response": "x"}])),
+    # steps
+    (STEPS, {"labels": WITHOUT}, "'labels'"),
+    (STEPS, {"steps": WITHOUT}, "'steps'"),
+    *((STEPS, {"steps": steps}, "'steps'") for steps in ([], ["a", ""], "a")),
+    (STEPS, {"steps": WITHOUT, "completions": "ab"}, "'completions'"),
+    *((STEPS, {"labels": [label]}, "'labels'") for label in (1.5, float("nan"), "1")),
+    (STEPS, {"steps": ["a", "b"]}, "2 steps but 1 labels"),
+    (STEPS, {"prompt": 7}, "'prompt' is int"),
+    *((LABEL, {"label": v}, "'label' must be") for v in (2, -2, True, "1", None, 0.5)),
+    # questions
+    ({}, {"question": "q"}, "'answer' is missing (final_answer would do)"),
+    ({}, {"question": "q", "answer": True}, "'answer' is bool"),
+    ({}, {"question": "q", "answer": "  "}, "'answer' is empty"),
+    ({}, {"problem": "q", "solution": "so 1 + 1 = 2"}, "'solution' marks no final answer"),
+    ({}, {"answer": "5"}, "'prompt' is missing")])
+def test_faulty_rows_are_named(tmp_path, good, change, words):
+    """Labels out of range or shifted against their steps, `true` as a rating, a guess where no
+    answer is marked; or a traceback that does not say in which line."""
+    row = {key: v for key, v in (good | change).items() if v is not WITHOUT}
+    kind = "pairs" if good in (PAIR, RATED) else "steps" if good else "questions"
+    path = tmp_path / "x.jsonl"
+    message = refusal(path, kind, b"", row)
+    assert f"{path}:2: " in message and words in message
+
+
+@pytest.mark.parametrize("rating", [
+    True, "five", float("nan"), "inf", [1], {"a": 1}, "9" * 400])
+def test_faulty_ratings(tmp_path, rating):
+    """`true` read as a rating of 1, or a NaN that is the best of all."""
+    row = {"prompt": "p", "completions": [
+        {"response": "x", "annotations": {"honesty": {"Rating": rating}}}]}
+    assert "x.jsonl:1: a completion needs" in refusal(tmp_path / "x.jsonl", "ratings", row)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "steps"])
+def test_missing_and_empty_files(tmp_path, kind):
+    """An empty file that trains on nothing."""
+    with pytest.raises(InputError, match="no such file"):
+        read_file(kind, tmp_path / "none.jsonl")
+    for content in (b"", b"\n \r\n"):
+        assert "empty.jsonl: no rows" in refusal(tmp_path / "empty.jsonl", kind, content)
+
+
+@pytest.mark.parametrize("before, between, after", [
+    ("[", ", ", "]"), ("\n\ufeff[\n ", ",\n ", "\n]"), ("[\n", ",\n", "]\n"),
+    ("\ufeff", "\r\n", "")])
+def test_lists_and_byte_order_marks(tmp_path, before, between, after):
+    """A JSON list (indented or not) read as lines, or a byte order mark taken for broken JSON."""
+    path = tmp_path / "x.json"
+    row = json.dumps(PAIR)
+    path.write_text(before + row + between + row + after, encoding="utf-8")
+    assert read_file("pairs", path) == [Preference("honesty", [user("p")], "c", "r")] * 2
+
+
+@pytest.mark.parametrize("content, words", [
+    ([PAIR, 5], "x.json: row 2: int, not an object"),
+    ([PAIR, PAIR | {"chosen": ""}], "x.json: row 2: 'chosen' is empty"),
+    ([], "x.json: no rows"),
+    (b'[{"prompt": 1},', "x.json:1: not JSON"),
+    (b"[" * 100_000, "x.json:1: nested too deeply")])
+def test_bad_rows_of_a_list(tmp_path, content, words):
+    """A row of a list reported as line 1: nobody finds it among thousands."""
+    assert words in refusal(tmp_path / "x.json", "pairs", content)
+
+
+def test_lines_are_read_one_at_a_time(tmp_path):
+    """A file of gigabytes read into memory to get at its first row."""
+    path = tmp_path / "x.jsonl"
+    path.write_text((json.dumps(PAIR | {"chosen": "c" * 100_000}) + "\n") * 100)
+    tracemalloc.start()
+    rows = sum(1 for _ in read_jsonl(str(path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == 100 and peak < 3_000_000          # the file has 10 MB
+
+
+@pytest.mark.parametrize("row, questions", [
+    ({"question": "q", "answer": "2"}, True),
+    (PAIR, False),
+    ({"instruction": "p", "completions": []}, False),
+    (None, False)])
+def test_which_files_hold_questions(tmp_path, row, questions):
+    """Rated completions of accuracy taken for questions without an answer."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row) if row else "")
+    assert holds_questions(str(path), OBJECTIVES["math_accuracy"]) is questions
+    assert not holds_questions(str(path), OBJECTIVES["honesty"])
+
+
+def rows_of_the_help():
+    """(kind, row) for every example row of DATA_HELP."""
+    kinds = ("pairs", "ratings", "questions", "steps", "outputs")
+    kind, text = None, ""
+    for line in DATA_HELP.splitlines():
+        if line.startswith(kinds):
+            kind, line = line.split(maxsplit=1)
+        text += line.strip() if kind else ""
+        # A row may go on in the next line. Behind it there may be a remark.
+        try:
+            row, _ = json.JSONDecoder().raw_decode(text)
+        except ValueError:
+            continue
+        yield kind, row
+        text = ""
+
+
+def test_the_rows_of_the_help_are_read(read):
+    """Help that shows rows which the readers refuse."""
+    kinds = Counter()
+    for kind, row in rows_of_the_help():
+        found, skipped = read(kind, row)
+        assert len(found) == 1 and not skipped
+        kinds[kind] += 1
+    assert kinds == {"pairs": 3, "ratings": 1, "questions": 2, "steps": 2, "outputs": 1}
+
+
+# -- random faults
+
+RATINGS = [{"response": r, "annotations": {"honesty": {"Rating": v, "Rationale": "so"}}}
+           for r, v in zip("abcd", ("4", "1", "N/A", 2))]
+GOOD_ROWS = [
+    ("pairs", PAIR),
+    ("pairs", {"question": "Assistant: a\n\nStudent: b\n\nAssistant:", "chosen": "c",
+               "rejected": "d"}),
+    ("pairs", {"chosen": "\n\nHuman: a\n\nAssistant: b",
+               "rejected": "\n\nHuman: a\n\nAssistant: c"}),
+    ("pairs", {"prompt": "p", "chosen": [user("p"), bot("c")], "rejected": [user("p"), bot("d")]}),
+    ("ratings", {"instruction": "p", "completions": RATINGS}),
+    ("steps", {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]}),
+    ("steps", {"id": "x-1", "problem": "p", "steps": ["a", "b"], "label": 1}),
+    ("questions", {"question": "q", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}),
+    ("questions", {"problem": "q", "solution": "so $\\boxed{\\frac{1}{2}}$",
+                   "answer": "\\frac{1}{2}"})]
+JUNK = [None, True, -1, 3, 1e400, float("nan"), "", " ", "N/A", "\n\nAssistant:", "\\boxed{",
+        "\\frac{}{", "\ud800", "9" * 400, [], [[]], {}, {"role": "user"}, [user("x")], [bot("")],
+        [user("x"), bot("y")], {"Rating": [1]}]
+SPLINTERS = ("", "\n\nHuman:", "####", "{", "}", "\x00", "0/0", "\\")
+
+
+def with_a_fault(value, rng):
+    """A row with one random fault somewhere in it."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        value = value.copy()
+        if rng.random() < 0.2:
+            del value[key]
+        else:
+            value[key] = with_a_fault(value[key], rng)
+        return value
+    if isinstance(value, str) and value and rng.random() < 0.4:
+        i = rng.randrange(len(value))
+        return value[:i] + rng.choice(SPLINTERS) + value[i + rng.randrange(3):]
+    return rng.choice(JUNK)
+
+
+def check_found(found):
+    """What was read is a conversation that the user ends, or a question with a sound answer."""
+    assert found.prompt and found.prompt[-1]["role"] != "assistant"
+    assert all(type(m["content"]) is str for m in found.prompt)
+    if isinstance(found, Question):
+        assert same_answer(found.answer, found.answer)
+
+
+def test_faulty_rows_raise_only_input_errors(tmp_path):
+    """A field of an unexpected type that ends in a traceback, or is read as a conversation."""
+    rng, path, outcomes = random.Random(0), tmp_path / "x.jsonl", Counter()
+    for _ in range(1500):
+        kind, row = rng.choice(GOOD_ROWS)
+        for _ in range(rng.randrange(1, 4)):
+            row = with_a_fault(row, rng)
+        content = json.dumps(row).encode()
+        if rng.random() < 0.1:
+            i = rng.randrange(len(content) + 1)
+            content = content[:i] + bytes([rng.randrange(256)]) + content[i + 1:]
+        path.write_bytes(content)
+        try:
+            for found in read_file(kind, path):
+                check_found(found)
+            outcomes["read"] += 1
+        except InputError as e:
+            assert str(path) in str(e) and "\n" not in str(e)
+            outcomes["refused"] += 1
+    assert min(outcomes["read"], outcomes["refused"]) > 150
+
+
+# -- pairs
+
+def test_good_pairs(read):
+    """Message lists read as one string, other fields carried into the prompt, or spaces of a
+    response stripped."""
+    system = {"role": "system", "content": "s"}
+    chat = [system | {"id": 1}, user("é\n")]
+    row = {"prompt": chat, "chosen": [chat[1], bot(" yes ")], "rejected": " no", "extra": [1]}
+    found, _ = read("pairs", PAIR, row)
+    assert found == [Preference("honesty", [user("p")], "c", "r"),
+                     Preference("honesty", [system, user("é\n")], " yes ", " no")]
+
+
+def test_transcripts_split_at_the_last_assistant_turn(read):
+    """HH-RLHF: the prompt taken for part of the response, cut at the first turn, or cut at a
+    'Human:' within a line."""
+    start = ("\n\nHuman: Hi. Human: is a word\nAssistant: too\n\nAssistant: Yes:\n\nno speaker: "
+             "here\n\nHuman: And?\n\nAssistant:")
+    found, skipped = read("pairs", {"chosen": start + " Well.\n\nSo: yes.",
+                                    "rejected": start + " No. "})
+    prompt = [user("Hi. Human: is a word\nAssistant: too"), bot("Yes:\n\nno speaker: here"),
+              user("And?")]
+    assert found == [Preference("honesty", prompt, "Well.\n\nSo: yes.", "No.")] and skipped == {}
+
+
+def talk(*turns):
+    """A transcript of Human and Assistant by turns."""
+    speakers = ("Human", "Assistant") * 9
+    return "".join(f"\n\n{who}: {said}" for who, said in zip(speakers, turns))
+
+
+@pytest.mark.parametrize("chosen, rejected, reason", [
+    (talk("a", "b", "c", "d"), talk("a", "x"), "chosen and rejected answer different prompts"),
+    (talk("a", "b"), talk("a", ""), "the transcript ends without a response"),
+    (talk("a", "b") + "\n\nAssistant: c", talk("a", "b") + "\n\nAssistant: d",
+     "the responses do not answer the prompt"),
+    ("b", talk("a", "c"), "chosen and rejected answer different prompts"),
+    (talk("a", "c"), "b", "chosen and rejected answer different prompts")])
+def test_transcripts_that_cannot_serve_are_counted(read, chosen, rejected, reason):
+    """One odd row in 160 000 that stops the run, or that is trained on as if both answered the same
+    prompt."""
+    odd = {"chosen": chosen, "rejected": rejected}
+    found, skipped = read("pairs", {"chosen": talk("a", "b"), "rejected": talk("a", "c")}, odd, odd)
+    assert len(found) == 1 and skipped == {reason: 2}
+    with pytest.raises(InputError, match=f"no rows to use; 1 skipped: {reason}"):
+        read("pairs", odd)
+
+
+@pytest.mark.parametrize("prompt, messages", [
+    # as in sm_acc.json
+    ("Assistant: Hi. \n\nStudent:  What?\n\nAssistant: \nThat.\n\nMore: of it\n\nStudent: Oh"
+     "\n\nAssistant:", [bot("Hi."), user("What?"), bot("That.\n\nMore: of it"), user("Oh")]),
+    ("Tutor: a\r\n\r\nUser: b", [bot("a"), user("b")]),
+    # as in hhh_alignment.json
+    ("Fix it.  \n\nAssistant:  How?\n\nHuman:  Well.",
+     [user("Fix it."), bot("How?"), user("Well.")]),
+    ("Be kind.\n\nHuman: a\n\nAssistant:", [{"role": "system", "content": "Be kind."}, user("a")]),
+    ("Human: alone", [user("alone")]),
+    # no transcripts: nobody answers, nothing is asked, no paragraph starts with a speaker
+    ("A play:\n\nStudent: to be", [user("A play:\n\nStudent: to be")]),
+    ("Human: a\n\nAssistant: b", [user("Human: a\n\nAssistant: b")]),
+    (" say 'Assistant:'\nUser: b", [user(" say 'Assistant:'\nUser: b")])])
+def test_prompts_that_are_transcripts(read, prompt, messages):
+    """A tutoring dialogue as one message: the model learns to answer a script, not a student."""
+    chosen = "Human: c\n\nAssistant: x"
+    found, _ = read("pairs", {"question": prompt, "chosen": chosen, "rejected": "d"})
+    assert found[0].prompt == messages and found[0].chosen == chosen
+
+
+ASK, MORE = [user("p")], [user("p"), bot("a"), user("q")]
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize("prompt, before, whole", [
+    (None, ASK, ASK), ("p", ASK, ASK), ([SYSTEM] + ASK, ASK, [SYSTEM] + ASK),
+    ("p", [], ASK), ("p", MORE, MORE), (None, MORE, MORE), (MORE, ASK, None)])
+def test_conversations_in_chosen_and_rejected(read, prompt, before, whole):
+    """UltraFeedback binarised: the prompt lost, doubled, or only the first of its messages kept."""
+    row = {"chosen": before + [bot("c")], "rejected": before + [bot("r")]}
+    found, skipped = read("pairs", PAIR, row | ({"prompt": prompt} if prompt else {}))
+    if whole:
+        assert found[1] == Preference("honesty", whole, "c", "r")
+    else:
+        assert skipped == {"the responses do not answer the prompt": 1}
+
+
+# -- ratings
+
+def rated(prompt, **ratings):
+    """A row of three completions a, b, c with ratings of several objectives."""
+    completions = []
+    for i, response in enumerate("abc"):
+        notes = {name: {"Rating": given[i], "Rationale": "..."} for name, given in ratings.items()}
+        completions.append({"response": response, "model": "m", "annotations": notes})
+    return {"instruction": prompt, "completions": completions}
+
+
+def test_ratings_give_pairs_of_every_objective(tmp_path):
+    """UltraFeedback: one pair list for all objectives, ratings compared as text ('10' < '9'), ties
+    as preferences."""
+    rows = [rated("i", honesty=("9", "10", "1"), helpfulness=("5", "N/A", "3")),
+            rated("j", honesty=("2", "2", "2"), helpfulness=("N/A", "N/A", "3")),
+            rated("k", honesty=(1, None, 2.5))]
+    rows[2]["completions"].append({"response": "d", "annotations": {}})
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    skipped = {}
+    assert read_preferences(str(path), "honesty", skipped) == [
+        Preference("honesty", [user("i")], "b", "c"),
+        Preference("honesty", [user("k")], "c", "a")]
+    assert skipped == {"no two completions have different ratings of honesty": 1}
+    assert read_preferences(str(path), "helpfulness") == [
+        Preference("helpfulness", [user("i")], "a", "c")]
+    with pytest.raises(InputError, match="3 skipped: no two .* different ratings of truthfulness"):
+        read_preferences(str(path), "truthfulness")
+
+
+def test_ratings_of_the_same_text(read):
+    """A text preferred to itself: two completions that are alike, with different ratings."""
+    row = rated("i", honesty=("1", "2", "N/A"))
+    row["completions"][1]["response"] = "a"
+    with pytest.raises(InputError, match="no rows to use"):
+        read("ratings", row)
+
+
+# -- steps
+
+@pytest.mark.parametrize("fields, labels", [
+    ({"prompt": "p", "completions": "abc", "labels": [True, False, True]}, [1, 0, 1]),
+    ({"question": "p", "steps": "abc", "labels": [1, 0.25, 0]}, [1, 0.25, 0]),
+    ({"problem": "p", "steps": "abc", "label": -1}, [1, 1, 1]),
+    ({"problem": "p", "steps": "abc", "label": 0}, [0, 0, 0]),
+    ({"problem": "p", "steps": "abc", "label": 1}, [1, 0, 0]),
+    ({"problem": "p", "steps": "abc", "label": 2}, [1, 1, 0])])
+def test_spellings_of_steps(read, fields, labels):
+    """ProcessBench's first wrong step read as 1-based, -1 as the last step, steps after an error as
+    right; or true and false kept as booleans, which break the loss's arithmetic."""
+    key = "steps" if "steps" in fields else "completions"
+    found, _ = read("steps", fields | {key: ["a\n", "b", "c"]})
+    assert found == [Steps([user("p")], ["a\n", "b", "c"], labels)]
+    assert {type(label) for label in found[0].labels} == {float}
+
+
+# -- questions and outputs
+
+GSM = "It is 500 + 500 = <<500+500=1000>>1,000.\n#### 1,000"
+MATH, ROOT = "As $\\boxed{1}$ is not, $\\boxed{\\frac{\\sqrt{3}}{2}}$.", "\\frac{\\sqrt{3}}{2}"
+
+
+@pytest.mark.parametrize("fields, answer, solution", [
+    ({"answer": GSM}, "1,000", GSM),
+    ({"solution": MATH}, ROOT, MATH),
+    ({"solution": MATH, "answer": ROOT}, ROOT, MATH),
+    ({"final_answer": "x = 5 "}, "x = 5", ""),
+    ({"answer": 7}, "7", ""),
+    ({"ground_truth": "Two.\nA: 2"}, "2", "Two.\nA: 2")])
+def test_spellings_of_questions(read, fields, answer, solution):
+    """GSM8K's whole solution kept as the answer, or the first box of several taken for it."""
+    for key in ("question", "problem", "prompt"):
+        found, _ = read("questions", {key: "q"} | fields)
+        assert found == [Question([user("q")], answer, solution)]
+
+
+def test_questions_without_an_answer_are_counted(read):
+    """An answer that nobody could extract (an empty field, NaN) taken for one."""
+    rows = [{"question": "q", "answer": answer} for answer in ("2", "", float("nan"))]
+    found, skipped = read("questions", *rows)
+    assert len(found) == 1 and skipped == {"the answer is empty": 2}
+
+
+def test_outputs_of_models(read):
+    """A response taken for the gold answer, one of several models left out, a row without any."""
+    row = {"question": "q", "answer": "so\n#### 2"}
+    question = Question([user("q")], "2", "so\n#### 2")
+    assert read("outputs", row | {"output": "2"})[0] == [(question, {"output": "2"})]
+    two = {"a": {"is_correct": True, "solution": "A: 2"}, "b": {"solution": "3"}}
+    found, _ = read("outputs", {"question": "q", "ground_truth": "A: 2"} | two)
+    assert found[0][1] == {"a": "A: 2", "b": "3"}
+    for bad in ({}, {"response": 2}, {"a": {"text": "2"}}):
+        with pytest.raises(InputError, match="rows.jsonl:1: no text of a response"):
+            read("outputs", row | bad)
+
+
+# -- published rows
+
+HARMLESS_SKIPPED = {"the transcript ends without a response": 1,
+                    "chosen and rejected answer different prompts": 2}
+
+
+@pytest.mark.parametrize("name, n, n_dialogues, skipped", [
+    ("hh_rlhf_harmless.jsonl", 237, 143, HARMLESS_SKIPPED),
+    ("hhh_alignment.json", 157, 34, {}),
+    ("sm_acc.json", 260, 260, {}),
+    ("ultrafeedback_binarized.jsonl", 160, 0, {}),
+    ("pairs/helpfulness.jsonl", 187, 9, {}),
+    ("pairs/honesty.jsonl", 46, 15, {}),
+    ("pairs/truthfulness.jsonl", 145, 0, {})])
+def test_published_pairs(name, n, n_dialogues, skipped):
+    """A published file that stops at one odd row, or dialogues that come as one message."""
+    counts = {}
+    found = read_preferences(published(name), "honesty", counts)
+    assert len(found) == n and counts == skipped
+    assert all(p.prompt[-1]["role"] == "user" for p in found)
+    assert sum(len(p.prompt) > 1 for p in found) == n_dialogues
+
+
+@pytest.mark.parametrize("name, n, right", [
+    ("processbench_gsm8k.json", 344, 165), ("processbench_math.json", 300, 129)])
+def test_published_steps(name, n, right):
+    """Labels shifted against the published first wrong step."""
+    found = read_steps(published(name))
+    firsts = [s.labels.index(0) if 0 in s.labels else -1 for s in found]
+    assert len(found) == n and firsts.count(-1) == right
+    assert firsts == [row["label"] for _, row in read_jsonl(published(name))]
+
+
+@pytest.mark.parametrize("name, n", [
+    ("gsm8k_train.jsonl", 1500), ("gsm8k_test.jsonl", 1144),
+    ("gsm8k_test_socratic.jsonl", 300), ("math500.jsonl", 435)])
+def test_published_solutions_end_in_their_answers(name, n):
+    """A right response that the verifier calls wrong: a published solution is the easiest case."""
+    found = read_questions(published(name))
+    assert len(found) == n
+    for question in found:
+        assert marked_answer(question.solution) == question.answer
+        assert same_answer(question.answer, question.answer)
+
+
+def test_published_verdicts_on_model_solutions():
+    """A verifier that disagrees with the published one on 1200 real solutions, 444 right ones."""
+    counts = Counter()
+    for _, row in read_jsonl(published("gsm8k_model_solutions.jsonl")):
+        truth = final_answer(row["ground_truth"])
+        for said in [v for v in row.values() if isinstance(v, dict)]:
+            right = same_answer(final_answer(said["solution"]), truth)
+            counts[right, said["is_correct"]] += 1
+    assert counts == {(True, True): 444, (False, False): 756}
