@@ -63,9 +63,9 @@ def response_logps(h, W, ids, mask):
     """Sum of log-probabilities of the response tokens of each row.
 
     h (B, T, d) hidden states, W (V, d) one head, ids (B, T), mask (B, T) True on response tokens
-    -> (B,) in float32. h at t predicts the token at t + 1, so token t is scored by h at t - 1;
-    prompt and padding are never scored, and their logits are never computed. The softmax is taken
-    in float32."""
+    -> (B,) in float32. h at t predicts the token at t + 1, so token t is scored by h at t - 1 (the
+    last h is not needed); prompt and padding are never scored, and their logits are never computed.
+    The softmax is taken in float32."""
     row, t = mask[:, 1:].nonzero(as_tuple=True)                             # (N,) response tokens
     dtype = torch.promote_types(h.dtype, torch.float32)
     total = torch.zeros(len(ids), dtype=dtype, device=h.device)
@@ -94,7 +94,8 @@ def policy_logps(model, pairs, head):
     cache.keep(0, lengths)
     n = torch.arange(len(pairs), device=device)
     last = h[n, lengths - 1].repeat_interleave(2, 0)                        # (2n, d)
-    h = torch.cat((last[:, None], model(responses, cache.fork(2))), 1)      # (2n, 1 + R, d)
+    # A response's own last token predicts nothing more: it is not fed.
+    h = torch.cat((last[:, None], model(responses[:, :-1], cache.fork(2))), 1)      # (2n, R, d)
     # Rows are now "the prompt's last token, the response".
     ids = F.pad(responses, (1, 0))                                          # (2n, 1 + R)
     t = torch.arange(ids.shape[1], device=device)

@@ -56,8 +56,8 @@ def read_fields(directory):
         raise InputError(f"{path}: {type(found).__name__}, not an object")
     family = found.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise InputError(f"{path}: architecture {found.get('architectures')} (model_type {family!r})"
-                         f" is not computed here, only {', '.join(FAMILIES)}")
+        raise InputError(f"{path}: architecture {found.get('architectures')} (model_type "
+                         f"{family!r}) is not computed here, only {', '.join(FAMILIES)}")
     try:
         fields = translate(path, found, family)
     except InputError:
@@ -203,7 +203,6 @@ GPT2 = {
     "mlp.up": ["mlp.c_fc"],
     "mlp.down": ["mlp.c_proj"],
 }
-# Some programs leave this off: tensors are found with or without it.
 PREFIX = re.compile(r"^(model|transformer)\.")
 # What other programs leave behind in a file: buffers, and a head beside one that is tied.
 LEFT_BEHIND = re.compile(r".*rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")
@@ -225,31 +224,44 @@ def their_names(config, name):
     return [f"{prefix}{theirs}.{kind}" for theirs in table[stem]]
 
 
-def rows_of(config, names, n):
-    """How the n rows of a parameter are shared out among the tensors `names`."""
-    if len(names) == 3:         # queries, keys, values
-        heads = (config.n_head, config.n_kv_head, config.n_kv_head)
-        return [k * config.head_dim for k in heads]
-    return [n // len(names)] * len(names)
-
-
 def is_transposed(config, name):
     """Is this parameter of ours stored the other way round, as GPT-2's linear maps are?"""
     matrix = name.startswith("layers.") and name.endswith(".weight") and ".norm" not in name
     return is_gpt2(config) and matrix
 
 
+def parts_of(config, name, shape):
+    """A parameter of ours -> [(name, shape)] of the tensors that it consists of, one behind another
+    by their rows."""
+    names, n = their_names(config, name), shape[0]
+    rows = [n // len(names)] * len(names)
+    if len(names) == 3:             # queries, keys and values
+        heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        rows = [k * config.head_dim for k in heads]
+    shapes = [(k, *shape[1:]) for k in rows]
+    if is_transposed(config, name):
+        shapes = [s[::-1] for s in shapes]
+    return list(zip(names, shapes))
+
+
+def without_prefix(name):
+    """Some programs leave "model." or "transformer." off: tensors are found with or without."""
+    return PREFIX.sub("", name)
+
+
 def read_index(directory, index):
-    """model.safetensors.index.json -> {path of a shard: names of tensors in it}. InputError for a
-    path that leads out of the directory."""
+    """model.safetensors.index.json -> paths of the shards. InputError for one that lies outside of
+    the directory."""
     found = read_json(index)
     names = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(names, dict) or not names:
         raise InputError(f"{index}: no weight_map; it must map every tensor to its file")
-    shards = {}
+    shards = []
     for tensor, name in names.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise InputError(f"{index}: tensor {tensor!r} lies in {name!r}; shards are files of "
                              "this directory, NAME.safetensors")
-        shards.setdefault(os.path.join(directory, name), []).append(tensor)
+        path = os.path.join(directory, name)
+        if path not in shards:
+            shards.append(path)
     return shards
