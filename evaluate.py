@@ -438,7 +438,7 @@ def head_of(heads, objective):
 def own_logps(model, pairs, progress=None):
     """Log-probabilities (N, 2) as by pair_logps, each pair under its objective's own head."""
     own = partial(head_of, model.config.objectives)
-    return pair_logps(model, pairs, own, model.tokenizer.pad_id, progress)
+    return pair_logps(model, pairs, own, progress)
 
 
 def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
