@@ -405,7 +405,7 @@ def own_logps(model, pairs, progress=None):
     heads = dict.fromkeys([pair.objective for pair in pairs], 0)
     for i, name in enumerate(model.config.objectives):
         heads[name] = i
-    return pair_logps(model, pairs, heads.get, model.tokenizer.pad_id, progress)
+    return pair_logps(model, pairs, heads.get, progress)
 
 
 def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
