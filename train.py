@@ -30,6 +30,7 @@ import contextlib
 import hashlib
 import json
 import math
+import operator
 import os
 import shutil
 import signal
@@ -178,6 +179,7 @@ class Run:
 
     def load(self, name):
         """A trained model of this run, ready to train on; several processes share its weights."""
+        # Every process keeps its part of every weight.
         model = load_hf(self.file(name), place=partial(placed, device=self.device))
         model.grad_checkpoint = self.config.grad_checkpoint
         return model
@@ -199,6 +201,7 @@ class Run:
         This comes before the file that says the stage is finished: a kill between the two would
         lose the rows. Figures of time go to timings.jsonl, so that all else can repeat."""
         path = self.file(name)
+        # The file is written anew, whole or not at all.
         old = [row for _, row in read_jsonl(path)] if os.path.exists(path) else []
         kept = [row for row in old if row["stage"] != stage]
         new = [{"stage": stage} | row for row in rows]
@@ -216,6 +219,7 @@ def fingerprint(config, objectives):
     """A hash of all that the figures depend on: options, objectives and the files of --data."""
     options = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
     records = [asdict(o) for o in objectives]
+    # Equal options, records and files give equal hashes; any change gives another.
     digest = hashlib.sha256(json.dumps([options, records]).encode())
     for o in objectives if config.data else []:
         for path in (f"{config.data}/{o.name}.jsonl", f"{config.data}/{o.name}.steps.jsonl"):
@@ -241,10 +245,18 @@ def read_rows(path, kind):
         try:
             rows.append(kind(**row))
         except TypeError:
-            raise InputError(f"{where}: not a row that this run has written; bring the file back, or "
-                             "remove it to have it made again") from None
+            raise InputError(f"{where}: not a row that this run has written; bring the file back, "
+                             "or remove it to have it made again") from None
         rows[-1].where = where
     return rows
+
+
+def shown(row):
+    """A row of the log as text."""
+    parts = []
+    for key, value in row.items():
+        parts.append(f"{key} {value:.3g}" if type(value) is float else f"{key} {value}")
+    return ", ".join(parts)
 
 
 class Cycle:
@@ -293,10 +305,12 @@ class Example:
 
 
 def chat_example(tokenizer, messages):
-    """A conversation -> Example. The mask is True on the assistant's tokens and their end of turn."""
+    """A conversation -> Example: the assistant's tokens and ends of turn are learnt."""
     ids, mask = [], []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
+            # The user's words since the last answer, and the head of this one, are not learnt.
+            # The answer is encoded apart: prompt and answer must not merge into one token.
             prompt = tokenizer.encode_chat(messages[:i])
             response = tokenizer.encode(message["content"]) + [tokenizer.eos_id]
             mask += [False] * (len(prompt) - len(ids)) + [True] * len(response)
@@ -319,6 +333,7 @@ def train_base(run, name):
     if config.init:
         save_hf(load_init(run), run.file(name), weights=0)
         return
+    # All worlds, whatever the objectives: a base model knows a bit of everything.
     examples = demonstrations(DOMAINS.values(), 8000, run.rng("base", "data"), tokenizer, False)
     for example in examples:
         example.mask = [True] * len(example)            # a base model learns the user's words too
@@ -349,6 +364,7 @@ def sft_examples(run, model):
     config, tokenizer = run.config, model.tokenizer
     n = min(2500, 25 * config.sft_steps)
     examples = demonstrations(run.worlds(model), n, run.rng("sft", "data"), tokenizer, True)
+    # With --data the chosen responses are the demonstrations.
     for pair in real_pairs(config.data, run.objectives, model)[0]:
         if pair.split == "train":
             mask = [False] * len(pair.prompt) + [True] * len(pair.chosen)
@@ -398,6 +414,7 @@ def length_batches(items, size, generator):
         shuffled = Cycle(items, generator).take(len(items))
         batches = []
         for start in range(0, len(items), 16 * size):
+            # Neighbours in a sorted window are of similar length, so that little is padded.
             window = sorted(shuffled[start:start + 16 * size], key=len)
             batches += [window[i:i + size] for i in range(0, len(window), size)]
         for batch in reversed(Cycle(batches, generator).take(len(batches))):
@@ -454,6 +471,7 @@ def roll_out(source, purpose, n):
     n counts turns: a dialogue counts as often as the policy speaks in it."""
     run, policy, _, world, split = source
     seed = purpose, policy, world.name, split
+    # One split is one purpose: the draws of development do not depend on those of training.
     n = n if split == "train" else int(0.15 * n)
     problems = world.problems(split, max(8, n) // world.turns, run.rng(*seed))
     # All processes have drawn the same problems. From here on each draws for itself.
@@ -473,6 +491,7 @@ def answer(source, problems, generator, student, title):
         respond = plain_responder(model, world, source.mix, run.config.temperature, generator,
                                   progress=bar.update)
         talks = converse(world, problems, model.tokenizer, respond, student)
+    # What was said before each answer, as the judge reads it and as the policy read it.
     turns = []
     for talk in talks:
         for prompt, messages, response in talk.turns:
@@ -511,6 +530,7 @@ def sample_pairs(source, names):
     pairs = []
     for turn, responses in zip(turns, samples):
         ratings = [rate(source, turn, response, names, rng) for response in responses]
+        # An objective has its own best and worst. Ratings that are nearly equal say nothing.
         for name in names:
             rated = [rating[name] for rating in ratings]
             high, low = max(rated), min(rated)
@@ -528,14 +548,16 @@ def make_pairs(run, name):
     for source in sources:
         sampled += sample_pairs(source, source.objectives("verifiable", "A", "B", "C"))
     pairs = real_pairs(run.config.data, run.objectives, model)[0] + gather(sampled)
+    # Every objective needs pairs, or its head would stay a copy.
     count = Counter((pair.objective, pair.split) for pair in pairs)
     empty = [o for o in run.names if not count[o, "train"]]
     if empty:
         raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled "
                          "answers of different scores (all wrong, or all right); raise --n-samples "
                          "or --n-prompts, or give a better --init")
-    counts = [f"{o} {count[o, 'train']} + {count[o, 'dev']}" for o in run.names]
-    tqdm.write(f"  pairs to train on + held out: {', '.join(counts)}")
+    for o in run.names:
+        tqdm.write(f"  {o}: {count[o, 'train']} pairs to train on, {count[o, 'dev']} held out")
+    # The reference never changes: its log-probabilities are computed once, for all policies.
     logps = score_pairs(run, run.load("sft"), pairs, "log-probs of sft").tolist()
     for pair, reference in zip(pairs, logps):
         pair.reference = reference
@@ -556,33 +578,25 @@ def choose(pairs, objective, split):
     return [pair for pair in pairs if pair.objective == objective and pair.split == split]
 
 
-class PairLoss:
-    """The loss of a policy on pairs: DPO's, by objective, or MODPO's where the pairs have margins."""
+def preference_loss(run, pairs, logps, count=None):
+    """The loss of n pairs: DPO's objective by objective, or MODPO's where the pairs have margins.
 
-    def __init__(self, run, names):
-        """names: the objectives that the policy is trained on."""
-        weights = parse_weights(run.config.alpha, run.names, "--alpha", 1.0)
-        domains = [o.domain for o in run.objectives]
-        own = [run.names.index(name) for name in names]
-        self.names = names
-        self.beta = run.config.beta
-        self.alpha = torch.tensor([weights[i] for i in own], device=run.device)     # (O,)
-        # MODPO's weights are uniform over the objectives of a domain.
-        w_k = [1 / domains.count(domains[i]) for i in own]
-        self.w_k = torch.tensor(w_k, device=run.device)                             # (O,)
-
-    def __call__(self, pairs, logps, count=None):
-        """logps (2, n), of the policy -> loss, metrics by objective; count: see balanced_mean."""
-        device = logps.device
-        owner = torch.tensor([self.names.index(pair.objective) for pair in pairs], device=device)
-        reference = torch.tensor([pair.reference for pair in pairs], device=device)  # (n, 2)
-        both = [*logps, *reference.T]                                               # 4 times (n,)
-        if pairs[0].margin is None:
-            return mah_dpo_loss(*both, owner, self.alpha, self.beta, count)
-        margin = torch.tensor([pair.margin for pair in pairs], device=device)
-        losses = modpo_loss(*both, margin, self.w_k[owner], self.beta)
-        metrics = pair_metrics(losses, *both, owner, len(self.names), self.beta, count)
-        return balanced_mean(losses, owner, self.alpha, count), metrics
+    logps (2, n): the policy's. count: see balanced_mean -> loss, metrics by objective."""
+    device, beta = logps.device, run.config.beta
+    weights = parse_weights(run.config.alpha, run.names, "--alpha", 1.0)
+    alpha = torch.tensor(weights, device=device)                                    # (O,)
+    owner = torch.tensor([run.names.index(pair.objective) for pair in pairs], device=device)
+    reference = torch.tensor([pair.reference for pair in pairs], device=device)     # (n, 2)
+    both = [*logps, *reference.T]                                                   # 4 times (n,)
+    if pairs[0].margin is None:
+        return mah_dpo_loss(*both, owner, alpha, beta, count)
+    margin = torch.tensor([pair.margin for pair in pairs], device=device)           # (n,)
+    # MODPO's weights are uniform over the objectives of a domain.
+    domains = [o.domain for o in run.objectives]
+    w_k = torch.tensor([1 / domains.count(domain) for domain in domains], device=device)
+    losses = modpo_loss(*both, margin, w_k[owner], beta)
+    metrics = pair_metrics(losses, *both, owner, len(alpha), beta, count)
+    return balanced_mean(losses, owner, alpha, count), metrics
 
 
 def train_policy(run, name):
@@ -596,23 +610,27 @@ def train_policy(run, name):
     heads = names if name == "mah_dpo" else ["policy"]
     if name == "modpo":
         set_margins(run, pairs)
-    loss_of = PairLoss(run, names)
+    # Several heads start a little apart from each other; a single head is an exact copy.
     noise = config.perturbation if len(heads) > 1 else 0.0
     model = run.load("sft").with_heads(heads, noise, run.generator(name, "heads"))
+    # A rate of its own for each method, so that all end about as far from the reference.
     factors = parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
     factor = factors[METHODS.index("soup" if name.startswith("dpo_") else name)]
     optimizer = make_optimizer(model, config.dpo_lr_backbone, factor * config.dpo_lr_heads)
 
+    # The loss of an objective is the mean over its pairs in the batch.
+    per_step = [config.dpo_pairs if o in names else 0 for o in run.names]
+    count = torch.tensor(per_step, device=run.device)                               # (O,)
+
     def backward(batch):
         found = Counter()
-        count = torch.full((len(names),), config.dpo_pairs, device=run.device)
         # The losses and gradients of the parts of a batch add up to those of the batch.
         for index in dealt_batches([len(pair) for pair in batch]):
             part = [batch[i] for i in index]
             head = [heads.index(pair.objective) if len(heads) > 1 else 0 for pair in part]
             with run.autocast():
                 logps = policy_logps(model, part, torch.tensor(head, device=run.device))  # (2, n)
-            loss, metrics = loss_of(part, logps, count)
+            loss, metrics = preference_loss(run, part, logps, count)
             if ranks() > 1:     # FSDP wants a gradient for the same parameters in every process
                 loss = loss + 0 * sum(head.weight[0, 0] for head in model.heads)
             (loss * ranks()).backward()
@@ -620,10 +638,12 @@ def train_policy(run, name):
                 found[metric] += value
         if len(heads) > 1:      # a head's gradient comes from its own objective alone
             grads = [head.weight.grad for head in model.heads]      # None in a process without pair
-            norms = [whole(g.norm()) if g is not None else torch.zeros(()) for g in grads]
-            found["gradient_norm"] = torch.stack(norms).to(run.device) / ranks()
+            zero = torch.zeros((), device=run.device)
+            norms = [zero if grad is None else whole(grad.norm()) for grad in grads]
+            found["gradient_norm"] = torch.stack(norms) / ranks()
         return found
 
+    # Progress is measured on held-out pairs, as many of every objective.
     dev = []
     for objective in names:
         dev += choose(pairs, objective, "dev")[:4 * config.dpo_pairs]
@@ -631,17 +651,24 @@ def train_policy(run, name):
     def develop():
         with run.autocast():
             logps = own_logps(model, dev).T.to(run.device)
-        return loss_of(dev, logps)[1]
+        return preference_loss(run, dev, logps)[1]
 
-    # An objective's pairs come in the same order to every policy, for the same number of steps.
-    train = {o: choose(pairs, o, "train") for o in run.names}
-    cycles = [Cycle(train[o], run.generator("pairs", o)) for o in names]
-    batches = mixed_batches(cycles, [config.dpo_pairs] * len(names))
-    steps = capped(config.dpo_steps, max(map(len, train.values())) / config.dpo_pairs, config)
-    log = fit(run, name, model, optimizer, steps, batches, backward, names,
+    steps, batches = pair_batches(run, pairs, names)
+    log = fit(run, name, model, optimizer, steps, batches, backward, run.names,
               develop if dev else None, clip=10.0)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
+
+
+def pair_batches(run, pairs, names):
+    """The steps of a policy's training and its endless batches: an objective's pairs come in the
+    same order to every policy, for the same number of steps."""
+    train = {o: choose(pairs, o, "train") for o in run.names}
+    cycles = [Cycle(train[o], run.generator("pairs", o)) for o in names]
+    n = run.config.dpo_pairs
+    epoch = max(map(len, train.values())) / n
+    steps = capped(run.config.dpo_steps, epoch, run.config)
+    return steps, mixed_batches(cycles, [n] * len(names))
 
 
 def set_margins(run, pairs):
@@ -651,6 +678,7 @@ def set_margins(run, pairs):
     for pair in pairs:
         pair.margin = 0.0
     for objective in run.objectives:
+        # This objective's policy rewards the pairs of the domain's other objectives.
         mates = [o.name for o in run.objectives if o.domain == objective.domain]
         part = [p for p in pairs if p.objective in mates and p.objective != objective.name]
         if part:
@@ -671,6 +699,7 @@ def measure_pairs(run, name):
     for domain in dict.fromkeys(o.domain for o in run.objectives):
         names = [o.name for o in run.objectives if o.domain == domain]
         jobs.append(("soup", [f"dpo_{o}" for o in names], names))
+    # The SFT policy is the reference itself; the others are compared with it.
     rows = []
     for policy, members, names in jobs:
         part = [pair for pair in pairs if pair.objective in names]
@@ -694,6 +723,7 @@ def make_labels(run, name):
         model, sources = sources_of(run, policy)
         for source in sources:
             judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
+            # SFT comes first: on its answers the judge is calibrated.
             for objective in source.objectives("A"):
                 if objective not in judges:
                     judges[objective] = calibrate_judge(source, objective)
@@ -723,15 +753,15 @@ def calibrate_judge(source, name):
         score = world.scores(turn.problem, turn.messages, text)[name]
         ratings.append(judge(score, rng))
         gold.append(score >= ENGAGING)
+    # Gold labels come from noise-free scores, as a person would rate a few examples by hand.
     half = len(gold) // 2
     threshold, fitted = fit_threshold(ratings[:half], gold[:half])
-    agreed = [(rating > threshold) == good for rating, good in zip(ratings[half:], gold[half:])]
-    agreement, positive = sum(agreed) / half, sum(gold[half:]) / half
-    tqdm.write(f"  {name}: judge's threshold {threshold:.3f}, agreement {fitted:.3f} on the {half} "
-               f"rated dev examples it was fitted on, {agreement:.3f} on {half} others (always "
-               f"the commoner answer: {max(positive, 1 - positive):.3f})")
-    return {"objective": name, "threshold": threshold, "agreement_fitted": fitted,
-            "agreement": agreement, "positive": positive}
+    verdicts = [rating > threshold for rating in ratings[half:]]
+    agreement = sum(map(operator.eq, verdicts, gold[half:])) / half
+    row = {"objective": name, "threshold": threshold, "agreement_fitted": fitted,
+           "agreement": agreement, "positive": sum(gold[half:]) / half}
+    tqdm.write(f"  judge, fitted on {half} examples, measured on {half} others: {shown(row)}")
+    return row
 
 
 def label_steps(source, names, judges, purpose, n, M):
@@ -756,11 +786,13 @@ def label_steps(source, names, judges, purpose, n, M):
             prefix = turn.response[:end + 1]
             rollouts.append([turn.response] + [prefix + tail for tail in next(tails)])
         rollouts.append([turn.response] * M)
+        # Every objective labels every step that it can; STEP those up to the first wrong one.
         targets = [{} for _ in at]                          # for every step {name: label}
         for name in [*names, STEP]:
             labels = labels_of(source, turn, rollouts, name, judges, rng)
             for target, label in zip(targets, labels):
                 target[name] = label
+        # The PRM reads the prompt, too: a step ends that much later.
         at = [len(turn.prompt) + end for end in at]
         rows.append(Labelled(turn.prompt + turn.response, at, targets, source.split))
     return rows
@@ -773,6 +805,7 @@ def labels_of(source, turn, rollouts, name, judges, rng):
         return known_verdicts(source, turn) if verifiable else []
     if name in verifiable:
         return hindsight(source, turn, rollouts)
+    # A judge of case A was calibrated; in case B, half of the scale is positive.
     threshold = judges[name]["threshold"] if name in judges else 0.5
     verdicts = []
     for responses in rollouts:
@@ -830,6 +863,7 @@ def prm_sources(run, names, split):
             labelled |= about
         if about and row.split == split:
             groups.setdefault(frozenset(about), []).append(row)
+    # An objective without step labels learns from its pairs.
     for file in PAIR_FILES:
         pairs += read_rows(run.file(file), Pair)
     found = list(groups.values())
@@ -842,10 +876,15 @@ def prm_sources(run, names, split):
 def step_sizes(sources, config):
     """How many items of each source a PRM step takes. Labelled sequences: as many as the source has
     a share of the labels, but at least prm_pairs, so that few labels are still learned from."""
-    labels = [sum(len(x.ends) for x in items if isinstance(x, Labelled)) for items in sources]
+    # A source of pairs has no labels, and takes prm_pairs.
+    labelled = []
+    for items in sources:
+        steps = [len(item.ends) for item in items if isinstance(item, Labelled)]
+        labelled.append(sum(steps))
     sizes = []
-    for n in labels:
-        size = max(config.prm_pairs, config.prm_batch * n // max(1, sum(labels)))
+    for n in labelled:
+        share = config.prm_batch * n // max(1, sum(labelled))
+        size = max(config.prm_pairs, share)
         sizes.append(max(1, size // ranks()) * ranks())     # what the processes can share
     return sizes
 
@@ -860,9 +899,10 @@ def count_labels(items):
 
 
 def own_parts(batch):
-    """This process's items of a batch in parts: labelled sequences of similar length, then pairs."""
+    """This process's items of a batch in parts: labelled sequences, then pairs."""
     labelled = [item for item in batch if isinstance(item, Labelled)]
     pairs = [item for item in batch if isinstance(item, Pair)]
+    # Few tokens at a time: gradients add up, and little is padded.
     for index in dealt_batches([len(row) for row in labelled], 2048):
         yield [labelled[i] for i in index]
     if pairs:
@@ -876,6 +916,7 @@ def prm_loss(prm, part, in_batch):
     if isinstance(part[0], Labelled):
         scores, targets = step_scores(prm, part)                                    # (N, P)
         return step_loss(prm.outputs, scores, targets, in_batch), (~targets.isnan()).sum(0)
+    # Case C: the comparisons of each objective, counted over all processes.
     chosen, rejected, output = pair_scores(prm, part)                               # (N,)
     P = len(prm.outputs)
     losses = [bradley_terry_loss(chosen, rejected, output == p) for p in range(P)]
@@ -890,6 +931,7 @@ def train_prm(run, name):
     names, cases = [o.name for o in outputs], [o.case for o in outputs]
     sources = prm_sources(run, names, "train")
     backbone = run.load("sft").with_heads(())
+    # A value model's squared errors are small beside the other outputs' losses.
     weights = [config.prm_value_weight if case == "verifiable" else 1.0 for case in cases]
     # Where it is known which steps are right, a value model is taught that too. A single block has
     # no layer below it to read it from.
@@ -898,7 +940,8 @@ def train_prm(run, name):
             outputs.append(STEP_OUTPUT)
             weights.append(config.prm_step_weight)
     weight = torch.tensor(weights, device=run.device)                               # (P,)
-    prm = shard(PRM(backbone, outputs, run.generator(name, "weights")).to(run.device), run.device)
+    prm = PRM(backbone, outputs, run.generator(name, "weights")).to(run.device)
+    prm = shard(prm, run.device)
     optimizer = torch.optim.AdamW([{"params": backbone.parameters(), "lr": config.prm_lr_backbone},
                                    {"params": prm.score.parameters(), "lr": config.prm_lr_head}],
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -936,18 +979,19 @@ def measure_prm(prm, sources):
             spread[items[0].objective] += [chosen, rejected]
             continue
         scores, targets = all_scores(step_scores, prm, items)                       # (N, P)
+        # Only the steps that have a label of this output count.
         for p, output in enumerate(prm.outputs):
             has = ~targets[:, p].isnan()
             if has.any():
                 quality[output.name] = step_quality(output, scores[has, p], targets[has, p])
                 spread[output.name].append(scores[has, p])
+    # Scores of different outputs are brought to one unit by their spread.
     for p, name in enumerate(prm.names):
         values = torch.cat(spread[name]) if spread[name] else torch.zeros(1)
         if len(values) > 1 and float(values.std()) > 0:
             prm.scale[p] = values.std()
     for name, measures in quality.items():
-        shown = [f"{key} {value:.3g}" for key, value in measures.items()]
-        tqdm.write(f"  {name:17s} held-out {', '.join(shown)}")
+        tqdm.write(f"  {name:17s} held-out {shown(measures)}")
     return {"held_out": quality}
 
 
@@ -966,9 +1010,10 @@ def step_quality(output, scores, targets):
         error = ((scores - targets) ** 2).mean()
         variance = targets.var(correction=0).clamp(min=1e-9)
         return {"r2": 1 - float(error / variance), "n": len(scores)}
-    common, right = float(targets.mean()), (scores > 0) == (targets > 0.5)
-    return {"accuracy": float(right.float().mean()), "commoner_label": max(common, 1 - common),
-            "n": len(scores)}
+    right = (scores > 0) == (targets > 0.5)
+    positive = float(targets.mean())
+    return {"accuracy": float(right.float().mean()),
+            "commoner_label": max(positive, 1 - positive), "n": len(scores)}
 
 
 # -- the table of stages
@@ -986,7 +1031,9 @@ def stages(run):
     policies = "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor"
     prm = ("prm prm_steps prm_batch prm_pairs prm_value_weight prm_step_weight prm_lr_backbone "
            "prm_lr_head")
-    prms = ["prm"] if run.config.prm == "unified" else [f"prm_{name}" for name in run.names]
+    prms = ["prm"]
+    if run.config.prm == "each":
+        prms = [f"prm_{name}" for name in run.names]
     source = f"from {run.config.init}" if run.config.init else "pre-training"
     found = [
         Stage(f"base model, {source}", ["base"],
@@ -1015,14 +1062,19 @@ def make_tables(run, name):
 def finished(run, stage):
     """Is a stage's last file there?"""
     path = run.file(stage.files[-1])
-    return os.path.exists(path if "." in stage.files[-1] else os.path.join(path, "config.json"))
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+    return os.path.exists(path)
 
 
 def run_stages(run):
     """Run what is not finished, with a numbered title and the time of each stage."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.stop)
-    begun, source = time.time(), source_of(run)
+    # A stage may be copied as long as all options agree that it or a stage before it reads.
+    begun = time.time()
+    # The other run may be gone when this one is resumed: then it does all by itself.
+    source = source_of(run) if os.path.isdir(run.config.from_) else None
     agreed = source is not None
     for number, stage in enumerate(stages(run), 1):
         for name in stage.options.split() if agreed else []:
@@ -1039,18 +1091,16 @@ def run_stages(run):
             seconds = time.time() - start
             run.log(stage.title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
             print(f"    {seconds:.0f} s", flush=True)
-    for name in os.listdir(run.path):           # a kill may have left half a file
-        if name == "checkpoint.safetensors" or name.endswith(".tmp"):
-            with contextlib.suppress(OSError):
-                os.remove(run.file(name))
+    # A kill may have left half a file. The last training's checkpoint is of no more use.
+    for path in [*Path(run.path).glob("*.tmp"), Path(run.file("checkpoint.safetensors"))]:
+        with contextlib.suppress(OSError):
+            path.unlink()
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py "
           f"{run.path} --prompt ...")
 
 
 def source_of(run):
-    """The run that this one starts from, or None; of several trainings the one of the same seed."""
-    if not os.path.isdir(run.config.from_):
-        return None
+    """The run that this one starts from; of several trainings the one of the same seed."""
     for path in seed_runs(run.config.from_):
         source = open_run(path) if os.path.isdir(path) else None
         if source and source.config.seed == run.config.seed:
@@ -1059,8 +1109,9 @@ def source_of(run):
 
 
 def take_over(run, source, stage):
-    """Copy a finished stage of another run: its rows of the log, then its files, the last at last."""
+    """Copy a finished stage of another run: its rows of the log and its files."""
     name = stage.files[-1].partition(".")[0]
+    # The rows first, as in a stage that was run: its last file says that all is there.
     rows = [row for _, row in read_jsonl(source.file("log.jsonl")) if row["stage"] == name]
     run.log(name, rows)
     for file in stage.files if rank() == 0 else []:
@@ -1081,7 +1132,8 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
     step. backward(batch): adds up the gradient of this process's share, and returns numbers for
     the log, {metric: tensor}, scalars or one for each objective of `names`, which add up over the
     processes. develop(): the same on held-out data, four times. clip: largest norm of a gradient.
-    Every config.checkpoint_every steps, and before a stop, all is saved that the next step needs."""
+    Every config.checkpoint_every steps, and before a stop, all that the next step needs is
+    saved."""
     top = [group["lr"] for group in optimizer.param_groups]
     start, log = load_checkpoint(run, stage, model, optimizer)
     seconds, tokens = 0.0, 0
@@ -1089,8 +1141,9 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
     with tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar:
         for step, batch in enumerate(islice(batches, start, steps), start):
             if develop and step % math.ceil(steps / 3) == 0:
-                log.append(development_row(stage, step, develop(), names))
+                log.append({"step": step, "split": "dev"} | log_row(develop(), names))
             begun = time.perf_counter()
+            # One step: the rates, the gradient, and if it is a number, the update.
             for group, lr in zip(optimizer.param_groups, top):
                 group["lr"] = lr * rate_factor(step, steps, warm_up, decay)
             found, norm, finite = gradient(optimizer, batch, backward, clip)
@@ -1099,10 +1152,11 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
             optimizer.step()
             seconds += time.perf_counter() - begun
             tokens += sum(map(len, batch))
+            # What a person wants to see.
             if step % 10 == 0 or step == steps - 1:
                 row = log_row(found, names)
                 log.append({"step": step, "gradient_norm": norm.item()} | row)
-                bar.set_postfix(loss=float(found["loss"].mean()), refresh=False)
+                bar.set_postfix(loss=float(found["loss"].nanmean()), refresh=False)
             bar.update()
             # Several processes stop after the same step.
             stopping = bool(total(torch.tensor(int(run.stopping), device=run.device)))
@@ -1112,7 +1166,10 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
                 raise KeyboardInterrupt
     run.training = False
     if develop:
-        log.append(development_row(stage, steps, develop(), names))
+        row = log_row(develop(), names)
+        log.append({"step": steps, "split": "dev"} | row)
+        for name, measures in row.items():
+            tqdm.write(f"  {stage}, held-out {name}: {shown(measures)}")
     run.log(stage, [{"steps": steps - start, "tokens": tokens, "seconds": seconds,
                      "tokens_per_second": tokens / max(seconds, 1e-9)}], "timings.jsonl")
     return log
@@ -1132,11 +1189,12 @@ def gradient(optimizer, batch, backward, clip):
     optimizer.zero_grad()
     found = {metric: total(value.detach()) for metric, value in backward(batch).items()}
     norm = whole(torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip))
-    return found, norm, bool(norm.isfinite()) and bool(found["loss"].isfinite().all())
+    # The loss of an objective without pairs is NaN.
+    return found, norm, bool(norm.isfinite() and found["loss"].nansum().isfinite())
 
 
 def refuse_step(stage, step, optimizer, batch, backward):
-    """InputError that names the examples whose loss or gradient alone is not finite, or else all."""
+    """InputError that names the examples which alone give no finite gradient, or else all."""
     bad = []
     for item in batch:
         if not gradient(optimizer, [item] * ranks(), backward, 1.0)[2]:
@@ -1160,15 +1218,6 @@ def log_row(found, names):
             if not math.isnan(number):
                 row.setdefault(name, {})[metric] = number
     return row
-
-
-def development_row(stage, step, found, names):
-    """The row of the log for held-out data; prints each objective's loss, margin and accuracy."""
-    row = log_row(found, names)
-    cells = [f"{name} {m['loss']:.3f} {m['margin']:+.2f} {m['accuracy']:.2f}"
-             for name, m in row.items()]
-    tqdm.write(f"  {stage}, step {step}, held-out loss, margin, accuracy: {'; '.join(cells)}")
-    return {"step": step, "split": "dev"} | row
 
 
 # -- checkpoints
@@ -1204,7 +1253,9 @@ def load_checkpoint(run, stage, model, optimizer):
     if about.get("key") != run.key:
         raise InputError(f"{path}: saved with another configuration or other data than these; "
                          f"bring those back, or {again}")
-    weights, parameters = model.state_dict(), parameters_of(optimizer)
+    # Everything goes back to where it was, on its device and in its shards.
+    weights = model.state_dict()
+    parameters = parameters_of(optimizer)
     for key, tensor in load_safetensors(path).items():
         kind, _, name = key.partition(".")
         if kind == "model":
@@ -1213,7 +1264,8 @@ def load_checkpoint(run, stage, model, optimizer):
         p = parameters[int(name)]
         tensor = tensor.clone()                 # apart from the file, which will be replaced
         # The number of steps is one number for a parameter, which is not sharded.
-        optimizer.state[p][kind] = tensor.to(p.device) if kind == "step" else like(tensor, p)
+        tensor = tensor.to(p.device) if kind == "step" else like(tensor, p)
+        optimizer.state[p][kind] = tensor
     return int(about["step"]), json.loads(about["log"])
 
 
@@ -1227,10 +1279,12 @@ def carry_out(run):
             trainings = seed_runs(run.path)
             if len(trainings) == 1:
                 return run_stages(run)
+            # A training of several is a run of its own, with its own seed.
             for i, path in enumerate(trainings):
                 print(f"\n{path}: training {i + 1} of {len(trainings)}")
                 one = replace(run.config, seed=run.config.seed + i, seeds=1)
-                run_stages(open_run(path, one.device) if os.path.isdir(path) else begin(path, one))
+                begun = os.path.isdir(path)
+                run_stages(open_run(path, one.device) if begun else begin(path, one))
             publish(run.path, load_rows(run.path))
         except KeyboardInterrupt:
             if rank() == 0:
@@ -1242,6 +1296,7 @@ def carry_out(run):
 def begin(path, config):
     """Make the directory of a run, which is never there without its config.json -> Run."""
     run = Run(path, config)
+    # Written under another name, then renamed: the directory appears with its file in it.
     saved = asdict(config) | {"objectives": [asdict(o) for o in run.objectives], "key": run.key}
     if rank() == 0:
         os.makedirs(f"{path}.tmp", exist_ok=True)
@@ -1256,6 +1311,7 @@ def open_run(path, device="auto"):
     """The run in a directory, with its own options. InputError if it is of another version, or if
     its options or data are no longer those that it began with."""
     saved = read_run(path)
+    # Another version of this program may mean something else by its options.
     other = set(saved) ^ {f.name for f in fields(Config)} ^ {"objectives", "key"}
     if other:
         raise InputError(f"{path}/config.json: not the configuration of a run of this version "
@@ -1284,6 +1340,7 @@ def read_command(argv):
     parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP,
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    # The options are the fields of Config, so that none can be forgotten.
     for f in fields(Config):
         text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
@@ -1317,7 +1374,8 @@ def check_config(config):
             raise InputError(f"{flag(f.name)} {value}: choose {' or '.join(choices)}")
     parse_weights(config.alpha, select_objectives(config.objective), "--alpha", 1.0)
     parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
-    if config.sft_batch % ranks() or config.dpo_pairs % ranks() or not config.init and 64 % ranks():
+    batches = [config.sft_batch, config.dpo_pairs] + ([] if config.init else [64])
+    if any(size % ranks() for size in batches):
         raise InputError(f"{ranks()} processes cannot share --sft-batch {config.sft_batch}, "
                          f"--dpo-pairs {config.dpo_pairs} and pre-training's batch of 64 evenly; "
                          "choose multiples, or another number of processes")
@@ -1328,10 +1386,8 @@ def check_config(config):
 def check_inputs(config):
     """Read what the stages of a new run will read, so that a mistake shows before anything is
     written."""
-    for path in (config.data, config.init, config.from_):
-        if path and not os.path.isdir(path):
-            raise InputError(f"{path}: no such directory")
-    for seed in range(config.seed, config.seed + config.seeds):
+    # Where --from leads, there must be a training of every seed.
+    for seed in range(config.seed, config.seed + config.seeds) if config.from_ else []:
         source_of(Run("", replace(config, seed=seed)))
     run = Run("", config)
     model = load_init(run) if config.init else None

@@ -1,10 +1,21 @@
-"""Several processes (torchrun, FSDP2): who am I, what is my part, sums and shards over all. With one process every function here
-does nothing. Imports nothing of this project; any file may import it.
+"""Several processes (torchrun, FSDP2): who am I, what is my part, sums and shards over all.
+
+    join_processes, alone             at the start: meet the others, keep strangers out
+    local_items, total, gather        what each does alone, and what all know afterwards
+    shard, placed, whole, gathered    parameters of which every process holds some rows
+
+With one process every function here but `alone` does nothing. Imports nothing of this project; any
+file may import it.
 """
 import contextlib
 import functools
 import os
 import sys
+
+try:
+    import fcntl
+except ImportError:     # Windows has no such locks
+    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -12,92 +23,25 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-try:
-    import fcntl
-except ImportError:     # Windows has no such locks
-    fcntl = None
-
 
 def join_processes():
     """Meet the other processes that torchrun started; only the first talks."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if rank() > 0:
-            sys.stdout = open(os.devnull, "w")
-            sys.stderr.isatty = lambda: False           # tqdm draws no bars then
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    # Tensors go through gloo in main memory, through nccl between GPUs, one GPU for each process.
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+        sys.stderr.isatty = draw_no_bars
 
 
-def rank():
-    """The number of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks():
-    """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def local_items(items):
-    """This process's part of a list."""
-    return items[rank()::ranks()]
-
-
-def total(t):
-    """The sum of a tensor over all processes."""
-    if ranks() > 1:
-        t = t.clone()
-        dist.all_reduce(t)
-    return t
-
-
-def gather(items):
-    """The lists of all processes as one, the same in each."""
-    if ranks() > 1:
-        found = [None] * ranks()
-        dist.all_gather_object(found, items)
-        items = [item for part in found for item in part]
-    return items
-
-
-@functools.cache
-def mesh(device):
-    """All processes in one row, which share every tensor; made once for each device."""
-    return init_device_mesh(torch.device(device).type, (ranks(),))
-
-
-def shard(net, device):
-    """Split every parameter over the processes by its rows (FSDP2): a block's are gathered when it computes, those outside
-    the blocks, such as embedding and heads, for the length of a step; gradients come out as means over the processes."""
-    if ranks() > 1:
-        for module in [*getattr(net, "layers", ()), net]:
-            fully_shard(module, mesh=mesh(device))
-    return net
-
-
-def placed(t, device):
-    """t on a device; of several processes each keeps its shard of the rows."""
-    if ranks() == 1:
-        return t.to(device)
-    return distribute_tensor(t.to(device), mesh(device), [Shard(0)], src_data_rank=None).clone()     # lets go of the whole
-
-
-def whole(t):
-    """A tensor of which every process may hold a shard, in full."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def gathered(p):
-    """A parameter to be saved: where it is sharded, in full in the first process's main memory, and nowhere else."""
-    if not isinstance(p, DTensor):
-        return p.detach()
-    return whole(p.detach()).to("cpu" if rank() == 0 else "meta")
-
-
-def like(t, other):
-    """t on the device of `other`, and sharded as that is."""
-    return placed(t, other.device) if isinstance(other, DTensor) else t.to(other.device)
+def draw_no_bars():
+    """Stands for sys.stderr.isatty: tqdm draws progress bars for a terminal only."""
+    return False
 
 
 @contextlib.contextmanager
@@ -105,6 +49,7 @@ def alone(path):
     """Hold a directory. OSError if another command holds it, say the processes that go on after
     their torchrun was killed: two would write the same files."""
     with contextlib.ExitStack() as stack:
+        # The lock is the system's own: it ends with the process, however that ends.
         if fcntl and rank() == 0:
             directory = os.open(path, os.O_RDONLY)
             stack.callback(os.close, directory)
@@ -116,3 +61,92 @@ def alone(path):
             except OSError:                     # a file system without locks
                 pass
         yield
+
+
+# -- who am I
+
+def rank():
+    """The number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+# -- work that is shared out
+
+def local_items(items):
+    """This process's part of a list: every ranks()-th item."""
+    return items[rank()::ranks()]
+
+
+def total(t):
+    """The sum of a tensor over all processes."""
+    if ranks() > 1:
+        # The caller's own tensor stays as it is.
+        t = t.clone()
+        dist.all_reduce(t)
+    return t
+
+
+def gather(items):
+    """The lists of all processes as one, the same in each."""
+    if ranks() == 1:
+        return items
+    parts = [None] * ranks()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+# -- parameters that are shared out
+
+@functools.cache
+def mesh(device):
+    """All processes in one row, which share every tensor; made once for each device."""
+    return init_device_mesh(torch.device(device).type, (ranks(),))
+
+
+def shard(net, device):
+    """Split every parameter over the processes by its rows (FSDP2). -> net
+
+    A block's parameters are gathered when it computes; those outside the blocks, such as embedding
+    and heads, for the length of a step. Gradients come out as means over the processes."""
+    if ranks() > 1:
+        # First the blocks, each a unit of its own, then the rest.
+        for module in [*getattr(net, "layers", ()), net]:
+            fully_shard(module, mesh=mesh(device))
+    return net
+
+
+def placed(t, device):
+    """t on a device; of several processes each keeps its shard of the rows."""
+    t = t.to(device)
+    if ranks() == 1:
+        return t
+    part = distribute_tensor(t, mesh(device), [Shard(0)], src_data_rank=None)
+    # The shard is a view of the whole tensor, which a copy lets go.
+    return part.clone()
+
+
+def whole(t):
+    """A tensor of which every process may hold a shard, in full."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def gathered(p):
+    """A parameter to be saved: where it is sharded, in full in the first process's main memory, and
+    nowhere else."""
+    p = p.detach()
+    if not isinstance(p, DTensor):
+        return p
+    # All processes take part in gathering; the others keep the shape alone.
+    return whole(p).to("cpu" if rank() == 0 else "meta")
+
+
+def like(t, other):
+    """t on the device of `other`, and sharded as that is."""
+    if isinstance(other, DTensor):
+        return placed(t, other.device)
+    return t.to(other.device)

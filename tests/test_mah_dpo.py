@@ -155,10 +155,10 @@ def test_pair_logps_in_batches_of_any_size(model, pairs):
     items = [Pair(NAMES[i % 3], *p, "train") for i, p in enumerate(pairs)]
     seen, graphs = [], []
     model.register_forward_hook(lambda module, args, h: graphs.append(h.requires_grad))
-    whole = pair_logps(model, items, NAMES.index, 0, progress=seen.append)
+    whole = pair_logps(model, items, NAMES.index, progress=seen.append)
     assert sum(seen) == len(items) and not any(graphs)
     for tokens in (1, 40):
-        assert torch.allclose(pair_logps(model, items, NAMES.index, 0, tokens=tokens), whole, atol=1e-6)
+        assert torch.allclose(pair_logps(model, items, NAMES.index, tokens=tokens), whole, atol=1e-6)
     assert whole[0].tolist() == pytest.approx([slow_logps(model, 0, pairs[0][0], y) for y in pairs[0][1:]], abs=1e-5)
 
 
