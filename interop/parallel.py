@@ -1,14 +1,21 @@
 """Several processes (torchrun, FSDP2): who am I, what is my part, sums and shards over all.
 
+    join_processes, alone             at the start: meet the others, keep strangers out
     local_items, total, gather        what each does alone, and what all know afterwards
     shard, placed, whole, gathered    parameters of which every process holds some rows
 
-With one process every function here does nothing. Imports nothing of this project; any file may
-import it.
+With one process every function here but `alone` does nothing. Imports nothing of this project; any
+file may import it.
 """
+import contextlib
 import functools
 import os
 import sys
+
+try:
+    import fcntl
+except ImportError:     # Windows has no such locks
+    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -35,6 +42,25 @@ def join_processes():
 def draw_no_bars():
     """Stands for sys.stderr.isatty: tqdm draws progress bars for a terminal only."""
     return False
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Hold a directory. OSError if another command holds it, say the processes that go on after
+    their torchrun was killed: two would write the same files."""
+    with contextlib.ExitStack() as stack:
+        # The lock is the system's own: it ends with the process, however that ends.
+        if fcntl and rank() == 0:
+            directory = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, directory)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"{path}: a train.py is at work there already; wait for it, or end "
+                              "its processes") from None
+            except OSError:                     # a file system without locks
+                pass
+        yield
 
 
 # -- who am I
