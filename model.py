@@ -389,7 +389,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, past):
         n, T, _ = x.shape
         # What a token looks for (q), what it is found by (k), what it says then (v).
-        qkv = self.qkv(x).view(n, T, -1, self.hd)
+        qkv = self.qkv(x).view(n, T, sum(self.heads), self.hd)
         q, k, v = qkv.split(self.heads, 2)                                  # (n, T, heads, hd)
         if self.q_norm is not None:
             q = self.q_norm(q)
