@@ -16,7 +16,9 @@ from functools import partial
 
 from data import DOMAINS, InputError, Problem, World, read_jsonl, split_of
 from interop.answers import final_answer, marked_answer, same_answer
+from interop.parallel import placed
 from mah_dpo import encode_pair
+from model import load_hf
 from prm import Labelled, encode_steps
 
 
@@ -473,3 +475,20 @@ def describe_data(data, objectives, max_new_tokens, model):
 def left_out(dropped):
     """{reason: number of rows} -> text."""
     return "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n)
+
+
+def data_files(data, objectives):
+    """The files of a --data directory that a run reads; none where `data` is ""."""
+    found = []
+    for objective in objectives if data else []:
+        found += [f"{data}/{objective.name}.jsonl", f"{data}/{objective.name}.steps.jsonl"]
+    return [path for path in found if os.path.exists(path)]
+
+
+def load_base(directory, device):
+    """The checkpoint of --init, which must bring its tokenizer; several processes share it."""
+    model = load_hf(directory, place=partial(placed, device=device))
+    if model.tokenizer is None:
+        raise InputError(f"{directory}: tokenizer.json, or vocab.json and merges.txt, is missing; "
+                         "a base model needs one")
+    return model
