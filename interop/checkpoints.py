@@ -106,6 +106,11 @@ def translate(path, found, family):
 
 def rope_scaling(path, rope):
     """Llama 3's stretching of rotary positions as four numbers, None where there is none."""
+    # Some models turn the queries of some layers otherwise than those of the others.
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            raise InputError(f"{path}: rope_parameters of {name!r} are not computed here, only one "
+                             "kind for all layers")
     # A factor without a kind is of some kind that is not known here.
     unnamed = None if "factor" in rope else "default"
     kind = rope.get("rope_type", rope.get("type", unnamed))
