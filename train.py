@@ -51,15 +51,15 @@ from data import (DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Problem, Token
                   judge, pad, read_json, read_jsonl, run_command, select_objectives, write_json,
                   write_text)
 from decode import domain_mix, generate, parse_weights, read_run
-from evaluate import (average, converse, evaluate, head_of, load_rows, own_logps,
-                      pair_metrics_rows, plain_responder, publish, seed_of, seed_runs)
+from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
+                      plain_responder, publish, seed_of, seed_runs)
 from interop.datasets import (DATA_HELP, data_files, describe_data, load_base, real_labels,
                               real_pairs, worlds_of)
 from interop.parallel import (alone, even, free_name, gather, head_norm, join_processes, local_items,
                               new_directory, once, parameters_of, placed, put_back, rank, ranks,
                               reaching, shard, tensors_of, total, whole)
-from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pair_metrics,
-                     policy_logps)
+from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
+                     pair_logps, pair_metrics, policy_logps)
 from model import (GPT, GPTConfig, load_hf, load_safetensors, pick_device, read_metadata,
                    sampling_dtype, save_hf, save_safetensors)
 from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight_targets,
@@ -543,7 +543,7 @@ def score_pairs(run, model, pairs, name):
     """Log-probabilities (N, 2) of chosen and rejected under a policy, each pair under its own head,
     in the precision in which the policies train."""
     with run.autocast(), tqdm(total=len(pairs), desc=f"log-probs of {name}", disable=None) as bar:
-        return own_logps(model, pairs, bar.update)
+        return pair_logps(model, pairs, bar.update)
 
 
 def choose(pairs, names, split):
@@ -604,9 +604,8 @@ def train_policy(run, name):
         # The losses and gradients of the parts of a batch add up to those of the batch.
         for index in dealt_batches([len(pair) for pair in batch]):
             part = [batch[i] for i in index]
-            head = [head_of(heads, pair.objective) for pair in part]
             with run.autocast():
-                logps = policy_logps(model, part, torch.tensor(head, device=run.device))  # (2, n)
+                logps = policy_logps(model, part, own_heads(model, part))           # (2, n)
             loss, metrics = preference_loss(run, part, logps, count)
             loss = reaching(loss, [head.weight for head in model.heads])
             (loss * ranks()).backward()
@@ -617,7 +616,7 @@ def train_policy(run, name):
 
     def develop():
         with run.autocast():
-            logps = own_logps(model, dev).T.to(run.device)
+            logps = pair_logps(model, dev).T.to(run.device)
         return preference_loss(run, dev, logps)[1]
 
     # An objective's pairs come in the same order to every policy, for as many steps. Progress is

@@ -431,7 +431,7 @@ def policy_run(run, gpt, tokenizer, held_out=6, **settings):
     its configuration -> the pairs."""
     save_hf(gpt, run.file("sft"), weights=0)
     pairs = make_pairs(tokenizer)
-    reference = pair_logps(run.load("sft"), pairs, lambda objective: 0)
+    reference = pair_logps(run.load("sft"), pairs)
     for i, pair in enumerate(pairs):
         pair.split = "dev" if i >= 18 - held_out else "train"
         pair.reference = reference[i].tolist()
@@ -444,8 +444,7 @@ def test_pair_logps_keep_the_pairs_order(gpt, tokenizer):
     """Prevents: log-probabilities in the order of length, chosen and rejected swapped, another
     objective's head."""
     pairs = [p for p in make_pairs(tokenizer) if p.objective != "honesty"]
-    own = gpt.config.objectives.index
-    found = pair_logps(gpt, pairs, own, tokens=200)
+    found = pair_logps(gpt, pairs, tokens=200)
     for pair, row in zip(pairs, found.tolist()):
         W = gpt.heads[own(pair.objective)].weight.detach()
         for response, value in zip((pair.chosen, pair.rejected), row):
@@ -549,7 +548,7 @@ def test_the_log_shows_every_objective_in_training_and_development(run, gpt, tok
         assert all(set(row[o]) == metrics for o in run.names)
     for o in run.names:
         held_out = train.choose(pairs, [o], "dev")
-        logps = pair_logps(model, held_out, model.config.objectives.index)
+        logps = pair_logps(model, held_out)
         moved = logps - torch.tensor([pair.reference for pair in held_out])
         assert dev[-1][o]["chosen"] == pytest.approx(float(moved[:, 0].mean()), abs=1e-5)
         assert dev[-1][o]["kl"] == pytest.approx(float((moved ** 2).mean() / 2), abs=1e-5)
