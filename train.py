@@ -23,15 +23,12 @@ files of earlier stages; its last file says that it has finished.
     --fast         makes everything small, to see that it works.
 
 Read in this order: the stages from `train_base` to `measure_prm`; their table `stages`; the
-training loop `fit`; then checkpoints, runs in directories, and the command line.
+training loop `fit`; then runs in directories, and the command line. How files survive a kill is in
+interop/resume.py.
 """
 import argparse
-import contextlib
-import hashlib
-import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -39,7 +36,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -48,20 +44,20 @@ from tqdm import tqdm
 
 from data import (DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Problem, Tokenizer, World,
                   agreement, batches_by_length, dealt_batches, domain_objectives, fit_threshold,
-                  judge, pad, read_json, read_jsonl, run_command, select_objectives, write_json,
-                  write_text)
+                  judge, pad, read_json, run_command, select_objectives, write_json)
 from decode import domain_mix, generate, parse_weights, read_run
 from evaluate import (average, converse, evaluate, head_of, load_rows, own_logps,
                       pair_metrics_rows, plain_responder, publish, seed_of, seed_runs)
 from interop.datasets import (DATA_HELP, data_files, describe_data, load_base, real_labels,
                               real_pairs, worlds_of)
-from interop.parallel import (alone, even, free_name, gather, head_norm, join_processes, local_items,
-                              new_directory, once, parameters_of, placed, put_back, rank, ranks,
-                              reaching, shard, tensors_of, total, whole)
+from interop.parallel import (alone, even, gather, head_norm, join_processes, local_items,
+                              parameters_of, placed, rank, ranks, reaching, shard, total, whole)
+from interop.resume import (clear, copy_stage, fingerprint, free_name, load_checkpoint,
+                            new_directory, put_rows, read_rows, save_checkpoint, stops_wait,
+                            write_rows)
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pair_metrics,
                      policy_logps)
-from model import (GPT, GPTConfig, load_hf, load_safetensors, pick_device, read_metadata,
-                   sampling_dtype, save_hf, save_safetensors)
+from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
 from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight_targets,
                  majority_labels, pair_scores, save_prm, step_loss, step_scores)
 
@@ -159,8 +155,10 @@ class Run:
         self.path, self.config, self.objectives = path, config, objectives
         self.names = [o.name for o in objectives]
         self.device = pick_device(config.device)
-        self.key = fingerprint(config, objectives)
-        self.training = self.stopping = False
+        # Files that were made under other options, or from other data, have another key.
+        options = {name: v for name, v in asdict(config).items() if name not in HARMLESS}
+        records = [asdict(o) for o in objectives]
+        self.key = fingerprint([options, records], data_files(config.data, objectives))
 
     def file(self, name):
         """The path of one of the run's files."""
@@ -196,53 +194,7 @@ class Run:
 
         This comes before the file that says the stage is finished: a kill between the two would
         lose the rows. Figures of time go to timings.jsonl, so that all else can repeat."""
-        path = self.file(name)
-        old = [row for _, row in read_jsonl(path)] if os.path.exists(path) else []
-        kept = [row for row in old if row["stage"] != stage]
-        write_jsonl(path, kept + [{"stage": stage} | row for row in rows])
-
-    def stop(self, *signal):
-        """Ctrl-C, or SIGTERM, a batch system's request. Training first ends the step under way
-        and saves its result; a second request, or one elsewhere, stops at once."""
-        if not self.training or self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-
-
-def fingerprint(config, objectives):
-    """A hash of all that the figures depend on: options, objectives and the files of --data."""
-    options = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
-    records = [asdict(o) for o in objectives]
-    digest = hashlib.sha256(json.dumps([options, records]).encode())
-    for path in data_files(config.data, objectives):
-        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def write_jsonl(path, rows):
-    """Dicts -> JSONL."""
-    write_text(path, "".join([json.dumps(row) + "\n" for row in rows]))
-
-
-def write_rows(path, rows):
-    """Dataclass objects -> JSONL; what is None is left out."""
-    found = []
-    for row in rows:
-        found.append({name: v for name, v in asdict(row).items() if v is not None})
-    write_jsonl(path, found)
-
-
-def read_rows(path, kind):
-    """JSONL -> objects of a dataclass; .where is an object's file and line."""
-    rows = []
-    for where, row in read_jsonl(path):
-        try:
-            rows.append(kind(**row))
-        except TypeError:
-            raise InputError(f"{where}: not a row that this run has written; bring the file back, "
-                             "or remove it to have it made again") from None
-        rows[-1].where = where
-    return rows
+        put_rows(self.file(name), stage, rows)
 
 
 def shown(row):
@@ -1013,8 +965,7 @@ def finished(run, stage):
 
 def run_stages(run):
     """Run what is not finished, with a numbered title and the time of each stage."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
     begun = time.time()
     for number, stage in enumerate(stages(run), 1):
         if finished(run, stage):
@@ -1026,10 +977,7 @@ def run_stages(run):
         seconds = time.time() - start
         run.log(stage.title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
         print(f"    {seconds:.0f} s", flush=True)
-    # A kill may have left half a file. The last training's checkpoint is of no more use.
-    for path in [*Path(run.path).glob("*.tmp"), Path(run.file("checkpoint.safetensors"))]:
-        with contextlib.suppress(OSError):
-            path.unlink()
+    clear(run.path)
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py "
           f"{run.path} --prompt ...")
 
@@ -1051,9 +999,15 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(),
     top = [group["lr"] for group in optimizer.param_groups]
     start, log = load_checkpoint(run, stage, model, optimizer)
     seconds, tokens, batches = 0.0, 0, islice(batches, start, steps)
-    run.training = True
-    with tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar:
+    with (stops_wait() as stops,
+          tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar):
         for step in range(start, steps + 1):
+            # Several processes stop before the same step.
+            stopping = bool(total(torch.tensor(len(stops))))
+            if stopping or step % run.config.checkpoint_every == 0 and start < step < steps:
+                save_checkpoint(run, stage, model, optimizer, step, log)
+            if stopping:
+                raise KeyboardInterrupt
             if develop and (step % math.ceil(steps / 3) == 0 or step == steps):
                 log.append({"step": step, "split": "dev"} | log_row(develop(), names))
             if step == steps:
@@ -1073,13 +1027,6 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(),
                 log.append({"step": step, "gradient_norm": norm.item()} | log_row(found, names))
                 bar.set_postfix(loss=float(found["loss"].nanmean()), refresh=False)
             bar.update()
-            # Several processes stop after the same step.
-            stopping = bool(total(torch.tensor(int(run.stopping))))
-            if stopping or (step + 1) % run.config.checkpoint_every == 0 and step + 1 < steps:
-                save_checkpoint(run, stage, model, optimizer, step + 1, log)
-            if stopping:
-                raise KeyboardInterrupt
-    run.training = False
     for name in names if develop else []:
         tqdm.write(f"  {stage}, held-out {name}: {shown(log[-1].get(name, {}))}")
     run.log(stage, [{"steps": steps - start, "tokens": tokens, "seconds": seconds,
@@ -1129,32 +1076,6 @@ def log_row(found, names):
             if not math.isnan(number):
                 row.setdefault(name, {})[metric] = number
     return row
-
-
-# -- checkpoints
-
-def save_checkpoint(run, stage, model, optimizer, step, log):
-    """What the next step of a stage needs: weights, the optimiser's state, the log so far, and the
-    number of steps done, from which the schedule and the draws follow."""
-    about = {"stage": stage, "step": str(step), "key": run.key, "log": json.dumps(log)}
-    save_safetensors(tensors_of(model, optimizer), run.file("checkpoint.safetensors"), about)
-
-
-def load_checkpoint(run, stage, model, optimizer):
-    """Put back what save_checkpoint saved -> steps done, log; 0, [] where there is nothing of this
-    stage. InputError if it was saved under other options or with other data."""
-    path = run.file("checkpoint.safetensors")
-    again = f"remove this file to start {stage} again"
-    try:
-        about = read_metadata(path) if os.path.exists(path) else {}
-    except InputError as e:
-        raise InputError(f"{e}; {again}") from None
-    if about.get("stage") != stage:             # none, or that of an earlier, finished stage
-        return 0, []
-    if about.get("key") != run.key:
-        raise InputError(f"{path}: saved with another configuration or other data; {again}")
-    put_back(load_safetensors(path), model, optimizer)
-    return int(about["step"]), json.loads(about["log"])
 
 
 # -- runs and their directories
@@ -1209,12 +1130,7 @@ def copy_stages(source, run):
         if not all(same) or not finished(source, stage):
             break
         print(f"{stage.title}: copied from {source.path}")
-        name = stage.files[-1].partition(".")[0]
-        log = [row for _, row in read_jsonl(source.file("log.jsonl")) if row["stage"] == name]
-        run.log(name, log)
-        for file in stage.files:
-            copy = shutil.copytree if os.path.isdir(source.file(file)) else shutil.copy
-            once(copy, source.file(file), run.file(file))
+        copy_stage(source, run, stage.files)
 
 
 def open_run(path, device="auto"):
@@ -1304,9 +1220,9 @@ def check_inputs(config):
         sft_examples(run, model)                # a short context, a chat template that is not read
     for world in [] if config.data else run.worlds(model):
         # A world may be too small for what is asked of it.
-        cases = [o.case for o in run.objectives if o.domain == world.name]
-        rolled = "verifiable" in cases or "A" in cases
-        n = max(config.n_prompts, config.n_rollout_prompts if rolled else 0)
+        cases = {o.case for o in domain_objectives(world.name, run.objectives)}
+        rolled = config.n_rollout_prompts if cases & {"verifiable", "A"} else 0
+        n = max(config.n_prompts, rolled)
         world.problems(config.split, config.n_test, RNG(0))
         world.problems("train", n // world.turns, RNG(0))
 
