@@ -199,8 +199,8 @@ class Run:
 
 def shown(row):
     """A row of the log as text."""
-    return ", ".join([f"{key} {value:.3g}" if type(value) is float else f"{key} {value}"
-                      for key, value in row.items()])
+    digits = {float: ".3g"}                     # of numbers that were measured
+    return ", ".join([f"{key} {v:{digits.get(type(v), '')}}" for key, v in row.items()])
 
 
 def shuffled(items, generator):
@@ -452,8 +452,8 @@ def sample_pairs(source, names):
     turns, rng, generator = roll_out(source, "samples", config.n_prompts)
     prompts, room = [turn.prompt for turn in turns], source.world.max_new_tokens
     pairs = []
-    for turn, responses in zip(turns, draw_samples(source, prompts, config.n_samples, room,
-                                                   generator)):
+    samples = draw_samples(source, prompts, config.n_samples, room, generator)
+    for turn, responses in zip(turns, samples):
         ratings = [rate(source, turn, response, names, rng) for response in responses]
         # An objective has its own best and worst. Ratings that are nearly equal say nothing.
         for name in names:
@@ -564,12 +564,11 @@ def train_policy(run, name):
             (loss * ranks()).backward()
             found.update(metrics)
         if len(heads) > 1:      # a head's gradient comes from its own objective alone
-            found["gradient_norm"] = torch.stack(list(map(head_norm, model.heads)))
+            found["gradient_norm"] = torch.stack([head_norm(head) for head in model.heads])
         return found
 
     def develop():
-        with run.autocast():
-            logps = own_logps(model, dev).T.to(run.device)
+        logps = score_pairs(run, model, dev, name).T.to(run.device)
         return preference_loss(run, dev, logps)[1]
 
     # An objective's pairs come in the same order to every policy, for as many steps. Progress is
@@ -837,10 +836,9 @@ def train_prm(run, name):
     weights = [config.prm_value_weight if case == "verifiable" else 1.0 for case in cases]
     # Where it is known which steps are right, a value model is taught that too. A single block has
     # no layer below it to read it from.
-    if "verifiable" in cases and STEP in labels_in(sum(sources, [])):
-        if backbone.config.n_layer > 1:
-            outputs.append(STEP_OUTPUT)
-            weights.append(config.prm_step_weight)
+    if "verifiable" in cases and STEP in labels_in(sum(sources, [])) and len(backbone.layers) > 1:
+        outputs.append(STEP_OUTPUT)
+        weights.append(config.prm_step_weight)
     weight = torch.tensor(weights, device=run.device)                               # (P,)
     prm = PRM(backbone, outputs, run.generator(name, "weights")).to(run.device)
     prm = shard(prm, run.device)
@@ -932,24 +930,22 @@ def stages(run):
     policies = "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor"
     prm = ("prm prm_steps prm_batch prm_pairs prm_value_weight prm_step_weight prm_lr_backbone "
            "prm_lr_head")
+    baselines = ["single_head_dpo", *[f"dpo_{name}" for name in run.names], "modpo"]
     prms = ["prm"] if run.config.prm == "unified" else [f"prm_{name}" for name in run.names]
-    found = [
+    return [
         Stage("base model", ["base"],
               "init seed dtype grad_checkpoint epochs base_steps base_lr", train_base),
         Stage("supervised fine-tuning", ["sft"],
               "objective data max_new_tokens sft_steps sft_batch sft_lr", train_sft),
-        Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs)]
-    for name in ["single_head_dpo", *[f"dpo_{o}" for o in run.names], "modpo"]:
-        found.append(Stage(f"policy {name}", [name], policies, train_policy))
-    found += [
+        Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs),
+        *[Stage(f"policy {name}", [name], policies, train_policy) for name in baselines],
         Stage("policy mah_dpo", ["mah_dpo"], "perturbation", train_policy),
         Stage("held-out pairs", ["pair_metrics.json"], "", measure_pairs),
         Stage("rollouts and labels", ["mah_dpo_pairs.jsonl", "labels.jsonl"],
-              "gamma rollouts n_rollout_prompts", make_labels)]
-    for name in prms:
-        found.append(Stage(f"process reward model {name}", [name], prm, train_prm))
-    tables = ["scores.jsonl", "results.md", "pareto.svg", "results.json"]
-    return [*found, Stage("tables", tables, "n_test split weight_steps k", make_tables)]
+              "gamma rollouts n_rollout_prompts", make_labels),
+        *[Stage(f"process reward model {name}", [name], prm, train_prm) for name in prms],
+        Stage("tables", ["scores.jsonl", "results.md", "pareto.svg", "results.json"],
+              "n_test split weight_steps k", make_tables)]
 
 
 def make_tables(run, name):
@@ -1027,8 +1023,9 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(),
                 log.append({"step": step, "gradient_norm": norm.item()} | log_row(found, names))
                 bar.set_postfix(loss=float(found["loss"].nanmean()), refresh=False)
             bar.update()
-    for name in names if develop else []:
-        tqdm.write(f"  {stage}, held-out {name}: {shown(log[-1].get(name, {}))}")
+    for name in names:
+        if develop and name in log[-1]:
+            tqdm.write(f"  {stage}, held-out {name}: {shown(log[-1][name])}")
     run.log(stage, [{"steps": steps - start, "tokens": tokens, "seconds": seconds,
                      "tokens_per_second": tokens / max(seconds, 1e-9)}], "timings.jsonl")
     return log
