@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import signal
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import train
 from conftest import NAMES
 from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World
 from mah_dpo import Pair, pair_logps
-from model import load_hf, load_safetensors, save_hf
+from model import load_hf, load_safetensors, read_metadata, save_hf
 from prm import PRM, STEP, Labelled, load_prm, pair_scores, step_scores
 from test_templates import TALK, THINKING, chat
 from train import Config, Run, Source, Turn
@@ -608,12 +609,11 @@ def stopped_in_training(run, gpt, tokenizer, monkeypatch, step=2):
     def gradient(*args):
         calls.append(args)
         if len(calls) == step:
-            run.stop()
+            signal.raise_signal(signal.SIGTERM)
         return plain(*args)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "gradient", gradient)
         train.train_policy(run, "mah_dpo")
-    run.training = run.stopping = False
     return run.file("checkpoint.safetensors")
 
 
@@ -622,7 +622,7 @@ def test_a_stop_in_training_is_saved(step, run, gpt, tokenizer, monkeypatch):
     """Prevents: Ctrl-C that loses the steps since the last checkpoint, or stops between the weights
     and the optimiser's state."""
     path = stopped_in_training(run, gpt, tokenizer, monkeypatch, step)
-    assert train.read_metadata(path)["step"] == str(step)
+    assert read_metadata(path)["step"] == str(step)
     results = []
     for _ in ("resumed", "from the start"):
         train.train_policy(run, "mah_dpo")
