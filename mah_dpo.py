@@ -47,6 +47,7 @@ def encode_pair(preference, model):
     """data's Preference -> Pair in the model's ids, EOS behind both responses; the hash of the
     prompt's text says its split. None if it is longer than the context, or nothing of the responses
     is left to tell them apart."""
+    # Encoded apart: tokens must not merge across the border of prompt and response.
     tokenizer, p = model.tokenizer, preference
     prompt = tokenizer.encode_chat(p.prompt)
     chosen = tokenizer.encode(p.chosen) + [tokenizer.eos_id]
@@ -63,9 +64,10 @@ def response_logps(h, W, ids, mask):
     """Sum of log-probabilities of the response tokens of each row.
 
     h (B, T, d) hidden states, W (V, d) one head, ids (B, T), mask (B, T) True on response tokens
-    -> (B,) in float32. h at t predicts the token at t + 1, so token t is scored by h at t - 1;
-    prompt and padding are never scored, and their logits are never computed. The softmax is taken
-    in float32."""
+    -> (B,) in float32. h at t predicts the token at t + 1, so token t is scored by h at t - 1 (the
+    last h is not needed); prompt and padding are never scored, and their logits are never computed.
+    The softmax is taken in float32."""
+    # Where the scored tokens stand; t is the place of the state before each.
     row, t = mask[:, 1:].nonzero(as_tuple=True)                             # (N,) response tokens
     dtype = torch.promote_types(h.dtype, torch.float32)
     total = torch.zeros(len(ids), dtype=dtype, device=h.device)
@@ -84,21 +86,25 @@ def policy_logps(model, pairs, head):
     encoded once, both responses follow it, and the first token of each is predicted by the last
     state of the PROMPT."""
     device = model.embed.weight.device
+    # Rows 2b and 2b + 1 continue prompt b: chosen, rejected.
     prompts, lengths = pad([p.prompt for p in pairs], 0, device)            # (n, P)
     both = []
     for p in pairs:
         both += [p.chosen, p.rejected]
     responses, sizes = pad(both, 0, device)                                 # (2n, R)
+    # The prompts, whose keys and values all later tokens look at.
     cache = model.new_cache(len(pairs))
     h = model(prompts, cache)                                               # (n, P, d)
     cache.keep(0, lengths)
     n = torch.arange(len(pairs), device=device)
     last = h[n, lengths - 1].repeat_interleave(2, 0)                        # (2n, d)
-    h = torch.cat((last[:, None], model(responses, cache.fork(2))), 1)      # (2n, 1 + R, d)
+    # A response's own last token predicts nothing more: it is not fed.
+    h = torch.cat((last[:, None], model(responses[:, :-1], cache.fork(2))), 1)      # (2n, R, d)
     # Rows are now "the prompt's last token, the response".
     ids = F.pad(responses, (1, 0))                                          # (2n, 1 + R)
     t = torch.arange(ids.shape[1], device=device)
     mask = (t > 0) & (t <= sizes[:, None])
+    # One head after another scores the rows that are its own; they are put back in their places.
     head = head.repeat_interleave(2)                                        # (2n,)
     found = torch.zeros(len(ids), dtype=torch.promote_types(h.dtype, torch.float32), device=device)
     for i in head.unique().tolist():
@@ -109,22 +115,32 @@ def policy_logps(model, pairs, head):
 
 
 @torch.no_grad()
-def pair_logps(model, pairs, head_of, pad_id, progress=None, tokens=16384):
-    """Log-probabilities of chosen and rejected of N Pairs -> (N, 2), each pair under the head
-    head_of(objective). `tokens` bounds a batch; progress(number of pairs) is called after each.
-    Several processes share the work."""
-    device, found = model.embed.weight.device, []
+def own_heads(model, pairs):
+    """The number of the head that scores each of n Pairs (n,): its objective's own, or where the
+    model has none, the first."""
+    names = model.config.objectives
+    found = [names.index(p.objective) if p.objective in names else 0 for p in pairs]
+    return torch.tensor(found, device=model.embed.weight.device)
+
+
+def pair_logps(model, pairs, progress=None, tokens=16384):
+    """Log-probabilities of chosen and rejected of N Pairs -> (N, 2), each under its own head.
+
+    `tokens` bounds a batch; progress(number of pairs) is called after each. Several processes
+    share the work."""
+    found = []
     # Equally many rows for every process: the last ones may score the first pairs again.
     n = len(pairs) + -len(pairs) % ranks()
     rows = [i % len(pairs) for i in range(n)]
-    for batch in dealt_batches([len(pairs[i]) for i in rows], tokens):
+    lengths = [len(pairs[i]) for i in rows]
+    for batch in dealt_batches(lengths, tokens):
         index = [rows[k] for k in batch]
         part = [pairs[i] for i in index]
-        head = torch.tensor([head_of(p.objective) for p in part], device=device)
-        logps = policy_logps(model, part, head).T.float()
+        logps = policy_logps(model, part, own_heads(model, part)).T.float()
         found += zip(index, logps.tolist())
         if progress is not None:
             progress(len(index) * ranks())
+    # Every process learns all of them, and puts them in the order of the pairs.
     found = dict(gather(found))
     return torch.tensor([found[i] for i in range(len(pairs))]).view(-1, 2)
 
@@ -153,6 +169,7 @@ def balanced_mean(losses, head, alpha, count=None):
     from the batch adds nothing, and the others are not reweighted for it. count (H,): pairs of
     every objective in the whole batch, if these are only some of them: then the parts' results add
     up to that of the whole."""
+    # Which loss belongs to which objective, as a matrix: products with it are sums per objective.
     one_hot = F.one_hot(head, len(alpha)).to(losses.dtype)                  # (B, H)
     if count is None:
         count = one_hot.sum(0)
@@ -206,6 +223,7 @@ def pair_metrics(losses, pi_chosen, pi_rejected, ref_chosen, ref_rejected, head,
     one_hot = F.one_hot(head, H).to(losses.dtype)                           # (B, H)
     if count is None:
         count = one_hot.sum(0)
+    # 0 / 0 is NaN: an objective without a pair.
     return {name: v.to(losses.dtype) @ one_hot / count for name, v in values.items()}
 
 
@@ -216,6 +234,7 @@ def soup(state_dicts, weights):
     if len(state_dicts) != len(weights) or min(weights) < 0 or total <= 0:
         raise ValueError("need one non-negative weight per model, not all zero: got "
                          f"{weights} for {len(state_dicts)}")
+    # Model after model joins the sum.
     mixed = {}
     for state, w in zip(state_dicts, weights):
         if state.keys() != state_dicts[0].keys():
@@ -233,9 +252,11 @@ def make_optimizer(model, lr_backbone, lr_heads):
     no bias correction, so its first steps are as long as its largest: harmless over thousands of
     steps at 1e-6, not over the hundred or so taken here. No weight decay: it would pull heads away
     from SFT."""
+    # Every parameter belongs to one of the two.
     heads, backbone = [], []
     for name, p in model.named_parameters():
-        (heads if name.startswith("heads.") else backbone).append(p)
+        group = heads if name.startswith("heads.") else backbone
+        group.append(p)
     groups = [{"params": backbone, "lr": lr_backbone, "name": "backbone"},
               {"params": heads, "lr": lr_heads, "name": "heads"}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)

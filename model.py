@@ -2,15 +2,14 @@
 
 Before: data.py; next: prm.py.
 
-    h = GPT(ids)                        (B, T) -> (B, T, d)     the backbone, shared by all objectives
-    z_i = W_i h                         (B, T, d) -> (B, T, V)  head i, one for each objective
-    z = sum_i w_i z_i                   any mix of heads is ONE ordinary head (sum_i w_i W_i)
-                                        (paper, Sec. 5)
+    h   = GPT(ids)           (B, T) -> (B, T, d)     the backbone, shared by all objectives
+    z_i = W_i h              (B, T, d) -> (B, T, V)  head i, one for each objective
+    z   = sum_i w_i z_i      any mix of heads is ONE ordinary head sum_i w_i W_i   (paper, Sec. 5)
 
-Read GPTConfig, then KVCache (what a sequence has said, and what K candidates would say next), then
-Attention, MLP, Block and GPT, which is a transformer as published: rotary or learned positions,
-RMSNorm or LayerNorm, SwiGLU or GELU, grouped-query attention, from GPT-2 to Qwen3. What follows
-reads and writes files: the safetensors format, then Hugging Face directories.
+Read GPTConfig, then KVCache: what every sequence has said, and what its K candidates say next. Then
+the backbone, from rotary positions over Attention, MLP and Block to GPT: a transformer as published
+many times, from GPT-2 to Qwen3. The rest is plumbing: the safetensors format, and Hugging Face
+directories, whose names and fields stand in interop/checkpoints.py.
 """
 import copy
 import json
@@ -35,6 +34,7 @@ from interop.tokenizer import load_tokenizer
 class GPTConfig:
     """The shape of a model. The defaults are the embedded experiment's; read_config finds those of
     a checkpoint. ValueError for a shape that cannot be."""
+
     vocab_size: int
     n_layer: int = 3
     n_head: int = 4
@@ -54,29 +54,39 @@ class GPTConfig:
     rope_scaling: dict = None        # Llama 3's stretching of slow rotations to a longer context
     norm_eps: float = 1e-5
     objectives: tuple = ("policy",)  # names of the heads
-    init_std: float = 0.05           # of linear maps; embeddings start at 0.5 (small models learn faster so)
+    init_std: float = 0.05           # of linear maps at the start
     hf: dict = None                  # config.json that this came from; save_hf writes it back
 
     def __post_init__(self):
         self.objectives = tuple(self.objectives)
-        sizes = (self.vocab_size, self.n_layer, self.n_head, self.n_kv_head, self.d_model,
-                 self.d_ff, self.max_len)
-        whole_numbers = all(type(n) is int and 0 < n < 2**31 for n in sizes)
-        if not whole_numbers or self.max_len > 2**22:
-            raise ValueError("unusable model configuration: sizes must be positive whole numbers "
-                             f"(context up to 4 million), not {sizes}")
+        for name in SIZES:
+            n = getattr(self, name)
+            # The rotary tables are as long as the context: four million places are 2 GB.
+            most = 2**22 if name == "max_len" else 2**31 - 1
+            if type(n) is not int or not 0 < n <= most:
+                raise unusable(f"{name} must be a whole number from 1 to {most}, not {n!r}")
+        for name, kinds in KINDS.items():
+            if getattr(self, name) not in kinds:
+                raise unusable(f"{name} must be {' or '.join(kinds)}, not {getattr(self, name)!r}")
         self.head_dim = self.head_dim or self.d_model // self.n_head
-        known = (self.position in ("rope", "learned") and self.norm in ("rms", "layer")
-                 and self.mlp in ("swiglu", "gelu"))
-        # Channels are rotated in pairs, so their number is even.
-        even = type(self.head_dim) is int and self.head_dim > 0 and self.head_dim % 2 == 0
-        if not known or not even or self.n_head % self.n_kv_head:
-            raise ValueError(f"unusable model configuration: {self.n_head} heads of "
-                             f"{self.head_dim} channels on {self.n_kv_head}, {self.position}, "
-                             f"{self.norm}, {self.mlp}")
-        if not 0 < self.rope_theta < math.inf or not 0 < self.norm_eps < math.inf:
-            raise ValueError(f"unusable model configuration: rope_theta {self.rope_theta} and "
-                             f"norm_eps {self.norm_eps}")
+        # Channels are rotated in pairs, so there is an even number of them.
+        if type(self.head_dim) is not int or self.head_dim < 1 or self.head_dim % 2:
+            raise unusable(f"heads of {self.head_dim} channels; the number must be even")
+        if self.n_head % self.n_kv_head:
+            raise unusable(f"{self.n_head} query heads on {self.n_kv_head} heads of keys")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise unusable(f"{name} must be positive, not {getattr(self, name)}")
+
+
+# What __post_init__ looks at: fields that are positive whole numbers, and fields of two kinds.
+SIZES = ["vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_len"]
+KINDS = {"position": ["rope", "learned"], "norm": ["rms", "layer"], "mlp": ["swiglu", "gelu"]}
+
+
+def unusable(why):
+    """What GPTConfig raises."""
+    return ValueError(f"unusable model configuration: {why}")
 
 
 # -- the KV cache
@@ -85,68 +95,67 @@ class GPTConfig:
 def attention_mask(held, P, t, S):
     """Which places T new tokens of G sequences see: P of the prefix, then S of their own step.
 
-    held (G,): a sequence's prefix fills its first held[g] places, the others are stale. t (T,):
-    the new tokens' places in their step; a token sees its step up to itself.
+    held (G,): a sequence's prefix fills its first held[g] places; what lies behind is stale.
+    t (T,): the new tokens' places in their step; each sees the step up to itself.
     -> (G, T, P + S) bool"""
-    prefix = torch.arange(P, device=held.device) < held[:, None, None]     # (G, 1, P)
-    step = torch.arange(S, device=held.device) <= t[:, None]               # (T, S)
-    size = (len(held), len(t))
+    prefix = torch.arange(P, device=held.device) < held[:, None, None]      # (G, 1, P)
+    step = torch.arange(S, device=held.device) <= t[:, None]                # (T, S)
+    size = len(held), len(t)
     return torch.cat((prefix.expand(*size, P), step.expand(*size, S)), -1)
 # --- end of exercise 9 ---
 
 
 @dataclass
 class Past:
-    """What n = G' m rows see while T tokens are fed to them; KVCache.extend makes it."""
-    prefix: list                # the cache's lists of layers
+    """What n = G' m rows see while T tokens are fed to them. KVCache.extend makes one for all
+    layers of a forward pass."""
+    prefix: list                # the cache's keys and values, layer by layer
     step: list
-    groups: object              # (G',) the sequences, or slice(None): all, read without a copy
-    rows: object                # (n,) the rows, or slice(None)
-    start: int                  # places in the step: new tokens go to start .. stop
-    stop: int
-    seen: tuple                 # how many places of prefix and step are looked at
+    groups: object              # (G',) the sequences; slice(None) for all, which copies nothing
+    rows: object                # (n,) the rows; slice(None) for all
+    start: int                  # where in their step the new tokens go
+    P: int                      # places of the prefix that are looked at,
+    S: int                      # and of the step
     positions: torch.Tensor     # (n, T) of the new tokens in their texts
-    mask: torch.Tensor          # (G', T, P + S) added to the scores; None: everything is seen
+    mask: torch.Tensor          # (G', T, P + S) added to the scores; None: nothing stands before
 
     def read(self, layer, new):
         """New keys and values (2, n, n_kv, T, hd) of a layer join its step.
         -> all that is seen: prefix (2, G', n_kv, P, hd), step (2, n, n_kv, S, hd)"""
-        P, S = self.seen
-        prefix = self.prefix[layer][:, self.groups, :, :P]
+        prefix = self.prefix[layer][:, self.groups, :, :self.P]
         step = self.step[layer]
-        # In training nothing is written: gradients need the old values, and blocks that are
-        # computed again (gradient checkpointing) must find what they found the first time.
         if torch.is_grad_enabled():
+            # Nothing is written in training: gradients need the old values, and a block that is
+            # computed again (gradient checkpointing) must find what it found the first time.
             return prefix, torch.cat((step, new), 3) if self.start else new
-        step[:, self.rows, :, self.start:self.stop] = new
-        return prefix, step[:, self.rows, :, :S]
+        stop = self.start + new.shape[3]
+        step[:, self.rows, :, self.start:stop] = new
+        return prefix, step[:, self.rows, :, :self.S]
 
 
 class KVCache:
     """Keys and values of G sequences, each continued by K rows (candidates; at first K = 1).
 
-    prefix[layer]   (2, G, n_kv, P, hd)     keys and values of what is committed, once per sequence
-    step[layer]     (2, G K, n_kv, S, hd)   each row's own tokens since; row g K + k continues g
-    held            (G,) committed tokens: a sequence fills the first held[g] places of its prefix
-    own             tokens of every row in the running step
+        prefix[layer]  (2, G, n_kv, P, hd)    keys and values of what is committed, once a sequence
+        step[layer]    (2, G K, n_kv, S, hd)  those of each row's own tokens since
+        held           (G,)                   committed tokens, in the first held[g] places
 
-    So memory grows as prefix + K x step, one product serves all rows of a sequence, and committing
-    a candidate copies its step and nothing else. Both parts have room ahead, and are made anew,
-    larger, where it ends. Rows may drop out of a step, but all that are fed have been fed from its
-    beginning. With gradients a cache may be read too, see GPT.forward.
-    """
+    Row g K + k continues sequence g. Memory grows as prefix + K x step, one product serves all rows
+    of a sequence, and committing a candidate copies its step and nothing else. Both parts have room
+    ahead, and are made anew, larger, where it ends. Rows may drop out of a step, but all that are
+    fed have been fed from its beginning."""
 
     def __init__(self, config, sequences, max_len=0, device=None, dtype=None):
         """max_len: tokens for which there is room from the start."""
         self.K = 1
-        self.own = 0                # numbers known to the host: nothing waits for a device
-        self.fed = 0                # rows that were fed last
+        self.own = 0                # tokens of every row in the running step,
+        self.fed = 0                # and rows fed last: the host knows both, and waits for nothing
         self.held = torch.zeros(sequences, dtype=torch.long, device=device)
         shape = (2, sequences, config.n_kv_head, 0, config.head_dim)
         nothing = torch.zeros(shape, device=device, dtype=dtype)
         self.prefix = [nothing] * config.n_layer
         # The first text is a step like any other, and becomes the prefix: see keep.
-        self.step = [F.pad(nothing, (0, 0, 0, max_len)) for _ in range(config.n_layer)]
+        self.step = with_room(self.prefix, max_len)
 
     @property
     def lengths(self):
@@ -156,38 +165,39 @@ class KVCache:
     def extend(self, rows, T):
         """Make room for T more tokens of some rows, and say what they see. -> Past
 
-        rows (G', m): m rows of each of G' sequences; None: all."""
-        device, G, K = self.held.device, len(self.held), self.K
-        on_cpu = device.type == "cpu"
-        fed = G * K if rows is None else rows.numel()
-        if self.own and fed > self.fed:
+        rows (G', m): m rows of each of G' sequences; None: all, and with gradients always all."""
+        G, K, device = len(self.held), self.K, self.held.device
+        on_cpu, training = device.type == "cpu", torch.is_grad_enabled()
+        n = G * K if rows is None else rows.numel()
+        # A row that was left out lacks tokens in its step, and would see stale ones there.
+        if self.own and n > self.fed:
             raise ValueError("a row that dropped out cannot go on before the next keep")
-        start, self.own, self.fed = self.own, self.own + T, fed
-        groups = flat = slice(None)
-        if rows is not None:
-            groups, flat = rows[:, 0] // K, rows.flatten()
-            # All of them, in order, are read in place: indices would copy.
-            if on_cpu and torch.equal(groups, torch.arange(G)):
-                groups = slice(None)
-            if on_cpu and torch.equal(flat, torch.arange(G * K)):
-                flat = slice(None)
-        training = torch.is_grad_enabled()
+        start = self.own
+        self.own, self.fed = start + T, n
         if not training:
             self.step = with_room(self.step, self.own)
-        elif not (groups == flat == slice(None)):
-            raise ValueError("with gradients all rows are fed")
+        # Which sequences and rows are read, as indices or, where it is all of them, as a slice.
+        groups = which = slice(None)
+        if rows is not None:
+            groups, which = rows[:, 0] // K, rows.flatten()
+            # All sequences in order are read where they lie; indices would copy them.
+            if on_cpu and torch.equal(groups, torch.arange(G)):
+                groups = slice(None)
         # A CPU looks at what is there; an accelerator at all places, so that shapes stay the same.
-        held = self.held[groups]                                            # (G',)
         P, S = self.prefix[0].shape[3], self.step[0].shape[3]
         if on_cpu or training:
             P, S = min(P, int(self.held.max())), self.own
+        # A token stands behind its sequence's prefix and what its own row has said in this step.
+        held = self.held[groups]                                            # (G',)
         t = start + torch.arange(T, device=device)                          # (T,)
+        positions = (held[:, None] + t).repeat_interleave(n // len(held), 0)
+        # Of a first text nothing is masked but the future, and no mask is needed for that.
         mask = None
-        if T > 1 or not on_cpu or bool((held != P).any()):
-            mask = torch.zeros(len(held), T, P + S, device=device, dtype=self.prefix[0].dtype)
-            mask.masked_fill_(~attention_mask(held, P, t, S), -math.inf)
-        positions = (held[:, None] + t).repeat_interleave(fed // len(held), 0)
-        return Past(self.prefix, self.step, groups, flat, start, self.own, (P, S), positions, mask)
+        if P + start > 0:
+            seen = attention_mask(held, P, t, S)
+            mask = torch.zeros(seen.shape, device=device, dtype=self.prefix[0].dtype)
+            mask.masked_fill_(~seen, -math.inf)
+        return Past(self.prefix, self.step, groups, which, start, P, S, positions, mask)
 
     # --- exercise 8: KVCache.fork, keep and rollback (6 points) ---
     def fork(self, K):
@@ -199,14 +209,15 @@ class KVCache:
         new = copy.copy(self)
         new.K = K
         new.held = self.held.clone()
-        new.prefix = [*self.prefix]
+        # Every candidate starts with an empty step; room for it is made when it is fed.
         _, G, n_kv, _, hd = self.prefix[0].shape
-        new.step = [x.new_zeros(2, G * K, n_kv, 0, hd) for x in self.prefix]
+        nothing = self.prefix[0].new_zeros(2, G * K, n_kv, 0, hd)
+        new.step = [nothing] * len(self.prefix)
         return new
 
     def keep(self, winners, counts=None, groups=None):
         """Commit one row of each sequence: the first tokens of its step join the prefix, which all
-        K rows share; every other step is forgotten.
+        K rows share. Every other step is forgotten.
 
         winners (G',) in 0..K-1, or one number; counts (G',) how many tokens, default all that were
         fed; groups (G',) the sequences, default all."""
@@ -224,9 +235,10 @@ class KVCache:
             t = torch.arange(int(counts.max()), device=device)                      # (C,)
             self.prefix = with_room(self.prefix, int(self.held.max()) + len(t))
             places = self.held[groups, None] + t                                    # (G', C)
-            # What is copied beyond a row's count is never seen, and overwritten by the next keep.
+            # What is copied beyond a row's count is not seen, and the next keep writes over it.
             for prefix, step in zip(self.prefix, self.step):
                 prefix[:, groups[:, None], :, places] = step[:, rows[:, None], :, t]
+        # The next step begins behind what is held now.
         self.held[groups] += counts
         self.own = self.fed = 0
 
@@ -235,7 +247,8 @@ class KVCache:
         the running step goes too, since nothing of it was committed."""
         if self.K == 1 and self.own:
             self.keep(0)
-        self.held = torch.minimum(self.held, torch.as_tensor(lengths, device=self.held.device))
+        lengths = torch.as_tensor(lengths, device=self.held.device)
+        self.held = torch.minimum(self.held, lengths)
         self.own = self.fed = 0
     # --- end of exercise 8 ---
 
@@ -265,8 +278,10 @@ def rope_frequencies(c):
     s = c.rope_scaling
     if not s:
         return angle
+    # How often a pair turns within the original context: the more often, the faster.
     turns = s["original_max_position_embeddings"] * angle / (2 * math.pi)
     fast = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+    # 1: as it is; 0: divided by the factor; between the two, a bit of both.
     fast = fast.clamp(0, 1)
     return angle * fast + angle / s["factor"] * (1 - fast)
 
@@ -283,16 +298,18 @@ def rotate(x, cos, sin):
 
 
 def linear(x, W, bias=None):
-    """x W^T + bias, x (..., d), W (N, d). As F.linear, but for up to 8 rows in float32 on a CPU, as
-    in decoding: one product with so few rows keeps one core busy, a batch of products with blocks
-    of W (views, not copies) all cores."""
+    """x W^T + bias, x (..., d), W (N, d): F.linear, but for up to 8 rows in float32 on a CPU, as in
+    decoding. One product with so few rows keeps one core busy; a batch of products with blocks of W
+    (views, not copies) keeps all."""
     n, N = x.shape[:-1].numel(), len(W)
     decoding = n <= 8 and N % 16 == 0 and not torch.is_grad_enabled()
     if not decoding or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, W, bias)
+    # Each block of rows of W gives a block of the result's rows, which stand in columns here.
     blocks = W.view(16, N // 16, -1)
     columns = x.reshape(n, -1).t().expand(16, -1, n)                        # (16, d, n)
-    y = torch.bmm(blocks, columns).view(N, n).t().reshape(*x.shape[:-1], N)
+    y = torch.bmm(blocks, columns).view(N, n)
+    y = y.t().reshape(*x.shape[:-1], N)
     return y if bias is None else y + bias
 
 
@@ -303,79 +320,94 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def attend_decoding(q, prefix, step, mask):
-    """Attention of few new tokens to what their sequence said and to their row's own step.
+def attend_first(q, k, v):
+    """Attention of texts from their beginning: (n, T, heads, hd) each -> (n, T, n_head hd)."""
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return o.transpose(1, 2).flatten(2)
 
-    q (n, T, n_head, hd); prefix (2, G', n_kv, P, hd); step (2, n, n_kv, S, hd); mask (G', T, P + S)
-    or None. All rows of a sequence read its prefix in one product. -> (n, T, n_head hd)"""
-    (_, G, n_kv, P, hd), (n, T, n_head, _) = prefix.shape, q.shape
-    m, g = n // G, n_head // n_kv       # rows per sequence, query heads per key head
-    q = (q * hd ** -0.5).view(G, m, T, n_kv, g, hd).permute(0, 3, 1, 2, 4, 5)
-    q = q.reshape(G, n_kv, m * T * g, hd)
-    own_q = q.view(G, n_kv, m, T * g, hd).transpose(1, 2).reshape(n, n_kv, T * g, hd)
-    shared = (q @ prefix[0].mT).view(G, n_kv, m, T * g, P)
-    own = (own_q @ step[0].mT).view(G, m, n_kv, T * g, -1).transpose(1, 2)
-    scores = torch.cat((shared, own), -1)                                   # (G', n_kv, m, T g, P + S)
-    if mask is not None:
-        scores += mask.repeat_interleave(g, 1)[:, None, None]
+
+def attend_one(q, prefix, step, mask):
+    """Attention of one new token per row to what its sequence has said and to its row's own step.
+
+    q (n, 1, n_head, hd); prefix (2, G', n_kv, P, hd), step (2, n, n_kv, S, hd) and mask
+    (G', 1, P + S) as in Past. -> (n, 1, n_head hd)"""
+    _, G, n_kv, P, hd = prefix.shape
+    n = len(q)
+    q = q.view(n, n_kv, -1, hd) * hd ** -0.5                                # (n, n_kv, g, hd)
+    m, g = n // G, q.shape[2]
+    # The g query heads of a key head, of all m rows of a sequence, read the prefix in one product.
+    together = q.view(G, m, n_kv, g, hd).transpose(1, 2).reshape(G, n_kv, m * g, hd)
+    shared = together @ prefix[0].mT
+    shared = shared.view(G, n_kv, m, g, P).transpose(1, 2)
+    own = (q @ step[0].mT).view(G, m, n_kv, g, -1)
+    scores = torch.cat((shared, own), -1)                           # (G', m, n_kv, g, P + S)
+    scores = scores + mask[:, None, None]
     # One softmax over both, in float32 at least, then each part's share of the values.
     precise = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=precise).to(scores.dtype)
-    shared, own = weights[..., :P], weights[..., P:]
-    out = (shared.flatten(2, 3) @ prefix[1]).view(G, n_kv, m, T, g, hd)
-    own = own.transpose(1, 2).reshape(n, n_kv, T * g, -1) @ step[1]
-    out = out + own.view(G, m, n_kv, T, g, hd).transpose(1, 2)
-    return out.permute(0, 2, 3, 1, 4, 5).reshape(n, T, -1)
+    together = weights[..., :P].transpose(1, 2).reshape(G, n_kv, m * g, P)
+    shared = together @ prefix[1]
+    shared = shared.view(G, n_kv, m, g, hd).transpose(1, 2)
+    own = weights[..., P:].flatten(0, 1) @ step[1]                          # (n, n_kv, g, hd)
+    o = shared + own.view(G, m, n_kv, g, hd)
+    return o.reshape(n, 1, -1)
 
 
-def attend_appended(q, prefix, step, mask):
-    """The same for many new tokens, or with gradients: scores would be large, so keys of prefix and
-    step are put one behind the other for F.scaled_dot_product_attention, which never stores them.
-    The rows of a sequence stand side by side as heads, since they share a mask."""
-    (_, G, n_kv, P, hd), (n, T, n_head, _) = prefix.shape, q.shape
+def attend_many(q, prefix, step, mask):
+    """The same for T new tokens. Their scores would be large, so keys of prefix and step are put
+    one behind the other for F.scaled_dot_product_attention, which does not store scores. (After a
+    past, is_causal would put the triangle into the wrong corner: the mask says what is seen.)"""
+    _, G, n_kv, P, hd = prefix.shape
+    n, T, n_head, _ = q.shape
     m = n // G
+    # In training every response has keys of its prompt: a copy, which a gradient can go through.
     shared = prefix[:, :, None].expand(2, G, m, n_kv, P, hd)
     own = step.unflatten(1, (G, m))
-    k, v = torch.cat((shared, own), 4).flatten(2, 3)                        # (G', m n_kv, P + S, hd)
-    q = q.view(G, m, T, n_head, hd).transpose(2, 3).flatten(1, 2)           # (G', m n_head, T, hd)
-    o = F.scaled_dot_product_attention(q, k, v, mask[:, None].to(q.dtype), enable_gqa=True)
-    return o.view(n, n_head, T, hd).transpose(1, 2).reshape(n, T, -1)
+    # The rows of a sequence share a mask: they stand side by side as if they were more heads.
+    k, v = torch.cat((shared, own), 4).flatten(2, 3)                # (G', m n_kv, P + S, hd)
+    q = q.view(G, m, T, n_head, hd).transpose(2, 3).flatten(1, 2)   # (G', m n_head, T, hd)
+    mask = mask[:, None].to(q.dtype)
+    o = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    return o.view(n, n_head, T, hd).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
-    """Causal attention: (n, T, d) -> (n, T, d), and the step that a KVCache shall hold."""
+    """Causal attention: x (n, T, d) -> (n, T, d), and the step that the cache holds then."""
 
     def __init__(self, c, layer):
         super().__init__()
-        self.n_head, self.n_kv, self.hd, self.layer = c.n_head, c.n_kv_head, c.head_dim, layer
-        fused = (c.n_head + 2 * c.n_kv_head) * c.head_dim
-        self.qkv = Linear(c.d_model, fused, bias=c.attn_bias)
+        self.layer, self.hd = layer, c.head_dim
+        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)       # of queries, keys, values
+        self.qkv = Linear(c.d_model, sum(self.heads) * c.head_dim, bias=c.attn_bias)
         self.out = Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
         self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None
         self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None
 
     def forward(self, x, rope, past):
         n, T, _ = x.shape
-        qkv = self.qkv(x).view(n, T, -1, self.hd)
-        q, k, v = qkv.split((self.n_head, self.n_kv, self.n_kv), 2)         # (n, T, heads, hd)
+        # What a token looks for (q), what it is found by (k), what it says then (v).
+        qkv = self.qkv(x).view(n, T, sum(self.heads), self.hd)
+        q, k, v = qkv.split(self.heads, 2)                                  # (n, T, heads, hd)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        step = None
-        if past is not None:
-            new = torch.stack((k, v)).transpose(2, 3)                       # (2, n, n_kv, T, hd)
-            prefix, step = past.read(self.layer, new)
-        if past is None or past.seen[0] == past.start == 0:
-            # Nothing before these tokens. (After a past, is_causal would put the triangle into the
-            # wrong corner: then a mask says what is seen.)
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            o = o.transpose(1, 2).reshape(n, T, -1)
-        elif T == 1 and not torch.is_grad_enabled():
-            o = attend_decoding(q, prefix, step, past.mask)
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+        if past is None:
+            return self.out(attend_first(q, k, v)), None
+        # With a cache: join it, then look at all that is in it.
+        new = torch.stack((k, v)).transpose(2, 3)                           # (2, n, n_kv, T, hd)
+        prefix, step = past.read(self.layer, new)
+        if past.mask is None:
+            o = attend_first(q, k, v)
+        elif T == 1:
+            o = attend_one(q, prefix, step, past.mask)
         else:
-            o = attend_appended(q, prefix, step, past.mask)
+            o = attend_many(q, prefix, step, past.mask)
         return self.out(o), step
 
 
@@ -385,7 +417,8 @@ class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.gated = c.mlp == "swiglu"
-        width = 2 * c.d_ff if self.gated else c.d_ff                        # SwiGLU: gate, then up
+        # SwiGLU has two maps up, gate and up; one product computes both.
+        width = 2 * c.d_ff if self.gated else c.d_ff
         self.up = Linear(c.d_model, width, bias=c.mlp_bias)
         self.down = Linear(c.d_ff, c.d_model, bias=c.mlp_bias)
 
@@ -408,8 +441,10 @@ class Block(nn.Module):
 
     def __init__(self, c, layer):
         super().__init__()
-        self.norm1, self.attn = make_norm(c), Attention(c, layer)
-        self.norm2, self.mlp = make_norm(c), MLP(c)
+        self.norm1 = make_norm(c)
+        self.attn = Attention(c, layer)
+        self.norm2 = make_norm(c)
+        self.mlp = MLP(c)
 
     def forward(self, x, rope, past):
         attended, step = self.attn(self.norm1(x), rope, past)
@@ -423,13 +458,15 @@ def make_embedding(n, d):
 
 
 class GPT(nn.Module):
-    """Backbone and heads. forward gives hidden states; `logits` applies a head, or a mix, to them."""
+    """Backbone and heads: forward gives hidden states, `logits` applies heads to them."""
 
     def __init__(self, config, generator=None):
         super().__init__()
         c = self.config = config
-        self.tokenizer = None          # travels with the model
-        self.grad_checkpoint = False   # train.py sets it: less memory, more computing
+        # The tokenizer travels with the model: texts are encoded for it, answers decoded.
+        self.tokenizer = None
+        # train.py sets this where memory is short: see forward.
+        self.grad_checkpoint = False
         self.embed = make_embedding(c.vocab_size, c.d_model)
         learned = c.position == "learned"
         self.positions = make_embedding(c.max_len, c.d_model) if learned else None
@@ -437,22 +474,24 @@ class GPT(nn.Module):
         self.norm = make_norm(c)
         heads = [nn.Linear(c.d_model, c.vocab_size, bias=False) for _ in c.objectives]
         self.heads = nn.ModuleList(heads)
-        if not self.embed.weight.is_meta:       # else from_state brings the numbers
+        # On the meta device there are shapes without numbers: from_state brings those.
+        if not self.embed.weight.is_meta:
             self.make_rope()
             self.draw_weights(generator)
 
     @torch.no_grad()
     def draw_weights(self, generator):
-        """Random weights, by this generator alone."""
+        """Random weights, by this generator alone. Norms keep their ones."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
+                # Small models learn faster if embeddings start large.
                 embedding = name.startswith(("embed", "positions"))
                 p.normal_(std=0.5 if embedding else self.config.init_std, generator=generator)
             elif name.endswith("bias"):
                 p.zero_()
 
     def make_rope(self):
-        """The cosine and sine tables (max_len, hd) of rotary positions, for both halves of a head."""
+        """Cosines and sines (max_len, hd) of rotary positions, for both halves of a head."""
         if self.config.position == "rope":
             place = torch.arange(self.config.max_len, dtype=torch.float64)
             angle = torch.outer(place, rope_frequencies(self.config))
@@ -465,6 +504,7 @@ class GPT(nn.Module):
         """A model of these very tensors: nothing is allocated or drawn only to be overwritten."""
         with torch.device("meta"):
             model = cls(config)
+        # Of several processes each brings its shards.
         if isinstance(state["embed.weight"], DTensor):
             shard(model, state["embed.weight"].device)
         model.load_state_dict(state, assign=True)
@@ -480,8 +520,8 @@ class GPT(nn.Module):
         a ragged batch, cache.keep(0, true lengths). With gradients all rows are fed, and what they
         see keeps its graph: a prompt, once encoded, learns from all its continuations.
         below: give also what h is before the last block."""
-        B, T = ids.shape
-        past = None
+        T, past = ids.shape[1], None
+        # Where do the tokens stand in their texts?
         if cache is not None:
             past = cache.extend(rows, T)
             positions = past.positions                                      # (B, T)
@@ -491,11 +531,14 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=ids.device)[None]            # (1, T)
         # Padding may stick out of the context; nobody reads it.
         positions = positions.clamp(max=self.config.max_len - 1)
+        # Learned positions are added to the tokens; rotary ones turn each layer's queries and keys.
         x, rope = self.embed(ids), None
         if self.positions is not None:
             x = x + self.positions(positions)
         else:
-            rope = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+            cos, sin = self.cos[positions], self.sin[positions]             # (B, T, hd)
+            rope = cos[:, :, None], sin[:, :, None]
+        # From block to block, remembering what the one before the last gave.
         steps = []
         for layer in self.layers:
             before = x
@@ -505,6 +548,8 @@ class GPT(nn.Module):
             else:
                 x, step = layer(x, rope, past)
             steps.append(step)
+        # Without gradients the blocks have written into the cache's room; with them it takes over
+        # their results, graph and all.
         if cache is not None and torch.is_grad_enabled():
             cache.step = steps
         return (self.norm(x), self.norm(before)) if below else self.norm(x)
@@ -517,7 +562,8 @@ class GPT(nn.Module):
     def weights(self, weights):
         """Head index, objective name or (H,) non-negative numbers -> (H,) tensor that sums to 1.
         InputError for anything else."""
-        H, names, like_head = len(self.heads), self.config.objectives, self.heads[0].weight
+        H, names, head = len(self.heads), self.config.objectives, self.heads[0].weight
+        # One head by name or number: the whole weight is on it.
         if isinstance(weights, str):
             if weights not in names:
                 raise InputError(f"no head named {weights!r}: this model has {', '.join(names)}")
@@ -526,7 +572,7 @@ class GPT(nn.Module):
             if not 0 <= weights < H:
                 raise InputError(f"no head {weights}: this model has {H}")
             weights = [float(i == weights) for i in range(H)]
-        w = torch.as_tensor(weights, dtype=like_head.dtype, device=like_head.device)
+        w = torch.as_tensor(weights, dtype=head.dtype, device=head.device)
         if w.shape != (H,) or not bool((w >= 0).all()) or not 0 < float(w.sum()) < math.inf:
             raise InputError(f"weights must be {H} non-negative numbers with a positive sum, not "
                              f"{w.tolist()}")
@@ -551,10 +597,12 @@ class GPT(nn.Module):
         """A copy of this model with a copy of head 0 for each objective, plus Gaussian noise of
         `std`. The copies are untied: neither the embedding nor head 0 is touched (the published
         code perturbs both by accident)."""
+        # Everything but the heads as it is, in memory of its own.
         state = {}
         for name, t in self.state_dict().items():
             if not name.startswith("heads."):
                 state[name] = t.clone()
+        # Noise makes the heads differ, so that they can part.
         head = self.heads[0].weight.detach()
         for i in range(len(objectives)):
             noise = torch.randn(head.shape, generator=generator) * std
@@ -580,6 +628,7 @@ def read_header(path):
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; a checkpoint needs it")
     size = os.path.getsize(path)
+    # The header's length, which is not trusted with the memory.
     with open(path, "rb") as f:
         prefix = f.read(8)
         n = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
@@ -587,6 +636,7 @@ def read_header(path):
             raise InputError(f"{path}: not a safetensors file (header of {n} bytes in a file of "
                              f"{size})")
         text = f.read(n)
+    # The header itself: an object of tensors, and perhaps one entry of metadata.
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as e:
@@ -594,17 +644,18 @@ def read_header(path):
     if not isinstance(header, dict):
         raise InputError(f"{path}: safetensors header is not an object")
     header.pop("__metadata__", None)
+    # Every entry by itself.
     start = 8 + n                       # of the data
     spans = []
     for name, entry in header.items():
         first, last = check_entry(path, name, entry, size - start)
         spans.append((first, last, name))
-    # The tensors fill the data, without gap or overlap.
+    # All together: they fill the data, without gap or overlap.
     end, found = 0, {}
     for first, last, name in sorted(spans):
         if first != end:
-            raise InputError(f"{path}: tensor {name!r} starts at byte {first} of the data, expected "
-                             f"{end}")
+            raise InputError(f"{path}: tensor {name!r} starts at byte {first} of the data, "
+                             f"expected {end}")
         end = last
         dtype, shape = DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])
         found[name] = (dtype, shape, start + first, start + last)
@@ -639,12 +690,11 @@ def check_entry(path, name, entry, size):
                          f"{', '.join(DTYPES)}")
     shape, span = entry.get("shape"), entry.get("data_offsets")
     fits = are_sizes(shape) and are_sizes(span) and len(span) == 2 and span[0] <= span[1] <= size
-    # Sizes that torch could not even multiply are refused, also next to a 0.
-    if not fits or math.prod(i or 1 for i in shape) >= 2**63:
-        raise InputError(f"{path}: tensor {name!r} has shape {shape} at bytes {span} of {size}")
-    n = span[1] - span[0]
-    if math.prod(shape) * DTYPES[kind].itemsize != n:
-        raise InputError(f"{path}: tensor {name!r}: shape {shape} of {kind} is not {n} bytes")
+    # torch multiplies sizes in 64 bits, also those next to a 0.
+    fits = fits and math.prod(i or 1 for i in shape) < 2**63
+    if not fits or math.prod(shape) * DTYPES[kind].itemsize != span[1] - span[0]:
+        raise InputError(f"{path}: tensor {name!r} has shape {shape}, which does not fill bytes "
+                         f"{span} of {size} in {kind}")
     return span
 
 
@@ -678,6 +728,7 @@ def read_metadata(path):
 def save_safetensors(tensors, path, metadata=None):
     """Write {name: tensor}, and `metadata`, a dict of texts, into the header. Several processes
     call it together; the first writes, see data.writing."""
+    # Where each tensor will stand, one behind another.
     header, offset = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     for name, t in tensors.items():
@@ -686,10 +737,12 @@ def save_safetensors(tensors, path, metadata=None):
         header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": span}
         offset = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                 # so that the data starts aligned
+    # Blanks at its end are allowed: the data starts aligned.
+    text += b" " * (-len(text) % 8)
     with writing(path) as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for t in tensors.values():
+            # All processes have a part in making a sharded tensor whole, one of them writes it.
             t = whole(t.detach())
             if rank() == 0:
                 f.write(t.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -700,77 +753,66 @@ def save_safetensors(tensors, path, metadata=None):
 class Checkpoint:
     """The tensors of a Hugging Face directory, in one file or in shards, by names without prefix.
 
-    They are read on demand and put where `place` puts a tensor: no process holds more than its part
-    of the model and one tensor."""
+    They are read one by one, on demand, and those of a model put where `place` puts a tensor: no
+    process holds more than its part of the model and one tensor."""
 
     def __init__(self, directory, place=lambda t: t):
         self.place = place
         self.entries = {}           # name -> (file, dtype, shape, first byte, last byte + 1)
         self.unused = set()         # names that nobody has asked for
         self.path = os.path.join(directory, "model.safetensors")
+        # One file, or else shards that an index lists.
         index = f"{self.path}.index.json"
-        files = {self.path: []}     # file -> names that the index promises there
+        shards = [self.path]
         if not os.path.exists(self.path) and os.path.exists(index):
-            self.path, files = index, hf.read_index(directory, index)
-        for path, promised in files.items():
-            missing = set(promised) - self.add(path, lambda name: hf.PREFIX.sub("", name))
-            if missing:
-                raise InputError(f"{path}: tensor {min(missing)!r} is missing, which {index} "
-                                 "promises")
+            self.path, shards = index, hf.read_index(directory, index)
+        for path in shards:
+            self.add(path, hf.without_prefix)
 
     def add(self, path, rename):
-        """Take in a safetensors file, its tensors under the names that rename(name) gives.
-        -> the names in the file"""
-        header = read_header(path)
-        for name, entry in header.items():
+        """Take in a safetensors file, its tensors under the names that rename(name) gives."""
+        for name, entry in read_header(path).items():
             own = rename(name)
             if own in self.entries:
                 raise InputError(f"{path}: tensor {name!r} stands twice in this checkpoint")
             self.entries[own] = (path, *entry)
             self.unused.add(own)
-        return set(header)
 
     def entry(self, name):
         """(file, dtype, shape, first byte, last byte + 1) of a tensor. InputError if missing."""
-        own = hf.PREFIX.sub("", name)
+        own = hf.without_prefix(name)
         if own not in self.entries:
             raise InputError(f"{self.path}: tensor {name!r} is missing")
         self.unused.discard(own)
         return self.entries[own]
 
-    def take(self, names, rows, shape, dtype, transpose=False):
-        """The tensors `names`, of rows[i] rows each, as one new tensor of `shape` and `dtype`,
-        placed. InputError if one is missing, or has another shape or no floating-point numbers."""
-        out, row = None, 0
-        for name, n in zip(names, rows):
-            path, *entry = self.entry(name)
-            kind, found, *_ = entry
-            wanted = (n, *shape[1:])
-            if transpose:
-                wanted = wanted[::-1]
-            if found != wanted or not kind.is_floating_point:
-                raise InputError(f"{path}: tensor {name!r} has shape {found} of {kind}, "
-                                 f"config.json wants {wanted}")
-            # Not allocated before a file has proved that there is so much to read. Each part's
-            # pages are let go when it is copied.
-            out = torch.empty(shape, dtype=dtype) if out is None else out
-            part = map_tensors(path, {name: entry})[name]
-            out[row:row + n].copy_(part.t() if transpose else part)
-            row += n
-        return self.place(out)
+    def take(self, name, shape, dtype):
+        """A copy of a tensor in `dtype`; the file's pages are let go. InputError if it is missing,
+        or has another shape or no floating-point numbers."""
+        path, *entry = self.entry(name)
+        kind, found = entry[:2]
+        if found != tuple(shape) or not kind.is_floating_point:
+            raise InputError(f"{path}: tensor {name!r} has shape {found} of {kind}, config.json "
+                             f"wants {tuple(shape)}")
+        return map_tensors(path, {name: entry})[name].to(dtype, copy=True)
 
     def backbone(self, config, dtype):
-        """The backbone's state {our name: tensor}. InputError as in take."""
+        """The backbone's state {our name: tensor}, placed. InputError as in take."""
         if config.n_layer > len(self.entries):
             raise InputError(f"{self.path}: {len(self.entries)} tensors are too few for "
                              f"{config.n_layer} layers")
+        # A model without numbers knows which parameters there are.
         with torch.device("meta"):
             model = GPT(replace(config, objectives=()))
         state = {}
         for name, p in model.named_parameters():
-            names = hf.their_names(config, name)
-            rows, turned = hf.rows_of(config, names, len(p)), hf.is_transposed(config, name)
-            state[name] = self.take(names, rows, p.shape, dtype, turned)
+            # Ours may be several of theirs, or theirs turned round.
+            parts = []
+            for theirs, shape in hf.parts_of(config, name, p.shape):
+                parts.append(self.take(theirs, shape, dtype))
+            t = torch.cat(parts) if len(parts) > 1 else parts[0]
+            t = t.t().contiguous() if hf.is_transposed(config, name) else t
+            state[name] = self.place(t)
         return state
 
     def finish(self):
@@ -797,17 +839,20 @@ def load_hf(directory, objectives=None, dtype=torch.float32, place=lambda t: t):
     objectives given: that many exact copies of the checkpoint's head (its lm_head, or its embedding
     where tied). None: the heads that the file holds if save_hf wrote it with heads, else one."""
     config, files = read_config(directory), Checkpoint(directory, place)
+    # Which tensors are the heads?
     own_heads = objectives is None and "objectives" in config.hf
     if objectives is not None:
         config = replace(config, objectives=objectives)
     head = "lm_head.weight"
     if config.hf.get("tie_word_embeddings", hf.is_gpt2(config)):
         head, = hf.their_names(config, "embed.weight")
+    # The backbone, then the heads.
     state = files.backbone(config, dtype)
     shape = (config.vocab_size, config.d_model)
     for i in range(len(config.objectives)):
-        ours = f"heads.{i}.weight"
-        state[ours] = files.take([ours if own_heads else head], shape[:1], shape, dtype)
+        name = f"heads.{i}.weight"
+        state[name] = files.place(files.take(name if own_heads else head, shape, dtype))
+    # Heads beside an lm_head that was asked for may stay unread; nothing else may.
     if not own_heads:
         files.unused -= {name for name in files.unused if name.startswith("heads.")}
     files.finish()
@@ -827,9 +872,12 @@ def backbone_tensors(model):
     for name, p in model.named_parameters():
         if name.startswith("heads."):
             continue
-        names, p = hf.their_names(c, name), gathered(p)
-        parts = [p.t()] if hf.is_transposed(c, name) else p.split(hf.rows_of(c, names, len(p)))
-        tensors.update(zip(names, parts))
+        p = gathered(p)
+        parts = hf.parts_of(c, name, p.shape)
+        p = p.t() if hf.is_transposed(c, name) else p
+        rows = [shape[0] for _, shape in parts]
+        for (theirs, _), part in zip(parts, p.split(rows)):
+            tensors[theirs] = part
     return tensors
 
 
@@ -840,6 +888,7 @@ def save_hf(model, directory, weights=None):
     is the uniform mix, and the H heads stand beside it as heads.*.weight, their names in
     config.json, for load_hf."""
     tensors, extra, H = backbone_tensors(model), {}, len(model.heads)
+    # What other programs take for the head, then what load_hf takes for the heads.
     lm_head = model.fold([1.0] * H if weights is None else weights)
     tensors["lm_head.weight"] = gathered(lm_head)
     if weights is None:
@@ -853,6 +902,7 @@ def save_directory(directory, tensors, model, **extra):
     """The tokenizer, model.safetensors and config.json, the last one last: a directory that has it
     is whole. extra: more fields for config.json."""
     os.makedirs(directory, exist_ok=True)
+    # A model from elsewhere keeps its own special ids in config.json.
     tokenizer = model.tokenizer
     if tokenizer is not None:
         tokenizer.save(directory)
@@ -888,19 +938,11 @@ def pick_device(name):
     return name
 
 
-@torch.no_grad()
-def main():
-    """What is cached equals what is not."""
-    config = GPTConfig(vocab_size=400, objectives=("accuracy", "engagement"))
-    model = GPT(config, torch.Generator().manual_seed(0))
-    ids = torch.arange(12)[None]
-    cache = model.new_cache(1, 16)
-    parts = torch.cat([model(ids[:, :7], cache), model(ids[:, 7:], cache)], 1)
-    difference = float((model(ids) - parts).abs().max())
-    n = sum(p.numel() for p in model.parameters())
-    print(f"{n:,} parameters; cached in two pieces against uncached: largest difference "
-          f"{difference:.1e}")
-
-
 if __name__ == "__main__":
-    main()
+    with torch.no_grad():
+        model = GPT(GPTConfig(vocab_size=400), torch.Generator().manual_seed(0))
+        ids = torch.arange(12)[None]
+        cache = model.new_cache(1)
+        parts = torch.cat((model(ids[:, :7], cache), model(ids[:, 7:], cache)), 1)
+        difference = float((model(ids) - parts).abs().max())
+    print(f"in two pieces through a cache against in one without: differs by {difference:.1e}")

@@ -305,8 +305,8 @@ def load_prm(directory, dtype=torch.float32):
         prm.score, prm.marker = released.score, released.marker
     else:
         for name, p in prm.score.named_parameters():
-            p.copy_(files.take([f"score.{name}"], [len(p)], p.shape, dtype))
-        prm.scale = files.take(["score_scale"], [len(outputs)], prm.scale.shape, dtype)
+            p.copy_(files.take(f"score.{name}", p.shape, dtype))
+        prm.scale = files.take("score_scale", prm.scale.shape, dtype)
     files.finish()
     return prm
 

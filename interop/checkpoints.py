@@ -56,8 +56,9 @@ def read_fields(directory):
         raise InputError(f"{path}: {type(found).__name__}, not an object")
     family = found.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise InputError(f"{path}: architecture {found.get('architectures')} (model_type {family!r})"
-                         f" is not computed here, only {', '.join(FAMILIES)}")
+        raise InputError(f"{path}: architecture {found.get('architectures')} (model_type "
+                         f"{family!r}) is not computed here, only {', '.join(FAMILIES)}")
+    # Whatever else can be wrong with a value of the wrong type is one kind of mistake.
     try:
         fields = translate(path, found, family)
     except InputError:
@@ -76,10 +77,12 @@ def translate(path, found, family):
         c[ours] = found.get(theirs)
     if family == "gpt2" and c["intermediate_size"] is None and c["hidden_size"] is not None:
         c["intermediate_size"] = 4 * c["hidden_size"]
+    # Without its sizes there is no model.
     for name in NEEDED:
         if c.get(name) is None:
             raise InputError(f"{path}: field {spelling.get(name, name)!r} is missing")
     refuse(path, c, family)
+    # Newer files put all about rotary positions into one object, older ones only their scaling.
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     bias = bool(c.get("attention_bias"))
     return {
@@ -103,6 +106,12 @@ def translate(path, found, family):
 
 def rope_scaling(path, rope):
     """Llama 3's stretching of rotary positions as four numbers, None where there is none."""
+    # Some models turn the queries of some layers otherwise than those of the others.
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            raise InputError(f"{path}: rope_parameters of {name!r} are not computed here, only one "
+                             "kind for all layers")
+    # A factor without a kind is of some kind that is not known here.
     unnamed = None if "factor" in rope else "default"
     kind = rope.get("rope_type", rope.get("type", unnamed))
     if kind == "default":
@@ -133,9 +142,11 @@ def refuse(path, c, family):
     used = c.get("use_sliding_window", not family.startswith("qwen"))
     if window is not None and used and window < c["max_position_embeddings"]:
         odd["sliding_window"] = window
+    # Layers that are all alike may be listed one by one.
     layers = set(c.get("layer_types") or ())
     if layers - {"full_attention"}:
         odd["layer_types"] = sorted(layers)
+    # GPT-2 may leave out the square root of the width, or take another activation.
     if c.get("scale_attn_weights", True) is not True:
         odd["scale_attn_weights"] = c["scale_attn_weights"]
     known = ("gelu_new", "gelu_pytorch_tanh") if family == "gpt2" else ("silu", "swish")
@@ -151,6 +162,7 @@ def config_json(c, dtype, extra):
 
     The head is written untied, whatever it was. InputError for a model that came from nowhere and
     is no Llama: no other program would compute it."""
+    # What this project itself had added is written anew, in `extra`.
     kept = {k: v for k, v in (c.hf or {}).items() if k not in ("objectives", "prm_outputs")}
     plain = (c.position, c.norm, c.mlp) == ("rope", "rms", "swiglu") and not c.qk_norm
     if not kept and (not plain or c.attn_bias != c.out_bias):
@@ -203,7 +215,6 @@ GPT2 = {
     "mlp.up": ["mlp.c_fc"],
     "mlp.down": ["mlp.c_proj"],
 }
-# Some programs leave this off: tensors are found with or without it.
 PREFIX = re.compile(r"^(model|transformer)\.")
 # What other programs leave behind in a file: buffers, and a head beside one that is tied.
 LEFT_BEHIND = re.compile(r".*rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")
@@ -225,31 +236,46 @@ def their_names(config, name):
     return [f"{prefix}{theirs}.{kind}" for theirs in table[stem]]
 
 
-def rows_of(config, names, n):
-    """How the n rows of a parameter are shared out among the tensors `names`."""
-    if len(names) == 3:         # queries, keys, values
-        heads = (config.n_head, config.n_kv_head, config.n_kv_head)
-        return [k * config.head_dim for k in heads]
-    return [n // len(names)] * len(names)
-
-
 def is_transposed(config, name):
     """Is this parameter of ours stored the other way round, as GPT-2's linear maps are?"""
     matrix = name.startswith("layers.") and name.endswith(".weight") and ".norm" not in name
     return is_gpt2(config) and matrix
 
 
+def parts_of(config, name, shape):
+    """A parameter of ours -> [(name, shape)] of the tensors that it consists of, one behind another
+    by their rows."""
+    # How our rows are shared out: equally, or by the numbers of heads.
+    names, n = their_names(config, name), shape[0]
+    rows = [n // len(names)] * len(names)
+    if len(names) == 3:             # queries, keys and values
+        heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        rows = [k * config.head_dim for k in heads]
+    shapes = [(k, *shape[1:]) for k in rows]
+    if is_transposed(config, name):
+        shapes = [s[::-1] for s in shapes]
+    return list(zip(names, shapes))
+
+
+def without_prefix(name):
+    """Some programs leave "model." or "transformer." off: tensors are found with or without."""
+    return PREFIX.sub("", name)
+
+
 def read_index(directory, index):
-    """model.safetensors.index.json -> {path of a shard: names of tensors in it}. InputError for a
-    path that leads out of the directory."""
+    """model.safetensors.index.json -> paths of the shards. InputError for one that lies outside of
+    the directory."""
     found = read_json(index)
     names = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(names, dict) or not names:
         raise InputError(f"{index}: no weight_map; it must map every tensor to its file")
-    shards = {}
+    # The index is untrusted: names of files, never paths.
+    shards = []
     for tensor, name in names.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise InputError(f"{index}: tensor {tensor!r} lies in {name!r}; shards are files of "
                              "this directory, NAME.safetensors")
-        shards.setdefault(os.path.join(directory, name), []).append(tensor)
+        path = os.path.join(directory, name)
+        if path not in shards:
+            shards.append(path)
     return shards

@@ -1,10 +1,23 @@
-"""Several processes (torchrun, FSDP2): who am I, what is my part, sums and shards over all. With one process every function here
-does nothing. Imports nothing of this project; any file may import it.
+"""Several processes (torchrun, FSDP2): who am I, what is my part, sums and shards over all.
+
+    join_processes                    at the start: meet the others
+    local_items, total, gather, once  what each does alone, and what all know afterwards
+    shard, placed, whole, gathered    parameters of which every process holds some rows
+    tensors_of, put_back              all that a training consists of, for its checkpoints
+    new_directory, alone              directories that appear whole, and that strangers keep out of
+
+With one process the functions of the first three lines do nothing. Imports nothing of this project; any
+file may import it.
 """
 import contextlib
 import functools
 import os
 import sys
+
+try:
+    import fcntl
+except ImportError:     # Windows has no such locks
+    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -12,22 +25,28 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-try:
-    import fcntl
-except ImportError:     # Windows has no such locks
-    fcntl = None
-
 
 def join_processes():
     """Meet the other processes that torchrun started; only the first talks."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if rank() > 0:
-            sys.stdout = open(os.devnull, "w")
-            sys.stderr.isatty = lambda: False           # tqdm draws no bars then
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    # Tensors go through gloo in main memory, through nccl between GPUs, one GPU for each process.
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+        sys.stderr.isatty = draw_no_bars
 
+
+def draw_no_bars():
+    """Stands for sys.stderr.isatty: tqdm draws progress bars for a terminal only."""
+    return False
+
+
+# -- who am I
 
 def rank():
     """The number of this process."""
@@ -39,14 +58,22 @@ def ranks():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+# -- work that is shared out
+
 def local_items(items):
-    """This process's part of a list."""
+    """This process's part of a list: every ranks()-th item."""
     return items[rank()::ranks()]
+
+
+def even(items):
+    """As many of the first items as the processes can share evenly."""
+    return items[:len(items) - len(items) % ranks()]
 
 
 def total(t):
     """The sum of a tensor over all processes."""
     if ranks() > 1:
+        # The caller's own tensor stays as it is.
         t = t.clone()
         dist.all_reduce(t)
     return t
@@ -54,12 +81,21 @@ def total(t):
 
 def gather(items):
     """The lists of all processes as one, the same in each."""
-    if ranks() > 1:
-        found = [None] * ranks()
-        dist.all_gather_object(found, items)
-        items = [item for part in found for item in part]
-    return items
+    if ranks() == 1:
+        return items
+    parts = [None] * ranks()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
 
+
+def once(work, *args):
+    """The first process does work(*args); no process goes on before that is done."""
+    if rank() == 0:
+        work(*args)
+    total(torch.zeros(1))
+
+
+# -- parameters that are shared out
 
 @functools.cache
 def mesh(device):
@@ -68,9 +104,12 @@ def mesh(device):
 
 
 def shard(net, device):
-    """Split every parameter over the processes by its rows (FSDP2): a block's are gathered when it computes, those outside
-    the blocks, such as embedding and heads, for the length of a step; gradients come out as means over the processes."""
+    """Split every parameter over the processes by its rows (FSDP2). -> net
+
+    A block's parameters are gathered when it computes; those outside the blocks, such as embedding
+    and heads, for the length of a step. Gradients come out as means over the processes."""
     if ranks() > 1:
+        # First the blocks, each a unit of its own, then the rest.
         for module in [*getattr(net, "layers", ()), net]:
             fully_shard(module, mesh=mesh(device))
     return net
@@ -78,9 +117,12 @@ def shard(net, device):
 
 def placed(t, device):
     """t on a device; of several processes each keeps its shard of the rows."""
+    t = t.to(device)
     if ranks() == 1:
-        return t.to(device)
-    return distribute_tensor(t.to(device), mesh(device), [Shard(0)], src_data_rank=None).clone()     # lets go of the whole
+        return t
+    part = distribute_tensor(t, mesh(device), [Shard(0)], src_data_rank=None)
+    # The shard is a view of the whole tensor, which a copy lets go.
+    return part.clone()
 
 
 def whole(t):
@@ -89,15 +131,42 @@ def whole(t):
 
 
 def gathered(p):
-    """A parameter to be saved: where it is sharded, in full in the first process's main memory, and nowhere else."""
+    """A parameter to be saved: where it is sharded, in full in the first process's main memory, and
+    nowhere else."""
+    p = p.detach()
     if not isinstance(p, DTensor):
-        return p.detach()
-    return whole(p.detach()).to("cpu" if rank() == 0 else "meta")
+        return p
+    # All processes take part in gathering; the others keep the shape alone.
+    return whole(p).to("cpu" if rank() == 0 else "meta")
 
 
 def like(t, other):
     """t on the device of `other`, and sharded as that is."""
-    return placed(t, other.device) if isinstance(other, DTensor) else t.to(other.device)
+    if isinstance(other, DTensor):
+        return placed(t, other.device)
+    return t.to(other.device)
+
+
+def reaching(loss, parameters):
+    """A loss that has a gradient, of 0 perhaps, for all of these parameters: FSDP wants it for the
+    same parameters in every process."""
+    if ranks() > 1:
+        loss = loss + 0 * sum(p[0, 0] for p in parameters)
+    return loss
+
+
+def head_norm(head):
+    """The norm of a head's gradient over all processes, divided by their number: the processes'
+    sum is the norm. 0 where it has none."""
+    grad = head.weight.grad
+    if grad is None:
+        return torch.zeros((), device=head.weight.device)
+    return whole(grad.norm()) / ranks()
+
+
+def parameters_of(optimizer):
+    """The parameters that an optimiser updates, in a fixed order."""
+    return sum([group["params"] for group in optimizer.param_groups], [])
 
 
 @contextlib.contextmanager
@@ -105,6 +174,7 @@ def alone(path):
     """Hold a directory. OSError if another command holds it, say the processes that go on after
     their torchrun was killed: two would write the same files."""
     with contextlib.ExitStack() as stack:
+        # The lock is the system's own: it ends with the process, however that ends.
         if fcntl and rank() == 0:
             directory = os.open(path, os.O_RDONLY)
             stack.callback(os.close, directory)

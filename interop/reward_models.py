@@ -62,7 +62,7 @@ def read_linear(files, name, n_out, n_in, dtype):
     """The linear map of the tensors name.weight and, if the file has that, name.bias."""
     layer = nn.Linear(n_in, n_out, bias=f"{name}.bias" in files.entries, dtype=dtype)
     for key, parameter in layer.named_parameters():
-        parameter.copy_(files.take([f"{name}.{key}"], [n_out], parameter.shape, dtype))
+        parameter.copy_(files.take(f"{name}.{key}", parameter.shape, dtype))
     return layer
 
 

@@ -1,7 +1,9 @@
-"""The exercises, one after another: `pytest -k ex3` runs exercise 3 alone. What is expected was computed by hand, or by slow
-loops on random numbers, to float32 rounding; an answer that is exactly what a common mistake gives is told which mistake it is.
+"""The exercises, one after another: `pytest -k ex3` runs exercise 3 alone.
 
-Every docstring states the bug that its test prevents. No test calls another exercise's function: each can be solved first."""
+What is expected was computed by hand, or by slow loops on random numbers, to float32 rounding; an
+answer that is exactly what a common mistake gives is told which mistake it is. Every docstring
+states the bug that its test prevents. No test calls another exercise's function: each can be solved
+first."""
 import json
 import math
 import os
@@ -9,42 +11,62 @@ import struct
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model
 from data import InputError, ends_step
 from decode import State, select, sample
 from evaluate import hypervolume
 from mah_dpo import balanced_mean, dpo_loss, mah_dpo_loss, modpo_loss, response_logps
-from model import GPT, GPTConfig, KVCache, read_header, attention_mask
+from model import GPT, GPTConfig, KVCache, attention_mask, read_header
 from prm import bradley_terry_loss, hindsight_targets, majority_labels
 
-SEED = int(os.environ.get("EXERCISE_SEED", "0"))       # a grader draws other numbers than those that were handed out
-log_sigmoid = lambda x: -math.log1p(math.exp(-x))
+# A grader draws other numbers than those that were handed out.
+SEED = int(os.environ.get("EXERCISE_SEED", "0"))
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+def losses_of(*arguments):
+    """-log sigmoid of each."""
+    return [-log_sigmoid(x) for x in arguments]
 
 
 def fail(message):
     pytest.fail(message, pytrace=False)
 
 
+def equal(found, value):
+    """Up to float32 rounding; a NaN equals a NaN."""
+    value = torch.as_tensor(value)
+    if found.shape != value.shape:
+        return False
+    return torch.allclose(found.double(), value.double(), rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
 def check(found, expected, what, mistakes=None):
-    """`found` is `expected` up to float32 rounding; else the test fails, naming the mistake that gives `found` if one of
-    `mistakes` {what is wrong: the value that it gives} does."""
+    """`found` is `expected` up to float32 rounding; else the test fails, naming the mistake that
+    gives `found` if one of `mistakes` {what is wrong: the value that it gives} does."""
     expected = torch.as_tensor(expected)
     if not isinstance(found, torch.Tensor):
         fail(f"{what} must be a tensor, not {type(found).__name__}")
     if found.shape != expected.shape:
         fail(f"{what} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
-    equals = lambda value: torch.allclose(found.double(), torch.as_tensor(value).double(), rtol=2e-6, atol=2e-6, equal_nan=True)
-    if not equals(expected):
-        for mistake, value in (mistakes or {}).items():
-            if torch.as_tensor(value).shape == expected.shape and equals(value):
-                fail(f"{mistake} ({what} is {found.tolist()}, expected {expected.tolist()})")
-        fail(f"{what} is {found.tolist()}, expected {expected.tolist()}")
+    if equal(found, expected):
+        return
+    values = f"{what} is {found.tolist()}, expected {expected.tolist()}"
+    for mistake, value in (mistakes or {}).items():
+        if equal(found, value):
+            fail(f"{mistake} ({values})")
+    fail(values)
 
 
 def learns(value, what):
     if not value.requires_grad:
-        fail(f"{what} has no gradient: something was detached or turned into a Python number, so nothing can be learnt from it")
+        fail(f"{what} has no gradient: something was detached or turned into a Python number, so "
+             "nothing can be learnt from it")
 
 
 @pytest.fixture
@@ -55,91 +77,124 @@ def rng():
 # -- 1: response_logps
 
 def slow_logps(h, W, ids, mask, shift=1):
-    """By the definition, token by token; `shift` positions before a token stands the state that predicts it."""
+    """By the definition, token by token; `shift` positions before a token stands the state that
+    predicts it."""
     total = torch.zeros(len(ids), dtype=torch.float64)
-    for b in range(len(ids)):
-        for t in range(shift, ids.shape[1]):
-            if mask[b, t]:
-                total[b] += torch.log_softmax((W @ h[b, t - shift]).double(), 0)[ids[b, t]]
+    for b, t in mask.nonzero().tolist():
+        if t >= shift:
+            logits = W @ h[b, t - shift]
+            total[b] += torch.log_softmax(logits.double(), 0)[ids[b, t]]
     return total
 
 
 def logp_mistakes(h, W, ids, mask):
-    last = torch.stack([(torch.arange(ids.shape[1]) == m.nonzero().max()) for m in mask])
-    padding = (mask.long().cumsum(1) == mask.sum(1)[:, None]) & ~mask
-    return {"prompt tokens are being scored: only where mask is True does a token count":
-                slow_logps(h, W, ids, torch.ones_like(mask) & ~padding),
-            "padding is being scored: only where mask is True does a token count": slow_logps(h, W, ids, mask | padding),
-            "every position is being scored, prompt and padding too: use the mask": slow_logps(h, W, ids, torch.ones_like(mask)),
-            "logits are not shifted: h at t predicts the token at t + 1, so token t is scored by h at t - 1":
-                slow_logps(h, W, ids, mask, 0),
-            "the last response token is not scored": slow_logps(h, W, ids, mask & ~last),
-            "log-probabilities are averaged over the response: DPO needs their sum": slow_logps(h, W, ids, mask) / mask.sum(1),
-            "the sign is turned round: log-probabilities are negative": -slow_logps(h, W, ids, mask)}
+    """What common mistakes give."""
+    everything = torch.ones_like(mask)
+    # A row's last response token, and what stands behind it.
+    seen = mask.long().cumsum(1)
+    padding = (seen == mask.sum(1)[:, None]) & ~mask
+    last = mask & (seen == mask.sum(1)[:, None])
+    return {
+        "prompt tokens are being scored: only where mask is True does a token count":
+            slow_logps(h, W, ids, everything & ~padding),
+        "padding is being scored: only where mask is True does a token count":
+            slow_logps(h, W, ids, mask | padding),
+        "every position is being scored, prompt and padding too: use the mask":
+            slow_logps(h, W, ids, everything),
+        "logits are not shifted: h at t predicts token t + 1, so token t is scored by h at t - 1":
+            slow_logps(h, W, ids, mask, 0),
+        "the last response token is not scored":
+            slow_logps(h, W, ids, mask & ~last),
+        "log-probabilities are averaged over the response: DPO needs their sum":
+            slow_logps(h, W, ids, mask) / mask.sum(1),
+        "the sign is turned round: log-probabilities are negative":
+            -slow_logps(h, W, ids, mask),
+    }
 
 
 def test_ex1_hand_values():
-    """Prevents: prompt tokens scored, logits shifted by one, a mean instead of a sum. W is the identity, so h holds the logits:
-    here log-probabilities of the next token."""
+    """Prevents: prompt tokens scored, logits shifted by one, a mean instead of a sum. W is the
+    identity, so h holds the logits: here log-probabilities of the next token."""
     p = torch.tensor([[[0.7, 0.2, 0.1], [0.5, 0.25, 0.25], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]]])
-    ids, mask = torch.tensor([[0, 1, 2, 1]]), torch.tensor([[False, False, True, True]])
-    found = response_logps(p.log(), torch.eye(3), ids, mask)
-    check(found, [math.log(0.25) + math.log(0.6)], "response_logps", logp_mistakes(p.log(), torch.eye(3), ids, mask))
+    h, W, ids = p.log(), torch.eye(3), torch.tensor([[0, 1, 2, 1]])
+    mask = torch.tensor([[False, False, True, True]])
+    found = response_logps(h, W, ids, mask)
+    expected = [math.log(0.25) + math.log(0.6)]
+    check(found, expected, "response_logps", logp_mistakes(h, W, ids, mask))
 
 
 def test_ex1_ragged_rows(rng):
-    """Prevents: rows that get each other's tokens, padding scored, a row's score in another row's place."""
-    h, W = torch.randn(4, 9, 6, generator=rng), torch.randn(11, 6, generator=rng)
+    """Prevents: rows that get each other's tokens, padding scored, a row's score in another row's
+    place."""
+    h = torch.randn(4, 9, 6, generator=rng)
+    W = torch.randn(11, 6, generator=rng)
     ids = torch.randint(0, 11, (4, 9), generator=rng)
-    t, first, stop = torch.arange(9), torch.tensor([[2], [5], [1], [4]]), torch.tensor([[6], [9], [2], [8]])
+    t = torch.arange(9)
+    first = torch.tensor([[2], [5], [1], [4]])
+    stop = torch.tensor([[6], [9], [2], [8]])
     mask = (t >= first) & (t < stop)
-    check(response_logps(h, W, ids, mask), slow_logps(h, W, ids, mask), "response_logps", logp_mistakes(h, W, ids, mask))
+    found, expected = response_logps(h, W, ids, mask), slow_logps(h, W, ids, mask)
+    check(found, expected, "response_logps", logp_mistakes(h, W, ids, mask))
     learns(response_logps(h, W.requires_grad_(), ids, mask), "response_logps")
 
 
 def test_ex1_in_float32(rng):
-    """Prevents: a log-softmax in bfloat16, whose error over a response exceeds the margins that DPO looks for."""
-    h, W = torch.randn(1, 100, 16, generator=rng).bfloat16(), torch.randn(300, 16, generator=rng).bfloat16()
-    ids, mask = torch.randint(0, 300, (1, 100), generator=rng), torch.arange(100)[None] > 0
-    logits = torch.nn.functional.linear(h, W)[0, :-1]       # what bfloat16 matrix products give; exact from here on
-    exact = torch.log_softmax(logits.double(), -1).gather(1, ids[0, 1:, None]).sum()[None]
+    """Prevents: a log-softmax in bfloat16, whose error over a response exceeds the margins that DPO
+    looks for."""
+    h = torch.randn(1, 100, 16, generator=rng).bfloat16()
+    W = torch.randn(300, 16, generator=rng).bfloat16()
+    ids = torch.randint(0, 300, (1, 100), generator=rng)
+    mask = torch.arange(100)[None] > 0
+    # What bfloat16 matrix products give; exact from here on.
+    logits = F.linear(h, W)[0, :-1]
+    logps = torch.log_softmax(logits.double(), -1)
+    exact = logps.gather(1, ids[0, 1:, None]).sum()[None]
     found = response_logps(h, W, ids, mask)
     if found.dtype != torch.float32:
-        fail(f"response_logps of bfloat16 states is {found.dtype}: convert the logits to float32 before the softmax")
+        fail(f"response_logps of bfloat16 states is {found.dtype}: convert the logits to float32 "
+             "before the softmax")
     if not torch.allclose(found.double(), exact, rtol=1e-5):
-        fail(f"{found.item()} is too far from {exact.item()}: the softmax or the sum is taken in bfloat16")
+        fail(f"{found.item()} is too far from {exact.item()}: the softmax or the sum is taken in "
+             "bfloat16")
 
 
 # -- 2: dpo_loss
 
-PI_C, PI_R, REF_C, REF_R = torch.tensor([[-3.0, -9.0], [-5.0, -4.0], [-4.0, -8.5], [-4.5, -6.0]]).unbind()
+PI_C, PI_R = torch.tensor([-3.0, -9.0]), torch.tensor([-5.0, -4.0])
+REF_C, REF_R = torch.tensor([-4.0, -8.5]), torch.tensor([-4.5, -6.0])
 
 
 def test_ex2_hand_values():
-    """Prevents: the sign of the margin, chosen and rejected or policy and reference swapped, beta left out. Delta = 1.5, -2.5."""
-    loss = lambda *x: [-log_sigmoid(v) for v in x]
-    check(dpo_loss(PI_C, PI_R, REF_C, REF_R, 0.1), loss(0.15, -0.25), "dpo_loss", {
-        "the margin has the wrong sign: compared with the reference, chosen should become likelier than rejected":
-            loss(-0.15, 0.25),
-        "beta is left out": loss(1.5, -2.5), "the reference is left out": loss(0.2, -0.5),
-        "the reference is added, not subtracted": loss(0.25, -0.75), "log sigmoid must be negated: a loss is positive":
-            [-v for v in loss(0.15, -0.25)],
-        "the sigmoid's logarithm is missing": [-1 / (1 + math.exp(-v)) for v in (0.15, -0.25)]})
+    """Prevents: the sign of the margin, chosen and rejected or policy and reference swapped, beta
+    left out. Delta = 1.5, -2.5."""
+    found = dpo_loss(PI_C, PI_R, REF_C, REF_R, 0.1)
+    check(found, losses_of(0.15, -0.25), "dpo_loss", {
+        "the margin has the wrong sign: compared with the reference, chosen should become likelier "
+        "than rejected": losses_of(-0.15, 0.25),
+        "beta is left out": losses_of(1.5, -2.5),
+        "the reference is left out": losses_of(0.2, -0.5),
+        "the reference is added, not subtracted": losses_of(0.25, -0.75),
+        "log sigmoid must be negated: a loss is positive": [log_sigmoid(0.15), log_sigmoid(-0.25)],
+        "the sigmoid's logarithm is missing": [-math.exp(log_sigmoid(v)) for v in (0.15, -0.25)]})
 
 
 def test_ex2_starts_at_ln2(rng):
-    """Prevents: any difference between policy and reference in how a pair is scored: equal models lose exactly ln 2."""
+    """Prevents: any difference between policy and reference in how a pair is scored: equal models
+    lose exactly ln 2."""
     c, r = torch.randn(2, 5, generator=rng) * 20
-    check(dpo_loss(c, r, c, r, 0.3), torch.full((5,), math.log(2)), "dpo_loss where policy = reference")
+    found = dpo_loss(c, r, c, r, 0.3)
+    check(found, torch.full((5,), math.log(2)), "dpo_loss where policy = reference")
 
 
 def test_ex2_very_wrong_pairs():
-    """Prevents: log(sigmoid(x)), which is log(0) = -inf for a very wrong pair, and a gradient of NaN."""
-    found = dpo_loss(torch.tensor([-900.0]), torch.tensor([0.0]), torch.zeros(1), torch.zeros(1), 1.0)
+    """Prevents: log(sigmoid(x)), which is log(0) = -inf for a very wrong pair, and a gradient of
+    NaN."""
+    zero = torch.zeros(1)
+    found = dpo_loss(torch.tensor([-900.0]), zero, zero, zero, 1.0)
     if not bool(found.isfinite().all()):
-        fail("the loss of a very wrong pair is not finite: use F.logsigmoid(x), not log(sigmoid(x))")
-    check(found, [900.0], "dpo_loss at beta Delta = -900")
-    learns(dpo_loss(torch.zeros(1, requires_grad=True), torch.zeros(1), torch.zeros(1), torch.zeros(1), 0.1), "dpo_loss")
+        fail("the loss of a very wrong pair is not finite: use F.logsigmoid(x), not "
+             "log(sigmoid(x))")
+    check(found, [900.0], "dpo_loss of a very wrong pair")
 
 
 # -- 3: mah_dpo_loss
@@ -148,68 +203,92 @@ def slow_mah_dpo(losses, head, alpha):
     """Each objective's own mean, weighted; nothing for one that is absent."""
     total = 0.0
     for i, a in enumerate(alpha.tolist()):
-        mine = [v for v, k in zip(losses.tolist(), head.tolist()) if k == i]
-        total += a * sum(mine) / len(mine) if mine else 0.0
-    return torch.tensor(total, dtype=torch.float64)
+        own = losses[head == i].double()
+        if len(own):
+            total += a * own.mean()
+    return total
 
 
 def test_ex3_hand_value():
-    """Prevents: one mean over the batch where every objective should get its own, alpha left out, a division by the objectives
-    that happen to be present, NaN for an absent one. Objective 1 is absent; losses of objective 0: 1 and 3, of 2: 5."""
-    losses, alpha, head = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([1.0, 1.0, 2.0]), torch.tensor([0, 0, 2])
-    check(balanced_mean(losses, head, alpha), 2 + 2 * 5.0, "balanced_mean", {
-        "one mean is taken over the whole batch: every objective gets its own, then alpha weighs them": 3.0,
-        "alpha is left out": 7.0, "losses are summed within an objective: take their mean": 14.0,
-        "objectives are averaged over those present: an absent one must not reweight the others": 6.0,
-        "the sum over objectives is divided by their number": 4.0, "the sum is divided by alpha's sum": 3.0,
+    """Prevents: one mean over the batch where every objective should get its own, alpha left out, a
+    division by the objectives that happen to be present, NaN for an absent one. Objective 1 is
+    absent; losses of objective 0: 1 and 3, of 2: 5."""
+    losses, alpha = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([1.0, 1.0, 2.0])
+    found = balanced_mean(losses, torch.tensor([0, 0, 2]), alpha)
+    check(found, 2 + 2 * 5.0, "balanced_mean", {
+        "one mean is taken over the whole batch: every objective gets its own, then alpha weighs "
+        "them": 3.0,
+        "alpha is left out": 7.0,
+        "losses are summed within an objective: take their mean": 14.0,
+        "objectives are averaged over those present: an absent one must not reweight the others":
+            6.0,
+        "the sum over objectives is divided by their number": 4.0,
+        "the sum is divided by alpha's sum": 3.0,
         "the absent objective gives 0 / 0 = NaN: it adds nothing": math.nan})
 
 
 def test_ex3_loss_and_metrics():
-    """Prevents: a loss of the wrong sign, metrics of one objective that are mixed with another's. Delta = -1, 2, -1."""
+    """Prevents: a loss of the wrong sign, metrics of one objective that are mixed with another's.
+    Delta = -1, 2, -1."""
     pi_c, pi_r = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 0.0, 0.0])
-    zero, alpha = torch.zeros(3), torch.tensor([1.0, 1.0, 3.0])
-    found = mah_dpo_loss(pi_c, pi_r, zero, zero, torch.tensor([0, 0, 2]), alpha, 0.5)
+    zero, head, alpha = torch.zeros(3), torch.tensor([0, 0, 2]), torch.tensor([1.0, 1.0, 3.0])
+    found = mah_dpo_loss(pi_c, pi_r, zero, zero, head, alpha, 0.5)
     if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
-        fail("mah_dpo_loss returns two things: the loss, and the metrics as pair_metrics gives them")
-    first, last = -(log_sigmoid(-0.5) + log_sigmoid(1.0)) / 2, -log_sigmoid(-0.5)
-    check(found[0], first + 3 * last, "mah_dpo_loss", {"alpha is left out": first + last,
-          "one mean is taken over the whole batch: every objective gets its own": (2 * first + last) / 3})
-    check(found[1]["loss"], [first, math.nan, last], "metrics['loss']")
-    check(found[1]["margin"], [0.25, math.nan, -0.5], "metrics['margin']", {"beta is left out": [0.5, math.nan, -1.0]})
-    check(found[1]["accuracy"], [0.5, math.nan, 0.0], "metrics['accuracy']")
+        fail("mah_dpo_loss returns two things: the loss, and the metrics as pair_metrics gives "
+             "them")
+    loss, metrics = found
+    a, b, last = losses_of(-0.5, 1.0, -0.5)
+    first = (a + b) / 2
+    check(loss, first + 3 * last, "mah_dpo_loss", {
+        "alpha is left out": first + last,
+        "one mean is taken over the whole batch: every objective gets its own":
+            (a + b + last) / 3})
+    check(metrics["loss"], [first, math.nan, last], "metrics['loss']")
+    check(metrics["margin"], [0.25, math.nan, -0.5], "metrics['margin']",
+          {"beta is left out": [0.5, math.nan, -1.0]})
+    check(metrics["accuracy"], [0.5, math.nan, 0.0], "metrics['accuracy']")
 
 
 def test_ex3_parts_add_up(rng):
-    """Prevents: micro-batches whose gradients do not add up to the whole batch's: with count, parts divide by all its pairs."""
-    n, head = 12, torch.randint(0, 4, (12,), generator=rng)
+    """Prevents: micro-batches whose gradients do not add up to the whole batch's: with count, parts
+    divide by all its pairs."""
+    head = torch.randint(0, 4, (12,), generator=rng)
     head[:4] = torch.tensor([0, 1, 3, 3])
     head[head == 2] = 1                                     # objective 2 is absent
-    pi_c, pi_r, ref_c, ref_r = torch.randn(4, n, generator=rng) * 5
+    logps = torch.randn(4, 12, generator=rng) * 5
     alpha, count = torch.rand(4, generator=rng) + 0.5, head.bincount(minlength=4)
-    delta = (pi_c - ref_c) - (pi_r - ref_r)
-    whole = slow_mah_dpo(torch.nn.functional.softplus(-0.2 * delta), head, alpha)
-    loss_of = lambda part, *count: mah_dpo_loss(*(x[part] for x in (pi_c, pi_r, ref_c, ref_r, head)), alpha, 0.2, *count)[0]
-    check(loss_of(slice(0, n)).double(), whole, "mah_dpo_loss")
-    parts = [loss_of(part, count).double() for part in (slice(0, 3), slice(3, 4), slice(4, n))]
-    check(sum(parts), whole, "the sum of three parts' losses", {"count is ignored: a part must divide by the whole batch's pairs":
-          sum(loss_of(part).double() for part in (slice(0, 3), slice(3, 4), slice(4, n)))})
-    learns(mah_dpo_loss(pi_c.requires_grad_(), pi_r, ref_c, ref_r, head, alpha, 0.2)[0], "mah_dpo_loss")
+    chosen, rejected = logps[0] - logps[2], logps[1] - logps[3]
+    whole = slow_mah_dpo(F.softplus(-0.2 * (chosen - rejected)), head, alpha)
+    check(mah_dpo_loss(*logps, head, alpha, 0.2)[0].double(), whole, "mah_dpo_loss")
+    with_count, without = 0, 0
+    for part in (slice(0, 3), slice(3, 4), slice(4, 12)):
+        arguments = *logps[:, part], head[part], alpha, 0.2
+        with_count = with_count + mah_dpo_loss(*arguments, count)[0].double()
+        without = without + mah_dpo_loss(*arguments)[0].double()
+    check(with_count, whole, "the sum of three parts' losses",
+          {"count is ignored: a part must divide by the whole batch's pairs": without})
+    learns(mah_dpo_loss(*logps.requires_grad_(), head, alpha, 0.2)[0], "mah_dpo_loss")
 
 
 # -- 4: modpo_loss
 
 def test_ex4_hand_values():
-    """Prevents: the margin added instead of subtracted, multiplied by w_k or scaled by beta. beta Delta = .15, -.25."""
-    loss = lambda *x: [-log_sigmoid(v) for v in x]
-    found = modpo_loss(PI_C, PI_R, REF_C, REF_R, torch.tensor([0.05, -0.4]), 0.25, 0.1)
-    check(found, loss(0.1 / 0.25, 0.15 / 0.25), "modpo_loss", {
-        "the margin is added: what the other objectives already give must be subtracted": loss(0.2 / 0.25, -0.65 / 0.25),
-        "w_k multiplies: it divides": loss(0.1 * 0.25, 0.15 * 0.25), "w_k is left out": loss(0.1, 0.15),
-        "w_k divides beta Delta only: it divides the margin too": loss(0.15 / 0.25 - 0.05, -0.25 / 0.25 + 0.4),
-        "w_k divides the margin only: it divides beta Delta too": loss(0.15 - 0.05 / 0.25, -0.25 + 0.4 / 0.25),
-        "the margin is scaled by beta: it is made of rewards, which hold beta already": loss(0.145 / 0.25, -0.21 / 0.25),
-        "the margin is left out": loss(0.15 / 0.25, -0.25 / 0.25)})
+    """Prevents: the margin added instead of subtracted, multiplied by w_k or scaled by beta.
+    beta Delta = .15, -.25; margin = .05, -.4; w_k = .25."""
+    margin = torch.tensor([0.05, -0.4])
+    found = modpo_loss(PI_C, PI_R, REF_C, REF_R, margin, 0.25, 0.1)
+    check(found, losses_of(0.1 / 0.25, 0.15 / 0.25), "modpo_loss", {
+        "the margin is added: what the other objectives already give must be subtracted":
+            losses_of(0.2 / 0.25, -0.65 / 0.25),
+        "w_k multiplies: it divides": losses_of(0.1 * 0.25, 0.15 * 0.25),
+        "w_k is left out": losses_of(0.1, 0.15),
+        "w_k divides beta Delta only: it divides the margin too":
+            losses_of(0.15 / 0.25 - 0.05, -0.25 / 0.25 + 0.4),
+        "w_k divides the margin only: it divides beta Delta too":
+            losses_of(0.15 - 0.05 / 0.25, -0.25 + 0.4 / 0.25),
+        "the margin is scaled by beta: it is made of rewards, which hold beta already":
+            losses_of(0.145 / 0.25, -0.21 / 0.25),
+        "the margin is left out": losses_of(0.15 / 0.25, -0.25 / 0.25)})
 
 
 def test_ex4_a_weight_per_pair(rng):
@@ -217,8 +296,10 @@ def test_ex4_a_weight_per_pair(rng):
     pi_c, pi_r, ref_c, ref_r, margin = torch.randn(5, 6, generator=rng) * 3
     w_k = torch.rand(6, generator=rng) * 0.9 + 0.1
     x = (0.3 * ((pi_c - ref_c) - (pi_r - ref_r)) - margin) / w_k
-    check(modpo_loss(pi_c, pi_r, ref_c, ref_r, margin, w_k, 0.3), [-log_sigmoid(v) for v in x.tolist()], "modpo_loss")
-    learns(modpo_loss(pi_c.requires_grad_(), pi_r, ref_c, ref_r, margin, w_k, 0.3), "modpo_loss")
+    found = modpo_loss(pi_c, pi_r, ref_c, ref_r, margin, w_k, 0.3)
+    check(found, losses_of(*x.tolist()), "modpo_loss")
+    pi_c.requires_grad_()
+    learns(modpo_loss(pi_c, pi_r, ref_c, ref_r, margin, w_k, 0.3), "modpo_loss")
 
 
 def test_ex4_small_weights_are_refused():
@@ -347,165 +428,201 @@ def test_ex7_masks_and_extremes(rng):
     learns(bradley_terry_loss(c.requires_grad_(), r, mask), what)
 
 
-# -- 8: KVCache.append, keep, rollback
+# -- 8: KVCache.fork, keep, rollback
+
+def everything(held, P, t, S):
+    """Stands for attention_mask, exercise 9, which is not needed here."""
+    return torch.ones(len(held), len(t), P + S, dtype=torch.bool)
+
 
 @pytest.fixture
 def cached(monkeypatch):
-    """-> make(sequences), a cache of two layers with one key head of two channels. `attention_mask` (exercise 9) is not needed here."""
-    everything = lambda held, high, K, k, t, length: torch.ones(len(held), k.shape[1], len(t), length, dtype=torch.bool)
+    """-> make(sequences), a cache of two layers with one key head of two channels."""
     monkeypatch.setattr(model, "attention_mask", everything)
     config = GPTConfig(vocab_size=5, n_layer=2, n_head=2, n_kv_head=1, d_model=4)
-    return lambda sequences: KVCache(config, sequences)
+
+    def make(sequences):
+        return KVCache(config, sequences)
+    with torch.no_grad():
+        yield make
 
 
 def feed(cache, tokens, rows=None):
-    """Append tokens [[number, ...] for every row fed]: their keys are the number, their values its negative, and 1000 more in the
-    second layer. -> for every row the numbers that it looks at, prefix then step"""
-    numbers = torch.tensor(tokens, dtype=torch.float32)
-    view = cache.extend(rows, numbers.shape[1])
-    grid = torch.arange(len(cache.held) * cache.K).view(-1, cache.K) if rows is None else rows
-    seen, x = [], numbers[:, :, None, None].expand(-1, -1, 1, 2)
+    """Feed numbers [[...] for every row]. A number is its own key, its negative the value, and 1000
+    more in the second layer. -> for every row the numbers that it sees, prefix then step"""
+    numbers = torch.tensor(tokens, dtype=torch.float32)                     # (n, T)
+    past = cache.extend(rows, numbers.shape[1])
+    if rows is None:
+        rows = torch.arange(len(numbers)).view(-1, cache.K)
+    found = []
     for layer in (0, 1):
-        parts = cache.append(layer, view, x + 1000 * layer, -x - 1000 * layer)
-        for kind, sign, part in zip(("keys", "values"), (1, -1), parts):
-            if part.shape != (shape := (len(grid), 1, view.length, 2)):
-                fail(f"append gives {kind} of shape {tuple(part.shape)}, expected (G', n_kv, length, hd) = {shape}")
-            part, K = (part[:, 0, :, 0] * sign - 1000 * layer).tolist(), cache.K
-            step = lambda row: [cache.high + t * K + row % K for t in range(cache.own)]
-            seen.append([part[i][:int(cache.held[row // K])] + [part[i][p] for p in step(row)]
-                         for i, line in enumerate(grid.tolist()) for row in line])
-            if seen[-1] != seen[0]:
-                fail(f"the {kind} of layer {layer} are not those that were written there: {seen[-1]}, expected {seen[0]}")
-    return seen[0]
+        keys = numbers + 1000 * layer
+        new = torch.stack((keys, -keys))[:, :, None, :, None]               # (2, n, 1, T, 1)
+        prefix, step = past.read(layer, new.expand(-1, -1, 1, -1, 2))
+        for part, sign in ((0, 1), (1, -1)):
+            shared = prefix[part, :, 0, :, 0] * sign - 1000 * layer         # (G', P)
+            own = step[part, :, 0, :cache.own, 0] * sign - 1000 * layer     # (n, S)
+            found.append(seen_by(cache, rows, shared, own))
+    if any(seen != found[0] for seen in found):
+        fail(f"layers, or keys and values, do not hold the same tokens: {found}")
+    return found[0]
 
 
-def test_ex8_append(cached):
-    """Prevents: tokens written over earlier ones, into other rows, or not seen by the call that wrote them."""
+def seen_by(cache, rows, shared, own):
+    """For every row its sequence's filled places, then its own."""
+    seen = []
+    for g, line in enumerate(rows.tolist()):
+        for row in line:
+            n = int(cache.held[row // cache.K])
+            seen.append(shared[g, :n].tolist() + own[len(seen)].tolist())
+    return seen
+
+
+def test_ex8_fork(cached):
+    """Prevents: rows that continue another sequence, a prefix that is copied for each candidate, a
+    running step that is forgotten, two caches that count their tokens together."""
     cache = cached(2)
-    if feed(cache, [[1], [11]]) != [[1], [11]]:
-        fail("a new token's own key and value must be among those that append gives back")
-    found = feed(cache, [[2, 3], [12, 13]])
-    if found == [[2, 3, 0], [12, 13, 0]]:
-        fail("the second call writes over the first: the new tokens' places are start .. start + T")
-    assert found == [[1, 2, 3], [11, 12, 13]], f"rows see {found}, expected [[1, 2, 3], [11, 12, 13]]"
-
-
-def test_ex8_append_to_some_rows(cached):
-    """Prevents: rows that are fed but read from another row's places, or rows that are not fed but change."""
-    cache = cached(2)
-    feed(cache, [[1], [11]])
-    cache.keep(0)
-    cache = cache.fork(2)                                   # rows 0 and 1 continue [1], rows 2 and 3 [11]
-    feed(cache, [[2], [3], [12], [13]])
-    found = feed(cache, [[14], [4]], torch.tensor([[3], [1]]))
-    assert found == [[11, 13, 14], [1, 3, 4]], f"rows 3 and 1 see {found}, expected [[11, 13, 14], [1, 3, 4]]"
+    feed(cache, [[1, 2], [11, 12]])
+    new = cache.fork(3)
+    if new is cache or cache.K != 1:
+        fail("fork gives a new cache; the old one stays as it is")
+    if new.K != 3 or new.lengths.tolist() != [2, 2] or new.own != 0:
+        fail(f"after fork(3) K is {new.K}, lengths are {new.lengths.tolist()} with {new.own} tokens"
+             " in the running step; expected 3, [2, 2] with 0: what was fed is committed first")
+    if new.prefix[1].data_ptr() != cache.prefix[1].data_ptr():
+        fail("the prefix is copied: all candidates share the one that is there")
+    found = feed(new, [[3], [4], [5], [13], [14], [15]])
+    expected = [[1, 2, 3], [1, 2, 4], [1, 2, 5], [11, 12, 13], [11, 12, 14], [11, 12, 15]]
+    assert found == expected, f"the rows see {found}, expected {expected}"
+    new.keep(0)
+    if cache.lengths.tolist() != [2, 2]:
+        fail(f"the old cache holds {cache.lengths.tolist()} tokens when the new one has committed "
+             "some, expected [2, 2]: `held` must be a copy")
 
 
 @pytest.mark.parametrize("winners, counts, prefixes", [
-    ([2, 0], [3, 1], [[1, 2, 41, 42, 43], [11, 51]]), ([0, 1], [1, 2], [[1, 2, 21], [11, 61, 62]]),
+    ([2, 0], [3, 1], [[1, 2, 41, 42, 43], [11, 51]]),
+    ([0, 1], [1, 2], [[1, 2, 21], [11, 61, 62]]),
     ([1, 1], [3, 3], [[1, 2, 31, 32, 33], [11, 61, 62, 63]])])
 def test_ex8_keep(cached, winners, counts, prefixes):
-    """Prevents: a loser's step committed, more of it than was drawn, some layers only, keys without values."""
+    """Prevents: a loser's step committed, more of it than was drawn, some layers only, keys without
+    values."""
     cache = cached(2)
     feed(cache, [[1, 2], [11, 99]])
     cache.keep(0, torch.tensor([2, 1]))                     # ragged prompts: 99 is padding
     cache = cache.fork(3)
-    feed(cache, [[10 * k + i for i in (1, 2, 3)] for k in range(2, 8)])
+    feed(cache, [[10 * k + 1, 10 * k + 2, 10 * k + 3] for k in range(2, 8)])
     cache.keep(torch.tensor(winners), torch.tensor(counts))
-    if cache.lengths.tolist() != [len(p) for p in prefixes]:
-        fail(f"the sequences hold {cache.lengths.tolist()} tokens after keep, expected {[len(p) for p in prefixes]}")
+    lengths = [len(p) for p in prefixes]
+    if cache.lengths.tolist() != lengths:
+        fail(f"the sequences hold {cache.lengths.tolist()} tokens after keep, expected {lengths}")
     found = feed(cache, [[70 + k] for k in range(6)])
     expected = [prefixes[k // 3] + [70 + k] for k in range(6)]
-    if found != expected and found[3:] == [[*found[3][:-1], 73 + k] for k in range(3)] and found[:3] == expected[:3]:
-        fail(f"the second sequence goes on from {found[3][:-1]}, expected {prefixes[1]}: its rows are K .. 2 K - 1")
+    if found[:3] == expected[:3] and found[3][:-1] != prefixes[1]:
+        fail(f"the second sequence goes on from {found[3][:-1]}, expected {prefixes[1]}: its rows "
+             "are K .. 2 K - 1")
     assert found == expected, f"after keep the rows see {found}, expected {expected}"
 
 
 def test_ex8_keep_again_in_some_sequences(cached, rng):
-    """Prevents: a step that is kept in the wrong place, room that runs out, a finished sequence that is overwritten."""
+    """Prevents: a step that is kept in the wrong place, room that runs out, a finished sequence
+    that is overwritten."""
     cache, texts = cached(3), [[1], [2], [3]]
     feed(cache, texts)
     cache.keep(0)
     cache = cache.fork(2)
     for size, groups in ((3, [0, 1, 2]), (1, [1, 2]), (90, [2, 0]), (2, [2]), (4, [0, 1, 2])):
-        tokens = torch.randint(0, 500, (6, size), generator=rng)
-        found = feed(cache, tokens.tolist())
-        expected = [texts[i // 2] + tokens[i].tolist() for i in range(6)]
-        assert found == expected, f"after keeping {[len(t) for t in texts]} tokens the rows see {found}, expected {expected}"
+        tokens = torch.randint(0, 500, (6, size), generator=rng).tolist()
+        found = feed(cache, tokens)
+        expected = [texts[i // 2] + tokens[i] for i in range(6)]
+        held = [len(text) for text in texts]
+        assert found == expected, f"after keeping {held} tokens rows see {found}, not {expected}"
         winners = torch.randint(0, 2, (len(groups),), generator=rng)
         counts = torch.randint(1, size + 1, (len(groups),), generator=rng)
         cache.keep(winners, counts, torch.tensor(groups))
         for g, w, n in zip(groups, winners.tolist(), counts.tolist()):
-            texts[g] = texts[g] + tokens[2 * g + w, :n].tolist()
-        if cache.lengths.tolist() != [len(t) for t in texts]:
-            fail(f"the sequences hold {cache.lengths.tolist()} tokens, expected {[len(t) for t in texts]}: not all keep some")
+            texts[g] = texts[g] + tokens[2 * g + w][:n]
+        lengths = [len(text) for text in texts]
+        if cache.lengths.tolist() != lengths:
+            fail(f"the sequences hold {cache.lengths.tolist()} tokens, expected {lengths}: not all "
+                 "keep some")
 
 
 def test_ex8_rollback(cached):
-    """Prevents: tokens that were thrown away but are still seen; a step that was tried and is seen by the next try."""
+    """Prevents: tokens that were thrown away but are still seen; a step that was tried and is seen
+    by the next try."""
     cache = cached(2)
     feed(cache, [[1, 2, 3, 4], [11, 12, 13, 14]])
     cache.rollback(torch.tensor([2, 9]))
     if cache.lengths.tolist() != [2, 4]:
-        fail(f"the sequences hold {cache.lengths.tolist()} tokens, expected [2, 4]: rollback forgets, it adds nothing")
+        fail(f"the sequences hold {cache.lengths.tolist()} tokens, expected [2, 4]: rollback "
+             "forgets, it adds nothing")
     found = feed(cache, [[5], [15]])
     assert found == [[1, 2, 5], [11, 12, 13, 14, 15]], f"after rollback the rows see {found}"
     cache.keep(0)
     cache = cache.fork(2)
     feed(cache, [[6], [7], [16], [17]])
     cache.rollback(3)                                       # the step that was tried goes too
-    assert cache.lengths.tolist() == [3, 3], f"the sequences hold {cache.lengths.tolist()} tokens, expected [3, 3]"
+    lengths = cache.lengths.tolist()
+    assert lengths == [3, 3], f"the sequences hold {lengths} tokens, expected [3, 3]"
     found = feed(cache, [[8], [9], [18], [19]])
-    assert found == [[1, 2, 5, 8], [1, 2, 5, 9], [11, 12, 13, 18], [11, 12, 13, 19]], f"after rollback the rows see {found}"
+    expected = [[1, 2, 5, 8], [1, 2, 5, 9], [11, 12, 13, 18], [11, 12, 13, 19]]
+    assert found == expected, f"after rollback the rows see {found}, expected {expected}"
 
 
 # -- 9: attention_mask
 
-def slow_visible(held, high, K, k, t, length, own=0, stale=False, relative=False, others=False):
+def slow_mask(held, P, t, S, ahead=0, stale=False, first=0):
     """Place by place. The last arguments are mistakes."""
-    def see(n, row, i, p):
-        if p < high:
-            return stale or p < n
-        return (others or (p - high) % K == row) and (p - high) // K <= i + own - (int(t[0]) if relative else 0)
+    mask = torch.zeros(len(held), len(t), P + S, dtype=torch.bool)
+    for g, n in enumerate(held.tolist()):
+        for i, place in enumerate(t.tolist()):
+            for p in range(P):
+                mask[g, i, p] = stale or p < n
+            for s in range(S):
+                mask[g, i, P + s] = s <= place + ahead - first
+    return mask
 
-    rows = k.expand(len(held), -1).tolist()
-    return torch.tensor([[[[see(n, row, i, p) for p in range(length)] for i in t.tolist()] for row in line]
-                         for n, line in zip(held.tolist(), rows)])
 
-
-def visible_mistakes(*args):
-    return {"a token does not see itself": slow_visible(*args, own=-1),
-            "a token sees the one behind it": slow_visible(*args, own=1),
-            "places beyond held[g] are seen: they hold stale or padding tokens": slow_visible(*args, stale=True),
-            "the causal triangle stands in the wrong corner: t says where in the step the new tokens stand":
-                slow_visible(*args, relative=True),
-            "rows see each other's steps: of the places behind `high` every K-th is a row's own":
-                slow_visible(*args, others=True),
-            "everything is seen": slow_visible(*args, own=10**6, stale=True, others=True)}
+def mask_mistakes(held, P, t, S):
+    return {
+        "a token does not see itself": slow_mask(held, P, t, S, ahead=-1),
+        "a token sees the one behind it": slow_mask(held, P, t, S, ahead=1),
+        "places beyond held[g] are seen: they hold stale or padding tokens":
+            slow_mask(held, P, t, S, stale=True),
+        "the causal triangle stands in the wrong corner: t says where in the step the new tokens "
+        "stand": slow_mask(held, P, t, S, first=int(t[0])),
+        "the prefix is not seen": slow_mask(held * 0, P, t, S),
+        "everything is seen": slow_mask(held, P, t, S, ahead=S, stale=True),
+    }
 
 
 def test_ex9_hand_mask():
-    """Prevents: the triangle that is right for an empty cache only (SDPA's is_causal aligns it so), stale places in sight.
-    The second of two rows; the places are x x x a0 b0 a1 b1 a2 b2 and one more."""
-    args = torch.tensor([2, 3]), 3, 2, torch.tensor([[1]]), torch.tensor([1, 2]), 10
-    expected = [[[[1, 1, 0, 0, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 1, 0, 1, 0, 1, 0]]],
-                [[[1, 1, 1, 0, 1, 0, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 1, 0, 1, 0]]]]
-    found = attention_mask(*args)
-    check(found, torch.tensor(expected, dtype=torch.bool), "attention_mask", visible_mistakes(*args))
+    """Prevents: the triangle that is right for an empty cache only (SDPA's is_causal aligns it so),
+    stale places in sight. Three places of prefix, four of the step, of which one is spare."""
+    arguments = torch.tensor([2, 3]), 3, torch.tensor([1, 2]), 4
+    expected = [[[1, 1, 0, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1, 0]],
+                [[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0]]]
+    expected = torch.tensor(expected, dtype=torch.bool)
+    found = attention_mask(*arguments)
+    check(found, expected, "attention_mask", mask_mistakes(*arguments))
     if found.dtype != torch.bool:
-        fail(f"attention_mask gives {found.dtype}: it should be bool, True where a token sees a place")
+        fail(f"attention_mask gives {found.dtype}: it should be bool, True where a token sees a "
+             "place")
 
 
 def test_ex9_random(rng):
-    """Prevents: sequences that see each other's lengths or rows, a mask that fits T = 1, no past or a full step only."""
+    """Prevents: sequences that see each other's lengths, a mask that fits T = 1, no past or a full
+    step only."""
+    sizes = ((1, 5), (0, 6), (0, 4), (1, 5), (0, 3))
     for case in range(30):
-        G, high, start, T, spare, K = (int(torch.randint(a, b, (), generator=rng))
-                                       for a, b in ((1, 5), (0, 6), (0, 4), (1, 5), (0, 3), (1, 4)))
-        held, m = torch.randint(0, high + 1, (G,), generator=rng), int(torch.randint(1, K + 1, (), generator=rng))
-        k = torch.arange(K)[None] if m == K else torch.randint(0, K, (G, m), generator=rng)
-        args = held, high, K, k, start + torch.arange(T), high + (start + T) * K + spare
-        found = attention_mask(*args)
-        check(found.expand(G, -1, -1, -1), slow_visible(*args), f"attention_mask{args}", visible_mistakes(*args))
+        drawn = [int(torch.randint(a, b, (), generator=rng)) for a, b in sizes]
+        G, P, start, T, spare = drawn
+        held = torch.randint(0, P + 1, (G,), generator=rng)
+        arguments = held, P, start + torch.arange(T), start + T + spare
+        found = attention_mask(*arguments)
+        check(found, slow_mask(*arguments), f"attention_mask{arguments}",
+              mask_mistakes(*arguments))
 
 
 # -- 10: sample
@@ -694,33 +811,40 @@ def test_ex12_some_sequences(rng, G, K, alive):
 
 @pytest.fixture
 def three_heads(rng):
-    return GPT(GPTConfig(7, n_layer=1, n_head=2, n_kv_head=1, d_model=4, d_ff=4, objectives=("a", "b", "c"), init_std=0.5), rng)
+    names = ("a", "b", "c")
+    config = GPTConfig(7, n_layer=1, n_head=2, n_kv_head=1, d_model=4, d_ff=4, objectives=names,
+                       init_std=0.5)
+    return GPT(config, rng)
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1), (0.7, 0.3, 0), (5, 0.5, 2), (1e-6, 0, 1e-6)])
 def test_ex13_folded_head(three_heads, weights):
-    """Prevents: weights that are not divided by their sum (a hidden temperature), a head left out, heads that are changed."""
-    W = [head.weight.detach().clone() for head in three_heads.heads]
-    plain, total = sum(w * m for w, m in zip(weights, W)), sum(weights)
+    """Prevents: weights that are not divided by their sum (a hidden temperature), a head left out,
+    heads that are changed."""
+    W = torch.stack([head.weight.detach().clone() for head in three_heads.heads])   # (3, V, d)
+    plain = sum(w * m for w, m in zip(weights, W))
+    mix = plain / sum(weights)
     found = three_heads.fold(weights)
-    check(found, plain / total, "fold", {
-        "weights are not divided by their sum: self.weights does that": plain, "the weights are ignored": sum(W) / 3,
+    check(found, mix, "fold", {
+        "weights are not divided by their sum: self.weights does that": plain,
+        "the weights are ignored": W.mean(0),
         "the sum is divided by the number of heads": plain / 3,
-        "only the heaviest head is taken": W[max(range(3), key=weights.__getitem__)]})
-    if not all(torch.equal(head.weight, m) for head, m in zip(three_heads.heads, W)):
-        fail("fold changes a head: add into a new tensor")
-    h = torch.ones(1, 4)
-    check(h @ found.T, sum(w / total * (h @ m.T) for w, m in zip(weights, W)), "the logits of the folded head")
+        "only the heaviest head is taken": W[weights.index(max(weights))]})
+    for head, m in zip(three_heads.heads, W):
+        if not torch.equal(head.weight, m):
+            fail("fold changes a head: add into a new tensor")
 
 
 def test_ex13_one_head_stays_itself(three_heads):
-    """Prevents: one head that is computed anew (0 * another head's infinity is NaN) instead of taken as it is."""
+    """Prevents: one head that is computed anew (0 * another head's infinity is NaN) instead of
+    taken as it is."""
     with torch.no_grad():
         three_heads.heads[0].weight[0, 0] = math.inf
     for which, i in ((1, 1), ("c", 2), ((0, 0, 3), 2), (0, 0)):
         found = three_heads.fold(which)
         if not torch.equal(found, three_heads.heads[i].weight):
-            fail(f"fold({which!r}) is not head {i}: a head of weight 0 must not be touched, one alone must be exactly itself")
+            fail(f"fold({which!r}) is not head {i}: a head of weight 0 must not be touched, one "
+                 "alone must be exactly itself")
 
 
 # -- 14: read_header
@@ -728,7 +852,8 @@ def test_ex13_one_head_stays_itself(three_heads):
 def raw(header, data=b"", length=None):
     """The bytes of a safetensors file with this header (an object, or bytes) and this data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
+    length = len(text) if length is None else length
+    return struct.pack("<Q", length) + text + data
 
 
 def entry(dtype, shape, start, end):
@@ -736,53 +861,66 @@ def entry(dtype, shape, start, end):
 
 
 def test_ex14_reads_what_is_there(tmp_path):
-    """Prevents: offsets counted from the header's start, tensors in the order of names, metadata taken for a tensor."""
+    """Prevents: offsets counted from the header's end, tensors in the order of names, metadata
+    taken for a tensor."""
     path = tmp_path / "x.safetensors"
-    header = {"__metadata__": {"format": "pt"}, "b": entry("F32", [2, 1], 1, 9), "a": entry("U8", [1], 0, 1),
+    header = {"__metadata__": {"format": "pt"},
+              "b": entry("F32", [2, 1], 1, 9), "a": entry("U8", [1], 0, 1),
               "e": entry("BF16", [0, 4], 9, 9), "s": entry("I64", [], 9, 17)}
     path.write_bytes(raw(header, b"x" * 17))
-    found, data = read_header(str(path)), 8 + len(json.dumps(header))
+    found = read_header(str(path))
     if "__metadata__" in found:
         fail("__metadata__ is no tensor: leave it out")
-    expected = {"b": (torch.float32, (2, 1), data + 1, data + 9), "a": (torch.uint8, (1,), data, data + 1),
-                "e": (torch.bfloat16, (0, 4), data + 9, data + 9), "s": (torch.int64, (), data + 9, data + 17)}
-    if {k: v[2:] for k, v in found.items()} == {k: (v[2] - data, v[3] - data) for k, v in expected.items()}:
-        fail("offsets are counted from the data's start: read_header gives places in the file, 8 + n bytes further on")
-    assert {k: tuple(v) for k, v in found.items()} == expected, f"read_header gives {found}, expected {expected}"
+    assert set(found) == set("abes"), f"read_header gives {set(found)}"
+    data = 8 + len(json.dumps(header))
+    if found["b"][2:] == (1, 9):
+        fail("offsets are counted from the data's start: read_header gives places in the file, "
+             "8 + n bytes further on")
+    expected = {"b": (torch.float32, (2, 1), data + 1, data + 9),
+                "a": (torch.uint8, (1,), data, data + 1),
+                "e": (torch.bfloat16, (0, 4), data + 9, data + 9),
+                "s": (torch.int64, (), data + 9, data + 17)}
+    for name, values in expected.items():
+        assert tuple(found[name]) == values, f"{name} is {found[name]}, expected {values}"
     path.write_bytes(raw({}))
     assert read_header(str(path)) == {}, "a file without tensors is a file: read_header gives {}"
 
 
 F4 = entry("F32", [1], 0, 4)
+TWICE = b'{"t":' + json.dumps(F4).encode() + b',"t":' + json.dumps(F4).encode() + b"}"
+# What is wrong with a file, its bytes, and what the message must name beside the file.
+LIES = [
+    ("there is no such file", None, ""),
+    ("it is empty", b"", ""),
+    ("it is cut within the header's length", b"\x08\0\0", ""),
+    ("its header would be longer than the file", raw({}, length=1000), ""),
+    ("its header would fill any memory", raw({}, length=2**63), ""),
+    ("its header is not JSON", raw(b"{nope}"), ""),
+    ("its header is not UTF-8", raw(b'{"\xff": 1}'), ""),
+    ("its header is nested too deeply (json raises a RecursionError)", raw(b"[" * 100_000), ""),
+    ("its header is no object", raw([]), ""),
+    ("an entry is a number", raw({"t": 4}), "'t'"),
+    ("a name stands twice", raw(TWICE, b"1234"), ""),
+    ("the dtype is unknown", raw({"t": entry("F99", [1], 0, 4)}, b"1234"), "'t'"),
+    ("shape and bytes disagree", raw({"t": entry("F32", [2], 0, 4)}, b"1234"), "'t'"),
+    ("the tensor ends beyond the file", raw({"t": entry("F32", [2], 0, 8)}, b"1234"), "'t'"),
+    ("two tensors overlap", raw({"s": F4, "t": entry("F32", [1], 2, 6)}, b"123456"), "'t'"),
+    ("there is a gap before the tensor", raw({"t": entry("F32", [1], 1, 5)}, b"12345"), "'t'"),
+    ("bytes are left over at the end", raw({"t": F4}, b"12345"), "")]
 
 
-LIES = {
-    "there is no such file": (None, ""), "it is empty": (b"", ""), "it is cut within the header's length": (b"\x08\0\0", ""),
-    "its header would be longer than the file": (raw({}, length=1000), ""),
-    "its header would fill any memory": (raw({}, length=2**63), ""),
-    "its header is not JSON": (raw(b"{nope}"), ""), "its header is not UTF-8": (raw(b'{"\xff": 1}'), ""),
-    "its header is nested too deeply (json raises a RecursionError)": (raw(b"[" * 100_000), ""),
-    "its header is no object": (raw([]), ""), "an entry is a number": (raw({"t": 4}), "'t'"),
-    "a name stands twice": (raw(b'{"t":' + json.dumps(F4).encode() + b',"t":' + json.dumps(F4).encode() + b"}", b"1234"), ""),
-    "the dtype is unknown": (raw({"t": entry("F99", [1], 0, 4)}, b"1234"), "'t'"),
-    "shape and bytes disagree": (raw({"t": entry("F32", [2], 0, 4)}, b"1234"), "'t'"),
-    "the tensor ends beyond the file": (raw({"t": entry("F32", [2], 0, 8)}, b"1234"), "'t'"),
-    "two tensors overlap": (raw({"s": F4, "t": entry("F32", [1], 2, 6)}, b"123456"), "'t'"),
-    "there is a gap before the tensor": (raw({"s": F4, "t": entry("F32", [1], 6, 10)}, b"1234567890"), "'t'"),
-    "bytes are left over at the end": (raw({"t": F4}, b"12345"), "")}
-
-
-@pytest.mark.parametrize("why", LIES)
-def test_ex14_lies_are_refused(tmp_path, why):
-    """Prevents: an untrusted header that reads other tensors' bytes, fills the memory, or ends in a traceback without a name."""
-    path, (content, words) = tmp_path / "evil.safetensors", LIES[why]
+@pytest.mark.parametrize("why, content, words", LIES, ids=[lie[0] for lie in LIES])
+def test_ex14_lies_are_refused(tmp_path, why, content, words):
+    """Prevents: an untrusted header that reads other tensors' bytes, fills the memory, or ends in a
+    traceback without a name."""
+    path = tmp_path / "evil.safetensors"
     if content is not None:
         path.write_bytes(content)
     try:
         found = read_header(str(path))
     except InputError as e:
         if str(path) not in str(e) or words not in str(e):
-            fail(f"the message must name the file{' and the tensor ' + words if words else ''}: {e}")
+            fail(f"the message must name the file and the tensor {words}: {e}")
     else:
         fail(f"the file is accepted although {why}: {found}")
 

@@ -1,4 +1,5 @@
-"""model.py: backbone, KV cache, heads, safetensors, checkpoints. Every docstring states the bug that its test prevents."""
+"""model.py: backbone, KV cache, heads, safetensors, checkpoints. Every docstring states the bug
+that its test prevents."""
 import json
 import math
 import random
@@ -10,16 +11,22 @@ import torch.nn.functional as F
 
 from data import InputError
 from model import (DTYPES, GPT, GPTConfig, KVCache, linear, load_hf, load_safetensors,
-                   rotate, save_hf, save_safetensors)
+                   read_metadata, rotate, save_hf, save_safetensors)
 
-SHAPES = [(p, n, m, kv) for p in ("rope", "learned") for n in ("rms", "layer") for m in ("swiglu", "gelu") for kv in (1, 2, 4)]
+SHAPES = []                     # every kind of model: position, norm, mlp, heads of keys
+for _position in ("rope", "learned"):
+    for _norm in ("rms", "layer"):
+        for _mlp in ("swiglu", "gelu"):
+            SHAPES += [(_position, _norm, _mlp, n) for n in (1, 2, 4)]
+TWO_SHAPES = [("rope", "rms", "swiglu", 2), ("learned", "layer", "gelu", 4)]
 
 
 def small(position="rope", norm="rms", mlp="swiglu", n_kv_head=2, **more):
     """A small random model whose every parameter matters: biases and norms are random too."""
-    settings = dict(vocab_size=23, n_layer=2, n_head=4, d_model=16, d_ff=20, max_len=32, init_std=0.3) | more
+    settings = dict(vocab_size=23, n_layer=2, n_head=4, d_model=16, d_ff=20, max_len=32,
+                    init_std=0.3, position=position, norm=norm, mlp=mlp, n_kv_head=n_kv_head)
     generator = torch.Generator().manual_seed(1)
-    model = GPT(GPTConfig(position=position, norm=norm, mlp=mlp, n_kv_head=n_kv_head, **settings), generator)
+    model = GPT(GPTConfig(**settings | more), generator)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:
@@ -35,6 +42,11 @@ def close(a, b):
     return torch.allclose(a, b, atol=2e-5, rtol=1e-4)
 
 
+def alone(model, *parts):
+    """Hidden states of one text, fed by itself and at once: what every cache must give."""
+    return model(torch.cat(parts)[None])[0]
+
+
 @pytest.fixture(autouse=True)
 def no_grad():
     with torch.no_grad():
@@ -44,22 +56,29 @@ def no_grad():
 # -- backbone
 
 def test_rotary_positions_by_hand():
-    """Rotation by the wrong angle or of interleaved pairs: a real Llama checkpoint turns into noise."""
+    """Rotation by the wrong angle or of interleaved pairs: a real Llama checkpoint turns into
+    noise."""
     model = small(head_dim=4, max_len=101)
-    unit = torch.eye(4)[:2].view(1, 2, 1, 4)                   # e0 at position 1, e1 at position 100
-    at = torch.tensor([1, 100])
-    out = rotate(unit, model.cos[at][None, :, None], model.sin[at][None, :, None])[0, :, 0]
-    assert close(out[0], torch.tensor([math.cos(1), 0, math.sin(1), 0]))           # theta^0 = 1
-    assert close(out[1], torch.tensor([0, math.cos(1), 0, math.sin(1)]))           # theta^(-2/4) = 1/100
+    unit = torch.eye(4)[:2].view(1, 2, 1, 4)                    # e0 at position 1, e1 at 100
+    cos, sin = (table[[1, 100]][None, :, None] for table in (model.cos, model.sin))
+    found = rotate(unit, cos, sin)[0, :, 0]
+    turned = torch.tensor([math.cos(1), 0, math.sin(1), 0])
+    assert close(found[0], turned)                              # theta^0 = 1
+    assert close(found[1], turned.roll(1))                      # theta^(-2/4) = 1/100
 
 
 def test_activations_by_hand():
-    """Another GELU than GPT-2's, or gate and up exchanged in SwiGLU: a loaded checkpoint is slightly, silently wrong."""
+    """Another GELU than GPT-2's, or gate and up exchanged in SwiGLU: a loaded checkpoint is
+    slightly, silently wrong."""
     x = torch.tensor([[-2.0, 0.5]])
-    for kind, expected in (("gelu", 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))),
-                           ("swiglu", x / (1 + torch.exp(-x)) * 3 * x)):
-        mlp = small(mlp=kind, d_model=2, n_head=1, n_kv_head=1, d_ff=2).layers[0].mlp
-        mlp.up.weight.copy_(torch.cat((torch.eye(2), 3 * torch.eye(2)))[:len(mlp.up.weight)])
+    cubic = (2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)
+    gelu = 0.5 * x * (1 + torch.tanh(cubic))
+    swiglu = x / (1 + torch.exp(-x)) * 3 * x
+    for kind, expected in (("gelu", gelu), ("swiglu", swiglu)):
+        model = small(mlp=kind, d_model=2, n_head=1, n_kv_head=1, d_ff=2)
+        mlp = model.layers[0].mlp
+        both = torch.cat((torch.eye(2), 3 * torch.eye(2)))      # gate x = x, up x = 3 x
+        mlp.up.weight.copy_(both[:len(mlp.up.weight)])
         mlp.down.weight.copy_(torch.eye(2))
         assert torch.allclose(mlp(x), expected, atol=1e-6)
 
@@ -71,33 +90,37 @@ def test_no_token_sees_the_future(shape):
     changed = ids.clone()
     changed[0, 5] = (ids[0, 5] + 1) % 23
     a, b = model(ids)[0], model(changed)[0]
-    assert close(a[:5], b[:5])
-    assert not any(close(a[t], b[t]) for t in range(5, 8))
+    assert [close(a[t], b[t]) for t in range(8)] == [True] * 5 + [False] * 3
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_earlier_token_and_its_place_matters(shape):
-    """Positions that are dropped (rope or learned), or a KV head wired to nothing: order would not matter."""
+    """Positions that are dropped (rope or learned), or a head of keys wired to nothing: order would
+    not matter."""
     model, ids = small(*shape), tokens(1, 6, seed=3)
     swapped = ids[:, [1, 0, 2, 3, 4, 5]]
-    assert ids[0, 0] != ids[0, 1] and not close(model(ids)[0, -1], model(swapped)[0, -1])
+    assert ids[0, 0] != ids[0, 1]
+    assert not close(model(ids)[0, -1], model(swapped)[0, -1])
 
 
 def test_initialisation_depends_on_its_generator_only():
-    """Weights drawn from the global random state: the same seed gives another model after any other draw."""
-    def make():
-        return GPT(GPTConfig(23, position="learned", norm="layer"), torch.Generator().manual_seed(5)).state_dict()
-    torch.manual_seed(1)
-    a = make()
-    torch.manual_seed(2)
-    b = make()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    """Weights drawn from the global random state: the same seed gives another model after any other
+    draw."""
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = GPTConfig(23, position="learned", norm="layer")
+        states.append(GPT(config, torch.Generator().manual_seed(5)).state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
-@pytest.mark.parametrize("bad", [{"n_kv_head": 3}, {"position": "alibi"}, {"norm": "batch"}, {"mlp": "relu"}, {"n_layer": 0},
-                                 {"d_model": "96"}, {"vocab_size": -1}, {"head_dim": 24.0}, {"head_dim": -2}])
+@pytest.mark.parametrize("bad", [
+    {"n_kv_head": 3}, {"position": "alibi"}, {"norm": "batch"}, {"mlp": "relu"}, {"norm": "rope"},
+    {"n_layer": 0}, {"d_model": "96"}, {"vocab_size": -1}, {"head_dim": 24.0}, {"head_dim": -2},
+    {"head_dim": 3}, {"max_len": 2**23}, {"rope_theta": -1.0}, {"norm_eps": math.nan}])
 def test_unusable_configuration(bad):
-    """A misspelt option that silently means the other choice; a --init whose config.json ends in a traceback."""
+    """A misspelt option that silently means the other choice; a --init whose config.json ends in a
+    traceback."""
     with pytest.raises(ValueError, match="unusable model configuration"):
         GPTConfig(**({"vocab_size": 23} | bad))
 
@@ -107,55 +130,62 @@ def test_unusable_configuration(bad):
 @pytest.mark.parametrize("n", [3, 9])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cached_equals_uncached(shape, n):
-    """SDPA's is_causal is aligned top-left: wrong as soon as several tokens are appended to a cache (trap 3)."""
+    """SDPA's is_causal is aligned top-left: wrong as soon as several tokens are appended to a cache
+    (trap 3)."""
     model, ids = small(*shape), tokens(n, 12)
-    cache = model.new_cache(n, 4)                       # too small on purpose: it must grow and lose nothing
+    cache = model.new_cache(n, 4)                       # too small on purpose: it must grow
     parts = [model(part, cache) for part in ids.split([5, 1, 4, 2], 1)]
     assert close(torch.cat(parts, 1), model(ids))
     assert cache.lengths.tolist() == [12] * n
 
 
-@pytest.mark.parametrize("G, R", [(3, 2), (8, 2), (30, 10), (800, 200)])
-def test_attend_is_scaled_dot_product_attention(G, R):
-    """Many short sequences attend without the scale, or to places that are masked; or the mask is forgotten with many rows."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(G, 2, n, 6, generator=generator) for n in (R, 7, 7))
-    seen = (torch.rand(G, 1, R, 7, generator=generator) < 0.5) | (torch.arange(7) == 3)
-    for mask in (None, torch.zeros(seen.shape).masked_fill(~seen, -math.inf)):
-        assert torch.allclose(attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask), atol=1e-5)
+def test_cached_with_gradients():
+    """A cache that can only be read where nothing learns; or one whose tokens get no gradient from
+    what follows them."""
+    model, ids = small(), tokens(2, 9)
+    with torch.enable_grad():
+        cache = model.new_cache(2)
+        parts = [model(part, cache) for part in ids.split([4, 1, 4], 1)]
+        assert close(torch.cat(parts, 1), model(ids))
+        found = torch.autograd.grad(parts[2].square().sum(), model.layers[0].attn.qkv.weight)
+        whole = model(ids)[:, 5:]
+        expected = torch.autograd.grad(whole.square().sum(), model.layers[0].attn.qkv.weight)
+    assert close(found[0], expected[0])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ragged_rows_equal_each_row_alone(shape):
-    """Left padding, shared positions, or stale places in sight change a row's answer with its neighbours (trap 4)."""
+    """Left padding, shared positions, or stale places in sight change a row's answer with its
+    neighbours (trap 4)."""
     model, lengths, more = small(*shape), torch.tensor([3, 7, 1]), torch.tensor([4, 1, 6])
-    rows, ids = [tokens(1, 20, seed=s)[0] for s in range(3)], torch.full((3, 7), 22)
-    for b, n in enumerate(lengths):
-        ids[b, :n] = rows[b][:n]
+    texts = [tokens(1, 20, seed=s)[0] for s in range(3)]
+    first_ids, second_ids = torch.full((3, 7), 22), torch.full((3, 6), 21)
+    for text, a, b, n, m in zip(texts, first_ids, second_ids, lengths, more):
+        a[:n] = text[:n]
+        b[:m] = text[n:n + m]
     cache = model.new_cache(3, 20)
-    first = model(ids, cache)
-    assert close(first, model(ids))                     # padded on the right, with and without a cache
+    first = model(first_ids, cache)
+    assert close(first, model(first_ids))               # padded, with and without a cache
     cache.rollback(lengths)
     assert cache.lengths.tolist() == [3, 7, 1]
-    ids = torch.full((3, 6), 21)
-    for b, (n, m) in enumerate(zip(lengths, more)):
-        ids[b, :m] = rows[b][n:n + m]
-    second = model(ids, cache)
+    second = model(second_ids, cache)
     cache.rollback(lengths + more)
-    third = model(torch.stack([rows[b][n + m:n + m + 2] for b, (n, m) in enumerate(zip(lengths, more))]), cache)
+    ends = [text[n:n + 2] for text, n in zip(texts, lengths + more)]
+    third = model(torch.stack(ends), cache)
     for b, (n, m) in enumerate(zip(lengths, more)):
-        alone = model(rows[b][None, :n + m + 2])[0]
-        assert close(torch.cat([first[b, :n], second[b, :m], third[b]]), alone)
+        found = torch.cat([first[b, :n], second[b, :m], third[b]])
+        assert close(found, alone(model, texts[b][:n + m + 2]))
 
 
 def test_neighbours_and_padding_leave_a_row_alone():
-    """A pad token that is attended to, or a batch that is normalised together: tables depend on the batch size."""
+    """A pad token that is attended to, or a batch that is normalised together: tables depend on the
+    batch size."""
     model, ids = small(), tokens(3, 9)
-    alone = model(ids[:1, :4])[0]
+    expected = alone(model, ids[0, :4])
     for pad in (0, 22):
         batch = ids.clone()
         batch[0, 4:] = pad
-        assert close(model(batch)[0, :4], alone)
+        assert close(model(batch)[0, :4], expected)
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -186,149 +216,201 @@ def test_rollback_forgets():
     assert cache.lengths.tolist() == [4, 6]
     h = model(other[:, :2], cache)
     for b, n in enumerate((4, 6)):
-        assert close(h[b], model(torch.cat([ids[b, :n], other[b, :2]])[None])[0, n:])
-    cache.rollback(torch.tensor([9, 1]))                  # beyond what a row holds: nothing to forget there
+        assert close(h[b], alone(model, ids[b, :n], other[b, :2])[n:])
+    cache.rollback(torch.tensor([9, 1]))                # beyond what a row holds: nothing to forget
     assert cache.lengths.tolist() == [6, 1]
 
 
-def test_rollback_of_candidates_forgets_the_step():
-    """A step that was tried and thrown away must not be seen by the next try, nor may the prefix suffer."""
-    model, prompts = small(), tokens(2, 4)
-    cache = model.new_cache(2)
+def forked(model, prompts, K):
+    """Prompts (B, T) encoded once, forked into K."""
+    cache = model.new_cache(len(prompts))
     model(prompts, cache)
-    cache = cache.fork(3)
+    return cache.fork(K)
+
+
+def feed_each(model, cache, ids):
+    """Feed token by token."""
+    for t in range(ids.shape[1]):
+        model(ids[:, t:t + 1], cache)
+
+
+def test_rollback_of_candidates_forgets_the_step():
+    """A step that was tried and thrown away must not be seen by the next try, nor may the prefix
+    suffer."""
+    model, prompts = small(), tokens(2, 4)
+    cache = forked(model, prompts, 3)
     model(tokens(6, 5, seed=2), cache)
     cache.rollback(3)
     assert cache.lengths.tolist() == [3, 3]
     after = tokens(6, 2, seed=3)
     h = model(after, cache)
     for row in range(6):
-        assert close(h[row], model(torch.cat([prompts[row // 3, :3], after[row]])[None])[0, 3:])
+        assert close(h[row], alone(model, prompts[row // 3, :3], after[row])[3:])
 
 
-def forked(model, prompts, K, candidates):
-    """Prompts (B, T) encoded once, forked into K, candidates (B K, n) fed token by token."""
-    cache = model.new_cache(len(prompts))
-    model(prompts, cache)
-    cache = cache.fork(K)
-    for t in range(candidates.shape[1]):
-        model(candidates[:, t:t + 1], cache)
-    return cache
-
-
-@pytest.mark.parametrize("shape", [("rope", "rms", "swiglu", 2), ("learned", "layer", "gelu", 4)])
+@pytest.mark.parametrize("shape", TWO_SHAPES)
 @pytest.mark.parametrize("winners", [[2, 0], [1, 1], [0, 2]])
 def test_keep_commits_the_winner(shape, winners):
-    """A loser's cache promoted, or promoted for some layers or rows only, or with tokens that it did not have: the text
-    says one thing, the state another."""
-    model, prompts, candidates, after = small(*shape), tokens(2, 4), tokens(6, 5, seed=2), tokens(6, 3, seed=3)
-    lengths = torch.tensor([1, 5, 3, 4, 2, 5])
-    cache = forked(model, prompts, 3, candidates)
-    kept = lengths[torch.tensor([winners[0], winners[1] + 3])]
+    """A loser's step committed, or committed for some layers or rows only, or with tokens that it
+    did not have: the text says one thing, the state another."""
+    model, prompts, candidates = small(*shape), tokens(2, 4), tokens(6, 5, seed=2)
+    after, lengths = tokens(6, 3, seed=3), torch.tensor([1, 5, 3, 4, 2, 5])
+    cache = forked(model, prompts, 3)
+    feed_each(model, cache, candidates)
+    kept = lengths[[winners[0], winners[1] + 3]]
     cache.keep(torch.tensor(winners), kept)
     assert cache.lengths.tolist() == (4 + kept).tolist()
     h = model(after, cache)
     for row in range(6):
-        continued = {}
+        # Whose continuation is this?
+        owners = []
         for k in range(3):
             c = row // 3 * 3 + k
-            text = torch.cat([prompts[row // 3], candidates[c, :lengths[c]], after[row]])
-            continued[k] = close(h[row], model(text[None])[0, -3:])
-        assert [k for k in continued if continued[k]] == [winners[row // 3]]
+            step = candidates[c, :lengths[c]]
+            expected = alone(model, prompts[row // 3], step, after[row])[-3:]
+            owners += [k] if close(h[row], expected) else []
+        assert owners == [winners[row // 3]]
 
 
 def test_keep_again_and_again():
-    """A step that is kept in the wrong place, or a step part that is not emptied: wrong from the second step on."""
-    model, text = small(), tokens(1, 2)
-    cache = model.new_cache(1)
-    model(text, cache)
-    cache = cache.fork(2)
-    for step, (winner, length) in enumerate([(1, 4), (0, 3), (1, 1), (0, 5), (1, 70)]):
-        candidates = tokens(2, length + 2, seed=step + 5) if length < 10 else tokens(2, 16, seed=9)
+    """A step that is kept in the wrong place, or a step part that is not emptied: wrong from the
+    second step on."""
+    model, text = small(), tokens(1, 2)[0]
+    cache = forked(model, text[None], 2)
+    for winner, length, size in ((1, 4, 6), (0, 3, 5), (1, 1, 3), (0, 5, 7), (1, 16, 16)):
+        candidates = tokens(2, size, seed=size)
         h = model(candidates, cache)
-        length = min(length, candidates.shape[1])
         for k in range(2):
-            assert close(h[k], model(torch.cat([text, candidates[k:k + 1]], 1))[0, -candidates.shape[1]:])
+            assert close(h[k], alone(model, text, candidates[k])[-size:])
         cache.keep(winner, torch.tensor([length]))
-        text = torch.cat([text, candidates[winner:winner + 1, :length]], 1)
-        assert cache.lengths.tolist() == [text.shape[1]]
+        text = torch.cat([text, candidates[winner, :length]])
+        assert cache.lengths.tolist() == [len(text)]
 
 
 def test_the_prefix_is_stored_once():
-    """K copies of the prompt in memory, or a promotion that copies it: guided decoding slows down as the text grows."""
-    model, prompts = small(), tokens(2, 20)
-    cache = model.new_cache(2, 40)
-    model(prompts, cache)
-    before = cache.nbytes()
-    cache = cache.fork(5)
-    stores = [t.data_ptr() for t in (*cache.k, *cache.v)]
+    """K copies of the prompt in memory, or a keep that copies it: guided decoding slows down as the
+    text grows."""
+    model = small()
     per_token = 2 * model.config.n_layer * model.config.n_kv_head * model.config.head_dim * 4
-    assert cache.nbytes() == before == 2 * 40 * per_token                        # room for 2 x 40 tokens, whatever K
+    cache = model.new_cache(2, 40)
+    model(tokens(2, 20), cache)
+    assert cache.nbytes() == 2 * 40 * per_token                     # what was asked for
+    cache = cache.fork(5)
+    assert cache.nbytes() == 2 * 40 * per_token                     # whatever K
     model(tokens(10, 3, seed=1), cache)
-    assert cache.nbytes() == before                                             # 20 + 5 x 3 places of 40
-    marked = [t.clone() for t in (*cache.k, *cache.v)]
+    assert cache.nbytes() <= (2 * 40 + 10 * 16) * per_token         # room for 16 tokens of each row
+    before = [t.clone() for t in cache.prefix]
+    places = [t.data_ptr() for t in cache.prefix]
     cache.keep(torch.tensor([4, 0]), torch.tensor([3, 2]))
-    assert [t.data_ptr() for t in (*cache.k, *cache.v)] == stores               # nothing was moved,
-    for old, new in zip(marked, (*cache.k, *cache.v)):                            # and only the steps' places were written
-        changed = (old != new).any(-1).any(1)
-        assert not changed[:, :20].any() and not changed[:, 23:].any() and changed[0, 20:23].all() and changed[1, 21]
-    model(tokens(10, 6, seed=1), cache)
-    assert cache.nbytes() <= before + 2 * 5 * 16 * per_token                   # prefix + K x step, and not K x prefix
+    assert [t.data_ptr() for t in cache.prefix] == places           # nothing was moved,
+    for old, new in zip(before, cache.prefix):                      # only the steps were written
+        changed = (old != new).any(-1).any(2).any(0)                # (G, P)
+        assert not changed[:, :20].any() and not changed[:, 23:].any()
+        assert changed[0, 20:23].all() and changed[1, 20:22].all()
+
+
+def test_a_first_text_is_moved_not_copied():
+    """A prompt that stands in memory twice while it becomes the prefix."""
+    model = small()
+    cache = model.new_cache(2, 40)
+    model(tokens(2, 20), cache)
+    places = [t.data_ptr() for t in cache.step]
+    cache.keep(0, torch.tensor([20, 7]))
+    assert [t.data_ptr() for t in cache.prefix] == places and cache.held.tolist() == [20, 7]
 
 
 def test_keep_in_some_groups_leaves_the_others():
     """A finished conversation that is overwritten while the others go on."""
     model, prompts, candidates = small(), tokens(3, 4), tokens(6, 4, seed=2)
-    cache = forked(model, prompts, 2, candidates)
-    cache.keep(torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([2, 0]))      # group 2 keeps its 0, group 0 its 1
+    cache = forked(model, prompts, 2)
+    feed_each(model, cache, candidates)
+    # Sequence 2 keeps its candidate 0, sequence 0 its candidate 1, sequence 1 none.
+    cache.keep(torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([2, 0]))
     after = tokens(6, 1, seed=4)
     h = model(after, cache)
-    for row, kept in enumerate([(1, 3), (1, 3), (2, 0), (2, 0), (4, 2), (4, 2)]):
-        text = torch.cat([prompts[row // 2], candidates[kept[0], :kept[1]], after[row]])
-        assert close(h[row, 0], model(text[None])[0, -1])
+    kept = [candidates[1, :3], candidates[0, :0], candidates[4, :2]]
+    for row in range(6):
+        g = row // 2
+        assert close(h[row, 0], alone(model, prompts[g], kept[g], after[row])[-1])
 
 
 @pytest.mark.parametrize("T", [1, 3])
 def test_candidates_drop_out_of_a_step(T):
-    """Rows that reached their boundary cost nothing, and the others must not notice: nor those of another sequence, nor the
-    idle places of a grid, which repeat a row."""
+    """Rows that reached their boundary cost nothing, and the others must not notice: nor those of
+    another sequence, nor the idle places of a grid, which repeat a row."""
     model, prompts, text = small(), tokens(3, 6), tokens(12, 9, seed=2)
+    lengths = torch.tensor([6, 2, 4])
     cache = model.new_cache(3, 30)
     model(prompts, cache)
-    cache.rollback(torch.tensor([6, 2, 4]))
+    cache.rollback(lengths)
     cache = cache.fork(4)
-    plan = [None, torch.tensor([[0, 1, 3], [4, 6, 6], [8, 9, 10]]), torch.tensor([[6, 6], [8, 10]])]
-    for step, rows in enumerate(plan):
-        index = torch.arange(12) if rows is None else rows.flatten()
+    plan = [None, [[0, 1, 3], [4, 6, 6], [8, 9, 10]], [[6, 6], [8, 10]]]
+    for step, grid in enumerate(plan):
+        rows = None if grid is None else torch.tensor(grid)
+        index = torch.arange(12) if grid is None else rows.flatten()
         h = model(text[index, step * T:(step + 1) * T], cache, rows)
         for i, row in enumerate(index):
-            past = torch.cat([prompts[row // 4, :[6, 2, 4][row // 4]], text[row, :(step + 1) * T]])
-            assert close(h[i], model(past[None])[0, -T:])
+            prompt = prompts[row // 4, :lengths[row // 4]]
+            assert close(h[i], alone(model, prompt, text[row, :(step + 1) * T])[-T:])
     cache.keep(torch.tensor([2, 2]), torch.tensor([3 * T, 3 * T]), torch.tensor([1, 2]))
     assert cache.lengths.tolist() == [6, 2 + 3 * T, 4 + 3 * T]
 
 
+def test_one_row_of_every_sequence_goes_on():
+    """A user's next message that only one candidate's row reads, or that is read behind a loser's
+    step: the second turn answers something else."""
+    model, prompts = small(), tokens(2, 4)
+    step, message = tokens(6, 3, seed=1), tokens(2, 5, seed=2)
+    cache = forked(model, prompts, 3)
+    model(step, cache)
+    cache.keep(torch.tensor([1, 2]), torch.tensor([3, 2]))
+    model(message, cache, torch.tensor([[0], [3]]))
+    cache.keep(0, torch.tensor([5, 4]))
+    after = tokens(6, 1, seed=3)
+    h = model(after, cache)
+    said = [(step[1], message[0]), (step[5, :2], message[1, :4])]
+    for row in range(6):
+        g = row // 3
+        assert close(h[row, 0], alone(model, prompts[g], *said[g], after[row])[-1])
+
+
 def test_fork_leaves_the_prompt_as_it_was():
-    """Candidates that write into the prompt's own places: the next fork starts from a polluted past."""
+    """Candidates that write into the prompt's own places: the next fork starts from a polluted
+    past."""
     model, ids = small(), tokens(2, 8)
     cache = model.new_cache(2, 8)
     model(ids[:, :4], cache)
     one, two = cache.fork(3), cache.fork(2)
-    assert isinstance(one, KVCache) and one.lengths.tolist() == [4, 4] and (one.K, two.K) == (3, 2)
+    assert isinstance(one, KVCache) and one.lengths.tolist() == [4, 4]
+    assert (one.K, two.K) == (3, 2)
     model(tokens(6, 3, seed=1), one)
     h = model(ids[:, 4:].repeat_interleave(2, 0), two)
     assert close(h, model(ids)[:, 4:].repeat_interleave(2, 0))
 
 
-@pytest.mark.parametrize("n, bias", [(1, False), (1, True), (5, False), (8, True), (9, False), (97, True)])
-def test_few_rows_by_blocks_equal_the_plain_product(n, bias):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_decode(dtype):
+    """A softmax over scores rounded to half precision, or in less precision than the model has."""
+    model, ids = small().to(dtype), tokens(2, 9)
+    cache = forked(model, ids[:, :5], 1)
+    parts = [model(ids[:, t:t + 1], cache) for t in range(5, 9)]
+    found, expected = torch.cat(parts, 1), model(ids)[:, 5:]
+    assert found.dtype == dtype
+    atol = 0.1 if dtype == torch.bfloat16 else 1e-12
+    assert torch.allclose(found, expected, atol=atol)
+
+
+@pytest.mark.parametrize("n, biased", [(1, False), (1, True), (5, False), (8, True), (9, False)])
+@pytest.mark.parametrize("N, K", [(512, 256), (256, 512)])
+def test_few_rows_by_blocks_equal_the_plain_product(n, biased, N, K):
     """Blocks of W in another order, a bias added per block, batch dimensions lost."""
     generator = torch.Generator().manual_seed(0)
-    for N, K in ((512, 256), (256, 512)):
-        W, b = torch.randn(N, K, generator=generator), torch.randn(N, generator=generator) if bias else None
-        x = torch.randn(n, 1, K, generator=generator)
-        assert linear(x, W, b).shape == (n, 1, N) and torch.allclose(linear(x, W, b), F.linear(x, W, b), atol=1e-4)
-        assert torch.equal(linear(x[:, 0].double(), W.double()), F.linear(x[:, 0].double(), W.double()))
+    W, b = torch.randn(N, K, generator=generator), torch.randn(N, generator=generator)
+    x = torch.randn(n, 1, K, generator=generator)
+    bias = b if biased else None
+    found = linear(x, W, bias)
+    assert found.shape == (n, 1, N)
+    assert torch.allclose(found, F.linear(x, W, bias), atol=1e-4)
 
 
 # -- heads
@@ -337,15 +419,20 @@ def three_heads(**more):
     return small(objectives=("a", "b", "c"), **more)
 
 
-@pytest.mark.parametrize("weights", [(1, 1, 1), (0.7, 0.3, 0), (5, 0.5, 2), (0, 0, 1), (1e-6, 0, 1e-6)])
+WEIGHTS = [(1, 1, 1), (0.7, 0.3, 0), (5, 0.5, 2), (0, 0, 1), (1e-6, 0, 1e-6)]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_mix_of_logits_is_the_logits_of_the_mix(weights):
     """Weights not divided by their sum (a hidden temperature), or a fold that leaves out a head."""
     model = three_heads()
     h = model(tokens(2, 5))
-    each = torch.stack([h @ head.weight.T for head in model.heads])              # (3, B, T, V)
-    w = torch.tensor(weights) / sum(weights)
-    assert close(model.logits(h, weights), (w.view(3, 1, 1, 1) * each).sum(0))
-    assert close(model.logits(h, torch.tensor(weights)), h @ model.fold(list(weights)).T)
+    mix = 0
+    for w, head in zip(weights, model.heads):
+        mix = mix + w / sum(weights) * (h @ head.weight.T)
+    assert close(model.logits(h, weights), mix)
+    assert close(model.logits(h, torch.tensor(weights)), mix)
+    assert close(h @ model.fold(list(weights)).T, mix)
 
 
 def test_one_head_by_index_name_or_one_hot():
@@ -355,28 +442,35 @@ def test_one_head_by_index_name_or_one_hot():
     for i, name in enumerate("abc"):
         expected = h @ model.heads[i].weight.T
         one_hot = [float(j == i) for j in range(3)]
-        assert all(torch.equal(model.logits(h, w), expected) for w in (i, name, one_hot))
         assert model.weights(name).tolist() == one_hot
+        for weights in (i, name, one_hot):
+            assert torch.equal(model.logits(h, weights), expected)
     assert torch.equal(model.logits(h), h @ model.heads[0].weight.T)
 
 
 @pytest.mark.parametrize("weights, words", [
-    ((1, -0.1, 1), "non-negative"), ((0, 0, 0), "positive sum"), ((1, float("nan"), 1), "weights must be"),
-    ((1, float("inf"), 1), "weights must be"), ((1, 1), "3 non-negative"), ((1, 1, 1, 1), "3 non-negative"), ((), "3 non"),
-    ([[1, 1, 1]], "3 non-negative"), (3, "no head 3"), (-1, "no head -1"), ("d", "no head named 'd'.* a, b, c")])
+    ((1, -0.1, 1), "non-negative"), ((0, 0, 0), "positive sum"),
+    ((1, float("nan"), 1), "weights must be"), ((1, float("inf"), 1), "weights must be"),
+    ((1, 1), "3 non-negative"), ((1, 1, 1, 1), "3 non-negative"), ((), "3 non"),
+    ([[1, 1, 1]], "3 non-negative"), (3, "no head 3"), (-1, "no head -1"),
+    ("d", "no head named 'd'.* a, b, c")])
 def test_bad_weights_are_refused(weights, words):
-    """A negative weight subtracts an objective, a zero sum divides by zero, -1 means the last head in Python."""
+    """A negative weight subtracts an objective, a zero sum divides by zero, -1 means the last head
+    in Python."""
     with pytest.raises(InputError, match=words):
         three_heads().logits(torch.zeros(1, 16), weights)
 
 
 def test_with_heads_makes_untied_copies():
-    """Head copies that share memory train each other, the original, or (as in the published code) the embedding."""
+    """Head copies that share memory train each other, the original, or (as in the published code)
+    the embedding."""
     model = three_heads()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     new = model.with_heads(["x", "y"])
-    assert new.config.objectives == ("x", "y") and model.config.objectives == ("a", "b", "c") and len(new.heads) == 2
-    assert all(torch.equal(head.weight, model.heads[0].weight) for head in new.heads)          # std 0: exact copies
+    assert new.config.objectives == ("x", "y") and model.config.objectives == ("a", "b", "c")
+    assert len(new.heads) == 2
+    for head in new.heads:
+        assert torch.equal(head.weight, model.heads[0].weight)              # std 0: exact copies
     assert close(new(tokens(2, 5)), model(tokens(2, 5)))
     new.heads[0].weight.zero_()
     assert torch.equal(new.heads[1].weight, model.heads[0].weight)
@@ -386,14 +480,17 @@ def test_with_heads_makes_untied_copies():
 
 
 def test_with_heads_noise():
-    """Noise that is the same for all heads breaks no symmetry; noise from global state breaks reproducibility."""
-    model = small(vocab_size=500)
-    make = lambda seed: model.with_heads("xyz", std=0.02, generator=torch.Generator().manual_seed(seed))
-    torch.manual_seed(1)
-    a, b, other = make(4), make(4), make(5)
+    """Noise that is the same for all heads breaks no symmetry; noise from global state breaks
+    reproducibility."""
+    model, made = small(vocab_size=500), []
+    for seed in (4, 4, 5):
+        generator = torch.Generator().manual_seed(seed)
+        made.append(model.with_heads("xyz", std=0.02, generator=generator))
+    a, b, other = made
     noise = [head.weight - model.heads[0].weight for head in a.heads]
     assert all(abs(float(n.std()) - 0.02) < 0.001 for n in noise)
-    assert not torch.equal(noise[0], noise[1]) and not torch.equal(a.heads[0].weight, other.heads[0].weight)
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(a.heads[0].weight, other.heads[0].weight)
     assert all(torch.equal(x.weight, y.weight) for x, y in zip(a.heads, b.heads))
     assert torch.equal(a.embed.weight, model.embed.weight)
 
@@ -401,12 +498,19 @@ def test_with_heads_noise():
 # -- safetensors
 
 def every_dtype():
-    g = torch.Generator().manual_seed(0)
-    out = {name: (torch.randn(3, 5, generator=g) * 100).to(dtype) for name, dtype in DTYPES.items()}
-    out["U8"] = torch.tensor([0, 1, 128, 255], dtype=torch.uint8)
-    out["I64"] = torch.tensor([[2**62, -2**63]])
-    out["special"] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
-    return out | {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "view": torch.arange(12.).view(3, 4).T, "é/ü": torch.ones(1)}
+    """Tensors of every dtype, of odd sizes and values."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, dtype in DTYPES.items():
+        found[name] = (torch.randn(3, 5, generator=generator) * 100).to(dtype)
+    found["U8"] = torch.tensor([0, 1, 128, 255], dtype=torch.uint8)
+    found["I64"] = torch.tensor([[2**62, -2**63]])
+    found["special"] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
+    found["scalar"] = torch.tensor(2.5)
+    found["empty"] = torch.zeros(0, 4)
+    found["view"] = torch.arange(12.).view(3, 4).T
+    found["é/ü"] = torch.ones(1)
+    return found
 
 
 def bits(t):
@@ -414,20 +518,24 @@ def bits(t):
 
 
 def test_safetensors_round_trip_is_bit_exact(tmp_path):
-    """A dtype that is converted, a transposed view written in memory order, an odd-sized tensor that shifts the rest."""
+    """A dtype that is converted, a transposed view written in memory order, an odd-sized tensor
+    that shifts the rest, metadata that is lost."""
     path, tensors = str(tmp_path / "x.safetensors"), every_dtype()
-    save_safetensors(tensors, path)
+    save_safetensors(tensors, path, {"step": "7"})
     again = load_safetensors(path)
     assert set(again) == set(tensors)
     for name, t in tensors.items():
-        assert again[name].dtype == t.dtype and again[name].shape == t.shape and bits(again[name]) == bits(t)
+        assert again[name].dtype == t.dtype and again[name].shape == t.shape
+        assert bits(again[name]) == bits(t)
+    assert read_metadata(path) == {"format": "pt", "step": "7"}
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def raw(header, data=b"", length=None):
     """The bytes of a file with this header (object or bytes) and these data bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
+    length = len(text) if length is None else length
+    return struct.pack("<Q", length) + text + data
 
 
 def entry(dtype, shape, start, end):
@@ -437,18 +545,31 @@ def entry(dtype, shape, start, end):
 def test_safetensors_by_hand(tmp_path):
     """A reader and a writer that share a mistake agree with each other and with nobody else."""
     path = tmp_path / "x"
-    path.write_bytes(raw({"__metadata__": {"format": "pt"}, "b": entry("F32", [2], 1, 9), "a": entry("U8", [1], 0, 1)},
-                         b"\x07" + struct.pack("<2f", 1.5, -2.0)))          # b is not aligned: the format allows it
-    assert {k: v.tolist() for k, v in load_safetensors(str(path)).items()} == {"a": [7], "b": [1.5, -2.0]}
-    save_safetensors({"w": torch.tensor([[1.0, 2.0]]), "n": torch.tensor(3, dtype=torch.int16)}, str(path))
+    # b is not aligned: the format allows it.
+    header = {"__metadata__": {"format": "pt"}, "b": entry("F32", [2], 1, 9),
+              "a": entry("U8", [1], 0, 1)}
+    path.write_bytes(raw(header, b"\x07" + struct.pack("<2f", 1.5, -2.0)))
+    found = load_safetensors(str(path))
+    assert found["a"].tolist() == [7] and found["b"].tolist() == [1.5, -2.0]
+    three = torch.tensor(3, dtype=torch.int16)
+    save_safetensors({"w": torch.tensor([[1.0, 2.0]]), "n": three}, str(path))
     content = path.read_bytes()
     n = struct.unpack("<Q", content[:8])[0]
-    assert json.loads(content[8:8 + n]) == {"__metadata__": {"format": "pt"}, "w": entry("F32", [1, 2], 0, 8),
-                                            "n": entry("I16", [], 8, 10)}
+    expected = {"__metadata__": {"format": "pt"}, "w": entry("F32", [1, 2], 0, 8),
+                "n": entry("I16", [], 8, 10)}
+    assert json.loads(content[8:8 + n]) == expected
     assert content[8 + n:] == struct.pack("<2fh", 1.0, 2.0, 3) and n % 8 == 0
 
 
 F4 = entry("F32", [1], 0, 4)
+TWICE = b'{"t":' + json.dumps(F4).encode() + b',"t":' + json.dumps(F4).encode() + b"}"
+
+
+def lie(words, data=b"1234", **changes):
+    """A file of one tensor whose entry lies."""
+    return raw({"t": {k: v for k, v in (F4 | changes).items() if v is not None}}, data), words
+
+
 LIES = {
     "empty file": (b"", "not a safetensors file"),
     "cut in the length": (b"\x08\0\0", "not a safetensors file"),
@@ -459,22 +580,22 @@ LIES = {
     "not UTF-8": (raw(b'{"\xff": 1}'), "broken safetensors header"),
     "deep nesting": (raw(b"[" * 100_000), "broken safetensors header"),
     "list": (raw([]), "not an object"),
-    "same name twice": (raw(b'{"t":' + json.dumps(F4).encode() + b',"t":' + json.dumps(F4).encode() + b"}", b"1234"), "twice"),
+    "same name twice": (raw(TWICE, b"1234"), "twice"),
     "entry is a number": (raw({"t": 4}), "'t'"),
-    "unknown dtype": (raw({"t": entry("F8_E4M3", [4], 0, 4)}, b"1234"), "'t' has dtype 'F8_E4M3'"),
-    "dtype is a list": (raw({"t": entry([], [1], 0, 4)}, b"1234"), "'t' has dtype"),
-    "no dtype": (raw({"t": {"shape": [1], "data_offsets": [0, 4]}}, b"1234"), "'t' has dtype"),
-    "no shape": (raw({"t": {"dtype": "F32", "data_offsets": [0, 4]}}, b"1234"), "'t' has shape"),
-    "negative shape": (raw({"t": entry("F32", [-1, -1], 0, 4)}, b"1234"), "'t' has shape"),
-    "float shape": (raw({"t": entry("F32", [1.0], 0, 4)}, b"1234"), "'t' has shape"),
-    "bool shape": (raw({"t": entry("F32", [True], 0, 4)}, b"1234"), "'t' has shape"),
-    "overflowing shape": (raw({"t": entry("F32", [2**47, 2**47, 0], 0, 0)}), "'t' has shape"),
-    "three offsets": (raw({"t": F4 | {"data_offsets": [0, 2, 4]}}, b"1234"), "'t' has shape"),
-    "beyond the file": (raw({"t": entry("F32", [2], 0, 8)}, b"1234"), "'t' has shape"),
-    "negative start": (raw({"t": entry("F32", [1], -4, 0)}, b"1234"), "'t' has shape"),
-    "end before start": (raw({"t": entry("F32", [0], 4, 0)}, b"1234"), "'t' has shape"),
-    "wrong bytes": (raw({"t": entry("F32", [2], 0, 4)}, b"1234"), "'t': shape [2] of F32 is not 4 bytes"),
-    "truncated data": (raw({"t": entry("F32", [2], 0, 8)}, b"1234567"), "'t' has shape"),
+    "unknown dtype": lie("'t' has dtype 'F8_E4M3', known are F64, F32", dtype="F8_E4M3"),
+    "dtype is a list": lie("'t' has dtype", dtype=[]),
+    "no dtype": lie("'t' has dtype", dtype=None),
+    "no shape": lie("'t' has shape", shape=None),
+    "negative shape": lie("'t' has shape", shape=[-1, -1]),
+    "float shape": lie("'t' has shape", shape=[1.0]),
+    "bool shape": lie("'t' has shape", shape=[True]),
+    "overflowing shape": lie("'t' has shape", b"", shape=[2**47, 2**47, 0], data_offsets=[0, 0]),
+    "three offsets": lie("'t' has shape", data_offsets=[0, 2, 4]),
+    "beyond the file": lie("'t' has shape", shape=[2], data_offsets=[0, 8]),
+    "negative start": lie("'t' has shape", data_offsets=[-4, 0]),
+    "end before start": lie("'t' has shape", shape=[0], data_offsets=[4, 0]),
+    "wrong bytes": lie("'t' has shape [2], which does not fill bytes [0, 4]", shape=[2]),
+    "truncated data": lie("'t' has shape", b"1234567", shape=[2], data_offsets=[0, 8]),
     "overlap": (raw({"s": F4, "t": entry("F32", [1], 2, 6)}, b"123456"), "'t' starts at byte 2"),
     "same bytes twice": (raw({"s": F4, "t": F4}, b"1234"), "'t' starts at byte 0"),
     "gap": (raw({"s": F4, "t": entry("F32", [1], 6, 10)}, b"1234567890"), "'t' starts at byte 6"),
@@ -482,10 +603,11 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_safetensors_lies_are_named(tmp_path, lie):
-    """A checkpoint is untrusted: a header that lies reads other tensors' bytes, or ends in a crash without a name."""
-    content, words = LIES[lie]
+@pytest.mark.parametrize("name", LIES)
+def test_safetensors_lies_are_named(tmp_path, name):
+    """A checkpoint is untrusted: a header that lies reads other tensors' bytes, or ends in a crash
+    without a name."""
+    content, words = LIES[name]
     path = tmp_path / "evil.safetensors"
     path.write_bytes(content)
     with pytest.raises(InputError) as e:
@@ -499,31 +621,41 @@ def test_safetensors_missing_file(tmp_path):
         load_safetensors(str(tmp_path / "none.safetensors"))
 
 
+def damaged(good, rng):
+    """Bytes with a few of them changed, added or taken away."""
+    content = bytearray(good)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at, kind = rng.randrange(len(content)), rng.random()
+        if kind < 0.7:
+            likely = ord(rng.choice('{}[],:"0123456789-.eE'))
+            content[at] = rng.choice((rng.randrange(256), likely))
+        elif kind < 0.85:
+            content.insert(at, rng.randrange(256))
+        else:
+            del content[at:at + rng.choice((1, 3))]
+    return bytes(content)
+
+
 def test_safetensors_survive_random_damage(tmp_path):
-    """A damaged download may be refused or read; it must never raise anything else, and never read out of bounds."""
-    path, rng = tmp_path / "x", random.Random(0)
-    save_safetensors({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.int8), "c": torch.ones(40)}, str(path))
-    good, outcomes = path.read_bytes(), {"read": 0, "refused": 0}
+    """A damaged download may be refused or read; it must never raise anything else, and never read
+    out of bounds."""
+    path, rng, outcomes = tmp_path / "x", random.Random(0), {"read": 0, "refused": 0}
+    tensors = {"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.int8), "c": torch.ones(40)}
+    save_safetensors(tensors, str(path))
+    good = path.read_bytes()
     for _ in range(2500):
-        content = bytearray(good)
-        for _ in range(rng.choice((1, 1, 2, 4))):
-            at, kind = rng.randrange(len(content)), rng.random()
-            if kind < 0.7:
-                content[at] = rng.choice((rng.randrange(256), ord(rng.choice('{}[],:"0123456789-.eE'))))
-            elif kind < 0.85:
-                content.insert(at, rng.randrange(256))
-            else:
-                del content[at:at + rng.choice((1, 3))]
+        content = damaged(good, rng)
         path.write_bytes(content)
         try:
-            tensors = load_safetensors(str(path))
+            found = load_safetensors(str(path))
         except InputError:
             outcomes["refused"] += 1
-        else:
-            outcomes["read"] += 1
-            assert sum(t.numel() * t.element_size() for t in tensors.values()) <= len(content)
-            assert all(len(bits(t)) == t.numel() * t.element_size() for t in tensors.values())
-    assert min(outcomes.values()) > 50, outcomes          # damage in the data is read, damage in the header refused
+            continue
+        outcomes["read"] += 1
+        assert sum(t.nbytes for t in found.values()) <= len(content)
+        assert all(len(bits(t)) == t.nbytes for t in found.values())
+    # Damage in the data is read, damage in the header refused.
+    assert min(outcomes.values()) > 50, outcomes
 
 
 # -- Hugging Face directories
@@ -533,55 +665,87 @@ def same_parameters(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("more", [{}, {"attn_bias": True, "out_bias": True}, {"attn_bias": True, "out_bias": True, "mlp_bias": True, "n_kv_head": 1},
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    kept = {k: v for k, v in config.items() if v is not None}
+    path.write_text(json.dumps(kept))
+
+
+def edit_tensors(directory, changes):
+    path = str(directory / "model.safetensors")
+    tensors = {k: v.clone() for k, v in load_safetensors(path).items()} | changes
+    kept = {k: v for k, v in tensors.items() if v is not None}
+    save_safetensors(kept, path)
+
+
+BIASED = {"attn_bias": True, "out_bias": True}
+
+
+@pytest.mark.parametrize("more", [{}, BIASED, BIASED | {"mlp_bias": True, "n_kv_head": 1},
                                   {"head_dim": 8, "rope_theta": 500.0, "norm_eps": 1e-3}])
 def test_save_and_load_with_heads(tmp_path, more):
-    """gate and up, or q and k, swapped on both ways; biases, head_dim, theta or eps forgotten in config.json."""
+    """gate and up, or q and k, swapped on both ways; biases, head_dim, theta or eps forgotten in
+    config.json."""
     model, ids = three_heads(**more), tokens(2, 9)
     save_hf(model, str(tmp_path))
     again = load_hf(str(tmp_path))
     assert same_parameters(model, again)
-    c, d = (vars(m.config) | {"init_std": 0, "hf": None} for m in (model, again))
-    assert c == d
-    assert torch.equal(model(ids), again(ids)) and torch.equal(model.logits(model(ids), "b"), again.logits(again(ids), "b"))
-    config, tensors = json.loads((tmp_path / "config.json").read_text()), load_safetensors(str(tmp_path / "model.safetensors"))
+    shapes = [vars(m.config) | {"init_std": 0, "hf": None} for m in (model, again)]
+    assert shapes[0] == shapes[1]
+    a, b = model(ids), again(ids)
+    assert torch.equal(a, b) and torch.equal(model.logits(a, "b"), again.logits(b, "b"))
+    config = json.loads((tmp_path / "config.json").read_text())
     assert config["tie_word_embeddings"] is False and config["objectives"] == ["a", "b", "c"]
-    assert close(tensors["lm_head.weight"], sum(h.weight for h in model.heads) / 3)        # others see the uniform mix
+    # Other programs see the uniform mix.
+    tensors = load_safetensors(str(tmp_path / "model.safetensors"))
+    assert close(tensors["lm_head.weight"], sum(h.weight for h in model.heads) / 3)
 
 
 def test_names_of_an_exported_checkpoint(tmp_path):
-    """A round trip through our own names proves nothing: the file must hold q, k, gate and up where Llama keeps them."""
-    model = small(attn_bias=True, out_bias=True)                    # 4 heads and 2 KV heads of 4, d_ff 20
+    """A round trip through our own names proves nothing: the file must hold q, k, gate and up where
+    Llama keeps them."""
+    model = small(**BIASED)                 # 4 heads, 2 heads of keys, of 4 channels each; d_ff 20
     save_hf(model, str(tmp_path), weights=0)
-    t, attn, mlp = load_safetensors(str(tmp_path / "model.safetensors")), model.layers[1].attn, model.layers[1].mlp
-    prefix = "model.layers.1."
+    t = load_safetensors(str(tmp_path / "model.safetensors"))
+    layer = model.layers[1]
+    expected = {
+        "model.embed_tokens.weight": model.embed.weight,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.heads[0].weight,
+        "model.layers.1.self_attn.o_proj.bias": layer.attn.out.bias,
+        "model.layers.1.mlp.gate_proj.weight": layer.mlp.up.weight[:20],
+        "model.layers.1.mlp.up_proj.weight": layer.mlp.up.weight[20:],
+        "model.layers.1.input_layernorm.weight": layer.norm1.weight,
+        "model.layers.1.post_attention_layernorm.weight": layer.norm2.weight,
+    }
     for name, start, end in (("q", 0, 16), ("k", 16, 24), ("v", 24, 32)):
-        assert torch.equal(t[f"{prefix}self_attn.{name}_proj.weight"], attn.qkv.weight[start:end])
-        assert torch.equal(t[f"{prefix}self_attn.{name}_proj.bias"], attn.qkv.bias[start:end])
-    assert torch.equal(t[f"{prefix}self_attn.o_proj.bias"], attn.out.bias)
-    assert torch.equal(t[f"{prefix}mlp.gate_proj.weight"], mlp.up.weight[:20])
-    assert torch.equal(t[f"{prefix}mlp.up_proj.weight"], mlp.up.weight[20:])
-    assert torch.equal(t[f"{prefix}input_layernorm.weight"], model.layers[1].norm1.weight)
-    assert torch.equal(t[f"{prefix}post_attention_layernorm.weight"], model.layers[1].norm2.weight)
-    assert torch.equal(t["model.norm.weight"], model.norm.weight) and torch.equal(t["lm_head.weight"], model.heads[0].weight)
-    assert torch.equal(t["model.embed_tokens.weight"], model.embed.weight)
+        prefix = f"model.layers.1.self_attn.{name}_proj"
+        expected[f"{prefix}.weight"] = layer.attn.qkv.weight[start:end]
+        expected[f"{prefix}.bias"] = layer.attn.qkv.bias[start:end]
+    for name, tensor in expected.items():
+        assert torch.equal(t[name], tensor), name
     assert len(t) == 3 + 2 * 13 and all(v.dtype == torch.float32 for v in t.values())
 
 
 @pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], [3, 0, 1], "b", 2])
 def test_a_folded_export_is_the_mix(tmp_path, weights):
-    """An export with the wrong head: the model that others load is not the one that was measured."""
+    """An export with the wrong head: the model that others load is not the one that was
+    measured."""
     model, ids = three_heads(), tokens(2, 6)
     save_hf(model, str(tmp_path), weights)
     one = load_hf(str(tmp_path))
-    assert len(one.heads) == 1 and close(one.logits(one(ids)), model.logits(model(ids), weights))
+    assert len(one.heads) == 1
+    assert close(one.logits(one(ids)), model.logits(model(ids), weights))
     config = json.loads((tmp_path / "config.json").read_text())
     assert "objectives" not in config and config["tie_word_embeddings"] is False
-    assert not any(n.startswith("heads.") for n in load_safetensors(str(tmp_path / "model.safetensors")))
+    names = load_safetensors(str(tmp_path / "model.safetensors"))
+    assert not any(name.startswith("heads.") for name in names)
 
 
 def test_load_makes_exact_untied_copies_of_the_head(tmp_path):
-    """Loaded heads that differ, share memory, or are not the checkpoint's lm_head: the loss would not start at ln 2."""
+    """Loaded heads that differ, share memory, or are not the checkpoint's lm_head: the loss would
+    not start at ln 2."""
     model = three_heads()
     save_hf(model, str(tmp_path), "b")
     again = load_hf(str(tmp_path), objectives=["x", "y"])
@@ -589,7 +753,8 @@ def test_load_makes_exact_untied_copies_of_the_head(tmp_path):
     assert all(torch.equal(h.weight, model.heads[1].weight) for h in again.heads)
     again.heads[0].weight.zero_()
     assert torch.equal(again.heads[1].weight, model.heads[1].weight)
-    save_hf(model, str(tmp_path))                     # a file with heads: objectives given means its lm_head, the mix
+    # Of a file with heads, objectives given means its lm_head, the mix.
+    save_hf(model, str(tmp_path))
     again = load_hf(str(tmp_path), objectives=["x", "y"])
     assert len(again.heads) == 2 and close(again.heads[1].weight, model.fold([1, 1, 1]))
 
@@ -603,9 +768,11 @@ def test_a_tied_checkpoint(tmp_path):
     again = load_hf(str(tmp_path), objectives=["x", "y"])
     assert all(torch.equal(h.weight, model.embed.weight) for h in again.heads)
     again.heads[0].weight.zero_()
-    assert torch.equal(again.embed.weight, model.embed.weight) and torch.equal(again.heads[1].weight, model.embed.weight)
+    assert torch.equal(again.embed.weight, model.embed.weight)
+    assert torch.equal(again.heads[1].weight, model.embed.weight)
     save_hf(again, str(tmp_path), "y")
-    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
 
 
 def test_half_precision_checkpoint(tmp_path):
@@ -613,39 +780,32 @@ def test_half_precision_checkpoint(tmp_path):
     model = small()
     save_hf(model, str(tmp_path), 0)
     path = str(tmp_path / "model.safetensors")
-    save_safetensors({k: v.bfloat16() for k, v in load_safetensors(path).items()}, path)
+    half = {k: v.bfloat16() for k, v in load_safetensors(path).items()}
+    save_safetensors(half, path)
     again = load_hf(str(tmp_path))
     assert all(p.dtype == torch.float32 for p in again.parameters())
     assert torch.equal(again.embed.weight, model.embed.weight.bfloat16().float())
 
 
-def edit_config(directory, **changes):
-    path = directory / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-
-
-def edit_tensors(directory, changes):
-    path = str(directory / "model.safetensors")
-    tensors = {k: v.clone() for k, v in load_safetensors(path).items()} | changes
-    save_safetensors({k: v for k, v in tensors.items() if v is not None}, path)
-
-
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({Q: None}, f"tensor '{Q}' is missing"), ({"model.norm.weight": None}, "'model.norm.weight' is missing"),
-    ({"lm_head.weight": None}, "'lm_head.weight' is missing"),
-    ({Q: torch.zeros(17, 16)}, r"q_proj.*has shape \(17, 16\).*config.json wants \(16, 16\)"),
-    ({Q: torch.zeros(16, 17)}, "q_proj.*has shape"), ({Q: torch.tensor(1.0)}, "q_proj.*has shape"),
-    ({"model.embed_tokens.weight": torch.zeros(23)}, "embed_tokens.weight' has shape"),
-    ({"model.layers.1.self_attn.q_proj.bias": torch.zeros(16)}, "q_proj.bias' is unknown"),
-    ({"model.layers.2.input_layernorm.weight": torch.ones(16)}, "layers.2.input_layernorm.weight' is unknown")])
-def test_checkpoint_tensors_must_fit(tmp_path, changes, words):
-    """Missing tensors left at their random start, or ignored ones (a bias, a layer): plausible, and wrong."""
+@pytest.mark.parametrize("name, tensor, words", [
+    (Q, None, f"tensor '{Q}' is missing"),
+    ("model.norm.weight", None, "'model.norm.weight' is missing"),
+    ("lm_head.weight", None, "'lm_head.weight' is missing"),
+    (Q, torch.zeros(17, 16), r"q_proj.*has shape \(17, 16\).*config.json wants \(16, 16\)"),
+    (Q, torch.zeros(16, 17), "q_proj.*has shape"),
+    (Q, torch.tensor(1.0), "q_proj.*has shape"),
+    (Q, torch.ones(16, 16, dtype=torch.int64), "q_proj.*of torch.int64"),
+    ("model.embed_tokens.weight", torch.zeros(23), "embed_tokens.weight' has shape"),
+    ("model.layers.1.self_attn.q_proj.bias", torch.zeros(16), "q_proj.bias' is unknown"),
+    ("model.layers.2.mlp.up_proj.weight", torch.ones(16), "layers.2.mlp.up_proj.*is unknown")])
+def test_checkpoint_tensors_must_fit(tmp_path, name, tensor, words):
+    """Missing tensors left at their random start, or ignored ones (a bias, a layer): plausible, and
+    wrong."""
     save_hf(small(), str(tmp_path), 0)
-    edit_tensors(tmp_path, changes)
+    edit_tensors(tmp_path, {name: tensor})
     with pytest.raises(InputError, match=words) as e:
         load_hf(str(tmp_path))
     assert "model.safetensors" in str(e.value)
@@ -659,15 +819,24 @@ def test_rotary_tables_in_old_checkpoints_are_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "MixtralForCausalLM.*mixtral"),
-    ({"model_type": None}, "only llama, mistral"), ({"rope_scaling": {"factor": 2.0}}, "rope_scaling"),
-    ({"hidden_act": "gelu"}, "gelu"), ({"hidden_size": None}, "'hidden_size' is missing"),
-    ({"num_attention_heads": 0}, "unusable"), ({"num_key_value_heads": 3}, "unusable"), ({"hidden_size": "16"}, "unusable"),
-    ({"num_hidden_layers": -1}, "unusable"), ({"rope_parameters": [1]}, "unusable"), ({"objectives": 5}, "unusable"),
-    ({"num_hidden_layers": 3}, "layers.2.*is missing"), ({"intermediate_size": 21}, "has shape"),
-    ({"vocab_size": 24}, "embed_tokens.weight' has shape"), ({"objectives": ["a", "b"]}, "'heads.0.weight' is missing")])
+    ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "MixtralFor.*mixtral"),
+    ({"model_type": None}, "only llama, mistral"),
+    ({"rope_scaling": {"factor": 2.0}}, "rope_scaling"),
+    ({"hidden_act": "gelu"}, "gelu"),
+    ({"hidden_size": None}, "'hidden_size' is missing"),
+    ({"num_attention_heads": 0}, "unusable"),
+    ({"num_key_value_heads": 3}, "unusable"),
+    ({"hidden_size": "16"}, "unusable"),
+    ({"num_hidden_layers": -1}, "unusable"),
+    ({"rope_parameters": [1]}, "unusable"),
+    ({"objectives": 5}, "unusable"),
+    ({"num_hidden_layers": 3}, "layers.2.*is missing"),
+    ({"intermediate_size": 21}, "has shape"),
+    ({"vocab_size": 24}, "embed_tokens.weight' has shape"),
+    ({"objectives": ["a", "b"]}, "'heads.0.weight' is missing")])
 def test_configurations_that_are_not_computed_here(tmp_path, changes, words):
-    """A checkpoint of another family, or with scaled positions, read as plain Llama answers nonsense without a word."""
+    """A checkpoint of another family, or with scaled positions, read as plain Llama answers
+    nonsense without a word."""
     save_hf(small(), str(tmp_path), 0)
     edit_config(tmp_path, **changes)
     with pytest.raises(InputError, match=words) as e:
@@ -688,11 +857,13 @@ def test_checkpoint_without_its_files(tmp_path):
         load_hf(str(tmp_path))
 
 
-@pytest.mark.parametrize("model", [{"position": "learned"}, {"norm": "layer"}, {"mlp": "gelu"}])
-def test_a_model_that_is_no_llama_is_not_half_exported(tmp_path, model):
-    """Weights written under Llama names for a model that Llama code would compute differently, or half a directory."""
+@pytest.mark.parametrize("kind", [{"position": "learned"}, {"norm": "layer"}, {"mlp": "gelu"},
+                                  {"qk_norm": True}, {"attn_bias": True}])
+def test_a_model_that_is_no_llama_is_not_half_exported(tmp_path, kind):
+    """Weights written under Llama names for a model that Llama code would compute differently, or
+    half a directory."""
     with pytest.raises(InputError, match="Llama"):
-        save_hf(small(**model), str(tmp_path / "out"))
+        save_hf(small(**kind), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -704,34 +875,48 @@ def test_bad_weights_are_refused_before_anything_is_written(tmp_path):
 
 
 def test_the_tokenizer_travels_with_the_model(gpt, tokenizer, tmp_path):
-    """A checkpoint read with another vocabulary, or special ids missing in config.json: generation never ends."""
+    """A checkpoint read with another vocabulary, or special ids missing in config.json: generation
+    never ends."""
     save_hf(gpt, str(tmp_path))
     again = load_hf(str(tmp_path))
-    assert again.tokenizer.pieces == tokenizer.pieces and again.tokenizer.eos_id == tokenizer.eos_id
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["eos_token_id"], config["pad_token_id"]) == (tokenizer.eos_id, tokenizer.pad_id)
+    assert again.tokenizer.pieces == tokenizer.pieces
+    assert again.tokenizer.eos_id == tokenizer.eos_id
     assert again.with_heads(["x"]).tokenizer is again.tokenizer
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eos_id
+    assert config["pad_token_id"] == tokenizer.pad_id
     save_hf(small(), str(tmp_path / "bare"))
     assert load_hf(str(tmp_path / "bare")).tokenizer is None
+    # 23 rows of embedding, some hundred ids.
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "bare" / name).write_bytes((tmp_path / name).read_bytes())
     with pytest.raises(InputError, match="its tokenizer has ids up to"):
-        load_hf(str(tmp_path / "bare"))               # 23 rows of embedding, 416 ids
-    wide = small(vocab_size=tokenizer.n_vocab + 5)    # ids without a piece: the boundary masks must cover them all the same
+        load_hf(str(tmp_path / "bare"))
+
+
+def test_a_model_with_more_rows_than_ids(tokenizer, tmp_path):
+    """Ids without a piece end in an index error: the boundary masks must cover them too."""
+    n = tokenizer.n_vocab
+    wide = small(vocab_size=n + 5)
     wide.tokenizer = tokenizer
-    save_hf(wide, str(tmp_path / "wide"))
-    again = load_hf(str(tmp_path / "wide")).tokenizer
-    assert again.n_vocab + 1 == len(again.boundary_masks("newline")[0]) == tokenizer.n_vocab + 6
-    assert again.decode([tokenizer.n_vocab + 4]) == ""
+    save_hf(wide, str(tmp_path))
+    again = load_hf(str(tmp_path)).tokenizer
+    assert again.n_vocab == n + 5
+    assert len(again.boundary_masks("newline")[0]) == n + 6
+    assert again.decode([n + 4]) == ""
 
 
 def test_stories260k_tells_its_story(stories):
-    """A real checkpoint, its own documented text: any mistake in rope, GQA, norms, tying, BOS or the tokenizer."""
+    """A real checkpoint, its own documented text: any mistake in rope, GQA, norms, tying, BOS or
+    the tokenizer."""
     model = load_hf(stories)
     cache, ids = model.new_cache(1, 64), [1]
     for _ in range(50):
-        ids.append(int(model.logits(model(torch.tensor([ids[-1:]]), cache)).argmax()))
+        h = model(torch.tensor([ids[-1:]]), cache)
+        ids.append(int(model.logits(h).argmax()))
     text = model.tokenizer.decode(ids).lstrip()
-    assert text.startswith("Once upon a time, there was a little girl named Lily. She loved to play outside in the park.")
-    assert sum(p.numel() for p in model.parameters()) == 260_032 + 512 * 64          # the head is a copy now
+    assert text.startswith("Once upon a time, there was a little girl named Lily. She loved to "
+                           "play outside in the park.")
+    # The head is a copy now.
+    assert sum(p.numel() for p in model.parameters()) == 260_032 + 512 * 64
     assert model.tokenizer.n_vocab == 512

@@ -21,7 +21,7 @@ import decode
 import evaluate
 import train
 from conftest import NAMES, TINY
-from data import InputError, read_json, run_command, split_of, write_json
+from data import InputError, Objective, read_json, run_command, split_of, write_json
 from interop.answers import final_answer, same_answer
 from mah_dpo import Pair
 from model import load_hf, load_safetensors, save_hf
@@ -82,7 +82,7 @@ def test_run_writes_what_is_promised(whole):
     """Prevents: a result that the documentation promises and no file holds."""
     config = read_json(os.path.join(whole, "config.json"))
     assert [o["name"] for o in config["objectives"]] == NAMES and config["seed"] == 0
-    assert set(config["objectives"][0]) == {"name", "domain", "case", "boundary"}
+    assert set(config["objectives"][0]) == {f.name for f in fields(Objective)}
     assert (config["temperature"], config["dpo_steps"]) == (0.7, 2)
     trained = ["base", "sft", "prm", *POLICIES[2:5], *[f"dpo_{name}" for name in NAMES]]
     for name in trained:
@@ -138,20 +138,25 @@ def test_one_objective_run(checkpoint, tmp_path):
     assert load_hf(f"{out}/modpo").config.objectives == ("policy",)
 
 
-def test_bf16_starts_at_ln2(whole, tmp_path):
+def test_bf16_starts_at_ln2(tmp_path, monkeypatch):
     """Prevents: a reference in another precision than the policy's, whose rounding looks like a
     margin before training; a loss that is itself rounded to bfloat16."""
-    out = str(tmp_path / "run")
+    out, stages = str(tmp_path / "run"), train.stages
+    monkeypatch.setattr(train, "stages", lambda run: [
+        stage for stage in stages(run) if stage.files[-1] in ("base", "sft", "pairs.jsonl", "mah_dpo")])
     train.main(["--objective", "helpfulness,honesty", "--out", out, *TINY, "--dtype", "bf16",
                 "--perturbation", "0"])
-    first = [row for row in rows_of(f"{out}/log.jsonl")
-             if row["stage"] == "mah_dpo" and row["step"] == 0]
-    assert len(first) == 2                              # held-out pairs, and those of the batch
-    for row in first:
-        for name in NAMES[:2]:
-            assert row[name]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-            moved = [row[name][side] for side in ("margin", "chosen", "rejected")]
-            assert moved == pytest.approx([0, 0, 0], abs=1e-4)
+    held_out, batch = [row for row in rows_of(f"{out}/log.jsonl")
+                       if row["stage"] == "mah_dpo" and row["step"] == 0]
+    for name in NAMES[:2]:
+        assert held_out[name]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        moved = [held_out[name][side] for side in ("margin", "chosen", "rejected")]
+        assert moved == pytest.approx([0, 0, 0], abs=1e-4)
+        # A batch is padded to another width, and bfloat16 rounds otherwise. The loss is what
+        # its margin says, not rounded itself: ln 2 in bfloat16 is .6914.
+        expected = math.log(2) - batch[name]["margin"] / 2
+        assert batch[name]["loss"] == pytest.approx(expected, abs=1e-5)
+        assert abs(batch[name]["margin"]) < 1e-3
 
 
 # -- going on
@@ -304,7 +309,7 @@ def test_resume_checks_the_saved_configuration(edit, message, capsys, whole, tmp
         assert message in refused(["--resume", str(tmp_path)], capsys)
     else:
         train.main(["--resume", str(tmp_path)])
-        assert capsys.readouterr().out == "goes on\n"
+        assert capsys.readouterr().out.endswith("goes on\n")
 
 
 def test_resume_takes_no_options(capsys, whole):
@@ -357,7 +362,7 @@ def test_seeds_are_trained_apart_and_reported_together(together):
 
 
 @pytest.mark.parametrize("option, copied", [
-    ("--k 3", 11), ("--gamma 0.5", 9), ("--perturbation 0.5", 7), ("--beta 0.3", 3)])
+    ("--k 3", 11), ("--perturbation 0.5", 7)])
 def test_a_run_from_another_equals_one_from_scratch(option, copied, together, tmp_path, capsys):
     """Prevents: files taken over that depend on an option that differs, or those of another seed;
     rows of the log that are lost; a run that breaks when the other one is removed."""
@@ -382,7 +387,7 @@ def test_a_run_from_another_pairs_its_seeds(together, tmp_path, capsys):
     for seed in ("seed=3", "seed=4"):
         assert results_of(f"{out}/{seed}") == results_of(f"{source}/{seed}")
     for argv, message in ((["--seed", "5", "--from", source], "has no training with seed 5"),
-                          (["--from", str(tmp_path / "none")], "none: no such directory")):
+                          (["--from", str(tmp_path / "none")], "none/config.json: no such file")):
         assert message in refused([*common, *argv, "--out", str(tmp_path / "new")], capsys)
     assert os.listdir(tmp_path) == ["run"]
 
@@ -437,7 +442,7 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
              for r in read_json(f"{out}/results.json")}
     expected = set()
     for name in NAMES[:2]:
-        held_out = len(train.choose(pairs, name, "dev"))
+        held_out = len(train.choose(pairs, [name], "dev"))
         expected |= {(policy, f"pairs:{name}", held_out) for policy in POLICIES}
         assert load_prm(f"{out}/prm_{name}").names == [name]
     assert found == expected and not os.path.exists(f"{out}/prm")
@@ -603,8 +608,8 @@ def test_help_tells_every_option(module, capsys):
     ("--dtype fp8", "choose fp32 or bf16"), ("--split all", "choose test or dev"),
     ("--alpha honesty=1", "no 'honesty' here"), ("--data .", "--data needs --init"),
     ("--dpo-lr-factor dpo=1", "no 'dpo' here"), ("--n-test 9999999", "ask for less"),
-    ("--init nowhere", "nowhere: no such directory"),
-    ("--from nowhere", "nowhere: no such directory"),
+    ("--init nowhere", "nowhere/config.json: no such file"),
+    ("--from nowhere", "nowhere/config.json: no such file"),
     ("--device abacus", "--device abacus: not available"),
     ("--device meta", "--device meta: not available")])
 def test_bad_options_are_refused(argv, message, capsys, tmp_path, monkeypatch):
