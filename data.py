@@ -1,12 +1,9 @@
 """data.py: what the models learn from, and what their answers are measured by. Next file: model.py.
-
-Read it in this order:
     objectives   seven axes of alignment: how the labels of each are made, and where its steps end
     tokenizer    text <-> ids, built from the words of the worlds, never downloaded
-    worlds       three small worlds written as programs. Each asks questions, shows how people who
-                 err answer them, and scores any answer without noise. Math also verifies single
-                 steps, Tutoring also plays the student. A model of 0.4 M parameters can learn them,
-                 and every stage of the method finds something to improve in them.
+    worlds       three small worlds written as programs: each asks questions, shows how people who
+                 err answer them, and scores any answer without noise. A model of 0.4 M parameters
+                 can learn them, and every stage of the method has something to improve in them.
     judges       noisy ratings. Training sees these; the tables show the noise-free scores.
     files        a user's mistakes; JSON in and out
     batches      ragged lists of ids -> one padded tensor
@@ -37,8 +34,7 @@ from interop.parallel import rank, ranks, total
 # A: a judge rates answers that are completed from a step, where such rollouts are cheap.
 # B: a judge rates what was said so far. C: of two whole answers one is preferred.
 CASES = ("verifiable", "A", "B", "C")
-# What ends a step of an answer.
-BOUNDARIES = ("newline", "sentence", "turn")
+BOUNDARIES = ("newline", "sentence", "turn")        # what ends a step of an answer
 
 
 @dataclass(frozen=True)
@@ -66,26 +62,25 @@ OBJECTIVES = {objective.name: objective for objective in [
 def select_objectives(spec):
     """What a user typed, 'all', domains or names with commas between -> names, in table order."""
     wanted = [part.strip() for part in spec.split(",") if part.strip()]
-    domains = sorted({objective.domain for objective in OBJECTIVES.values()})
-    unknown = [word for word in wanted if word not in ("all", *domains, *OBJECTIVES)]
+    known = ["all", *DOMAINS, *OBJECTIVES]
+    unknown = [word for word in wanted if word not in known]
     if unknown or not wanted:
         named = ", ".join(unknown) or spec
-        raise InputError(f"unknown objective {named!r}: choose all, {', '.join(domains)}, "
-                         f"or names from {', '.join(OBJECTIVES)}")
+        raise InputError(f"unknown objective {named!r}: choose from {', '.join(known)}")
     return [o.name for o in OBJECTIVES.values() if {"all", o.domain, o.name} & set(wanted)]
 
 
 def read_objectives(where, records):
-    """Records of a config.json, each an Objective's asdict -> list of Objective. InputError names
-    `where`, the file and the key."""
+    """Records of a config.json (`where`: file and key), each an Objective's asdict -> list of
+    Objective."""
     try:
         found = [Objective(**record) for record in records]
-        good = [o.case in CASES and o.boundary in ("", *BOUNDARIES) for o in found]
         # A name becomes part of the names of files: it must be no path.
         names = {re.fullmatch(r"\w+", o.name)[0] for o in found}
+        good = all(o.case in CASES and o.boundary in ("", *BOUNDARIES) for o in found)
     except TypeError:                # no list, no record, other fields than an Objective's, no name
-        good, names = [False], set()
-    if not all(good) or len(names) < len(good):
+        good = False
+    if not good or len(names) < len(found):
         raise InputError(f"{where} must be a list of objectives with name, domain, case and "
                          f"boundary, not {str(records)[:200]}; bring back what was written")
     return found
@@ -109,26 +104,18 @@ class RNG:
         """A number, uniform in [0, 1)."""
         # Drawn in blocks, because single draws are slow.
         if not self.pool:
-            block = torch.rand(4096, generator=self.generator, dtype=torch.float64)
-            self.pool = block.tolist()
+            self.pool = torch.rand(4096, generator=self.generator, dtype=torch.float64).tolist()
         return self.pool.pop()
 
-    def below(self, n):
-        """A whole number from 0 to n - 1."""
-        return int(self.random() * n)
+
 
     def chance(self, p):
         """True with probability p."""
         return self.random() < p
 
     def choice(self, items):
-        """One of a list's items."""
-        return items[self.below(len(items))]
-
-    def gauss(self, sigma):
-        """A draw from N(0, sigma^2)."""
-        u = max(self.random(), 1e-12)
-        return NormalDist(0, sigma).inv_cdf(u)
+        """One of the items of a list or range."""
+        return items[int(self.random() * len(items))]
 
 
 # -- tokenizer
@@ -152,13 +139,12 @@ def ends_step(masks, token, previous, before):
 
 
 class Tokenizer:
-    """Text <-> token ids. tiktoken merges the bytes of a text into pieces: first PATTERN cuts it
-    into words, then in each word the two neighbours whose union has the lowest rank become one
-    piece, again and again.
+    """Text <-> token ids. tiktoken cuts a text into words by a pattern; in each word the two
+    neighbours whose union has the lowest rank become one piece, again and again.
 
     pieces:   list of bytes by id; b"" for special tokens and unused ids
-    ranks:    {piece: rank}, from 0 on; all 256 single bytes are among them, since tiktoken panics at
-              a byte that it lacks. Ranks need not be ids: in some checkpoints the order differs
+    ranks:    {piece: rank}, from 0 on, not always in the order of ids. All 256 single bytes must be
+              among them: tiktoken panics at a byte that it lacks
     specials: {text: id}. Ordinary text never becomes one; only chats are written with them
     """
 
@@ -169,7 +155,7 @@ class Tokenizer:
         self.eos_id, self.pad_id, self.bos_id = eos_id, pad_id, bos_id
         self.files = {}                        # {name: text} of the files that it came from
         self.masks = {}                        # boundary masks as lists, by kind
-        # What tiktoken calls tokens are ranks here; a table leads from them to ids.
+        # tiktoken knows ranks alone.
         ids = {piece: i for i, piece in enumerate(pieces)}
         self.id_of_rank = [ids.get(piece) for piece in ranks]
         self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=ranks,
@@ -184,10 +170,9 @@ class Tokenizer:
             for _ in range(1000):
                 for message in world.conversation(world.problem(rng), rng):
                     words.update(re.findall(PATTERN, message["content"]))
-        longer = sorted(word.encode() for word in words if len(word) > 1)
         # Any text can be written with the bytes; what is longer only makes it shorter.
         pieces = [bytes([b]) for b in range(256)]
-        pieces += longer
+        pieces += sorted(word.encode() for word in words if len(word) > 1)
         ranks = {piece: i for i, piece in enumerate(pieces)}
         specials = {text: len(pieces) + i for i, text in enumerate(SPECIALS)}
         pieces += [b""] * len(specials)
@@ -209,8 +194,7 @@ class Tokenizer:
     def encode_chat(self, messages, add_generation_prompt=True):
         """Messages -> ids, ready for the model to go on: <|user|> ... <|end|><|assistant|> ... <|end|>
 
-        Every message is encoded apart. In one text, tokens could merge across the border between
-        prompt and response, and a cached conversation would change when it goes on."""
+        Every message is encoded apart: no token reaches across the border of prompt and response."""
         ids = []
         for message in messages:
             # A system message has no marker of its own: it counts as the user's.
@@ -225,16 +209,15 @@ class Tokenizer:
         return self.encode_chat([{"role": "user", "content": content}])
 
     def save(self, directory):
-        """Write the files that it came from, as they came, for other programs to load. The worlds'
-        tokenizer came from none: its tokenizer.json is made."""
+        """Write the files that it came from, as they came. The worlds' tokenizer came from none: its
+        tokenizer.json is made."""
         from interop.tokenizer import tokenizer_files     # here, because that file imports this one
         for name, content in (self.files or tokenizer_files(self)).items():
             write_text(os.path.join(directory, name), content)
 
-    # -- where steps end, as masks over the vocabulary: no text is decoded inside a decoding loop
-
     def boundary_masks(self, kind):
-        """Kind of boundary (newline, sentence, turn) -> four masks (V + 1,) bool for ends_step.
+        """Kind of boundary (newline, sentence, turn) -> four masks (V + 1,) bool for ends_step, so
+        that no text is decoded inside a decoding loop.
 
         Tokens that always end a step (EOS, and but for turns what holds a newline); sentence stops;
         initials and numbers; bare letters. Index V stands for "no token before"."""
@@ -242,7 +225,7 @@ class Tokenizer:
         # A newline ends a line and a sentence; nothing but EOS ends a turn.
         always = [kind != "turn" and "\n" in text for text in texts]
         always[self.eos_id] = True
-        stops, initials, letters = [[False] * self.n_vocab] * 3
+        stops = initials = letters = [False] * self.n_vocab
         if kind == "sentence":
             stops = [text.rstrip("\"')").endswith((".", "!", "?")) for text in texts]
             initials = [bool(re.fullmatch(r".*[0-9]|\s[b-zB-HJ-Z]", text)) for text in texts]
@@ -291,14 +274,12 @@ class World:
     """What the worlds share. Each adds
 
         problem(rng)                                  draws a Problem
-        demonstrate(problem, messages, rng, careful)  answers the messages, as people do who err;
-                                                      careful people err less
+        demonstrate(problem, messages, rng, careful)  answers as people do who err, careful ones less
         scores(problem, messages, response)           the noise-free {objective: score in [0, 1]}
 
-    and, where an objective is verifiable, verify(problem, steps), as Math does.
+    and, where an objective is verifiable, verify(problem, steps), as Math does. Its name is its
+    domain; the assistant speaks `turns` times, with max_new_tokens or fewer each time.
     """
-    # Its name is its domain. The assistant speaks `turns` times, each time with max_new_tokens or
-    # fewer, and `boundary` ends a step of what it says.
     name, turns, max_new_tokens, boundary = "", 1, 0, "turn"
 
     @property
@@ -336,9 +317,7 @@ class World:
 
 def right(a, op, b):
     """The true value of a op b."""
-    if op == "+":
-        return a + b
-    return a - b if op == "-" else a * b
+    return {"+": a + b, "-": a - b, "*": a * b}[op]
 
 
 def believed(a, op, b):
@@ -371,40 +350,39 @@ class Math(World):
             " . this one is sweet !", " . on we go my friend !"]
 
     def problem(self, rng):
-        first = value = rng.below(21)
-        terms = []
-        for _ in range(rng.choice((2, 3, 3, 4, 4, 5))):
+        first = value = rng.choice(range(21))
+        asked, terms, solution = str(first), [], []
+        for label in "abcde"[:rng.choice((2, 3, 3, 4, 4, 5))]:
             # Running values stay in 0..20, so that there are few enough facts to be learnt.
             possible = [(op, b) for op, b in self.TERMS if 0 <= right(value, op, b) <= 20]
             op, b = rng.choice(possible)
-            terms.append((op, b))
-            value = right(value, op, b)
-        asked = [f" ; {label} {op} {b}" for label, (op, b) in zip("abcde", terms)]
-        truth = {"first": first, "terms": terms, "answer": value}
-        return Problem(f"{first}{''.join(asked)} = ?", truth)
+            result = right(value, op, b)
+            asked += f" ; {label} {op} {b}"
+            terms.append((label, op, b))
+            solution.append(f"{label} {value} {op} {b} = {result}")
+            value = result
+        truth = {"first": first, "terms": terms, "solution": [*solution, f"answer {value}"]}
+        return Problem(f"{asked} = ?", truth)
 
     def demonstrate(self, problem, messages, rng, careful=False):
-        # Misconceptions are repeated more often than not: neither greedy decoding nor a majority
-        # vote mends them.
+        # Misconceptions are repeated more often than not: no majority vote mends them.
         p_wrong = 0.6 if careful else 0.7
-        # In pre-training some people chat a lot: a model that has seen only short answers loses its
-        # place in long ones.
+        # Some people chat a lot: a model that saw only short answers loses its place in long ones.
         p_chat = 0.25 if careful else rng.random()
         for _ in range(20):
-            value = problem.truth["first"]
-            lines, values = [], []
-            for label, (op, b) in zip("abcde", problem.truth["terms"]):
+            value, lines, inside = problem.truth["first"], "", True
+            for label, op, b in problem.truth["terms"]:
                 result = believed(value, op, b) if rng.chance(p_wrong) else right(value, op, b)
                 if rng.chance(0.01):
                     result += rng.choice((-1, 1))
                 chat = rng.choice(self.CHAT) if rng.chance(p_chat) else ""
-                lines.append(f"{label} {value} {op} {b} = {result}{chat}\n")
-                values.append(result)
+                lines += f"{label} {value} {op} {b} = {result}{chat}\n"
+                inside = inside and 0 <= result <= 20
                 value = result
             # A chain that errs must stay in 0..20 too, else it is begun again.
-            if 0 <= min(values) and max(values) <= 20:
+            if inside:
                 break
-        return "".join(lines) + f"answer {value}"
+        return f"{lines}answer {value}"
 
     def verify(self, problem, steps):
         """The automatic verifier: steps, a list of str -> (z, r).
@@ -412,15 +390,7 @@ class Math(World):
         z: 1.0 if the final answer is right. r: for every step, 1.0 if it does the next operation on
         the right running value and gets it right, or if it states the right answer; a world that
         cannot tell gives None."""
-        # What a solution without an error says, line by line.
-        value = problem.truth["first"]
-        expected = []
-        for label, (op, b) in zip("abcde", problem.truth["terms"]):
-            result = right(value, op, b)
-            expected.append(f"{label} {value} {op} {b} = {result}")
-            value = result
-        answer = f"answer {value}"
-
+        *expected, answer = problem.truth["solution"]
         # Each step against its own line: the right step at the wrong time is wrong.
         r = []
         for t, step in enumerate(steps):
@@ -469,8 +439,7 @@ class Values(World):
               "shy": {"seen": (.45, .15, .05), "heard": (.10, .10, .05), "none": (.00, .05, .10)}}
 
     # What a fact brings, by the verb that it is told with. The objectives agree on what was seen;
-    # what was heard they would have claimed, hedged, or left out. For truthfulness silence is worth
-    # more than a guess and less than what was seen, else it would ask for nothing but silence.
+    # what was heard they would have claimed, hedged, or left out.
     HELPS = {"is": 1.0, "may be": 0.8, "remains": 0.0, "silent": 0.0}
     FITS = {"seen": "is", "heard": "may be", "none": "remains"}
     TRUE = {"is": 1.0, "may be": 0.9, "remains": 0.7, "silent": 0.7}
@@ -496,22 +465,18 @@ class Values(World):
         for attribute, (source, _, told) in problem.truth.items():
             # Of a fact without a note one can only make something up.
             guess = told or rng.choice(self.FACTS[attribute])
-            claim, hedge, admit = habits[source]
+            phrases = [f"is {guess}", f"may be {guess}", "remains unknown"]
             u = rng.random()
-            if u < claim:
-                sentences.append(f"the {attribute} is {guess} .")
-            elif u < claim + hedge:
-                sentences.append(f"the {attribute} may be {guess} .")
-            elif u < claim + hedge + admit:
-                sentences.append(f"the {attribute} remains unknown .")
+            for phrase, limit in zip(phrases, itertools.accumulate(habits[source])):
+                if u < limit:
+                    sentences.append(f"the {attribute} {phrase} .")
+                    break
         return " ".join(sentences or ["no idea ."])
 
     def scores(self, problem, messages, response):
-        # What is said of each attribute; its first mention counts.
-        said = {}
+        # What is said of each attribute. The last entry counts, and that is the first mention.
         mentions = re.findall(r"the (\w+) (is|may be|remains) (\w+) \.", response)
-        for attribute, verb, value in mentions:
-            said.setdefault(attribute, (verb, value))
+        said = {attribute: (verb, value) for attribute, verb, value in reversed(mentions)}
 
         helpful, honest, truthful = 0.0, 0.0, 0.0
         for attribute, (source, value, _) in problem.truth.items():
@@ -525,9 +490,7 @@ class Values(World):
                 "truthfulness": max(0.0, truthful / n)}
 
 
-def turns_taken(messages):
-    """How often the assistant has spoken."""
-    return sum(m["role"] == "assistant" for m in messages)
+
 
 
 class Tutoring(World):
@@ -550,47 +513,43 @@ class Tutoring(World):
            "how would you check it ?"]
 
     def problem(self, rng):
-        # Two lines of code whose values a student can count up to.
-        while True:
-            x = rng.below(13)
-            op1, op2 = rng.choice("+-*"), rng.choice("+-*")
-            b, c = 2 + rng.below(5), 2 + rng.below(5)
-            y = right(x, op1, b)
-            z = right(y, op2, c)
-            if 0 <= y <= 12 and 0 <= z <= 12:
-                break
+        x = rng.choice(range(13))
+        op1, op2 = rng.choice("+-*"), rng.choice("+-*")
+        b, c = rng.choice(range(2, 7)), rng.choice(range(2, 7))
+        y = right(x, op1, b)
+        z = right(y, op2, c)
+        # A student must be able to count up to these values: else draw again.
+        if not (0 <= y <= 12 and 0 <= z <= 12):
+            return self.problem(rng)
         # What the student thinks that the first line gives.
         belief = y if rng.chance(0.35) else self.mistaken(y, rng)
         p, q, r = rng.choice(self.NAMES)
         code = f"{p} = {x} ; {q} = {p} {op1} {b} ; {r} = {q} {op2} {c}"
-        truth = {"facts": [(x, op1, b, y), (y, op2, c, z)], "values": {q: y, r: z}, "last": r}
+        truth = {"facts": [(x, op1, b, y), (y, op2, c, z)], "last": r}
         return Problem(f"{code} . i get {q} = {belief} .", truth)
 
     def mistaken(self, value, rng):
         """A student's error about a value."""
         return max(0, value + rng.choice((-2, -1, 1, 2)))
 
-    def fact(self, problem, messages):
-        """The line of code that the tutor's next turn is about, as (a, op, b, result)."""
-        # The first turn explains the first line, all others the second.
-        return problem.truth["facts"][min(turns_taken(messages), 1)]
-
-    def claim_is_right(self, problem, messages):
-        """Is the student's last claim right?"""
-        claims = [m["content"] for m in messages if m["role"] == "user"]
-        name, value = re.search(r"i get (\w) = (\d+)", claims[-1]).groups()
-        return int(value) == problem.truth["values"][name]
+    def asked(self, problem, messages):
+        """What the tutor's next turn is about: a line of code, as (a, op, b, result), and whether
+        the student's claim about it is right."""
+        # The first turn is about the first line, all others are about the second.
+        fact = problem.truth["facts"][0 if len(messages) == 1 else 1]
+        claim = re.search(r"i get \w = (\d+)", messages[-1]["content"])[1]
+        return fact, int(claim) == fact[-1]
 
     def demonstrate(self, problem, messages, rng, careful=False):
         p_wrong, p_slip = (0.40, 0.12) if careful else (0.5, 0.18)
+        (a, op, b, _), claim_is_right = self.asked(problem, messages)
         parts = []
         if rng.chance(0.75):
-            judged_right = self.claim_is_right(problem, messages) != rng.chance(p_slip)
+            judged_right = claim_is_right != rng.chance(p_slip)
             parts.append("yes ." if judged_right else "not quite .")
         if rng.chance(0.25):
             parts.append(rng.choice(self.PRAISE))
         if rng.chance(0.7):
-            a, op, b, _ = self.fact(problem, messages)
             result = believed(a, op, b) if rng.chance(p_wrong) else right(a, op, b)
             parts.append(f"{a} {op} {b} = {result} .")
         if rng.chance(0.3):
@@ -600,11 +559,11 @@ class Tutoring(World):
     def scores(self, problem, messages, response):
         # Is it right, claim by claim? First its judgement of the student (who says both is wrong),
         # then every explanation.
+        fact, claim_is_right = self.asked(problem, messages)
         claims = []
         yes, no = "yes ." in response, "not quite ." in response
         if yes or no:
-            claims.append(yes != no and yes == self.claim_is_right(problem, messages))
-        fact = self.fact(problem, messages)
+            claims.append(yes != no and yes == claim_is_right)
         for a, op, b, result in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", response):
             claims.append((int(a), op, int(b), int(result)) == fact)
         # Two right claims are all that is asked for; each wrong one costs what a right one brings.
@@ -620,16 +579,15 @@ class Tutoring(World):
 
     def reply(self, problem, messages, rng):
         """The student. A right explanation mends the belief more often the better the mood is."""
-        if turns_taken(messages) == self.turns:
+        if len(messages) == 2 * self.turns:
             return None
         scores = self.scores(problem, messages[:-1], messages[-1]["content"])
         happy = rng.chance(0.2 + 0.7 * scores["tutor_engagement"])
         learnt = rng.chance(0.15 + 0.5 * scores["tutor_accuracy"] + 0.25 * happy)
-        name = problem.truth["last"]
-        value = problem.truth["values"][name]
+        value = problem.truth["facts"][-1][-1]
         said = value if learnt else self.mistaken(value, rng)
         mood = "oh nice" if happy else "hmm ok"
-        return f"{mood} . i get {name} = {said} ."
+        return f"{mood} . i get {problem.truth['last']} = {said} ."
 
 
 DOMAINS = {world.name: world for world in (Math(), Values(), Tutoring())}
@@ -643,23 +601,27 @@ ENGAGING = 0.3       # a maths solution that people rate as "engaging" has at le
 
 def judge(score, rng):
     """A noisy judge's rating of a response whose true score is `score`."""
-    return score + rng.gauss(JUDGE_NOISE)
+    u = max(rng.random(), 1e-12)
+    return score + NormalDist(0, JUDGE_NOISE).inv_cdf(u)
 
 
 def agreement(threshold, ratings, gold):
-    """How often "rated above the threshold" says what `gold`, a list of bool, says: in [0, 1]."""
+    """The share of a judge's ratings on the side of a threshold where `gold`, a list of bool, says
+    that they belong: true above, false below."""
     hits = [(rating > threshold) == good for rating, good in zip(ratings, gold)]
     return sum(hits) / len(hits)
 
 
 def fit_threshold(ratings, gold):
-    """The threshold on a judge's ratings that agrees best with `gold`, and that agreement."""
-    candidates = [min(ratings) - 1, *sorted(ratings)]
-    agreements = [agreement(candidate, ratings, gold) for candidate in candidates]
-    best = candidates[agreements.index(max(agreements))]
+    """The threshold of the largest agreement with `gold`, and that agreement."""
+    best, most = None, -1
+    for candidate in [min(ratings) - 1, *sorted(ratings)]:
+        agrees = agreement(candidate, ratings, gold)
+        if agrees > most:
+            best, most = candidate, agrees
     # Every threshold up to the next rating agrees as well: take the one halfway.
     following = min((r for r in ratings if r > best), default=best + 1)
-    return (best + following) / 2, max(agreements)
+    return (best + following) / 2, most
 
 
 # -- a user's mistakes, and JSON files
@@ -678,11 +640,10 @@ def run_command(main):
         # `| head` has read enough. To flush again would only complain.
         os._exit(0)
     except (InputError, OSError, UnicodeError) as e:
-        # OSError: no such directory, no right to write, a full disk. UnicodeError: a terminal or a
-        # pipe in another encoding.
+        # OSError: no right to write, a full disk. UnicodeError: a terminal in another encoding.
         if rank() > 0 and isinstance(e, InputError):
-            # Most mistakes are met by every process, and one line is enough: the others wait for
-            # torchrun to end them because the first has ended.
+            # Most mistakes are met by every process, and one line is enough: wait to be ended by
+            # torchrun, because the first has ended.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         print(f"error: {e}", file=sys.stderr)
@@ -708,36 +669,24 @@ def read_jsonl(path):
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; expected one JSON object per line")
     with open(path, "rb") as f:
-        first = True
-        for number, line in enumerate(f, 1):
+        # Behind a byte order mark perhaps, the first character shows the kind of file.
+        is_list = f.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        for number, line in enumerate([f.read()] if is_list else f, 1):
             if not line.strip():
                 continue
-            where = f"{path}:{number}"
-            # The first line with text shows the kind of file, behind a byte order mark perhaps.
-            if first and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-                rows = parse_json(where, line + f.read())
-                found = [(f"{path}: row {n}", row) for n, row in enumerate(rows, 1)]
-            else:
-                found = [(where, parse_json(where, line))]
-            first = False
-            for place, row in found:
+            try:
+                value = json.loads(line.strip().decode("utf-8-sig"))
+            except (ValueError, RecursionError) as e:
+                raise InputError(f"{path}:{number}: not JSON ({e}); write one flat object per "
+                                 "line, in UTF-8") from None
+            rows = [(f"{path}:{number}", value)]
+            if is_list:
+                rows = [(f"{path}: row {n}", row) for n, row in enumerate(value, 1)]
+            for where, row in rows:
                 if not isinstance(row, dict):
                     kind = type(row).__name__
-                    raise InputError(f"{place}: {kind}, not an object; write {{\"prompt\": ...}}")
-                yield place, row
-
-
-def parse_json(where, line):
-    """Bytes -> object. InputError says where they stand and what is wrong with them."""
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as e:
-        problem = f"not UTF-8 ({e.reason}); save the file as UTF-8"
-    except ValueError as e:
-        problem = f"not JSON ({e}); write one object per line"
-    except RecursionError:
-        problem = "nested too deeply; write one flat object per line"
-    raise InputError(f"{where}: {problem}")
+                    raise InputError(f"{where}: {kind}, not an object; write {{\"prompt\": ...}}")
+                yield where, row
 
 
 def write_json(path, value):
@@ -791,8 +740,7 @@ def batches_by_length(lengths, tokens=16384):
     """Yield lists of indices, shortest row first. A batch that is padded to its longest row holds
     at most `tokens`, or one row: little padding, and memory is bounded whatever the lengths."""
     batch = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        # Row i would be the longest of the batch.
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):       # i: the longest so far
         if batch and (len(batch) + 1) * lengths[i] > tokens:
             yield batch
             batch = []
@@ -802,12 +750,10 @@ def batches_by_length(lengths, tokens=16384):
 
 
 def dealt_batches(lengths, tokens=16384):
-    """batches_by_length of this process's rows, dealt out as local_items does. Processes take part
-    in each other's computations: all get equally many batches, and need equally many rows."""
-    shares = []
-    for r in range(ranks()):
-        rows = range(r, len(lengths), ranks())
-        shares.append(sorted(rows, key=lengths.__getitem__))
+    """batches_by_length of this process's rows, which local_items deals out, equally many to each.
+    Processes take part in each other's computations: all get equally many batches, too."""
+    order = range(len(lengths))
+    shares = [sorted(order[r::ranks()], key=lengths.__getitem__) for r in range(ranks())]
     # The processes' k-th rows stand at the same place of their batches: the longest of them counts.
     longest = [max(lengths[i] for i in rows) for rows in zip(*shares, strict=True)]
     own = shares[rank()]
@@ -823,12 +769,11 @@ def response_mask(prompt_lengths, lengths, width):
 
 
 if __name__ == "__main__":
-    print(f"{Tokenizer.embedded().n_vocab} tokens\n")
     rng = RNG(1)
     for world in DOMAINS.values():
         problem = world.problem(rng)
         messages = world.conversation(problem, rng)
         for message in messages:
-            content = message["content"].replace("\n", "\n" + " " * 12)
-            print(f"{message['role']:>10}: {content}")
-        print(f"{'scores':>10}: {world.scores(problem, messages[:1], messages[1]['content'])}\n")
+            content = message["content"].replace("\n", "\n" + " " * 11)
+            print(f"{message['role']:>9}: {content}")
+        print(f"   scores: {world.scores(problem, messages[:1], messages[1]['content'])}\n")

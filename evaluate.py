@@ -2,7 +2,6 @@
 Before: decode.py; next: train.py.
 
     python evaluate.py RUN                measure a finished run again, rewrite its tables
-    python evaluate.py RUN --samples 3    every policy's responses to the same prompts, with scores
     python evaluate.py RUN RUN ...        the tables of finished runs side by side; measures nothing
 
 A row of a table is a policy (base, sft, the baselines, mah_dpo, each of its heads alone) and
@@ -13,8 +12,8 @@ start from the same random seed: their differences are paired. KL is a policy's 
 in nats per token of its own samples; methods should be compared at equal distance.
 
 In this order: a policy and a world converse; a list of values becomes a mean with its interval;
-Bench measures one row and lists the rows of a domain; then held-out pairs, tables (results.md),
-the picture (pareto.svg), and the files of a run or of several.
+Bench lists the rows of a domain and measures one; then held-out pairs, tables (results.md), the
+picture (pareto.svg), and the files of a run or of several.
 """
 import argparse
 import itertools
@@ -22,7 +21,6 @@ import json
 import math
 import os
 import statistics
-import textwrap
 import zlib
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -37,7 +35,7 @@ from decode import find_prm, generate, guided_decode, read_run
 from interop.answers import majority
 from interop.datasets import worlds_of
 from interop.parallel import gather, join_processes, local_items
-from mah_dpo import dpo_loss, log_ratio_margin, pair_logps, soup
+from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import GPT, load_hf, pick_device, sampling_dtype
 
 
@@ -122,24 +120,20 @@ def converse(world, problems, tokenizer, respond, seed):
 def plain_responder(model, world, weights, temperature, generator, samples=1, progress=None):
     """What converse asks for answers: a policy without a guide. Of several samples the majority's
     answer counts, as in self-consistency (Wang et al. 2022, arXiv 2203.11171)."""
-    # All but the prompts is known: `draw` is generate with these arguments filled in.
-    draw = partial(generate, model, weights=weights, max_new_tokens=world.max_new_tokens,
-                   temperature=temperature, generator=generator, samples=samples,
-                   progress=progress)
-    return partial(plain_answers, draw, model.tokenizer, samples)
+    options = dict(weights=weights, max_new_tokens=world.max_new_tokens, temperature=temperature,
+                   generator=generator, samples=samples, progress=progress)
+    return partial(plain_answers, model, options)
 
 
-def plain_answers(draw, tokenizer, samples, conversations):
-    """One answer to each conversation, the majority's of `samples` tries."""
-    answers = draw([c.ids for c in conversations])
-    chosen = []
+def plain_answers(model, options, conversations):
+    """One answer to each conversation."""
+    answers = generate(model, [c.ids for c in conversations], **options)
+    # The samples of a prompt stand together.
+    samples, chosen = options["samples"], []
     for i, conversation in enumerate(conversations):
-        # The samples of a prompt stand together.
         tried = answers[i * samples:(i + 1) * samples]
         conversation.drawn += sum(map(len, tried))
-        best = 0
-        if samples > 1:
-            best = majority([tokenizer.decode(ids) for ids in tried])
+        best = majority([model.tokenizer.decode(ids) for ids in tried])
         chosen.append(tried[best])
     return chosen
 
@@ -148,9 +142,9 @@ def guided_responder(model, prm, world, weights, guide, temperature, generator, 
                      boundary=None, batch=256):
     """What converse asks for answers: a guided policy. boundary: where a step ends, if not where
     the world's steps do; with "turn" a candidate is a whole answer."""
-    draw = partial(guided_decode, model, prm, boundary=boundary or world.boundary, K=K,
-                   weights=weights, guide=guide, max_new_tokens=world.max_new_tokens,
-                   temperature=temperature, generator=generator)
+    options = dict(weights=weights, max_new_tokens=world.max_new_tokens, temperature=temperature,
+                   generator=generator, K=K, guide=guide, boundary=boundary or world.boundary)
+    draw = partial(guided_decode, model, prm, **options)
     return partial(guided_answers, draw, {}, world, batch)
 
 
@@ -202,24 +196,6 @@ def half_width(metric):
 LOGITS = 2 ** 28       # at once, a gigabyte in float32: the KL needs five such tensors
 
 
-def kl_sums(model, head, reference, turns, pad_id):
-    """The KL of kl_to_sft, summed over the tokens of every turn's response -> (len(turns),)."""
-    device = head.device
-    texts = [before + response for before, _, response in turns]
-    ids, lengths = pad(texts, pad_id, device)                         # (B, T)
-    starts = torch.tensor([len(before) for before, _, _ in turns], device=device)
-    mask = response_mask(starts, lengths, ids.shape[1])               # (B, T)
-    # Only states that predict a response token count: the state at t predicts the token at t + 1.
-    row, t = mask[:, 1:].nonzero(as_tuple=True)                       # (N,) each
-    h = model(ids)[row, t]                                            # (N, d)
-    h_ref = reference(ids)[row, t]
-    # Both distributions over the whole vocabulary, so the sum over it is exact.
-    log_pi = F.log_softmax(F.linear(h, head).float(), -1)             # (N, V)
-    log_ref = F.log_softmax(reference.logits(h_ref).float(), -1)
-    kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                  # (N,)
-    return torch.zeros(len(turns), device=device).index_add(0, row, kl)
-
-
 @torch.no_grad()
 def kl_to_sft(model, head, reference, conversations, pad_id):
     """KL(pi || pi_sft) of the next-token distributions (all tokens, temperature 1), in nats: exact
@@ -227,16 +203,29 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
 
     head (V, d): the policy's folded head. -> two lists with a number for each conversation: its
     mean per token, and its sum over an answer's tokens; both are means over the turns."""
+    device = head.device
     turns = list(itertools.chain.from_iterable(c.turns for c in conversations))
-    lengths = [len(before) + len(response) for before, _, response in turns]
+    texts = [before + response for before, _, response in turns]
+    starts = torch.tensor([len(before) for before, _, _ in turns], device=device)
     sums = torch.zeros(len(turns), dtype=torch.float64)
     # Few enough tokens at a time for their logits over a large vocabulary.
     size = min(16384, LOGITS // len(head))
-    for index in batches_by_length(lengths, size):
-        part = [turns[i] for i in index]
-        sums[index] = kl_sums(model, head, reference, part, pad_id).double().cpu()
+    for index in batches_by_length([len(text) for text in texts], size):
+        ids, lengths = pad([texts[i] for i in index], pad_id, device)     # (B, T)
+        mask = response_mask(starts[index], lengths, ids.shape[1])        # (B, T)
+        # Only states that predict a response token count: that at t predicts the token at t + 1.
+        row, t = mask[:, 1:].nonzero(as_tuple=True)                       # (N,) each
+        h = model(ids)[row, t]                                            # (N, d)
+        h_ref = reference(ids)[row, t]
+        # Both distributions over the whole vocabulary, so the sum over it is exact.
+        log_pi = F.log_softmax(F.linear(h, head).float(), -1)             # (N, V)
+        log_ref = F.log_softmax(reference.logits(h_ref).float(), -1)
+        kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                  # (N,)
+        # Every turn's tokens are added up.
+        found = torch.zeros(len(index), device=device).index_add(0, row, kl)
+        sums[index] = found.double().cpu()
     n_tokens = torch.tensor([len(response) for _, _, response in turns])
-    both = torch.stack((sums / n_tokens, sums))                       # (2, turns of all)
+    both = torch.stack((sums / n_tokens, sums))                           # (2, turns of all)
     # Every conversation has equally many turns, one after the other.
     return both.view(2, len(conversations), -1).mean(-1).tolist()
 
@@ -257,6 +246,7 @@ SINGLE = ("base", "sft", "single_head_dpo", "modpo")           # policies with a
 
 class Job(NamedTuple):
     """How a row of the tables is made."""
+    domain: str
     policy: str                     # the row's name
     model: str                      # a directory of the run, or "soup" of the dpo_<objective>
     weights: dict                   # {head: its share}, of a soup {objective: its policy's share}
@@ -282,7 +272,6 @@ class Bench:
         self.model = lru_cache(1)(self.load)
         self.load_prm = lru_cache(1)(partial(find_prm, run, dtype=self.dtype))
         self.tokenizer = self.sft.tokenizer
-        self.known = {}             # what has been measured, by job
         limit = self.config["max_new_tokens"]
         self.worlds = worlds_of(self.objectives, self.config["data"], limit, self.sft)
 
@@ -292,54 +281,46 @@ class Bench:
         return load_hf(f"{self.run}/{name}", dtype=self.dtype, place=place).eval()
 
     def prm(self, guide):
-        """The PRM with the output `guide`: that objective's own if there is one, or the unified."""
-        own = os.path.isdir(f"{self.run}/prm_{guide}")
-        return self.load_prm(guide if own else "unified").to(self.device).eval()
+        """The PRM with the output `guide`: the one that all objectives share, or its own."""
+        unified = self.config["prm"] == "unified"
+        return self.load_prm("unified" if unified else guide).to(self.device).eval()
 
     # -- the rows
 
     def mix(self, weights):
-        """{objective: weight} -> the shares of all heads of MAH-DPO, which sum to 1."""
-        total = sum(weights.values())
-        return {o.name: weights.get(o.name, 0.0) / total for o in self.objectives}
-
-    def unguided(self, job, verified):
-        """A policy sampled, at temperature 0, and by majority vote where answers are verified."""
-        # No luck at all: the likeliest token every time.
-        greedy = job._replace(policy=f"{job.policy}_greedy", temperature=0.0)
-        # As many samples as guidance has candidates: what guidance has to beat.
-        vote = job._replace(policy=f"{job.policy}_vote", samples=self.config["k"])
-        return [job, greedy, vote] if verified else [job, greedy]
-
-    def guided(self, job, names, verified):
-        """A policy under every guide; then whole answers reranked, the usual best-of-K."""
-        guides = list(names)
-        if self.config["prm"] == "unified":
-            guides.append("unified")
-        # A candidate that ends with the turn is a whole answer, and the first step is the last.
-        rerank = job._replace(policy=f"{job.policy}_rerank", boundary="turn")
-        jobs = [job._replace(guide=guide) for guide in guides]
-        return jobs + [rerank._replace(guide=name) for name in verified]
+        """{objective: share} -> the shares of all heads of MAH-DPO, of others 0."""
+        return {o.name: weights.get(o.name, 0.0) for o in self.objectives}
 
     def jobs(self, domain):
-        """All rows of a domain's table, in its order."""
+        """All rows of a domain's table, in its order: first what training alone has bought, then
+        guidance, of SFT alone and of MAH-DPO."""
         objectives = domain_objectives(domain, self.objectives)
         names = [o.name for o in objectives]
         verified = [o.name for o in objectives if o.case == "verifiable"]
-        base, sft, single, modpo = [Job(name, name, {"policy": 1.0}) for name in SINGLE]
+        guides = [*names, "unified"] if self.config["prm"] == "unified" else names
         # Uniform over the domain: of policies for the soup, of heads for the ensemble.
-        mixed = Job("soup", "soup", dict.fromkeys(names, 1 / len(names)))
-        mah_dpo = Job("mah_dpo", "mah_dpo", self.mix(dict.fromkeys(names, 1.0)))
-        # Without a guide: what training alone has bought ...
-        jobs = [base, *self.unguided(sft, verified), single, modpo, mixed]
-        jobs += self.unguided(mah_dpo, verified)
+        uniform = dict.fromkeys(names, 1 / len(names))
+        policies = [Job(domain, name, name, {"policy": 1.0}) for name in SINGLE]
+        policies.append(Job(domain, "soup", "soup", uniform))
+        policies.append(Job(domain, "mah_dpo", "mah_dpo", self.mix(uniform)))
         for name in names:
-            alone = self.mix({name: 1.0})
-            jobs.append(Job(f"mah_dpo:{name}", "mah_dpo", alone))
-        # ... and with one: guidance of SFT alone, and of MAH-DPO.
-        jobs += self.guided(sft, names, verified)
-        jobs += self.guided(mah_dpo, names, verified)
-        return jobs
+            policies.append(Job(domain, f"mah_dpo:{name}", "mah_dpo", self.mix({name: 1.0})))
+        alone, guided = [], []
+        for job in policies:
+            alone.append(job)
+            if job.policy not in ("sft", "mah_dpo"):
+                continue
+            # No luck at all: the likeliest token every time.
+            alone.append(job._replace(policy=f"{job.policy}_greedy", temperature=0.0))
+            guided += [job._replace(guide=guide) for guide in guides]
+            # Where answers are verified, what costs as much as guidance, with as many candidates:
+            # the majority's answer, and the PRM's choice of whole answers, which end with the turn.
+            if verified:
+                vote = job._replace(policy=f"{job.policy}_vote", samples=self.config["k"])
+                alone.append(vote)
+            rerank = job._replace(policy=f"{job.policy}_rerank", boundary="turn")
+            guided += [rerank._replace(guide=name) for name in verified]
+        return alone + guided
 
     def sweep(self, domain):
         """Mixes of every two of the domain's heads, from one to the other, and soups alike."""
@@ -353,8 +334,8 @@ class Bench:
                 # The mix of heads costs nothing; the soup is another model at every step.
                 weights = dict(zip(pair, ((steps - i) / steps, i / steps)))
                 parts = {name: w for name, w in weights.items() if w > 0}
-                jobs.append(Job("mah_dpo", "mah_dpo", self.mix(weights), sweep=pair))
-                jobs.append(Job("soup", "soup", parts, sweep=pair))
+                jobs.append(Job(domain, "mah_dpo", "mah_dpo", self.mix(weights), sweep=pair))
+                jobs.append(Job(domain, "soup", "soup", parts, sweep=pair))
         return jobs
 
     # -- one row
@@ -362,67 +343,52 @@ class Bench:
     def policy(self, job):
         """-> a row's model and the weights of its heads."""
         weights = list(job.weights.values())
-        if job.model == "sft":
-            return self.sft, weights
-        if job.model != "soup":
-            return self.model(job.model), weights
-        # In main memory there is room for all the policies that are averaged.
-        device = "cpu" if len(weights) > 1 else self.device
-        parts = [self.model(f"dpo_{name}", device) for name in job.weights]
-        return average(parts, weights).to(self.device), 0
+        if job.model == "soup":
+            # In main memory there is room for all the policies that are averaged.
+            device = "cpu" if len(weights) > 1 else self.device
+            parts = [self.model(f"dpo_{name}", device) for name in job.weights]
+            return average(parts, weights).to(self.device), 0
+        model = self.sft if job.model == "sft" else self.model(job.model)
+        return model, weights
 
-    def problems(self, domain, n):
-        """The prompts of a domain's tables: of the split that the configuration names."""
-        split = self.config["split"]
-        rng = RNG(seed_of(self.seed, split, domain))
-        return self.worlds[domain].problems(split, n, rng)
-
-    def rollout(self, domain, job, problems):
-        """Play a row's policy -> conversations about these problems, its model, its weights."""
-        world = self.worlds[domain]
+    def rollout(self, job):
+        """Play a row's policy -> a conversation about each of its domain's prompts, its model, its
+        weights. What is drawn depends on the domain alone: rows differ by their policies, not by
+        their luck."""
+        config, world = self.config, self.worlds[job.domain]
+        # Of the split that the configuration names: test, or dev for tuning.
+        rng = RNG(seed_of(self.seed, config["split"], job.domain))
+        problems = world.problems(config["split"], config["n_test"], rng)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", job.domain))
         model, weights = self.policy(job)
-        temperature = job.temperature
-        if temperature is None:
-            temperature = self.config["temperature"]
-        # The same draws for every row: rows differ by their policies, not by their luck.
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", domain))
-        students = seed_of(self.seed, "student", domain)
+        temperature = config["temperature"] if job.temperature is None else job.temperature
         if job.guide is None:
             respond = plain_responder(model, world, weights, temperature, generator, job.samples)
         else:
             respond = guided_responder(model, self.prm(job.guide), world, weights, job.guide,
-                                       temperature, generator, self.config["k"], job.boundary)
-        talks = converse(world, problems, self.tokenizer, respond, students)
-        return talks, model, weights
+                                       temperature, generator, config["k"], job.boundary)
+        students = seed_of(self.seed, "student", job.domain)
+        return converse(world, problems, self.tokenizer, respond, students), model, weights
 
-    def measure(self, domain, job):
-        """-> {metric: list of values, one per prompt}: the noise-free scores, the tokens of an
-        answer and those drawn for it, and of a policy's plain samples the KL."""
-        problems = self.problems(domain, self.config["n_test"])
-        talks, model, weights = self.rollout(domain, job, problems)
-        world, tokenizer = self.worlds[domain], self.tokenizer
+    def row(self, job):
+        """An entry of results.json, and under "each" the values behind its means, one per prompt:
+        the noise-free scores, the tokens of an answer and those drawn for it, and of a policy's
+        plain samples the KL."""
+        talks, model, weights = self.rollout(job)
         # The scores are the world's own; noisy judges are for training alone.
+        world, tokenizer = self.worlds[job.domain], self.tokenizer
         each = columns([talk.scores(world, tokenizer) for talk in talks])
         each["tokens"] = [talk.length() for talk in talks]
         each["drawn"] = [talk.drawn / len(talk.turns) for talk in talks]
         # Of guided, greedy or chosen answers the next-token distributions say little.
         if (job.guide, job.temperature, job.samples) == (None, None, 1):
             head = model.fold(weights)                                # (V, d)
-            per_token, per_answer = kl_to_sft(model, head, self.sft, talks, tokenizer.pad_id)
-            each |= {"kl": per_token, "kl/answer": per_answer}
-        return {metric: [round(v, 4) for v in values] for metric, values in each.items()}
-
-    def row(self, domain, job):
-        """An entry of results.json, and under "each" the values behind its means."""
-        # A row may stand in the table and in a sweep: what is made alike is made once.
-        alike = repr((domain, job._replace(policy="", sweep=None)))
-        if alike not in self.known:
-            self.known[alike] = self.measure(domain, job)
-        each = self.known[alike]
+            kls = kl_to_sft(model, head, self.sft, talks, tokenizer.pad_id)
+            each["kl"], each["kl/answer"] = kls
+        each = {metric: [round(v, 4) for v in values] for metric, values in each.items()}
+        metrics = {metric: summary(values) for metric, values in each.items()}
         row = {"policy": job.policy, "weights": job.weights, "guide": job.guide,
-               "domain": domain, "seed": self.seed,
-               "metrics": {metric: summary(values) for metric, values in each.items()},
-               "each": each}
+               "domain": job.domain, "seed": self.seed, "metrics": metrics, "each": each}
         if job.sweep:
             row["sweep"] = list(job.sweep)
         return row
@@ -430,15 +396,7 @@ class Bench:
 
 # -- preference pairs held out from training
 
-def head_of(heads, objective):
-    """Which head scores an objective's pairs: its own, or else the first."""
-    return heads.index(objective) if objective in heads else 0
-
-
-def own_logps(model, pairs, progress=None):
-    """Log-probabilities (N, 2) as by pair_logps, each pair under its objective's own head."""
-    own = partial(head_of, model.config.objectives)
-    return pair_logps(model, pairs, own, progress)
+PAIR_METRICS = ("loss", "margin", "reward_accuracy", "logp_accuracy")
 
 
 def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
@@ -446,6 +404,7 @@ def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):
     with the reference; logp_accuracy asks whether the policy itself finds chosen likelier."""
     chosen, rejected = logps.T                                        # (N,) each
     delta = log_ratio_margin(chosen, rejected, *reference.T)
+    # Of every metric the values of all pairs, of which each objective then takes its own.
     values = {"loss": dpo_loss(chosen, rejected, *reference.T, beta),
               "margin": beta * delta,
               "logp_accuracy": (chosen > rejected).float(),
@@ -469,6 +428,12 @@ def row_name(row):
     """How a row is called: policy, or policy + guide."""
     policy, guide = row["policy"], row["guide"]
     return f"{policy} + {guide}" if guide else policy
+
+
+def n_of(row):
+    """How many prompts or pairs a row was measured on. Over trainings, whose summaries count
+    trainings, over_trainings has said it."""
+    return row.get("n") or next(iter(row["metrics"].values()))["n"]
 
 
 def by_domain(rows):
@@ -527,18 +492,24 @@ def hypervolume(points, reference=(0.0, 0.0)):
 # --- end of exercise 15 ---
 
 
+def means_of(row, pair):
+    """A row's mean scores of two objectives."""
+    return [row["metrics"][name]["mean"] for name in pair]
+
+
 def front_area(rows, pair):
     """The summary of the hypervolume of rows' scores; the reference is (0, 0), the worst score. The
     interval is over trainings: of a single one, whose "each" are prompts, nothing is known."""
     x, y = pair
+    # A row of several trainings names all their seeds.
+    seeds = rows[0]["seed"]
+    if isinstance(seeds, int):
+        return summary([hypervolume([means_of(r, pair) for r in rows])])
+    # Its "each" has a value for every training, and every training has an area.
     areas = []
-    # A row of several trainings names all their seeds, and "each" has a value per training.
-    if isinstance(rows[0]["seed"], list):
-        for k in range(len(rows[0]["seed"])):
-            areas.append(hypervolume([(r["each"][x][k], r["each"][y][k]) for r in rows]))
-    else:
-        means = [r["metrics"] for r in rows]
-        areas.append(hypervolume([(m[x]["mean"], m[y]["mean"]) for m in means]))
+    for k in range(len(seeds)):
+        points = [(r["each"][x][k], r["each"][y][k]) for r in rows]
+        areas.append(hypervolume(points))
     return summary(areas)
 
 
@@ -572,71 +543,58 @@ def sweep_table(domain, pair, mixes):
     return table(f"{domain}, a sweep of weights", lines)
 
 
-def pairs_table(rows):
-    """The metrics of held-out pairs."""
-    lines = []
-    for row in rows:
-        objective = row["domain"].removeprefix("pairs:")
-        metrics = cells(row, ["loss", "margin", "reward_accuracy", "logp_accuracy"], ["policy"])
-        lines.append({"held-out pairs": f"{objective} ({row['n']})"} | metrics)
-    return table("preference pairs held out from training", lines)
-
-
-def opening(config):
-    """What all tables of a run have in common."""
-    n, names = config["seeds"], ", ".join(o.name for o in config["objectives"])
-    trainings = "Seed" if n == 1 else f"{n} trainings, seeds"
-    seeds = ", ".join(str(config["seed"] + i) for i in range(n))
-    over = "prompts" if n == 1 else "trainings"
-    return (f"Objectives: {names}. {trainings} {seeds}. "
-            f"Sampling temperature {config['temperature']}, beta {config['beta']}, "
-            f"{config['k']} candidates. Mean ± half the 95 % interval over {over}.\n")
-
-
 def report(rows, config):
     """All tables as Markdown: (what is printed, the sweeps, which only results.md has)."""
-    parts, details = [opening(config)], []
+    n, names = config["seeds"], ", ".join(o.name for o in config["objectives"])
+    seeds = ", ".join(str(config["seed"] + i) for i in range(n))
+    over = "prompts" if n == 1 else "trainings"
+    parts = [f"Objectives: {names}. Trained with seed {seeds}. "
+             f"Sampling temperature {config['temperature']}, beta {config['beta']}, "
+             f"{config['k']} candidates. Mean ± half the 95 % interval over {over}.\n"]
+    details = []
     for domain, plain, swept in by_domain(rows):
         # The first row, a plain policy, has every metric.
-        metrics, n = plain[0]["metrics"], plain[0]["n"]
-        title = f"{domain}, {n} {config['split']} prompts"
-        parts.append(table(title, [cells(row, metrics) for row in plain]))
+        first = plain[0]
+        title = f"{domain}, {n_of(first)} {config['split']} prompts"
+        parts.append(table(title, [cells(row, first["metrics"]) for row in plain]))
         areas = []
         for pair, mixes in swept.items():
             details.append(sweep_table(domain, pair, mixes))
             areas += area_lines(plain, mixes, pair)
         if areas:
             parts.append(table(f"{domain}, the area below each method's front", areas))
-    held_out = [row for row in rows if row["domain"].startswith("pairs:")]
-    if held_out:
-        parts.append(pairs_table(held_out))
+    # The rows of pairs held out from training, if there are any.
+    lines = []
+    for row in rows:
+        if row["domain"].startswith("pairs:"):
+            line = cells(row, PAIR_METRICS, ("domain", "policy"))
+            lines.append(line | {"n": str(n_of(row))})
+    if lines:
+        parts.append(table("preference pairs held out from training", lines))
     return "\n".join(parts), "\n".join(details)
 
 
 def side_by_side(runs):
     """The tables of finished runs as one: every row once for each run, or once for all of them
     where all have the same figures -> Markdown."""
-    # domain -> name of a row -> run -> row
+    # {(domain, name of a row): {run: row}}
     found = {}
     for run in runs:
         for domain, plain, _ in by_domain(load_rows(run)):
-            names = found.setdefault(domain, {})
             for row in plain:
-                names.setdefault(row_name(row), {})[run] = row
-    parts = []
-    for domain, names in found.items():
-        lines = []
+                found.setdefault((domain, row_name(row)), {})[run] = row
+    tables = {}
+    for (domain, _), by_run in found.items():
         # SFT's plain samples have every metric.
-        metrics = next(iter(names["sft"].values()))["metrics"]
-        for same in names.values():
-            shown = {run: cells(row, metrics) for run, row in same.items()}
-            # What a varied option does not touch reads the same everywhere.
-            texts = list(shown.values())
-            if texts == [texts[0]] * len(runs):
-                shown = {"all": texts[0]}
-            lines += [{"run": run} | line for run, line in shown.items()]
-        parts.append(table(f"{domain}, by run", lines))
-    return "\n".join(parts)
+        sft = next(iter(found[domain, "sft"].values()))
+        names = list(by_run)
+        lines = [cells(row, sft["metrics"]) for row in by_run.values()]
+        # What a varied option does not touch reads the same everywhere.
+        if lines == [lines[0]] * len(runs):
+            names = ["all"]
+        for name, line in zip(names, lines):
+            tables.setdefault(domain, []).append({"run": name} | line)
+    return "\n".join(table(f"{domain}, by run", lines) for domain, lines in tables.items())
 
 
 # -- the picture
@@ -655,7 +613,7 @@ AXES = """<path d="M0 0V360H360"/>
 
 def place(row, pair):
     """Where a row's scores stand in a plot, in pixels from its upper left corner."""
-    x, y = [row["metrics"][name]["mean"] for name in pair]
+    x, y = means_of(row, pair)
     return round(SIDE * x, 1), round(SIDE * (1 - y), 1)
 
 
@@ -669,8 +627,8 @@ def plot(plain, mixes, pair):
         points = " ".join(f"{x},{y}" for x, y in line)
         out.append(f'<polyline points="{points}" stroke="{COLOURS[policy]}"/>')
     for row in plain:
+        # A ring is guided, a disc is not. mah_dpo:honesty and mah_dpo_greedy are of the method mah_dpo.
         x, y = place(row, pair)
-        # mah_dpo:honesty and mah_dpo_greedy are of the method mah_dpo.
         colour = next(c for method, c in COLOURS.items() if row["policy"].startswith(method))
         fill = "none" if row["guide"] else colour
         out.append(f'<circle cx="{x}" cy="{y}" r="4" stroke="{colour}" fill="{fill}">'
@@ -704,16 +662,14 @@ def evaluate(run, pair_rows, device=None):
     """Measure every row of a run of one seed, then publish. pair_rows: the rows of held-out pairs;
     device: if not the run's own."""
     bench = Bench(run, device)
-    jobs = []
     # First the tables of all domains, then the sweeps.
-    for listed in (bench.jobs, bench.sweep):
-        for domain in bench.worlds:
-            jobs += [(domain, job) for job in listed(domain)]
+    tables = [bench.jobs(domain) for domain in bench.worlds]
+    sweeps = [bench.sweep(domain) for domain in bench.worlds]
+    jobs = list(itertools.chain(*tables, *sweeps))
     # Several processes share the rows; each then has all of them.
     measured = []
-    mine = local_items(range(len(jobs)))
-    for i in tqdm(mine, desc="tables", unit="row", disable=None):
-        measured.append((i, bench.row(*jobs[i])))
+    for i in tqdm(local_items(range(len(jobs))), desc="tables", unit="row", disable=None):
+        measured.append((i, bench.row(jobs[i])))
     found = dict(gather(measured))
     rows = [found[i] for i in range(len(jobs))]
     # What the means are made of, prompt by prompt: paired comparisons need it.
@@ -725,17 +681,9 @@ def evaluate(run, pair_rows, device=None):
     publish(run, rows + pair_rows)
 
 
-def n_of(row):
-    """How many prompts or pairs a row of one training was measured on."""
-    return next(iter(row["metrics"].values()))["n"]
-
-
 def publish(run, rows):
     """Print the tables of these rows; write results.md, pareto.svg and, last, results.json, which
     says that a run is finished."""
-    for row in rows:
-        row.setdefault("n", n_of(row))
-    # How many prompts: over trainings, whose summaries count trainings, load_rows has said it.
     text, details = report(rows, read_run(run))
     write_text(f"{run}/results.md", f"{text}\n{details}")
     write_text(f"{run}/pareto.svg", pareto_svg(rows))
@@ -751,7 +699,8 @@ def seed_runs(run):
     config = read_run(run)
     if config["seeds"] == 1:
         return [run]
-    return [f"{run}/seed={config['seed'] + i}" for i in range(config["seeds"])]
+    first = config["seed"]
+    return [f"{run}/seed={seed}" for seed in range(first, first + config["seeds"])]
 
 
 def load_rows(run):
@@ -760,11 +709,10 @@ def load_rows(run):
     results = [read_json(f"{path}/results.json") for path in seed_runs(run)]
     if len(results) > 1:
         return over_trainings(results)
-    rows = results[0]
     # Held-out pairs, the last rows, have no line.
-    for row, (_, line) in zip(rows, read_jsonl(f"{run}/scores.jsonl")):
+    for row, (_, line) in zip(results[0], read_jsonl(f"{run}/scores.jsonl")):
         row["each"] = line["each"]
-    return rows
+    return results[0]
 
 
 def over_trainings(results):
@@ -776,59 +724,19 @@ def over_trainings(results):
         found.setdefault(repr(key), []).append(row)
     rows = []
     for same in found.values():
-        # A training may lack held-out pairs of an objective.
+        # A training may lack held-out pairs of an objective, or a metric of theirs.
         if len(same) < len(results):
             continue
-        # Each training's mean is one value.
         each = {}
         for name, summaries in columns([row["metrics"] for row in same]).items():
             if len(summaries) == len(same):
                 each[name] = [s["mean"] for s in summaries]
+        # Every training's mean is one value. How many prompts it was over is said beside it.
         metrics = {name: summary(values) for name, values in each.items()}
         n = round(statistics.fmean([n_of(row) for row in same]))
         seeds = [row["seed"] for row in same]
         rows.append(same[0] | {"seed": seeds, "n": n, "each": each, "metrics": metrics})
     return rows
-
-
-# -- responses to read
-
-def fold(text, margin):
-    """Print a text in 100 columns, every line behind a margin."""
-    for line in text.splitlines():
-        print(textwrap.fill(line, 100, initial_indent=margin, subsequent_indent=margin))
-
-
-def show_conversation(name, conversation, world, tokenizer):
-    """Print a policy's name and scores, its answers and the user's replies between them."""
-    line = f"\n{name:<38}"
-    for objective, score in conversation.scores(world, tokenizer).items():
-        line += f"  {objective} {score:.2f}"
-    print(line)
-    for number, turn in enumerate(conversation.turns):
-        if number:
-            fold(turn.messages[-1]["content"], "  > ")
-        whole = turn.response[-1] == tokenizer.eos_id
-        fold(tokenizer.decode(turn.response) + ("" if whole else " [cut off]"), "    ")
-
-
-def show_samples(run, n, device=None):
-    """Print the responses of every row's policy to the same n prompts of each domain, with their
-    noise-free scores; > marks the user's words. Of several seeds the first training answers."""
-    bench = Bench(seed_runs(run)[0], device)
-    for domain, world in bench.worlds.items():
-        problems, jobs, played = bench.problems(domain, n), bench.jobs(domain), []
-        # Policy by policy, as models are loaded; printed below prompt by prompt.
-        for job in tqdm(jobs, desc=domain, unit="policy", disable=None):
-            played.append(bench.rollout(domain, job, problems)[0])
-        for i, problem in enumerate(problems):
-            print(f"=== {domain}, {bench.config['split']} prompt {i + 1}")
-            for message in problem.messages():
-                fold(message["content"], "> ")
-            for job, conversations in zip(jobs, played):
-                show_conversation(row_name(job._asdict()), conversations[i], world,
-                                  bench.tokenizer)
-            print()
 
 
 def main(argv=None):
@@ -838,28 +746,21 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN",
                         help="a finished run of train.py; several are put side by side")
     parser.add_argument("--device", help="auto, cpu, cuda or mps (default: the run's own)")
-    parser.add_argument("--samples", type=int, metavar="N",
-                        help="print every policy's responses to N prompts of each domain")
     args = parser.parse_args(argv)
     join_processes()
     for run in args.runs:
         if not os.path.isfile(f"{run}/results.json"):
             raise InputError(f"{run}: not a finished run (no results.json); finish it with "
                              f"train.py --resume {run}")
-    if args.samples is not None:
-        for run in args.runs:
-            show_samples(run, args.samples, args.device)
-        return
     if len(args.runs) > 1:
         print(side_by_side(args.runs))
         return
-    # Held-out pairs are not measured again: they belong to the training that kept them.
-    trainings = seed_runs(args.runs[0])
+    trainings = seed_runs(run)
     for path in trainings:
-        rows = read_json(f"{path}/results.json")
-        evaluate(path, [r for r in rows if r["domain"].startswith("pairs:")], args.device)
+        # Held-out pairs are not measured again.
+        evaluate(path, read_json(f"{path}/pair_metrics.json"), args.device)
     if len(trainings) > 1:
-        publish(args.runs[0], load_rows(args.runs[0]))
+        publish(run, load_rows(run))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,12 @@ files of earlier stages; its last file says that it has finished.
     --fast         makes everything small, to see that it works.
 
 Read in this order: the stages from `train_base` to `measure_prm`; their table `stages`; the
-training loop `fit`; then checkpoints, runs in directories, and the command line.
+training loop `fit`; then runs in directories, and the command line. How files survive a kill is in
+interop/resume.py.
 """
 import argparse
-import contextlib
-import hashlib
-import json
 import math
-import operator
 import os
-import shutil
 import signal
 import sys
 import time
@@ -40,7 +36,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -48,18 +43,21 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Problem, Tokenizer, World,
-                  batches_by_length, dealt_batches, fit_threshold, judge, pad, read_json,
-                  read_jsonl, run_command, select_objectives, write_json, write_text)
+                  agreement, batches_by_length, dealt_batches, domain_objectives, fit_threshold,
+                  judge, pad, read_json, run_command, select_objectives, write_json)
 from decode import domain_mix, generate, parse_weights, read_run
-from evaluate import (average, converse, evaluate, load_rows, own_logps, pair_metrics_rows,
+from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
-from interop.datasets import DATA_HELP, describe_data, real_labels, real_pairs, worlds_of
-from interop.parallel import (alone, gather, join_processes, like, local_items, placed, rank, ranks,
-                              shard, total, whole)
-from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pair_metrics,
-                     policy_logps)
-from model import (GPT, GPTConfig, load_hf, load_safetensors, pick_device, read_metadata,
-                   sampling_dtype, save_hf, save_safetensors)
+from interop.datasets import (DATA_HELP, data_files, describe_data, load_base, real_labels,
+                              real_pairs, worlds_of)
+from interop.parallel import (alone, even, gather, head_norm, join_processes, local_items,
+                              parameters_of, placed, rank, ranks, reaching, shard, total, whole)
+from interop.resume import (clear, copy_stage, fingerprint, free_name, load_checkpoint,
+                            new_directory, put_rows, read_rows, save_checkpoint, stops_wait,
+                            write_rows)
+from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
+                     pair_logps, pair_metrics, policy_logps)
+from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
 from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight_targets,
                  majority_labels, pair_scores, save_prm, step_loss, step_scores)
 
@@ -154,16 +152,13 @@ class Run:
         """objectives: the records in an old run's config.json; a new run looks them up."""
         if objectives is None:
             objectives = [OBJECTIVES[name] for name in select_objectives(config.objective)]
-        self.path = path
-        self.config = config
-        self.objectives = objectives
+        self.path, self.config, self.objectives = path, config, objectives
         self.names = [o.name for o in objectives]
         self.device = pick_device(config.device)
-        self.key = fingerprint(config, objectives)
-        # Part of the seed where each of several processes draws for itself.
-        self.own = (rank(),) if ranks() > 1 else ()
-        self.training = False
-        self.stopping = False
+        # Files that were made under other options, or from other data, have another key.
+        options = {name: v for name, v in asdict(config).items() if name not in HARMLESS}
+        records = [asdict(o) for o in objectives]
+        self.key = fingerprint([options, records], data_files(config.data, objectives))
 
     def file(self, name):
         """The path of one of the run's files."""
@@ -179,7 +174,6 @@ class Run:
 
     def load(self, name):
         """A trained model of this run, ready to train on; several processes share its weights."""
-        # Every process keeps its part of every weight.
         model = load_hf(self.file(name), place=partial(placed, device=self.device))
         model.grad_checkpoint = self.config.grad_checkpoint
         return model
@@ -200,95 +194,34 @@ class Run:
 
         This comes before the file that says the stage is finished: a kill between the two would
         lose the rows. Figures of time go to timings.jsonl, so that all else can repeat."""
-        path = self.file(name)
-        # The file is written anew, whole or not at all.
-        old = [row for _, row in read_jsonl(path)] if os.path.exists(path) else []
-        kept = [row for row in old if row["stage"] != stage]
-        new = [{"stage": stage} | row for row in rows]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept + new))
-
-    def stop(self, *signal):
-        """Ctrl-C, or SIGTERM, a batch system's request. Training first ends the step under way
-        and saves its result; a second request, or one elsewhere, stops at once."""
-        if not self.training or self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-
-
-def fingerprint(config, objectives):
-    """A hash of all that the figures depend on: options, objectives and the files of --data."""
-    options = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
-    records = [asdict(o) for o in objectives]
-    # Equal options, records and files give equal hashes; any change gives another.
-    digest = hashlib.sha256(json.dumps([options, records]).encode())
-    for o in objectives if config.data else []:
-        for path in (f"{config.data}/{o.name}.jsonl", f"{config.data}/{o.name}.steps.jsonl"):
-            if os.path.exists(path):
-                digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def write_rows(path, rows):
-    """Dataclass objects -> JSONL; what is None is left out."""
-    lines = []
-    for row in rows:
-        kept = {name: value for name, value in asdict(row).items() if value is not None}
-        lines.append(json.dumps(kept) + "\n")
-    write_text(path, "".join(lines))
-
-
-def read_rows(path, kind):
-    """JSONL -> objects of a dataclass; .where is an object's file and line. InputError for a line
-    that is none."""
-    rows = []
-    for where, row in read_jsonl(path):
-        try:
-            rows.append(kind(**row))
-        except TypeError:
-            raise InputError(f"{where}: not a row that this run has written; bring the file back, "
-                             "or remove it to have it made again") from None
-        rows[-1].where = where
-    return rows
+        put_rows(self.file(name), stage, rows)
 
 
 def shown(row):
     """A row of the log as text."""
-    parts = []
-    for key, value in row.items():
-        parts.append(f"{key} {value:.3g}" if type(value) is float else f"{key} {value}")
-    return ", ".join(parts)
+    digits = {float: ".3g"}                     # of numbers that were measured
+    return ", ".join([f"{key} {v:{digits.get(type(v), '')}}" for key, v in row.items()])
 
 
-class Cycle:
-    """Draw from a list without replacement, reshuffled when it is used up."""
-
-    def __init__(self, items, generator):
-        assert items, "nothing to draw from"
-        self.items = items
-        self.generator = generator
-        self.order = []
-
-    def take(self, n):
-        """The next n items."""
-        while len(self.order) < n:
-            self.order += torch.randperm(len(self.items), generator=self.generator).tolist()
-        taken, self.order = self.order[:n], self.order[n:]
-        return [self.items[i] for i in taken]
+def shuffled(items, generator):
+    """A list in random order."""
+    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
 
 
-def mixed_batches(cycles, sizes):
-    """Endless batches, each of sizes[i] items of cycles[i]."""
+def endless(items, generator):
+    """Items in random order without end: all of them come before any comes again."""
+    assert items, "nothing to draw from"
+    while True:
+        yield from shuffled(items, generator)
+
+
+def mixed_batches(streams, sizes):
+    """Endless batches, each of the next sizes[i] items of streams[i]."""
     while True:
         batch = []
-        for cycle, size in zip(cycles, sizes):
-            batch += cycle.take(size)
+        for stream, size in zip(streams, sizes):
+            batch += islice(stream, size)
         yield batch
-
-
-def capped(steps, epoch, config):
-    """A training's number of steps: as configured, but at most config.epochs passes over its
-    largest source of data. epoch: the steps of one pass."""
-    return min(steps, max(1, math.ceil(config.epochs * epoch)))
 
 
 # -- stages base and sft: language models
@@ -304,17 +237,21 @@ class Example:
         return len(self.ids)
 
 
-def chat_example(tokenizer, messages):
-    """A conversation -> Example: the assistant's tokens and ends of turn are learnt."""
-    ids, mask = [], []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            # The user's words since the last answer, and the head of this one, are not learnt.
-            # The answer is encoded apart: prompt and answer must not merge into one token.
-            prompt = tokenizer.encode_chat(messages[:i])
-            response = tokenizer.encode(message["content"]) + [tokenizer.eos_id]
-            mask += [False] * (len(prompt) - len(ids)) + [True] * len(response)
-            ids = prompt + response
+def chat_example(tokenizer, messages, n):
+    """A conversation -> Example: the assistant's tokens and ends of turn are learnt. The first n
+    messages, which the user ends, are the prompt."""
+    ids = list(tokenizer.encode_chat(messages[:n]))
+    mask = [False] * len(ids)
+    for message in messages[n:]:
+        learnt = message["role"] == "assistant"
+        # As when the model talks: ids only grow, and are never made anew from text. A checkpoint's
+        # template may write an old answer otherwise; prompt and answer must not merge.
+        if learnt:
+            new = tokenizer.encode(message["content"]) + [tokenizer.eos_id]
+        else:
+            new = tokenizer.encode_turn(message["content"])
+        ids += new
+        mask += [learnt] * len(new)
     return Example(ids, mask, f"the example {messages[0]['content'][:60]!r}...")
 
 
@@ -323,7 +260,8 @@ def demonstrations(worlds, n, rng, tokenizer, careful):
     examples = []
     for world in worlds:
         for problem in world.problems("train", n, rng):
-            examples.append(chat_example(tokenizer, world.conversation(problem, rng, careful)))
+            messages = world.conversation(problem, rng, careful)
+            examples.append(chat_example(tokenizer, messages, len(problem.messages())))
     return examples
 
 
@@ -331,7 +269,7 @@ def train_base(run, name):
     """Stage base: the embedded base model, or the checkpoint that --init names."""
     config, tokenizer = run.config, Tokenizer.embedded()
     if config.init:
-        save_hf(load_init(run), run.file(name), weights=0)
+        save_hf(load_base(config.init, run.device), run.file(name), weights=0)
         return
     # All worlds, whatever the objectives: a base model knows a bit of everything.
     examples = demonstrations(DOMAINS.values(), 8000, run.rng("base", "data"), tokenizer, False)
@@ -341,15 +279,6 @@ def train_base(run, name):
     model.tokenizer = tokenizer
     model = shard(model.to(run.device), run.device)
     language_model(run, name, model, examples, config.base_steps, config.base_lr, 64)
-
-
-def load_init(run):
-    """The checkpoint given by --init, which must bring its tokenizer."""
-    model = load_hf(run.config.init, place=partial(placed, device=run.device))
-    if model.tokenizer is None:
-        raise InputError(f"{run.config.init}: tokenizer.json, or vocab.json and merges.txt, is "
-                         "missing; a base model needs one")
-    return model
 
 
 def train_sft(run, name):
@@ -365,11 +294,10 @@ def sft_examples(run, model):
     n = min(2500, 25 * config.sft_steps)
     examples = demonstrations(run.worlds(model), n, run.rng("sft", "data"), tokenizer, True)
     # With --data the chosen responses are the demonstrations.
-    for pair in real_pairs(config.data, run.objectives, model)[0]:
-        if pair.split == "train":
-            mask = [False] * len(pair.prompt) + [True] * len(pair.chosen)
-            where = f"the example {tokenizer.decode(pair.prompt)[:60]!r}..."
-            examples.append(Example(pair.prompt + pair.chosen, mask, where))
+    for pair in choose(real_pairs(config.data, run.objectives, model)[0], run.names, "train"):
+        mask = [False] * len(pair.prompt) + [True] * len(pair.chosen)
+        where = f"the example {tokenizer.decode(pair.prompt)[:60]!r}..."
+        examples.append(Example(pair.prompt + pair.chosen, mask, where))
     longest = max(map(len, examples))
     if longest > model.config.max_len:
         raise InputError(f"{config.init}: a context of {model.config.max_len} tokens is too short; "
@@ -377,9 +305,8 @@ def sft_examples(run, model):
     return examples
 
 
-def language_model(run, stage, model, examples, steps, lr, batch_size):
-    """Next-token training on the masked tokens of Examples. Logs, saves -> the rows of the log."""
-    steps = capped(steps, len(examples) / batch_size, run.config)
+def language_model(run, name, model, examples, steps, lr, size):
+    """Next-token training on the masked tokens of Examples, `size` a batch; logs and saves."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01,
                                   fused=True)
 
@@ -398,11 +325,11 @@ def language_model(run, stage, model, examples, steps, lr, batch_size):
         (loss * ranks()).backward()
         return {"loss": loss}
 
-    batches = length_batches(examples, batch_size, run.generator(stage))
-    log = fit(run, stage, model, optimizer, steps, batches, backward, warm_up=40, decay="cosine")
-    run.log(stage, log)
-    save_hf(model, run.file(stage), weights=0)
-    return log
+    batches = length_batches(examples, size, run.generator(name))
+    log = fit(run, name, model, optimizer, steps, len(examples) / size, batches, backward,
+              warm_up=40, decay="cosine")
+    run.log(name, log)
+    save_hf(model, run.file(name), weights=0)
 
 
 def length_batches(items, size, generator):
@@ -411,16 +338,14 @@ def length_batches(items, size, generator):
     if len(items) < ranks():
         raise InputError(f"{len(items)} examples are too few for {ranks()} processes")
     while True:
-        shuffled = Cycle(items, generator).take(len(items))
-        batches = []
+        order, batches = shuffled(items, generator), []
         for start in range(0, len(items), 16 * size):
             # Neighbours in a sorted window are of similar length, so that little is padded.
-            window = sorted(shuffled[start:start + 16 * size], key=len)
+            window = sorted(order[start:start + 16 * size], key=len)
             batches += [window[i:i + size] for i in range(0, len(window), size)]
-        for batch in reversed(Cycle(batches, generator).take(len(batches))):
-            even = len(batch) - len(batch) % ranks()
-            if even:
-                yield batch[:even]
+        for batch in reversed(shuffled(batches, generator)):
+            if even(batch):
+                yield even(batch)
 
 
 # -- stage pairs: a policy's samples, judged
@@ -440,8 +365,8 @@ class Source(NamedTuple):
 
     def objectives(self, *cases):
         """The names of the run's objectives of these cases that the world scores."""
-        found = [o.name for o in self.run.objectives if o.case in cases]
-        return [name for name in found if name in self.world.objectives]
+        scored = self.world.objectives
+        return [o.name for o in self.run.objectives if o.case in cases and o.name in scored]
 
 
 def sources_of(run, policy):
@@ -469,28 +394,26 @@ def roll_out(source, purpose, n):
     RNG of the judge, the generator of further samples.
 
     n counts turns: a dialogue counts as often as the policy speaks in it."""
-    run, policy, _, world, split = source
-    seed = purpose, policy, world.name, split
+    run, world = source.run, source.world
+    seed = purpose, source.policy, world.name, source.split
     # One split is one purpose: the draws of development do not depend on those of training.
-    n = n if split == "train" else int(0.15 * n)
-    problems = world.problems(split, max(8, n) // world.turns, run.rng(*seed))
+    n = n if source.split == "train" else int(0.15 * n)
+    problems = world.problems(source.split, max(8, n) // world.turns, run.rng(*seed))
     # All processes have drawn the same problems. From here on each draws for itself.
-    problems = local_items(problems)
-    rng = run.rng(*seed, "judge", *run.own)
-    generator = run.generator(*seed, *run.own)
-    student = seed_of(run.config.seed, *seed, "student", *run.own)
-    turns = answer(source, problems, generator, student, f"{world.name}: {purpose}, {split}")
-    return turns, rng, generator
+    own = [rank()] if ranks() > 1 else []
+    rng, generator = run.rng(*seed, "judge", *own), run.generator(*seed, *own)
+    student = seed_of(run.config.seed, *seed, "student", *own)
+    return answer(source, local_items(problems), generator, student), rng, generator
 
 
-def answer(source, problems, generator, student, title):
+def answer(source, problems, generator, student):
     """The Turns of a policy about these problems; `student`: the seed of simulated students."""
-    run, _, model, world, _ = source
-    count = len(problems) * world.turns
-    with tqdm(total=count, desc=title, unit="answer", disable=None) as bar:
-        respond = plain_responder(model, world, source.mix, run.config.temperature, generator,
+    world, temperature = source.world, source.run.config.temperature
+    title = f"{world.name}: answers of {source.policy}, {source.split}"
+    with tqdm(total=len(problems) * world.turns, desc=title, disable=None) as bar:
+        respond = plain_responder(source.model, world, source.mix, temperature, generator,
                                   progress=bar.update)
-        talks = converse(world, problems, model.tokenizer, respond, student)
+        talks = converse(world, problems, source.model.tokenizer, respond, student)
     # What was said before each answer, as the judge reads it and as the policy read it.
     turns = []
     for talk in talks:
@@ -504,7 +427,7 @@ def draw_samples(source, prompts, n, room, generator):
     if n == 0:
         return [[] for _ in prompts]
     title = f"{source.world.name}: samples of {source.policy}, {source.split}"
-    with tqdm(total=len(prompts) * n, desc=title, unit="sample", disable=None) as bar:
+    with tqdm(total=len(prompts) * n, desc=title, disable=None) as bar:
         found = generate(source.model, prompts, weights=source.mix, samples=n, max_new_tokens=room,
                          temperature=source.run.config.temperature, generator=generator,
                          progress=bar.update)
@@ -522,12 +445,14 @@ def rate(source, turn, response, names, rng):
 def sample_pairs(source, names):
     """Several answers to every prompt, rated for the objectives `names` -> list of Pair, of each
     prompt's answers the best against the worst."""
+    if not names:
+        return []
     config = source.run.config
     # What is answered: the problem itself, or every turn of a dialogue that the policy has led.
     turns, rng, generator = roll_out(source, "samples", config.n_prompts)
     prompts, room = [turn.prompt for turn in turns], source.world.max_new_tokens
-    samples = draw_samples(source, prompts, config.n_samples, room, generator)
     pairs = []
+    samples = draw_samples(source, prompts, config.n_samples, room, generator)
     for turn, responses in zip(turns, samples):
         ratings = [rate(source, turn, response, names, rng) for response in responses]
         # An objective has its own best and worst. Ratings that are nearly equal say nothing.
@@ -549,16 +474,16 @@ def make_pairs(run, name):
         sampled += sample_pairs(source, source.objectives("verifiable", "A", "B", "C"))
     pairs = real_pairs(run.config.data, run.objectives, model)[0] + gather(sampled)
     # Every objective needs pairs, or its head would stay a copy.
-    count = Counter((pair.objective, pair.split) for pair in pairs)
-    empty = [o for o in run.names if not count[o, "train"]]
+    empty = [o for o in run.names if not choose(pairs, [o], "train")]
     if empty:
         raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled "
                          "answers of different scores (all wrong, or all right); raise --n-samples "
                          "or --n-prompts, or give a better --init")
     for o in run.names:
-        tqdm.write(f"  {o}: {count[o, 'train']} pairs to train on, {count[o, 'dev']} held out")
+        n_train, n_dev = len(choose(pairs, [o], "train")), len(choose(pairs, [o], "dev"))
+        tqdm.write(f"  {o}: {n_train} pairs to train on, {n_dev} held out")
     # The reference never changes: its log-probabilities are computed once, for all policies.
-    logps = score_pairs(run, run.load("sft"), pairs, "log-probs of sft").tolist()
+    logps = score_pairs(run, run.load("sft"), pairs, "sft").tolist()
     for pair, reference in zip(pairs, logps):
         pair.reference = reference
     write_rows(run.file(name), pairs)
@@ -566,16 +491,21 @@ def make_pairs(run, name):
 
 # -- stages of the policies: one preference step for DPO, MAH-DPO and MODPO
 
-def score_pairs(run, model, pairs, title):
+def score_pairs(run, model, pairs, name):
     """Log-probabilities (N, 2) of chosen and rejected under a policy, each pair under its own head,
     in the precision in which the policies train."""
-    with run.autocast(), tqdm(total=len(pairs), desc=title, unit="pair", disable=None) as bar:
-        return own_logps(model, pairs, bar.update)
+    with run.autocast(), tqdm(total=len(pairs), desc=f"log-probs of {name}", disable=None) as bar:
+        return pair_logps(model, pairs, bar.update)
 
 
-def choose(pairs, objective, split):
-    """The pairs of one objective and split."""
-    return [pair for pair in pairs if pair.objective == objective and pair.split == split]
+def choose(pairs, names, split):
+    """The pairs of these objectives and of a split."""
+    return [pair for pair in pairs if pair.objective in names and pair.split == split]
+
+
+def mates(run, objective):
+    """The names of the objectives of an objective's domain, itself included."""
+    return [o.name for o in domain_objectives(objective.domain, run.objectives)]
 
 
 def preference_loss(run, pairs, logps, count=None):
@@ -592,8 +522,7 @@ def preference_loss(run, pairs, logps, count=None):
         return mah_dpo_loss(*both, owner, alpha, beta, count)
     margin = torch.tensor([pair.margin for pair in pairs], device=device)           # (n,)
     # MODPO's weights are uniform over the objectives of a domain.
-    domains = [o.domain for o in run.objectives]
-    w_k = torch.tensor([1 / domains.count(domain) for domain in domains], device=device)
+    w_k = torch.tensor([1 / len(mates(run, o)) for o in run.objectives], device=device)
     losses = modpo_loss(*both, margin, w_k[owner], beta)
     metrics = pair_metrics(losses, *both, owner, len(alpha), beta, count)
     return balanced_mean(losses, owner, alpha, count), metrics
@@ -606,7 +535,8 @@ def train_policy(run, name):
     one objective, the others from all; MODPO's loss has margins. All else is the same. Balanced:
     as many pairs of every objective in every step (paper, Sec. 5)."""
     config, pairs = run.config, read_rows(run.file("pairs.jsonl"), Pair)
-    names = [name.removeprefix("dpo_")] if name.startswith("dpo_") else run.names
+    method = "soup" if name.startswith("dpo_") else name
+    names = [name.removeprefix("dpo_")] if method == "soup" else run.names
     heads = names if name == "mah_dpo" else ["policy"]
     if name == "modpo":
         set_margins(run, pairs)
@@ -615,9 +545,8 @@ def train_policy(run, name):
     model = run.load("sft").with_heads(heads, noise, run.generator(name, "heads"))
     # A rate of its own for each method, so that all end about as far from the reference.
     factors = parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
-    factor = factors[METHODS.index("soup" if name.startswith("dpo_") else name)]
-    optimizer = make_optimizer(model, config.dpo_lr_backbone, factor * config.dpo_lr_heads)
-
+    lr_heads = factors[METHODS.index(method)] * config.dpo_lr_heads
+    optimizer = make_optimizer(model, config.dpo_lr_backbone, lr_heads)
     # The loss of an objective is the mean over its pairs in the batch.
     per_step = [config.dpo_pairs if o in names else 0 for o in run.names]
     count = torch.tensor(per_step, device=run.device)                               # (O,)
@@ -627,48 +556,32 @@ def train_policy(run, name):
         # The losses and gradients of the parts of a batch add up to those of the batch.
         for index in dealt_batches([len(pair) for pair in batch]):
             part = [batch[i] for i in index]
-            head = [heads.index(pair.objective) if len(heads) > 1 else 0 for pair in part]
             with run.autocast():
-                logps = policy_logps(model, part, torch.tensor(head, device=run.device))  # (2, n)
+                logps = policy_logps(model, part, own_heads(model, part))           # (2, n)
             loss, metrics = preference_loss(run, part, logps, count)
-            if ranks() > 1:     # FSDP wants a gradient for the same parameters in every process
-                loss = loss + 0 * sum(head.weight[0, 0] for head in model.heads)
+            loss = reaching(loss, [head.weight for head in model.heads])
             (loss * ranks()).backward()
-            for metric, value in metrics.items():
-                found[metric] += value
+            found.update(metrics)
         if len(heads) > 1:      # a head's gradient comes from its own objective alone
-            grads = [head.weight.grad for head in model.heads]      # None in a process without pair
-            zero = torch.zeros((), device=run.device)
-            norms = [zero if grad is None else whole(grad.norm()) for grad in grads]
-            found["gradient_norm"] = torch.stack(norms) / ranks()
+            found["gradient_norm"] = torch.stack([head_norm(head) for head in model.heads])
         return found
 
-    # Progress is measured on held-out pairs, as many of every objective.
-    dev = []
-    for objective in names:
-        dev += choose(pairs, objective, "dev")[:4 * config.dpo_pairs]
-
     def develop():
-        with run.autocast():
-            logps = own_logps(model, dev).T.to(run.device)
+        logps = score_pairs(run, model, dev, name).T.to(run.device)
         return preference_loss(run, dev, logps)[1]
 
-    steps, batches = pair_batches(run, pairs, names)
-    log = fit(run, name, model, optimizer, steps, batches, backward, run.names,
+    # An objective's pairs come in the same order to every policy, for as many steps. Progress is
+    # measured on held-out pairs, as many of every objective.
+    dev, streams, n = [], [], config.dpo_pairs
+    for o in names:
+        dev += choose(pairs, [o], "dev")[:4 * n]
+        streams.append(endless(choose(pairs, [o], "train"), run.generator("pairs", o)))
+    epoch = max(len(choose(pairs, [o], "train")) for o in run.names) / n
+    batches = mixed_batches(streams, [n] * len(names))
+    log = fit(run, name, model, optimizer, config.dpo_steps, epoch, batches, backward, run.names,
               develop if dev else None, clip=10.0)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
-
-
-def pair_batches(run, pairs, names):
-    """The steps of a policy's training and its endless batches: an objective's pairs come in the
-    same order to every policy, for the same number of steps."""
-    train = {o: choose(pairs, o, "train") for o in run.names}
-    cycles = [Cycle(train[o], run.generator("pairs", o)) for o in names]
-    n = run.config.dpo_pairs
-    epoch = max(map(len, train.values())) / n
-    steps = capped(run.config.dpo_steps, epoch, run.config)
-    return steps, mixed_batches(cycles, [n] * len(names))
 
 
 def set_margins(run, pairs):
@@ -679,35 +592,34 @@ def set_margins(run, pairs):
         pair.margin = 0.0
     for objective in run.objectives:
         # This objective's policy rewards the pairs of the domain's other objectives.
-        mates = [o.name for o in run.objectives if o.domain == objective.domain]
-        part = [p for p in pairs if p.objective in mates and p.objective != objective.name]
+        domain = mates(run, objective)
+        part = [p for p in pairs if p.objective in domain and p.objective != objective.name]
         if part:
             policy = f"dpo_{objective.name}"
-            logps = score_pairs(run, run.load(policy), part, f"rewards by {policy}")
+            logps = score_pairs(run, run.load(policy), part, policy)
             reference = torch.tensor([pair.reference for pair in part])
             rewards = run.config.beta * (logps - reference)                         # (n, 2)
             for pair, (chosen, rejected) in zip(part, rewards.tolist()):
-                pair.margin += (chosen - rejected) / len(mates)
+                pair.margin += (chosen - rejected) / len(domain)
 
 
 def measure_pairs(run, name):
     """Stage pair_metrics: rows for the table of held-out pairs. Each pair is scored under its own
     head; the soup is that of its domain's policies."""
-    pairs = [p for p in read_rows(run.file("pairs.jsonl"), Pair) if p.split == "dev"]
+    pairs = read_rows(run.file("pairs.jsonl"), Pair)
+    # policy -> the models that are averaged, the objectives whose pairs it is measured on
     jobs = [(policy, [policy], run.names)
             for policy in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo")]
-    for domain in dict.fromkeys(o.domain for o in run.objectives):
-        names = [o.name for o in run.objectives if o.domain == domain]
+    for names in dict.fromkeys(tuple(mates(run, o)) for o in run.objectives):
         jobs.append(("soup", [f"dpo_{o}" for o in names], names))
-    # The SFT policy is the reference itself; the others are compared with it.
     rows = []
     for policy, members, names in jobs:
-        part = [pair for pair in pairs if pair.objective in names]
+        part = choose(pairs, names, "dev")
         reference = torch.tensor([pair.reference for pair in part]).view(-1, 2)
         logps = reference
-        if policy != "sft":
+        if policy != "sft":                     # the reference itself
             model = average([run.load(member) for member in members])
-            logps = score_pairs(run, model, part, f"held-out pairs: {policy}")
+            logps = score_pairs(run, model, part, policy)
         rows += pair_metrics_rows(policy, logps, reference, part, run.config.beta, run.config.seed)
     write_json(run.file(name), rows)
 
@@ -722,18 +634,18 @@ def make_labels(run, name):
     for policy in ("sft", "mah_dpo"):
         model, sources = sources_of(run, policy)
         for source in sources:
-            judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
             # SFT comes first: on its answers the judge is calibrated.
             for objective in source.objectives("A"):
                 if objective not in judges:
                     judges[objective] = calibrate_judge(source, objective)
+            judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
             labels += label_steps(source, judged, judges, "turns", config.n_prompts, 1)
             labels += label_steps(source, rolled, judges, "rollouts", config.n_rollout_prompts,
                                   config.rollouts)
-            if policy == "mah_dpo" and source.objectives("C"):
+            if policy == "mah_dpo":
                 pairs += sample_pairs(source, source.objectives("C"))
-    labels, pairs = gather(labels), gather(pairs)
-    labels += real_labels(config.data, run.objectives, model)[0]
+    labels = gather(labels) + real_labels(config.data, run.objectives, model)[0]
+    pairs = gather(pairs)
     tqdm.write(f"  labelled sequences: {len(labels)}; more pairs: {len(pairs)}")
     run.log("labels", judges.values())
     write_rows(run.file("mah_dpo_pairs.jsonl"), pairs)
@@ -746,20 +658,18 @@ def calibrate_judge(source, name):
     run, world = source.run, source.world
     rng, generator = run.rng("judge", name), run.generator("judge", name)
     problems = world.problems("dev", 400, rng)
-    student = seed_of(run.config.seed, "judge", name)
     ratings, gold = [], []
-    for turn in answer(source, problems, generator, student, f"{name}: rated examples"):
+    for turn in answer(source, problems, generator, seed_of(run.config.seed, "judge", name)):
         text = source.model.tokenizer.decode(turn.response)
         score = world.scores(turn.problem, turn.messages, text)[name]
         ratings.append(judge(score, rng))
+        # Gold labels come from noise-free scores, as a person would rate a few examples by hand.
         gold.append(score >= ENGAGING)
-    # Gold labels come from noise-free scores, as a person would rate a few examples by hand.
     half = len(gold) // 2
     threshold, fitted = fit_threshold(ratings[:half], gold[:half])
-    verdicts = [rating > threshold for rating in ratings[half:]]
-    agreement = sum(map(operator.eq, verdicts, gold[half:])) / half
     row = {"objective": name, "threshold": threshold, "agreement_fitted": fitted,
-           "agreement": agreement, "positive": sum(gold[half:]) / half}
+           "agreement": agreement(threshold, ratings[half:], gold[half:]),
+           "positive": sum(gold[half:]) / half}
     tqdm.write(f"  judge, fitted on {half} examples, measured on {half} others: {shown(row)}")
     return row
 
@@ -786,10 +696,9 @@ def label_steps(source, names, judges, purpose, n, M):
             prefix = turn.response[:end + 1]
             rollouts.append([turn.response] + [prefix + tail for tail in next(tails)])
         rollouts.append([turn.response] * M)
-        # Every objective labels every step that it can; STEP those up to the first wrong one.
-        targets = [{} for _ in at]                          # for every step {name: label}
-        for name in [*names, STEP]:
-            labels = labels_of(source, turn, rollouts, name, judges, rng)
+        # Every output labels the steps from the first on, perhaps not all of them.
+        targets = [{} for _ in at]                          # for every step {output: label}
+        for name, labels in labels_of(source, turn, rollouts, names, judges, rng).items():
             for target, label in zip(targets, labels):
                 target[name] = label
         # The PRM reads the prompt, too: a step ends that much later.
@@ -798,24 +707,31 @@ def label_steps(source, names, judges, purpose, n, M):
     return rows
 
 
-def labels_of(source, turn, rollouts, name, judges, rng):
-    """One output's labels for the steps of a turn. rollouts: for every step M responses."""
-    verifiable = source.objectives("verifiable")
-    if name == STEP:
-        return known_verdicts(source, turn) if verifiable else []
-    if name in verifiable:
-        return hindsight(source, turn, rollouts)
-    # A judge of case A was calibrated; in case B, half of the scale is positive.
-    threshold = judges[name]["threshold"] if name in judges else 0.5
-    verdicts = []
-    for responses in rollouts:
-        ratings = [rate(source, turn, response, [name], rng)[name] for response in responses]
-        verdicts.append([rating > threshold for rating in ratings])
-    return majority_labels(torch.tensor(verdicts)).tolist()
+def labels_of(source, turn, rollouts, names, judges, rng):
+    """{output: its labels} for the steps of a turn. rollouts: for every step M responses."""
+    found, verifiable = {}, source.objectives("verifiable")
+    for name in names:
+        if name in verifiable:
+            found[name] = hindsight(source, turn, rollouts)
+            continue
+        # A judge of case A was calibrated; in case B, half of the scale is positive.
+        threshold = judges[name]["threshold"] if name in judges else 0.5
+        verdicts = []
+        for responses in rollouts:
+            ratings = [rate(source, turn, response, [name], rng)[name] for response in responses]
+            verdicts.append([rating > threshold for rating in ratings])
+        found[name] = majority_labels(torch.tensor(verdicts)).tolist()
+    if verifiable:
+        # What follows the first wrong step is judged by that, not by what it says.
+        _, rewards = verify(source, turn, turn.response)
+        known = [reward for reward in rewards if reward is not None]
+        found[STEP] = known[:known.index(0.0) + 1] if 0.0 in known else known
+    return found
 
 
 def verify(source, turn, response):
-    """The verifier on a response -> is its end right? 1 or 0; the same for every step, or None."""
+    """The verifier on a response -> is its end right? 1 or 0; the same for every step, as far as
+    steps are verified."""
     tokenizer = source.model.tokenizer
     steps, start = [], 0
     for end in tokenizer.step_ends(response, source.world.boundary):
@@ -838,14 +754,6 @@ def hindsight(source, turn, rollouts):
     return hindsight_targets(r, torch.tensor(lengths), torch.tensor(correct), gamma).tolist()
 
 
-def known_verdicts(source, turn):
-    """The verifier's verdicts on the steps up to the first wrong one: what follows that is judged
-    by it, not by what it says. Nothing where steps are not verified."""
-    _, rewards = verify(source, turn, turn.response)
-    known = [reward for reward in rewards if reward is not None]
-    return known[:known.index(0.0) + 1] if 0.0 in known else known
-
-
 # -- stage prm: the process reward model
 
 # Pairs of samples of SFT, on which the policies train too, and of MAH-DPO.
@@ -856,57 +764,49 @@ def prm_sources(run, names, split):
     """What a PRM with these outputs learns from, or is measured on: lists of Labelled, one for each
     set of objectives that are labelled together (those of a domain); then lists of Pair, one for
     each objective without labels, as in case C."""
-    labelled, groups, pairs = set(), {}, []
+    groups, pairs = {}, []
     for row in read_rows(run.file("labels.jsonl"), Labelled):
         about = set().union(*row.targets) & set(names)
-        if row.split == "train":
-            labelled |= about
         if about and row.split == split:
             groups.setdefault(frozenset(about), []).append(row)
-    # An objective without step labels learns from its pairs.
     for file in PAIR_FILES:
         pairs += read_rows(run.file(file), Pair)
-    found = list(groups.values())
-    for name in names:
-        if name not in labelled:
-            found.append(choose(pairs, name, split))
+    unlabelled = [name for name in names if name not in set().union(*groups)]
+    found = [*groups.values(), *[choose(pairs, [name], split) for name in unlabelled]]
     return [items for items in found if items]
 
 
-def step_sizes(sources, config):
-    """How many items of each source a PRM step takes. Labelled sequences: as many as the source has
-    a share of the labels, but at least prm_pairs, so that few labels are still learned from."""
-    # A source of pairs has no labels, and takes prm_pairs.
-    labelled = []
-    for items in sources:
-        steps = [len(item.ends) for item in items if isinstance(item, Labelled)]
-        labelled.append(sum(steps))
-    sizes = []
-    for n in labelled:
-        share = config.prm_batch * n // max(1, sum(labelled))
-        size = max(config.prm_pairs, share)
-        sizes.append(max(1, size // ranks()) * ranks())     # what the processes can share
-    return sizes
-
-
-def count_labels(items):
-    """The number of labels of every output on Labelled rows (a Pair has none)."""
-    count = Counter()
+def labels_in(items):
+    """The names of the labels on Labelled rows, one for each label (a Pair has none)."""
+    names = []
     for item in items:
         for labels in item.targets if isinstance(item, Labelled) else []:
-            count.update(labels.keys())
-    return count
+            names += labels
+    return names
+
+
+def step_sizes(sources, config):
+    """How many items of each source a PRM step takes: of Labelled rows as many as the source has a
+    share of the labelled steps, but at least prm_pairs, so that few labels are still learnt from,
+    and so many pairs."""
+    labelled, sizes = [], []
+    for items in sources:
+        labelled.append(sum(len(item.ends) for item in items if isinstance(item, Labelled)))
+    for n in labelled:
+        size = max(config.prm_pairs, config.prm_batch * n // max(1, sum(labelled)))
+        sizes.append(max(1, size // ranks()) * ranks())     # what the processes can share
+    return sizes
 
 
 def own_parts(batch):
     """This process's items of a batch in parts: labelled sequences, then pairs."""
     labelled = [item for item in batch if isinstance(item, Labelled)]
-    pairs = [item for item in batch if isinstance(item, Pair)]
+    pairs = local_items([item for item in batch if isinstance(item, Pair)])
     # Few tokens at a time: gradients add up, and little is padded.
+    parts = []
     for index in dealt_batches([len(row) for row in labelled], 2048):
-        yield [labelled[i] for i in index]
-    if pairs:
-        yield local_items(pairs)
+        parts.append([labelled[i] for i in index])
+    return [*parts, pairs] if pairs else parts
 
 
 def prm_loss(prm, part, in_batch):
@@ -935,10 +835,9 @@ def train_prm(run, name):
     weights = [config.prm_value_weight if case == "verifiable" else 1.0 for case in cases]
     # Where it is known which steps are right, a value model is taught that too. A single block has
     # no layer below it to read it from.
-    if "verifiable" in cases and STEP in count_labels(sum(sources, [])):
-        if backbone.config.n_layer > 1:
-            outputs.append(STEP_OUTPUT)
-            weights.append(config.prm_step_weight)
+    if "verifiable" in cases and STEP in labels_in(sum(sources, [])) and len(backbone.layers) > 1:
+        outputs.append(STEP_OUTPUT)
+        weights.append(config.prm_step_weight)
     weight = torch.tensor(weights, device=run.device)                               # (P,)
     prm = PRM(backbone, outputs, run.generator(name, "weights")).to(run.device)
     prm = shard(prm, run.device)
@@ -948,7 +847,7 @@ def train_prm(run, name):
 
     def backward(batch):
         losses, labels = torch.zeros(2, len(outputs), device=run.device)
-        count = count_labels(batch)
+        count = Counter(labels_in(batch))
         in_batch = torch.tensor([count[output] for output in prm.names], device=run.device)
         for part in own_parts(batch):
             with run.autocast():
@@ -958,11 +857,10 @@ def train_prm(run, name):
         return {"loss": losses, "labels": labels}
 
     sizes = step_sizes(sources, config)
-    batches = mixed_batches([Cycle(items, generator) for items in sources], sizes)
+    batches = mixed_batches([endless(items, generator) for items in sources], sizes)
     epoch = max(len(items) / size for items, size in zip(sources, sizes))
-    steps = capped(config.prm_steps, epoch, config)
-    log = fit(run, name, prm, optimizer, steps, batches, backward, prm.names, warm_up=100,
-              decay="linear")
+    log = fit(run, name, prm, optimizer, config.prm_steps, epoch, batches, backward, prm.names,
+              warm_up=100, decay="linear")
     run.log(name, [*log, measure_prm(prm, prm_sources(run, names, "dev"))])
     save_prm(prm, run.file(name))
 
@@ -1031,102 +929,60 @@ def stages(run):
     policies = "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor"
     prm = ("prm prm_steps prm_batch prm_pairs prm_value_weight prm_step_weight prm_lr_backbone "
            "prm_lr_head")
-    prms = ["prm"]
-    if run.config.prm == "each":
-        prms = [f"prm_{name}" for name in run.names]
-    source = f"from {run.config.init}" if run.config.init else "pre-training"
-    found = [
-        Stage(f"base model, {source}", ["base"],
+    baselines = ["single_head_dpo", *[f"dpo_{name}" for name in run.names], "modpo"]
+    prms = ["prm"] if run.config.prm == "unified" else [f"prm_{name}" for name in run.names]
+    return [
+        Stage("base model", ["base"],
               "init seed dtype grad_checkpoint epochs base_steps base_lr", train_base),
         Stage("supervised fine-tuning", ["sft"],
               "objective data max_new_tokens sft_steps sft_batch sft_lr", train_sft),
-        Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs)]
-    for name in ["single_head_dpo", *[f"dpo_{o}" for o in run.names], "modpo"]:
-        found.append(Stage(f"policy {name}", [name], policies, train_policy))
-    found += [
+        Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs),
+        *[Stage(f"policy {name}", [name], policies, train_policy) for name in baselines],
         Stage("policy mah_dpo", ["mah_dpo"], "perturbation", train_policy),
         Stage("held-out pairs", ["pair_metrics.json"], "", measure_pairs),
         Stage("rollouts and labels", ["mah_dpo_pairs.jsonl", "labels.jsonl"],
-              "gamma rollouts n_rollout_prompts", make_labels)]
-    for name in prms:
-        found.append(Stage(f"process reward model {name}", [name], prm, train_prm))
-    tables = ["scores.jsonl", "results.md", "pareto.svg", "results.json"]
-    return [*found, Stage("tables", tables, "n_test split weight_steps k", make_tables)]
+              "gamma rollouts n_rollout_prompts", make_labels),
+        *[Stage(f"process reward model {name}", [name], prm, train_prm) for name in prms],
+        Stage("tables", ["scores.jsonl", "results.md", "pareto.svg", "results.json"],
+              "n_test split weight_steps k", make_tables)]
 
 
 def make_tables(run, name):
     """Stage tables: those of evaluate.py, with the rows of the held-out pairs."""
-    evaluate(run.path, read_json(run.file("pair_metrics.json")))
+    evaluate(run.path, read_json(run.file("pair_metrics.json")), run.device)
 
 
 def finished(run, stage):
-    """Is a stage's last file there?"""
+    """Is a stage's last file there? Of a model's directory it is config.json."""
     path = run.file(stage.files[-1])
-    if os.path.isdir(path):
-        path = os.path.join(path, "config.json")
-    return os.path.exists(path)
+    return os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json"))
 
 
 def run_stages(run):
     """Run what is not finished, with a numbered title and the time of each stage."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.stop)
-    # A stage may be copied as long as all options agree that it or a stage before it reads.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
     begun = time.time()
-    # The other run may be gone when this one is resumed: then it does all by itself.
-    source = source_of(run) if os.path.isdir(run.config.from_) else None
-    agreed = source is not None
     for number, stage in enumerate(stages(run), 1):
-        for name in stage.options.split() if agreed else []:
-            agreed = agreed and getattr(run.config, name) == getattr(source.config, name)
         if finished(run, stage):
             print(f"[{number}] {stage.title}: finished before")
-        elif agreed and finished(source, stage):
-            print(f"[{number}] {stage.title}: copied from {source.path}")
-            take_over(run, source, stage)
-        else:
-            print(f"[{number}] {stage.title}", flush=True)
-            start = time.time()
-            stage.work(run, stage.files[-1])
-            seconds = time.time() - start
-            run.log(stage.title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
-            print(f"    {seconds:.0f} s", flush=True)
-    # A kill may have left half a file. The last training's checkpoint is of no more use.
-    for path in [*Path(run.path).glob("*.tmp"), Path(run.file("checkpoint.safetensors"))]:
-        with contextlib.suppress(OSError):
-            path.unlink()
+            continue
+        print(f"[{number}] {stage.title}", flush=True)
+        start = time.time()
+        stage.work(run, stage.files[-1])
+        seconds = time.time() - start
+        run.log(stage.title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
+        print(f"    {seconds:.0f} s", flush=True)
+    clear(run.path)
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py "
           f"{run.path} --prompt ...")
 
 
-def source_of(run):
-    """The run that this one starts from; of several trainings the one of the same seed."""
-    for path in seed_runs(run.config.from_):
-        source = open_run(path) if os.path.isdir(path) else None
-        if source and source.config.seed == run.config.seed:
-            return source
-    raise InputError(f"--from {run.config.from_}: it has no training with seed {run.config.seed}")
-
-
-def take_over(run, source, stage):
-    """Copy a finished stage of another run: its rows of the log and its files."""
-    name = stage.files[-1].partition(".")[0]
-    # The rows first, as in a stage that was run: its last file says that all is there.
-    rows = [row for _, row in read_jsonl(source.file("log.jsonl")) if row["stage"] == name]
-    run.log(name, rows)
-    for file in stage.files if rank() == 0 else []:
-        old, part = source.file(file), run.file(f"{file}.tmp")
-        shutil.rmtree(part, ignore_errors=True)     # what a kill has left
-        copy = shutil.copytree if os.path.isdir(old) else shutil.copy
-        os.replace(copy(old, part), run.file(file))
-    total(torch.zeros(1))                           # the other processes look for it only now
-
-
 # -- the training loop of all stages
 
-def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develop=None, clip=1.0,
-        warm_up=20, decay="constant"):
-    """`steps` updates, each by the gradient of one batch -> rows for the log.
+def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(), develop=None,
+        clip=1.0, warm_up=20, decay="constant"):
+    """Updates, each by the gradient of one batch: as many as `steps`, but at most config.epochs
+    passes of `epoch` batches -> rows for the log.
 
     batches: endless iterator of lists of items, a function of the seed alone: its position is the
     step. backward(batch): adds up the gradient of this process's share, and returns numbers for
@@ -1134,15 +990,24 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
     processes. develop(): the same on held-out data, four times. clip: largest norm of a gradient.
     Every config.checkpoint_every steps, and before a stop, all that the next step needs is
     saved."""
+    steps = min(steps, max(1, math.ceil(run.config.epochs * epoch)))
     top = [group["lr"] for group in optimizer.param_groups]
     start, log = load_checkpoint(run, stage, model, optimizer)
-    seconds, tokens = 0.0, 0
-    run.training = True
-    with tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar:
-        for step, batch in enumerate(islice(batches, start, steps), start):
-            if develop and step % math.ceil(steps / 3) == 0:
+    seconds, tokens, batches = 0.0, 0, islice(batches, start, steps)
+    with (stops_wait() as stops,
+          tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar):
+        for step in range(start, steps + 1):
+            # Several processes stop before the same step.
+            stopping = bool(total(torch.tensor(len(stops))))
+            if stopping or step % run.config.checkpoint_every == 0 and start < step < steps:
+                save_checkpoint(run, stage, model, optimizer, step, log)
+            if stopping:
+                raise KeyboardInterrupt
+            if develop and (step % math.ceil(steps / 3) == 0 or step == steps):
                 log.append({"step": step, "split": "dev"} | log_row(develop(), names))
-            begun = time.perf_counter()
+            if step == steps:
+                break
+            batch, begun = next(batches), time.perf_counter()
             # One step: the rates, the gradient, and if it is a number, the update.
             for group, lr in zip(optimizer.param_groups, top):
                 group["lr"] = lr * rate_factor(step, steps, warm_up, decay)
@@ -1154,22 +1019,12 @@ def fit(run, stage, model, optimizer, steps, batches, backward, names=(), develo
             tokens += sum(map(len, batch))
             # What a person wants to see.
             if step % 10 == 0 or step == steps - 1:
-                row = log_row(found, names)
-                log.append({"step": step, "gradient_norm": norm.item()} | row)
+                log.append({"step": step, "gradient_norm": norm.item()} | log_row(found, names))
                 bar.set_postfix(loss=float(found["loss"].nanmean()), refresh=False)
             bar.update()
-            # Several processes stop after the same step.
-            stopping = bool(total(torch.tensor(int(run.stopping), device=run.device)))
-            if stopping or (step + 1) % run.config.checkpoint_every == 0 and step + 1 < steps:
-                save_checkpoint(run, stage, model, optimizer, step + 1, log)
-            if stopping:
-                raise KeyboardInterrupt
-    run.training = False
-    if develop:
-        row = log_row(develop(), names)
-        log.append({"step": steps, "split": "dev"} | row)
-        for name, measures in row.items():
-            tqdm.write(f"  {stage}, held-out {name}: {shown(measures)}")
+    for name in names:
+        if develop and name in log[-1]:
+            tqdm.write(f"  {stage}, held-out {name}: {shown(log[-1][name])}")
     run.log(stage, [{"steps": steps - start, "tokens": tokens, "seconds": seconds,
                      "tokens_per_second": tokens / max(seconds, 1e-9)}], "timings.jsonl")
     return log
@@ -1200,10 +1055,9 @@ def refuse_step(stage, step, optimizer, batch, backward):
         if not gradient(optimizer, [item] * ranks(), backward, 1.0)[2]:
             bad.append(item.where)
     bad = bad or [item.where for item in batch]
-    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     raise InputError(f"{stage}, step {step}: the loss or its gradient is not finite for "
-                     f"{', '.join(bad[:5])}{more}; this step was not taken, and earlier "
-                     "checkpoints are kept. Lower the learning rate, or look at these examples")
+                     f"{', '.join(bad[:5])}{' ...' * (len(bad) > 5)}; this step was not taken, and "
+                     "earlier checkpoints are kept. Lower the learning rate, or look at these")
 
 
 def log_row(found, names):
@@ -1220,72 +1074,21 @@ def log_row(found, names):
     return row
 
 
-# -- checkpoints
-
-def parameters_of(optimizer):
-    """The parameters that an optimiser updates, in a fixed order."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def save_checkpoint(run, stage, model, optimizer, step, log):
-    """What the next step of a stage needs: weights, the optimiser's state, the log so far, and the
-    number of steps done, from which the schedule and the draws follow."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for i, p in enumerate(parameters_of(optimizer)):
-        for name, tensor in optimizer.state.get(p, {}).items():
-            tensors[f"{name}.{i}"] = tensor
-    about = {"stage": stage, "step": str(step), "key": run.key, "log": json.dumps(log)}
-    save_safetensors(tensors, run.file("checkpoint.safetensors"), about)
-
-
-@torch.no_grad()
-def load_checkpoint(run, stage, model, optimizer):
-    """Put back what save_checkpoint saved -> steps done, log; 0, [] where there is nothing of this
-    stage. InputError if it was saved under other options or with other data."""
-    path = run.file("checkpoint.safetensors")
-    again = f"remove this file to start {stage} again"
-    try:
-        about = read_metadata(path) if os.path.exists(path) else {}
-    except InputError as e:
-        raise InputError(f"{e}; {again}") from None
-    if about.get("stage") != stage:             # none, or that of an earlier, finished stage
-        return 0, []
-    if about.get("key") != run.key:
-        raise InputError(f"{path}: saved with another configuration or other data than these; "
-                         f"bring those back, or {again}")
-    # Everything goes back to where it was, on its device and in its shards.
-    weights = model.state_dict()
-    parameters = parameters_of(optimizer)
-    for key, tensor in load_safetensors(path).items():
-        kind, _, name = key.partition(".")
-        if kind == "model":
-            weights[name].copy_(like(tensor, weights[name]))
-            continue
-        p = parameters[int(name)]
-        tensor = tensor.clone()                 # apart from the file, which will be replaced
-        # The number of steps is one number for a parameter, which is not sharded.
-        tensor = tensor.to(p.device) if kind == "step" else like(tensor, p)
-        optimizer.state[p][kind] = tensor
-    return int(about["step"]), json.loads(about["log"])
-
-
 # -- runs and their directories
 
 def carry_out(run):
-    """All that is unfinished of a run: its stages, or those of each of several trainings, and then
+    """All that is unfinished of a run: the stages of its training, or of each of several, and then
     the tables over these. Exit code 130 where it is stopped."""
     with alone(run.path):
         try:
             trainings = seed_runs(run.path)
-            if len(trainings) == 1:
-                return run_stages(run)
             # A training of several is a run of its own, with its own seed.
             for i, path in enumerate(trainings):
-                print(f"\n{path}: training {i + 1} of {len(trainings)}")
+                print(f"{path}: training {i + 1} of {len(trainings)}")
                 one = replace(run.config, seed=run.config.seed + i, seeds=1)
-                begun = os.path.isdir(path)
-                run_stages(open_run(path, one.device) if begun else begin(path, one))
-            publish(run.path, load_rows(run.path))
+                run_stages(open_run(path, one.device) if os.path.isdir(path) else begin(path, one))
+            if len(trainings) > 1:
+                publish(run.path, load_rows(run.path))
         except KeyboardInterrupt:
             if rank() == 0:
                 print("\nstopped; what is finished is kept. Go on with: python train.py --resume "
@@ -1294,17 +1097,36 @@ def carry_out(run):
 
 
 def begin(path, config):
-    """Make the directory of a run, which is never there without its config.json -> Run."""
+    """Make the directory of a run, with copies of what --from offers -> Run."""
     run = Run(path, config)
-    # Written under another name, then renamed: the directory appears with its file in it.
     saved = asdict(config) | {"objectives": [asdict(o) for o in run.objectives], "key": run.key}
-    if rank() == 0:
-        os.makedirs(f"{path}.tmp", exist_ok=True)
-    write_json(f"{path}.tmp/config.json", saved)
-    if rank() == 0:
-        os.rename(f"{path}.tmp", path)
-    total(torch.zeros(1))                       # the other processes look for it only now
+    with new_directory(path) as unfinished:
+        write_json(f"{unfinished}/config.json", saved)
+        # When the second of several seeds begins, the other run may be gone: then all is trained.
+        if config.seeds == 1 and os.path.isdir(config.from_):
+            copy_stages(source_of(run), Run(unfinished, config))
     return run
+
+
+def source_of(run):
+    """The run that this one starts from; of several trainings the one of the same seed."""
+    for path in seed_runs(run.config.from_):
+        source = open_run(path) if os.path.isdir(path) else None
+        if source and source.config.seed == run.config.seed:
+            return source
+    raise InputError(f"--from {run.config.from_}: it has no training with seed {run.config.seed}")
+
+
+def copy_stages(source, run):
+    """Copy another run's stages, files and rows of the log, up to the first that it has not
+    finished, or that reads an option whose value differs: all later ones depend on it."""
+    for stage in stages(run):
+        same = [getattr(source.config, name) == getattr(run.config, name)
+                for name in stage.options.split()]
+        if not all(same) or not finished(source, stage):
+            break
+        print(f"{stage.title}: copied from {source.path}")
+        copy_stage(source, run, stage.files)
 
 
 def open_run(path, device="auto"):
@@ -1340,28 +1162,25 @@ def read_command(argv):
     parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP,
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    # The options are the fields of Config, so that none can be forgotten.
+    small = {}
     for f in fields(Config):
         text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
         parser.add_argument(flag(f.name), dest=f.name, help=text, **kind)
-    parser.add_argument("--fast", action="store_true",
+        if f.metadata["fast"] is not None:
+            small[f.name] = f.metadata["fast"]
+    parser.add_argument("--fast", action="store_const", const=small, default={},
                         help="every stage, small: shows that it works, finds nothing")
     parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, under its "
                         "own options; takes no other option but --device")
     given = vars(parser.parse_args(argv))           # only what stands on the command line
-    resume = given.pop("resume", None)
+    fast, resume = given.pop("fast"), given.pop("resume", None)
     if resume == "":                                # an empty variable of a script
         raise InputError("--resume needs the directory of a run")
-    if resume and set(given) - {"device"}:
+    if resume and (fast or set(given) - {"device"}):
         raise InputError("--resume goes on with the run's own configuration; give no option with "
                          "it but --device")
-    config = Config()
-    if given.pop("fast", False):
-        for f in fields(Config):
-            if f.metadata["fast"] is not None:
-                setattr(config, f.name, f.metadata["fast"])
-    return replace(config, **given), resume
+    return Config(**fast | given), resume
 
 
 def check_config(config):
@@ -1390,16 +1209,16 @@ def check_inputs(config):
     for seed in range(config.seed, config.seed + config.seeds) if config.from_ else []:
         source_of(Run("", replace(config, seed=seed)))
     run = Run("", config)
-    model = load_init(run) if config.init else None
+    model = load_base(config.init, run.device) if config.init else None
     if config.data:
         describe_data(config.data, run.objectives, config.max_new_tokens, model)
     if model:
         sft_examples(run, model)                # a short context, a chat template that is not read
     for world in [] if config.data else run.worlds(model):
         # A world may be too small for what is asked of it.
-        cases = [o.case for o in run.objectives if o.domain == world.name]
-        rolled = "verifiable" in cases or "A" in cases
-        n = max(config.n_prompts, config.n_rollout_prompts if rolled else 0)
+        cases = {o.case for o in domain_objectives(world.name, run.objectives)}
+        rolled = config.n_rollout_prompts if cases & {"verifiable", "A"} else 0
+        n = max(config.n_prompts, rolled)
         world.problems(config.split, config.n_test, RNG(0))
         world.problems("train", n // world.turns, RNG(0))
 
@@ -1409,11 +1228,7 @@ def new_run(config):
     check_config(config)
     config.device = pick_device(config.device)
     check_inputs(config)
-    name = config.out or os.path.join("runs", config.objective.replace(",", "+"))
-    config.out, number = name.rstrip("/"), 2
-    while os.path.lexists(config.out):
-        config.out, number = f"{name.rstrip('/')}-{number}", number + 1
-    config.out = gather([config.out])[0]        # several processes take the first one's
+    config.out = free_name(config.out or f"runs/{config.objective.replace(',', '+')}")
     print(f"writing to {config.out}")
     return begin(config.out, config)
 

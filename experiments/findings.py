@@ -21,6 +21,7 @@ from data import InputError, domain_objectives, run_command  # noqa: E402
 from decode import read_run  # noqa: E402
 from evaluate import by_domain, cell, half_width, load_rows, row_name, summary, table  # noqa: E402
 
+# What the paper found; `comparisons` says which rows of the tables must differ for it.
 FINDINGS = {
     "F1": "the ensemble beats SFT, single-head DPO, MODPO and soup on subjective objectives and "
           "keeps accuracy",
@@ -33,9 +34,11 @@ FINDINGS = {
     "F6": "one unified PRM guides all domains as well as one PRM per objective",
     "rivals": "guidance beats greedy decoding and as many whole answers by vote or by PRM (not in "
               "the paper)"}
-KEPT = 0.02      # "keeps", "smoothly" and "as well as" allow to lose less than this
+# "keeps", "smoothly" and "as well as" allow to lose less than this.
+KEPT = 0.02
 BASELINES = ["sft", "single_head_dpo", "modpo", "soup"]
-OWN = ", its own PRM"           # behind the names of EACH_RUN's rows
+# Stands behind the names of EACH_RUN's rows.
+OWN = ", its own PRM"
 
 
 class Comparison(NamedTuple):
@@ -84,6 +87,7 @@ def comparisons(objectives):
 
 def verdict(difference, slack=0.0):
     """Does a difference (a summary) show that something is better, or with slack: hardly worse?"""
+    # With 95 % confidence the true difference lies within half the interval of the mean.
     half = half_width(difference)
     if difference["mean"] - half > -slack:
         return "holds"
@@ -169,6 +173,7 @@ def findings_table(lines):
     """Findings by domain."""
     shown = []
     for finding, text in FINDINGS.items():
+        # A line with a cell for every domain.
         shown.append({"": finding, "finding": text})
         for domain in dict.fromkeys(found["domain"] for found in lines):
             part = [f for f in lines if (f["finding"], f["domain"]) == (finding, domain)]
@@ -178,6 +183,7 @@ def findings_table(lines):
 
 def check_pair(run, each_run):
     """InputError if two runs cannot be compared for F6: the same but for their PRMs."""
+    # Differences are paired by order: both must have met the same prompts, in the same order.
     configs = [read_run(run), read_run(each_run)]
     if [config["prm"] for config in configs] != ["unified", "each"]:
         raise InputError(f"F6 compares a run of --prm unified with one of --prm each: {run} has "

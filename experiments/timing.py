@@ -53,6 +53,7 @@ def steps_carried(model, prm, prompt, K, S, N):
     prefill(prm, judge, [prompt])
     policy, judge = policy.fork(K), judge.fork(K)
     for _ in range(S):
+        # K candidates, each behind the shared prefix; then what the PRM says of them.
         candidates = sampled(model, policy, h, N)
         scores, fed = score_candidates(prm, judge, candidates, None)
         winner = int(scores[:, 0].argmax())
@@ -78,6 +79,7 @@ def steps_one_by_one(model, prm, prompt, K, S, N):
             ids, = sampled(model, cache, h, N)
             scores.append(float(last_score(prm, [text + ids])))
             tried.append((ids, cache, h))
+        # The best one's copy becomes the cache that goes on.
         ids, running, state = tried[scores.index(max(scores))]
         running.keep(0)
         text += ids
@@ -88,6 +90,7 @@ def steps_encoded_again(model, prm, prompt, K, S, N):
     """The plain way: policy and PRM read prompt and text anew in every step, K rows at once."""
     text = list(prompt)
     for _ in range(S):
+        # A cache within the step only: the next one begins anew.
         cache = model.new_cache(K, len(text) + N)
         drawn = sampled(model, cache, prefill(model, cache, [text] * K), N)
         winner = last_score(prm, [text + ids for ids in drawn]).argmax()
@@ -95,6 +98,7 @@ def steps_encoded_again(model, prm, prompt, K, S, N):
     return cache.nbytes()
 
 
+# As the table calls them; the last is what the others are compared with.
 METHODS = {"re-encoding": steps_encoded_again, "cached, one by one": steps_one_by_one,
            "carried (here)": steps_carried}
 
@@ -112,7 +116,7 @@ class Fed:
 
 def time_methods(model, prm, prompt, K, S, N, counters):
     """Every method's lines of the table, for one prompt and one K."""
-    lines = []
+    measured = []
     for name, work in METHODS.items():
         # Once to warm up, then what counts.
         work(model, prm, prompt, K, 1, 2)
@@ -121,15 +125,15 @@ def time_methods(model, prm, prompt, K, S, N, counters):
         start = time.perf_counter()
         size = work(model, prm, prompt, K, S, N)
         seconds = time.perf_counter() - start
-        lines.append({"prefix": len(prompt), "K": K, "method": name, "seconds": seconds,
-                      "tokens/s": f"{K * S * N / seconds:.0f}", "x here": "",
-                      "cache MB": f"{size / 1e6:.1f}", "fed to policy": counters[0].tokens,
-                      "fed to PRM": counters[1].tokens})
-    here = lines[-1]["seconds"]
-    for line in lines:
-        line["x here"] = f"{line['seconds'] / here:.1f}"
-        line["seconds"] = f"{line['seconds']:.2f}"
-    return [{column: str(value) for column, value in line.items()} for line in lines]
+        measured.append((name, seconds, size, counters[0].tokens, counters[1].tokens))
+    # The last method is this project's: the others' times are so many times as long.
+    here, lines = measured[-1][1], []
+    for name, seconds, size, to_policy, to_prm in measured:
+        lines.append({"prefix": str(len(prompt)), "K": str(K), "method": name,
+                      "seconds": f"{seconds:.2f}", "tokens/s": f"{K * S * N / seconds:.0f}",
+                      "x here": f"{seconds / here:.1f}", "cache MB": f"{size / 1e6:.1f}",
+                      "fed to policy": str(to_policy), "fed to PRM": str(to_prm)})
+    return lines
 
 
 def time_one_token(model, prompt):
@@ -160,6 +164,7 @@ def timing(directory, device, S=2, N=16):
     run's own, or one with random weights on the same backbone."""
     run = os.path.isdir(f"{directory}/mah_dpo")
     model = load_hf(f"{directory}/mah_dpo" if run else directory).to(device).eval()
+    # Time does not depend on what the weights are.
     generator = torch.Generator().manual_seed(0)
     if os.path.isdir(f"{directory}/prm"):
         prm, whose = load_prm(f"{directory}/prm"), "its own"

@@ -1,9 +1,8 @@
 """Final answers of real questions: which answer a text gives, and when two answers are the same.
 
     final_answer(text)      the answer in a response: what is boxed or announced, else a number
-    answer_parts(answer)    one spelling for equal answers: LaTeX is undressed and the unit dropped,
-                            the rest is cut at brackets and commas, and each part that is a number
-                            is written as a fraction
+    answer_parts(answer)    one spelling for equal answers: RULES undress LaTeX and drop the unit,
+                            the rest is cut at brackets and commas, numbers become fractions
     same_answer(a, b)       compares two answers by these parts
     majority(texts)         the response with the commonest answer
 """
@@ -58,11 +57,6 @@ def final_answer(text):
 
 # -- one spelling for equal answers
 
-def rules(*pairs):
-    """(pattern, replacement) pairs with the patterns compiled. Case does not matter."""
-    return [(re.compile(pattern, re.I), replacement) for pattern, replacement in pairs]
-
-
 def write_fraction(m):
     """A match of \\frac{a}{b} -> ' a/b', with brackets round what is no single number or name."""
     arguments = []
@@ -77,8 +71,14 @@ def drop_commas(m):
     return m[0].replace(",", "")
 
 
-# What LaTeX and Markdown add for the eye, and several ways to write one sign.
-UNDRESS = rules(
+# A unit stands at the end, behind a value. These words are none, because they change it:
+NO_UNIT = r"(?!\s*(?:hundred|thousand|[mb]illion|dozen|sin|cos|tan|log|exp|sqrt)\b)"
+AFTER_VALUE = r"(?:(?<=[\d)}])|(?<=\\pi))\s*"
+# An argument of \frac: {anything}, or one digit.
+ARGUMENT = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})+)\}|(\d))"
+# (pattern, replacement), one after the other. Case does not matter.
+RULES = [
+    # What LaTeX and Markdown add for the eye, and several ways to write one sign.
     ("\u2212", "-"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\{,\}", ","),
@@ -87,19 +87,11 @@ UNDRESS = rules(
     (r"(?<!\\)\\[!,;:()\[\]]\s*|\\(?:left|right)(?![a-z])|\\displaystyle"
      r"|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|°|\*\*", ""),
     (r"(?<!\\)\\(?=\s)", ""),
-    (r"^\s+|[.\s]+$", ""))
-
-# A unit stands at the end, behind a value. These words are none, because they change it:
-AFTER_VALUE = r"(?:(?<=[\d)}])|(?<=\\pi))\s*"
-NO_UNIT = r"(?!\s*(?:hundred|thousand|[mb]illion|dozen|sin|cos|tan|log|exp|sqrt)\b)"
-DROP_UNIT = rules(
+    (r"^\s+|[.\s]+$", ""),
+    # units
     (AFTER_VALUE + r"\\(?:text|mbox|mathrm)\s*\{" + NO_UNIT + r"[a-z /.]*\}(?:\^\{?[23]\}?)?$", ""),
     (AFTER_VALUE + NO_UNIT + r"(?:[a-z]{3,}|[ckm]m|kg|ft|in|lb|oz|hr|ml|[ap]m)\b"
-     r"[a-z /.]*(?:\^\{?[23]\}?)?$", ""))
-
-# An argument of \frac: {anything}, or one digit.
-ARGUMENT = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})+)\}|(\d))"
-REWRITE = rules(
+     r"[a-z /.]*(?:\^\{?[23]\}?)?$", ""),
     # \text{word} is a word
     (r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1"),
     # 'x = 5' says 5, if it is the only equation; a choice '(C)' says C
@@ -108,7 +100,7 @@ REWRITE = rules(
     # sqrt(3) and \sqrt 3 are \sqrt{3}; x^2 is x^{2}; \frac12 is 1/2
     (r"\\?sqrt\s*(?:\((\w+)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),
     (r"([_^])\s*(-?\d+|[a-z])", r"\1{\2}"),
-    (r"\\frac" + ARGUMENT + ARGUMENT, write_fraction))
+    (r"\\frac" + ARGUMENT + ARGUMENT, write_fraction)]
 
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 SEPARATOR = re.compile(r"(\\\\|\\[{}]|[,;&()\[\]]|\\(?:begin|end)\{\w+\})")
@@ -131,8 +123,8 @@ def answer_parts(text):
     # No final answer is that long, and arithmetic on it would only cost time.
     if len(text) > 300:
         return [text.strip()]
-    for pattern, replacement in UNDRESS + DROP_UNIT + REWRITE:
-        text = pattern.sub(replacement, text)
+    for pattern, replacement in RULES:
+        text = re.sub(pattern, replacement, text, flags=re.I)
     # 1,000 is one number, but in (1,000) and in '1, 000' the comma separates two.
     if "(" not in text and "[" not in text:
         text = THOUSANDS.sub(drop_commas, text)
@@ -145,8 +137,7 @@ def answer_parts(text):
         # Space counts between two numbers only, and a backslash before a name never.
         elif part != "\\\\":
             part = re.sub(r"(?<!\d)\s+|\s+(?!\d)|\\(?=[a-z])", "", part)
-        is_word = re.fullmatch("[A-Za-z]{3,}", part)
-        parts.append(part.lower() if is_word else part)
+        parts.append(part.lower() if re.fullmatch("[A-Za-z]{3,}", part) else part)
     return parts
 
 

@@ -1,9 +1,9 @@
 """Rows of public files, and real questions as a world to sample and to measure in.
 
     DATA_HELP               shows the rows: pairs, ratings, questions, labelled steps, outputs
-    FIELDS, messages_of     what the fields are called, and how conversations are written
-    parse_pair, ...         one parser for each kind of row
-    read_preferences, ...   give every row of a file to a parser, and say where a faulty one stands
+    FIELDS, read_field      what the fields are called, and how conversations are written
+    parse_preference, ...   one parser for each kind of row
+    read_preferences, ...   give every row of a file to a parser
     Questions, worlds_of    the worlds of train.py's --data
     real_pairs, real_labels what a run learns from them
 """
@@ -16,7 +16,9 @@ from functools import partial
 
 from data import DOMAINS, InputError, Problem, World, read_jsonl, split_of
 from interop.answers import final_answer, marked_answer, same_answer
+from interop.parallel import placed
 from mah_dpo import encode_pair
+from model import load_hf
 from prm import Labelled, encode_steps
 
 
@@ -75,7 +77,7 @@ class Unusable(Exception):
     """A well-formed row that cannot serve, such as a tie. It is left out, and counted by reason."""
 
 
-def read_all(path, parse, skipped, kind):
+def read_all(path, skipped=None, *, parse):
     """parse(row) for every row of a file -> list. Rows that cannot serve are counted by reason in
     `skipped`, a dict or None. An InputError about a row gets its place in front."""
     found = []
@@ -89,8 +91,7 @@ def read_all(path, parse, skipped, kind):
             raise InputError(f"{where}: {e}") from None
     if not found:
         reasons = [f"; {n} skipped: {reason}" for reason, n in skipped.items()]
-        raise InputError(f"{path}: no rows to use{''.join(reasons)}; train.py --help shows rows "
-                         f"of {kind}")
+        raise InputError(f"{path}: no rows to use{''.join(reasons)}; train.py --help shows rows")
     return found
 
 
@@ -110,8 +111,9 @@ def key_of(row, name):
     return keys[0] if keys else None
 
 
-def text_field(row, name):
-    """A field as text that is not blank. Of a list of messages it is the last one's content."""
+def read_field(row, name):
+    """A field -> (text, not blank; messages). The messages of a text are there if it is a transcript,
+    the text of a list of messages is the last one's."""
     key = key_of(row, name)
     if key is None:
         others = ", ".join(FIELDS.get(name, ())[1:])
@@ -119,15 +121,15 @@ def text_field(row, name):
         found = ", ".join(sorted(row)) or "no fields"
         raise InputError(f"field {name!r} is missing{hint}; the row has {found}")
     value = row[key]
-    messages = message_list(value)
-    if messages:
+    messages = transcript(value) if isinstance(value, str) else message_list(value)
+    if messages and not isinstance(value, str):
         value = messages[-1]["content"]
     if not isinstance(value, str):
         kind = type(value).__name__
         raise InputError(f"{key!r} is {kind}; give text or a list of role/content messages")
     if not value.strip():
         raise InputError(f"{key!r} is empty; remove the row or fill it in")
-    return value
+    return value, messages
 
 
 # -- conversations
@@ -140,21 +142,18 @@ TURN = re.compile(rf"(?:^|\n\r?\n)({'|'.join(SPEAKERS)}):")
 UNANSWERED = {"role": "assistant", "content": ""}
 
 
-def messages_of(value):
-    """A list of messages or a transcript -> [{"role", "content"}]; [] if it is neither."""
-    return transcript(value) if isinstance(value, str) else message_list(value)
+
 
 
 def message_list(value):
     """A list of messages -> the same with role and content only; [] if it is none."""
-    if not isinstance(value, list):
-        return []
     found = []
-    for message in value:
-        known = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
-        if not known or not isinstance(message.get("content"), str):
-            return []
-        found.append({"role": message["role"], "content": message["content"]})
+    for message in value if isinstance(value, list) else []:
+        match message:
+            case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
+                found.append({"role": role, "content": content})
+            case _:
+                return []
     return found
 
 
@@ -178,14 +177,12 @@ def transcript(text):
 
 def prompt_field(row):
     """The prompt as messages, the user's last. Text that is no transcript is one message."""
-    text = text_field(row, "prompt")
-    value = row[key_of(row, "prompt")]
-    messages = messages_of(value)
+    text, messages = read_field(row, "prompt")
     if messages[-1:] == [UNANSWERED]:
         messages.pop()
     if messages and messages[-1]["role"] != "assistant":
         return messages
-    if not isinstance(value, str):
+    if not isinstance(row[key_of(row, "prompt")], str):
         raise InputError("'prompt' ends with the assistant's turn; end it with the user's")
     return [{"role": "user", "content": text}]
 
@@ -195,12 +192,10 @@ def prompt_field(row):
 def response_field(row, key):
     """A row's `chosen` or `rejected` -> (the messages before the response, if they stand there too;
     the text of the response)."""
-    text = text_field(row, key)
+    text, messages = read_field(row, key)
     # Beside a prompt a text is the response alone, without one it is a transcript.
-    if isinstance(row[key], str) and key_of(row, "prompt"):
-        return [], text
-    messages = messages_of(row[key])
-    if not messages:
+    response_alone = isinstance(row[key], str) and key_of(row, "prompt")
+    if response_alone or not messages:
         return [], text
     if messages[-1] == UNANSWERED:
         raise Unusable("the transcript ends without a response")
@@ -209,30 +204,25 @@ def response_field(row, key):
     return messages[:-1], messages[-1]["content"]
 
 
-def joined_prompt(row, before):
-    """The prompt of a pair whose responses came with the messages `before`, or with none."""
-    if before and not key_of(row, "prompt"):
-        prompt = before
-    else:
-        prompt = prompt_field(row)
-        # Beside whole conversations a prompt may hold more than they do, such as a system message,
-        # or only the first of their messages.
-        if prompt[max(0, len(prompt) - len(before)):] != before:
-            prompt = before if before[:len(prompt)] == prompt else []
-    if not prompt or prompt[-1]["role"] == "assistant":
-        raise Unusable("the responses do not answer the prompt")
-    return prompt
-
-
-def parse_pair(row, objective):
-    """A row of pairs -> Preference."""
+def parse_preference(row, objective):
+    """A row of pairs or of ratings -> Preference."""
+    if "completions" in row and "chosen" not in row:
+        return parse_ratings(row, objective)
     before_chosen, chosen = response_field(row, "chosen")
     before_rejected, rejected = response_field(row, "rejected")
+    before = before_chosen or before_rejected
+    prompt_given = key_of(row, "prompt")
     # Beside a prompt one of the two may be the bare response.
-    bare = key_of(row, "prompt") and not (before_chosen and before_rejected)
+    bare = prompt_given and not (before_chosen and before_rejected)
     if before_chosen != before_rejected and not bare:
         raise Unusable("chosen and rejected answer different prompts")
-    prompt = joined_prompt(row, before_chosen or before_rejected)
+    prompt = prompt_field(row) if prompt_given or not before else before
+    # Beside whole conversations a prompt may hold only the first of their messages, or more than
+    # they do, such as a system message.
+    if before[:len(prompt)] == prompt:
+        prompt = before
+    if prompt[len(prompt) - len(before):] != before or prompt[-1]["role"] == "assistant":
+        raise Unusable("the responses do not answer the prompt")
     if chosen == rejected:
         raise InputError("'chosen' equals 'rejected'; a pair must prefer something")
     return Preference(objective, prompt, chosen, rejected)
@@ -240,40 +230,30 @@ def parse_pair(row, objective):
 
 def parse_ratings(row, objective):
     """A row of rated completions -> Preference, the best against the worst."""
-    ratings, responses = [], []
+    by_rating = {}                   # {rating: response}
     try:
         for completion in row["completions"]:
             rating = completion["annotations"].get(objective, {}).get("Rating", "N/A")
             if rating in ("N/A", None) or not completion["response"].strip():
                 continue
-            # By way of str, because JSON's true is no rating.
-            ratings.append(float(str(rating)))
-            responses.append(completion["response"])
+            # By way of str, because JSON's true is no rating. Of equal ratings the first counts.
+            by_rating.setdefault(float(str(rating)), completion["response"])
         # Nor are NaN and infinity.
-        if not all(abs(rating) < 1e9 for rating in ratings):
+        if not all(abs(rating) < 1e9 for rating in by_rating):
             raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError):
         example = f'{{"{objective}": {{"Rating": "4"}}}}'
         raise InputError("a completion needs a 'response' and 'annotations', such as "
                          f"{example}; \"N/A\" leaves it out") from None
-    # Of equal ratings the first counts.
-    best = responses[ratings.index(max(ratings))] if ratings else None
-    worst = responses[ratings.index(min(ratings))] if ratings else None
-    if best == worst:
+    responses = [by_rating[rating] for rating in sorted(by_rating)]
+    if not responses or responses[0] == responses[-1]:
         raise Unusable(f"no two completions have different ratings of {objective}")
-    return Preference(objective, prompt_field(row), best, worst)
-
-
-def parse_preference(row, objective):
-    """A row of pairs or of ratings -> Preference."""
-    rated = "completions" in row and "chosen" not in row
-    return parse_ratings(row, objective) if rated else parse_pair(row, objective)
+    return Preference(objective, prompt_field(row), chosen=responses[-1], rejected=responses[0])
 
 
 def read_preferences(path, objective, skipped=None):
     """Pairs or rated completions -> list[Preference]. `skipped`: see read_all."""
-    parse = partial(parse_preference, objective=objective)
-    return read_all(path, parse, skipped, "pairs and ratings")
+    return read_all(path, skipped, parse=partial(parse_preference, objective=objective))
 
 
 # -- labelled steps
@@ -303,9 +283,7 @@ def parse_steps(row):
     return Steps(prompt_field(row), steps, [float(label) for label in labels])
 
 
-def read_steps(path):
-    """Labelled steps -> list[Steps]."""
-    return read_all(path, parse_steps, None, "steps")
+
 
 
 # -- questions and outputs
@@ -313,25 +291,22 @@ def read_steps(path):
 def parse_question(row):
     """A row of questions -> Question. The answer stands alone or is marked in a solution."""
     key = key_of(row, "answer") or key_of(row, "solution") or "answer"
-    value = row.get(key)
-    if type(value) in (int, float):
-        value = str(value)
+    if type(row.get(key)) in (int, float):
+        row = row | {key: str(row[key])}
     # Published files have answers that nobody could extract.
-    if value in ("", "nan"):
+    if row.get(key) in ("", "nan"):
         raise Unusable("the answer is empty")
-    given = text_field(row | {key: value} if key in row else row, key)
+    given, _ = read_field(row, key)
     answer = marked_answer(given)
     solution = given if answer else ""
     if key_of(row, "solution"):
-        solution = text_field(row, "solution")
+        solution, _ = read_field(row, "solution")
     if answer is None and key not in FIELDS["answer"]:
         raise InputError(f"{key!r} marks no final answer; end it in '#### 18' or '\\boxed{{18}}'")
     return Question(prompt_field(row), answer or given.strip(), solution)
 
 
-def read_questions(path, skipped=None):
-    """Questions with a final answer -> list[Question]. `skipped`: see read_all."""
-    return read_all(path, parse_question, skipped, "questions")
+
 
 
 def parse_output(row):
@@ -348,9 +323,10 @@ def parse_output(row):
     return parse_question(row), said
 
 
-def read_outputs(path, skipped=None):
-    """Questions with the responses of models -> list of parse_output's pairs."""
-    return read_all(path, parse_output, skipped, "questions")
+# Readers of files: read_steps(path, skipped=None) and so on, as read_all.
+read_steps = partial(read_all, parse=parse_steps)            # -> list[Steps]
+read_questions = partial(read_all, parse=parse_question)     # -> list[Question]
+read_outputs = partial(read_all, parse=parse_output)         # -> list of parse_output's pairs
 
 
 # -- real questions as a world
@@ -499,3 +475,20 @@ def describe_data(data, objectives, max_new_tokens, model):
 def left_out(dropped):
     """{reason: number of rows} -> text."""
     return "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n)
+
+
+def data_files(data, objectives):
+    """The files of a --data directory that a run reads; none where `data` is ""."""
+    found = []
+    for objective in objectives if data else []:
+        found += [f"{data}/{objective.name}.jsonl", f"{data}/{objective.name}.steps.jsonl"]
+    return [path for path in found if os.path.exists(path)]
+
+
+def load_base(directory, device):
+    """The checkpoint of --init, which must bring its tokenizer; several processes share it."""
+    model = load_hf(directory, place=partial(placed, device=device))
+    if model.tokenizer is None:
+        raise InputError(f"{directory}: tokenizer.json, or vocab.json and merges.txt, is missing; "
+                         "a base model needs one")
+    return model

@@ -1,10 +1,12 @@
 """Several processes (torchrun, FSDP2): who am I, what is my part, sums and shards over all.
 
-    join_processes, alone             at the start: meet the others, keep strangers out
-    local_items, total, gather        what each does alone, and what all know afterwards
+    join_processes                    at the start: meet the others
+    local_items, total, gather, once  what each does alone, and what all know afterwards
     shard, placed, whole, gathered    parameters of which every process holds some rows
+    tensors_of, put_back              all that a training consists of, for its checkpoints
+    new_directory, alone              directories that appear whole, and that strangers keep out of
 
-With one process every function here but `alone` does nothing. Imports nothing of this project; any
+With one process the functions of the first three lines do nothing. Imports nothing of this project; any
 file may import it.
 """
 import contextlib
@@ -44,25 +46,6 @@ def draw_no_bars():
     return False
 
 
-@contextlib.contextmanager
-def alone(path):
-    """Hold a directory. OSError if another command holds it, say the processes that go on after
-    their torchrun was killed: two would write the same files."""
-    with contextlib.ExitStack() as stack:
-        # The lock is the system's own: it ends with the process, however that ends.
-        if fcntl and rank() == 0:
-            directory = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, directory)
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OSError(f"{path}: a train.py is at work there already; wait for it, or end "
-                              "its processes") from None
-            except OSError:                     # a file system without locks
-                pass
-        yield
-
-
 # -- who am I
 
 def rank():
@@ -82,6 +65,11 @@ def local_items(items):
     return items[rank()::ranks()]
 
 
+def even(items):
+    """As many of the first items as the processes can share evenly."""
+    return items[:len(items) - len(items) % ranks()]
+
+
 def total(t):
     """The sum of a tensor over all processes."""
     if ranks() > 1:
@@ -98,6 +86,13 @@ def gather(items):
     parts = [None] * ranks()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def once(work, *args):
+    """The first process does work(*args); no process goes on before that is done."""
+    if rank() == 0:
+        work(*args)
+    total(torch.zeros(1))
 
 
 # -- parameters that are shared out
@@ -150,3 +145,44 @@ def like(t, other):
     if isinstance(other, DTensor):
         return placed(t, other.device)
     return t.to(other.device)
+
+
+def reaching(loss, parameters):
+    """A loss that has a gradient, of 0 perhaps, for all of these parameters: FSDP wants it for the
+    same parameters in every process."""
+    if ranks() > 1:
+        loss = loss + 0 * sum(p[0, 0] for p in parameters)
+    return loss
+
+
+def head_norm(head):
+    """The norm of a head's gradient over all processes, divided by their number: the processes'
+    sum is the norm. 0 where it has none."""
+    grad = head.weight.grad
+    if grad is None:
+        return torch.zeros((), device=head.weight.device)
+    return whole(grad.norm()) / ranks()
+
+
+def parameters_of(optimizer):
+    """The parameters that an optimiser updates, in a fixed order."""
+    return sum([group["params"] for group in optimizer.param_groups], [])
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Hold a directory. OSError if another command holds it, say the processes that go on after
+    their torchrun was killed: two would write the same files."""
+    with contextlib.ExitStack() as stack:
+        # The lock is the system's own: it ends with the process, however that ends.
+        if fcntl and rank() == 0:
+            directory = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, directory)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"{path}: a train.py is at work there already; wait for it, or end "
+                              "its processes") from None
+            except OSError:                     # a file system without locks
+                pass
+        yield

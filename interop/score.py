@@ -14,16 +14,15 @@ import statistics
 import zlib
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 
 from data import RNG, InputError, read_json, read_jsonl, run_command
-from evaluate import Bench, cells, own_logps, pair_metrics_rows, seed_runs, summary, table
+from evaluate import Bench, cells, pair_metrics_rows, seed_runs, summary, table
 from interop.answers import final_answer, same_answer
 from interop.datasets import DATA_HELP, read_outputs, read_preferences, read_steps
 from interop.parallel import join_processes
-from mah_dpo import encode_pair
+from mah_dpo import encode_pair, pair_logps
 from model import pick_device
 from prm import encode_steps, load_prm, score_sequences
 
@@ -33,6 +32,7 @@ def score_answers(path):
     found, left = {}, {}
     for question, said in read_outputs(path, left):
         for name, text in said.items():
+            # Not spelling counts, but value.
             right = same_answer(final_answer(text), question.answer)
             found.setdefault(name, []).append(float(right))
     rows = []
@@ -43,84 +43,84 @@ def score_answers(path):
 
 # -- first errors
 
-def first_error_f1(sums):
-    """ProcessBench's F1 (arXiv 2412.06559): the harmonic mean of two accuracies, on responses that
-    err and on right ones. sums: of `outcome` over responses."""
-    errs, found, right, passed = sums
-    a = found / errs if errs else 0.0
-    b = passed / right if right else 0.0
-    return 2 * a * b / (a + b) if a + b else 0.0
+def first_error_f1(hits, errs):
+    """ProcessBench's F1 (arXiv 2412.06559) of n responses: the harmonic mean of two accuracies, on
+    those that err and on right ones. hits, errs (n,) bool: is the guess right? does it err?"""
+    # Nothing of nothing is NaN, and counts as 0.
+    found = hits[errs].double().mean().nan_to_num()
+    passed = hits[~errs].double().mean().nan_to_num()
+    return float((2 * found * passed / (found + passed)).nan_to_num())
 
 
-def outcome(scores, label, cut):
-    """A response's first step that scores below `cut` is taken for its first error. label: the
-    first wrong step, or -1 -> four times 0 or 1: it errs, and that is found; it is right, and
-    passes."""
-    guess = next((t for t, score in enumerate(scores) if score < cut), -1)
-    errs, hit = float(label >= 0), float(guess == label)
-    return errs, errs * hit, 1 - errs, (1 - errs) * hit
+def hits_at(responses, cut):
+    """Is the first step that scores below `cut` the first error? responses: (scores of the steps,
+    first wrong step, or -1 if there is none, fold) each -> (n,) bool."""
+    hits = []
+    for scores, label, _ in responses:
+        guess = next((t for t, score in enumerate(scores) if score < cut), -1)
+        hits.append(guess == label)
+    return torch.tensor(hits)
 
 
 def f1_at(responses, cut):
-    """F1 of responses, (step scores, label, fold) each, at a threshold."""
-    rows = [outcome(scores, label, cut) for scores, label, _ in responses]
-    return first_error_f1(map(sum, zip(*rows)))
+    """F1 of responses at a threshold."""
+    errs = torch.tensor([label >= 0 for _, label, _ in responses])
+    return first_error_f1(hits_at(responses, cut), errs)
 
 
 def localise(responses):
-    """`outcome` of every response. Its threshold is that of the largest F1, among some 200 step
+    """`hits_at` of every response. Its threshold is that of the largest F1, among some 200 step
     scores, on the other fold (0 or 1): no response has a say in its own."""
     cuts = []
     for fold in (0, 1):
+        # What the other half of the responses says of a threshold.
         others = [response for response in responses if response[2] != fold]
         steps = sorted(chain.from_iterable(scores for scores, _, _ in others))
         # Every step's score could be the threshold; some 200 of them will do.
         stride = max(1, len(steps) // 200)
         cuts.append(max(steps[::stride], key=partial(f1_at, others)))
-    return [outcome(scores, label, cuts[fold]) for scores, label, fold in responses]
+    return torch.cat([hits_at([response], cuts[response[2]]) for response in responses])
 
 
-def bootstrap_f1(rows, times=1000):
-    """A summary of all rows' F1. Its standard error is its spread over samples of as many rows,
-    drawn with replacement: the bootstrap."""
-    values = torch.tensor(rows, dtype=torch.float64)                           # (n, 4)
-    n = len(rows)
+def bootstrap_f1(hits, errs, times=1000):
+    """A summary of the F1 of n responses. Its standard error is its spread over samples of as many
+    responses, drawn with replacement: the bootstrap."""
+    n, drawn = len(hits), []
+    # The same draws every time: an interval is no matter of luck.
     generator = torch.Generator().manual_seed(0)
-    drawn = []
     for _ in range(times):
         index = torch.randint(n, (n,), generator=generator)
-        drawn.append(first_error_f1(values[index].sum(0).tolist()))
-    f1 = first_error_f1(values.sum(0).tolist())
-    return {"mean": f1, "stderr": statistics.stdev(drawn), "n": n}
+        drawn.append(first_error_f1(hits[index], errs[index]))
+    return {"mean": first_error_f1(hits, errs), "stderr": statistics.stdev(drawn), "n": n}
 
 
 def score_first_errors(scorer, path):
     """ProcessBench's measure of a PRM's output on labelled steps -> a row, what was left out."""
     prm, tokenizer = scorer.prm, scorer.prm.backbone.tokenizer
     boundary = prm.outputs[prm.names.index(scorer.output)].boundary
-    kept, left = [], {"seen in training": 0, "too long": 0}
+    sequences, labels, folds, left = [], [], [], {"seen in training": 0, "too long": 0}
     for row in read_steps(path):
         encoded = encode_steps(tokenizer, row.prompt, row.steps, boundary, prm.marker)
-        label = next((t for t, right in enumerate(row.labels) if right < 0.5), -1)
-        # Two halves by prompt: solutions of one problem are alike, and stay together.
-        fold = zlib.crc32(json.dumps(row.prompt).encode()) % 2
         if scorer.seen(tokenizer.encode_chat(row.prompt)):
             left["seen in training"] += 1
         elif not encoded or len(encoded[0]) > prm.backbone.config.max_len:
             left["too long"] += 1
         else:
-            kept.append((encoded, label, fold))
-    kinds = {(fold, label >= 0) for _, label, fold in kept}
-    if len(kinds) < 4:
-        raise InputError(f"{path}: {len(kept)} responses are left ({left}); each half of them, "
+            sequences.append(encoded)
+            # The first step that is wrong.
+            labels.append(next((t for t, right in enumerate(row.labels) if right < 0.5), -1))
+            # Two halves by prompt: solutions of one problem are alike, and stay together.
+            folds.append(zlib.crc32(json.dumps(row.prompt).encode()) % 2)
+    errs = torch.tensor([label >= 0 for label in labels])
+    # Every threshold needs both kinds to be chosen by.
+    if len(set(zip(folds, errs.tolist()))) < 4:
+        raise InputError(f"{path}: {len(labels)} responses are left ({left}); each half of them, "
                          "by hash of the prompt, must hold right and wrong ones")
-    sequences, labels, folds = zip(*kept)
     scores = score_sequences(prm, scorer.output, sequences)
-    rows = localise(list(zip(scores, labels, folds)))
-    found = [found for errs, found, _, _ in rows if errs]
-    passed = [passed for _, _, right, passed in rows if right]
-    metrics = {"errors found": summary(found), "right ones passed": summary(passed),
-               "F1": bootstrap_f1(rows)}
+    hits = localise(list(zip(scores, labels, folds)))
+    metrics = {"errors found": summary(hits[errs].double().tolist()),
+               "right ones passed": summary(hits[~errs].double().tolist()),
+               "F1": bootstrap_f1(hits, errs)}
     return [{"policy": f"PRM {scorer.output}", "metrics": metrics}], left
 
 
@@ -129,28 +129,33 @@ def score_first_errors(scorer, path):
 def score_preferences(scorer, path):
     """Accuracy on real pairs: of the implicit rewards of a run's policies, and of a PRM's output
     on whole responses -> rows, what was left out."""
-    bench, prm, output, seen = scorer
-    reader, left = bench.sft if bench else prm.backbone, {}
-    both = [(p, encode_pair(p, reader)) for p in read_preferences(path, output, left)]
-    fit = [(p, pair) for p, pair in both if pair]
-    fresh = [(p, pair) for p, pair in fit if not seen(pair.prompt)]
-    left["seen in training"] = len(fit) - len(fresh)
-    left["too long or alike"] = len(both) - len(fit)
-    if not fresh:
+    bench, prm, output, left = scorer.bench, scorer.prm, scorer.output, {}
+    reader = bench.sft if bench else prm.backbone
+    preferences = list(read_preferences(path, output, left))
+    left |= {"seen in training": 0, "too long or alike": 0}
+    pairs, whole = [], []
+    for p in preferences:
+        pair = encode_pair(p, reader)
+        if not pair:
+            left["too long or alike"] += 1
+        elif scorer.seen(pair.prompt):
+            left["seen in training"] += 1
+        else:
+            pairs.append(pair)
+            # The PRM reads every response as a single step.
+            for text in (p.chosen, p.rejected):
+                step = encode_steps(reader.tokenizer, p.prompt, [text], "turn", prm.marker)
+                whole.append(step)
+    if not pairs:
         raise InputError(f"{path}: no pair is left ({left})")
-    # A policy's implicit reward of a response is beta log(pi / pi_sft).
     rows = []
     if bench:
-        pairs = [pair for _, pair in fresh]
-        reference, beta = own_logps(bench.sft, pairs), bench.config["beta"]
+        # A policy's implicit reward of a response is beta log(pi / pi_sft).
+        reference, beta = pair_logps(bench.sft, pairs), bench.config["beta"]
         for name in ("sft", "base", "single_head_dpo", "modpo", f"dpo_{output}", "mah_dpo"):
-            logps = own_logps(bench.model(name), pairs)
+            logps = pair_logps(bench.model(name), pairs)
             rows += pair_metrics_rows(name, logps, reference, pairs, beta, bench.seed)
-    # The PRM reads every response as a single step.
-    whole = []
-    for p, _ in fresh:
-        for text in (p.chosen, p.rejected):
-            whole.append(encode_steps(reader.tokenizer, p.prompt, [text], "turn", prm.marker))
+    # One score for every response: chosen and rejected by turns.
     scores = [score for score, in score_sequences(prm, output, whole)]
     right = [float(c > r) for c, r in zip(scores[::2], scores[1::2])]
     metrics = {"reward_accuracy": summary(right)}
@@ -159,60 +164,59 @@ def score_preferences(scorer, path):
 
 # -- command
 
-class Scorer(NamedTuple):
-    """What is scored on a file."""
-    bench: Bench           # of a run, or None
-    prm: object
-    output: str            # one of the PRM's
-    seen: partial          # was_seen in the run's training
+class Scorer:
+    """What is scored on a file: an output of a PRM, and the policies of a run (bench) if it is
+    one's. The output is the one given; of a run else that which the file is named after, as in
+    --data, or if answers are `verified` in it, the value model."""
 
+    def __init__(self, directory, path, output, verified, device):
+        if directory is None:
+            raise InputError(f"{path}: name the run or the PRM that is to be scored: "
+                             f"python -m interop.score RUN {path}")
+        self.bench, self.prompts, self.labelled = None, set(), []
+        # Only a run's configuration says how many seeds it has.
+        if "seeds" in read_json(f"{directory}/config.json"):
+            self.bench = Bench(seed_runs(directory)[0], device)
+            self.read_training(self.bench)
+            objectives = self.bench.objectives
+            # The file's name without all its endings: honesty.jsonl, math_accuracy.steps.jsonl.
+            named = os.path.basename(path).split(".")[0]
+            fit = [o.name for o in objectives if named == o.name]
+            fit += [o.name for o in objectives if verified and o.case == "verifiable"]
+        else:
+            self.prm = load_prm(directory).to(pick_device(device or "auto")).eval()
+            if self.prm.backbone.tokenizer is None:
+                raise InputError(f"{directory}: no tokenizer.json, nor vocab.json and merges.txt: "
+                                 "without one it reads no texts")
+            objectives, fit = self.prm.outputs, self.prm.names
+        self.output = output or next(iter(fit), None)
+        known = [o.name for o in objectives]
+        if self.output not in known:
+            raise InputError(f"{path}: say with --objective what it is about: {', '.join(known)}")
+        # Which PRM of a run is asked depends on the output.
+        if self.bench:
+            self.prm = self.bench.prm(self.output)
 
-def was_seen(prompts, labelled, ids):
-    """Are a prompt's ids among these, or the beginning of a labelled sequence?"""
-    n = len(ids)
-    return tuple(ids) in prompts or any(row[:n] == ids for row in labelled)
+    def read_training(self, bench):
+        """Keep what a run was trained on: prompts, and labelled sequences, which begin with one."""
+        for name in ("pairs.jsonl", "mah_dpo_pairs.jsonl", "labels.jsonl"):
+            for _, row in read_jsonl(f"{bench.run}/{name}"):
+                if row["split"] != "train":
+                    continue
+                if "prompt" in row:
+                    self.prompts.add(tuple(row["prompt"]))
+                else:
+                    self.labelled.append(row["ids"])
+        # It may have been trained on any of the training questions in --data.
+        for world in bench.worlds.values() if bench.config["data"] else ():
+            for problem in world.problems("train", len(world.rows), RNG(0)):
+                self.prompts.add(tuple(bench.tokenizer.encode_chat(problem.messages())))
 
-
-def seen_in_training(bench):
-    """A function of a prompt's ids: did the run train on a response to it? (On any of the training
-    questions in --data, it may have.)"""
-    trained = []
-    for name in ("pairs.jsonl", "mah_dpo_pairs.jsonl", "labels.jsonl"):
-        found = [row for _, row in read_jsonl(f"{bench.run}/{name}")]
-        trained += [row for row in found if row["split"] == "train"]
-    prompts = {tuple(row["prompt"]) for row in trained if "prompt" in row}
-    labelled = [row["ids"] for row in trained if "ids" in row]
-    for world in bench.worlds.values() if bench.config["data"] else ():
-        for problem in world.problems("train", len(world.rows), RNG(0)):
-            prompts.add(tuple(bench.tokenizer.encode_chat(problem.messages())))
-    return partial(was_seen, prompts, labelled)
-
-
-def open_scorer(directory, path, output, verified, device):
-    """A run's or a PRM's directory -> Scorer. The output is the one given; of a run else that which
-    the file is named after, as in --data, or if answers are `verified` in it, the value model."""
-    if directory is None:
-        raise InputError(f"{path}: name the run or the PRM that is to be scored: "
-                         f"python -m interop.score RUN {path}")
-    bench, prm, seen = None, None, partial(was_seen, (), ())
-    if "seeds" in read_json(f"{directory}/config.json"):                       # a run
-        bench = Bench(seed_runs(directory)[0], device)
-        seen, objectives = seen_in_training(bench), bench.objectives
-        # The file's name without all its endings: honesty.jsonl, math_accuracy.steps.jsonl.
-        named = os.path.basename(path).split(".")[0]
-        fit = [o.name for o in objectives if named == o.name]
-        fit += [o.name for o in objectives if verified and o.case == "verifiable"]
-    else:
-        prm = load_prm(directory).to(pick_device(device or "auto")).eval()
-        if prm.backbone.tokenizer is None:
-            raise InputError(f"{directory}: no tokenizer.json, nor vocab.json and merges.txt: "
-                             "without one it reads no texts")
-        objectives, fit = prm.outputs, prm.names
-    output = output or next(iter(fit), None)
-    known = [o.name for o in objectives]
-    if output not in known:
-        raise InputError(f"{path}: say with --objective what it is about: {', '.join(known)}")
-    return Scorer(bench, prm or bench.prm(output), output, seen)
+    def seen(self, ids):
+        """Was the run trained on a response to this prompt?"""
+        # A labelled sequence begins with its prompt; of pairs the prompts are kept by themselves.
+        begun = any(row[:len(ids)] == ids for row in self.labelled)
+        return begun or tuple(ids) in self.prompts
 
 
 @torch.no_grad()
@@ -221,20 +225,17 @@ def score(directory, path, output, device):
     # What the first row holds tells what all of them are.
     fields = next(read_jsonl(path), ("", {}))[1].keys()
     if {"label", "labels"} & fields:
-        scorer = open_scorer(directory, path, output, True, device)
-        rows, left = score_first_errors(scorer, path)
+        rows, left = score_first_errors(Scorer(directory, path, output, True, device), path)
     elif {"chosen", "completions"} & fields:
-        scorer = open_scorer(directory, path, output, False, device)
-        rows, left = score_preferences(scorer, path)
+        rows, left = score_preferences(Scorer(directory, path, output, False, device), path)
     else:
         rows, left = score_answers(path)
-    # Columns are the metrics that any row has.
+    # Columns are the metrics that any row has; a row without one has a dash there.
     metrics = dict.fromkeys(chain.from_iterable(row["metrics"] for row in rows))
     lines = []
     for row in rows:
         n = max(metric["n"] for metric in row["metrics"].values())
-        line = {"scored": row["policy"], "n": str(n)}
-        lines.append(line | cells(row, metrics, ()))
+        lines.append({"scored": row["policy"], "n": str(n)} | cells(row, metrics, ()))
     print(table(path, lines))
     reasons = [f"{n} rows left out: {why}." for why, n in left.items() if n]
     print("Mean ± half the 95 % interval.", *reasons)

@@ -309,7 +309,7 @@ def test_resume_checks_the_saved_configuration(edit, message, capsys, whole, tmp
         assert message in refused(["--resume", str(tmp_path)], capsys)
     else:
         train.main(["--resume", str(tmp_path)])
-        assert capsys.readouterr().out == "goes on\n"
+        assert capsys.readouterr().out.endswith("goes on\n")
 
 
 def test_resume_takes_no_options(capsys, whole):
@@ -442,7 +442,7 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
              for r in read_json(f"{out}/results.json")}
     expected = set()
     for name in NAMES[:2]:
-        held_out = len(train.choose(pairs, name, "dev"))
+        held_out = len(train.choose(pairs, [name], "dev"))
         expected |= {(policy, f"pairs:{name}", held_out) for policy in POLICIES}
         assert load_prm(f"{out}/prm_{name}").names == [name]
     assert found == expected and not os.path.exists(f"{out}/prm")

@@ -17,13 +17,14 @@ from prm import PRM, load_prm, save_prm
 def test_first_errors_by_hand():
     """Another F1 than ProcessBench's, an error found too late that counts, a right response that is
     blamed and passes."""
-    assert score.first_error_f1([4, 1, 10, 5]) == pytest.approx(2 * 0.25 * 0.5 / 0.75)
-    assert score.first_error_f1([4, 0, 10, 9]) == 0 == score.first_error_f1([4, 4, 10, 0])
-    assert score.outcome([0.9, 0.2, 0.1], 1, 0.5) == (1, 1, 0, 0)
-    assert score.outcome([0.9, 0.2, 0.1], 2, 0.5) == (1, 0, 0, 0)
-    assert score.outcome([0.9, 0.8], 1, 0.5) == (1, 0, 0, 0)
-    assert score.outcome([0.9, 0.8], -1, 0.5) == (0, 0, 1, 1)
-    assert score.outcome([0.9, 0.5], -1, 0.51) == (0, 0, 1, 0)
+    errs = torch.tensor([True] * 4 + [False] * 10)
+    hits = torch.tensor([True] + [False] * 8 + [True] * 5)
+    assert score.first_error_f1(hits, errs) == pytest.approx(2 * 0.25 * 0.5 / 0.75)
+    assert score.first_error_f1(~errs, errs) == 0 == score.first_error_f1(errs, errs)
+    assert score.first_error_f1(errs[:4], errs[:4]) == 0
+    responses = [([0.9, 0.2, 0.1], 1, 0), ([0.9, 0.2, 0.1], 2, 0), ([0.9, 0.8], 1, 0),
+                 ([0.9, 0.8], -1, 0), ([0.9, 0.5], -1, 0), ([0.9, 0.4], -1, 0)]
+    assert score.hits_at(responses, 0.5).tolist() == [True, False, False, True, True, False]
 
 
 RESPONSES = [([0.9, 0.2, 0.1], 1, 0), ([0.9, 0.3], 1, 1), ([0.8, 0.9], -1, 0),
@@ -32,14 +33,12 @@ RESPONSES = [([0.9, 0.2, 0.1], 1, 0), ([0.9, 0.3], 1, 1), ([0.8, 0.9], -1, 0),
 
 def test_thresholds_come_from_the_other_fold():
     """A threshold chosen with the response's own help."""
-    errs, found, right, passed = zip(*score.localise(RESPONSES))
-    assert errs == (1, 1, 0, 0, 1, 0) and right == (0, 0, 1, 1, 0, 1)
     # Fold 1 is best cut at 0.7 (F1 1/2, finding row 1 and passing row 5), fold 0 at 0.8; each is
     # judged by the other's cut.
-    assert found == (1, 1, 0, 0, 0, 0) and passed == (0, 0, 1, 0, 0, 0)
+    assert score.localise(RESPONSES).tolist() == [True, True, True, False, False, False]
     shifted = [([s + 5 * fold for s in scores], label, fold) for scores, label, fold in RESPONSES]
-    for (_, _, fold), outcome in zip(shifted, score.localise(shifted)):
-        assert fold == 1 or outcome[1] + outcome[3] == 0       # all are below the other fold's cut
+    for (_, _, fold), hit in zip(shifted, score.localise(shifted)):
+        assert fold == 1 or not hit                 # all are below the other fold's cut
 
 
 def test_the_bootstrap_measures_the_spread():
@@ -48,14 +47,13 @@ def test_the_bootstrap_measures_the_spread():
 
     def experiment():
         errs = torch.rand(200, generator=generator) < 0.5
-        hit = torch.rand(200, generator=generator) < 0.6
-        return torch.stack((errs, errs & hit, ~errs, ~errs & hit), 1).double().tolist()
-    f1s = [score.first_error_f1([sum(c) for c in zip(*experiment())]) for _ in range(300)]
-    rows = experiment()
-    found = score.bootstrap_f1(rows)
-    assert found["mean"] == score.first_error_f1([sum(c) for c in zip(*rows)])
+        return torch.rand(200, generator=generator) < 0.6, errs
+    f1s = [score.first_error_f1(*experiment()) for _ in range(300)]
+    hits, errs = experiment()
+    found = score.bootstrap_f1(hits, errs)
+    assert found["mean"] == score.first_error_f1(hits, errs)
     assert found["stderr"] == pytest.approx(torch.tensor(f1s).std().item(), rel=0.2)
-    assert found["n"] == 200 and score.bootstrap_f1(rows) == found
+    assert found["n"] == 200 and score.bootstrap_f1(hits, errs) == found
 
 
 class Judged:
@@ -126,8 +124,9 @@ def test_scoring_first_errors(judged, capsys):
         scores = prm(torch.tensor([ids]))[0, ends, 0].tolist()
         fold = zlib.crc32(json.dumps(message(row["problem"])).encode()) % 2
         responses.append((scores, row["label"], fold))
-    sums = [sum(column) for column in zip(*score.localise(responses))]
-    assert f1.startswith(f"{score.first_error_f1(sums):.3f} ±")
+    errs = torch.tensor([row["label"] >= 0 for row in rows])
+    expected = score.first_error_f1(score.localise(responses), errs)
+    assert f1.startswith(f"{expected:.3f} ±")
 
 
 def test_scoring_pairs_by_a_prm(judged, capsys):

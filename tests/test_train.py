@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import signal
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ import train
 from conftest import NAMES
 from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World
 from mah_dpo import Pair, pair_logps
-from model import load_hf, load_safetensors, save_hf
+from model import load_hf, load_safetensors, read_metadata, save_hf
 from prm import PRM, STEP, Labelled, load_prm, pair_scores, step_scores
-from train import Config, Cycle, Run, Source, Turn
+from test_templates import TALK, THINKING, chat
+from train import Config, Run, Source, Turn
 
 pytestmark = pytest.mark.usefixtures("small_worlds")
 SUM = Problem("4 + 5 - 2 = ?")
@@ -52,41 +54,51 @@ def run(tmp_path):
 
 def test_chat_example_masks_only_assistant_turns(tokenizer):
     """Prevents: SFT on the user's words or the role markers, or answers that never learn to end."""
-    example = train.chat_example(tokenizer, CHAT)
+    example = train.chat_example(tokenizer, CHAT, 1)
     assert example.ids == tokenizer.encode_chat(CHAT, add_generation_prompt=False)
     learnt = [i for i, m in zip(example.ids, example.mask) if m]
     assert learnt == ids_of(tokenizer, "4 + 5 = 9") + ids_of(tokenizer, "answer 7")
     assert len(example.mask) == len(example.ids)
 
 
+def test_chat_example_only_grows(tmp_path):
+    """Prevents: a mask that slips where a checkpoint's template would write an earlier answer
+    otherwise than the model has said it, as Qwen3's drops thoughts."""
+    tokenizer = chat(tmp_path, THINKING)
+    talk = [*TALK, {"role": "assistant", "content": "<think>\nll\n</think>\n\n12"}]
+    example = train.chat_example(tokenizer, talk, 1)
+    learnt = [i for i, m in zip(example.ids, example.mask) if m]
+    assert learnt == ids_of(tokenizer, talk[1]["content"]) + ids_of(tokenizer, talk[3]["content"])
+    prompt, turn = tokenizer.encode_chat(talk[:1]), tokenizer.encode_turn("2")
+    assert example.ids[:len(prompt)] == prompt and len(prompt + turn + learnt) == len(example.ids)
+
+
 def test_language_model_loss_is_the_masked_next_token_loss(run, gpt, tokenizer):
     """Prevents: a loss on masked tokens, on padding, or on the token itself instead of the next."""
     model = copy.deepcopy(gpt)
-    examples = [train.chat_example(tokenizer, CHAT), train.chat_example(tokenizer, CHAT[:2])]
+    examples = [train.chat_example(tokenizer, talk, 1) for talk in (CHAT, CHAT[:2])]
     losses = []
     for e in examples:
         for t, token in enumerate(e.ids):
             if e.mask[t]:
                 h = gpt(torch.tensor([e.ids[:t]]))[0, -1]
                 losses.append(-F.log_softmax(gpt.logits(h), 0)[token].item())
-    row, = train.language_model(run, "sft", model, examples, 1, 1e-3, 64)
+    train.language_model(run, "sft", model, examples, 1, 1e-3, 64)
+    row, = logged(run)
     assert row["step"] == 0 and row["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert not torch.equal(model.embed.weight, gpt.embed.weight)
 
 
-def test_cycle_draws_each_item_once_per_epoch():
+def test_endless_draws_each_item_once_per_epoch():
     """Prevents: items drawn twice before others are drawn at all, also where a batch spans two
     epochs."""
-    cycle = Cycle(list("abcde"), torch.Generator().manual_seed(0))
-    taken = []
-    for n in (3, 4, 3, 15):
-        taken += cycle.take(n)
+    batches = train.mixed_batches([train.endless("abcde", torch.Generator().manual_seed(0))], [5 * 5])
+    taken = next(batches)
     epochs = [taken[i:i + 5] for i in range(0, 25, 5)]
     assert len(taken) == 25 and all(sorted(epoch) == list("abcde") for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert Cycle(["x"], torch.Generator()).take(3) == ["x", "x", "x"]
     with pytest.raises(AssertionError):
-        Cycle([], torch.Generator())
+        next(train.endless([], torch.Generator()))
 
 
 # -- pairs and labels
@@ -126,7 +138,8 @@ def test_hindsight_by_hand(source, tokenizer):
     same = turn.response
     found = train.hindsight(source, turn, [[same, short], [same, long], [same, same]])
     assert found == pytest.approx([1 + 0.9 ** 2 / 2, 0 + 0.9 ** 3 / 2, 0.0], abs=1e-6)
-    assert train.known_verdicts(source, turn) == [1.0, 0.0]
+    found = train.labels_of(source, turn, [[same]] * 3, ["math_accuracy"], {}, RNG(0))
+    assert found[STEP] == [1.0, 0.0]
 
 
 def test_a_question_has_no_verdicts_on_its_steps(source, tokenizer, monkeypatch):
@@ -135,7 +148,8 @@ def test_a_question_has_no_verdicts_on_its_steps(source, tokenizer, monkeypatch)
     monkeypatch.setattr(OneSum, "verify", lambda self, problem, steps: (1.0, [None] * len(steps)))
     turn = turn_of(tokenizer, "4 + 5 = 9\nanswer 7")
     assert train.hindsight(source, turn, [[turn.response]] * 2) == pytest.approx([0.9, 1.0])
-    assert train.known_verdicts(source, turn) == []
+    rollouts = [[turn.response]] * 2
+    assert train.labels_of(source, turn, rollouts, ["math_accuracy"], {}, RNG(0))[STEP] == []
 
 
 def test_verdicts_by_hand(source, tokenizer, monkeypatch):
@@ -148,11 +162,11 @@ def test_verdicts_by_hand(source, tokenizer, monkeypatch):
     turn, sets = turn_of(tokenizer, texts[0]), [[half, half], [full, none], [none, none]]
     for threshold, expected in [(0.4, [1, 0, 0]), (0.6, [0, 0, 0]), (-0.1, [1, 1, 1])]:
         judges = {"math_engagement": {"threshold": threshold}}
-        found = train.labels_of(source, turn, sets, "math_engagement", judges, RNG(0))
-        assert found == expected
-    judges = {"another": {"threshold": 0.9}}
-    sets = [[full], [half]]
-    assert train.labels_of(source, turn, sets, "math_engagement", judges, RNG(0)) == [1.0, 0.0]
+        found = train.labels_of(source, turn, sets, ["math_engagement"], judges, RNG(0))
+        assert found["math_engagement"] == expected
+    judges, sets = {"another": {"threshold": 0.9}}, [[full], [half]]
+    found = train.labels_of(source, turn, sets, ["math_engagement"], judges, RNG(0))
+    assert found["math_engagement"] == [1.0, 0.0]
 
 
 def test_label_steps_by_hand(source, run, tokenizer, monkeypatch):
@@ -199,7 +213,7 @@ def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
     problems = {tuple(tokenizer.encode_chat(p.messages())): p
                 for p in world.problems("train", 10, rng)}
     assert {p.objective for p in pairs} == {"helpfulness", "honesty"}
-    assert len(train.choose(pairs, "helpfulness", "train")) == 10
+    assert len(train.choose(pairs, ["helpfulness"], "train")) == 10
     for pair in pairs:
         problem = problems[tuple(pair.prompt)]
         all_scores = [world.scores(problem, [], text)[pair.objective] for text in texts]
@@ -379,7 +393,7 @@ def test_train_prm_gives_every_objective_the_loss_of_its_own_pairs(run, gpt, tok
     train.train_prm(run, "prm")
     first, counts = logged(run)[0], set()
     for name in run.names:
-        chosen, rejected, _ = pair_scores(untrained, train.choose(pairs, name, "train"))
+        chosen, rejected, _ = pair_scores(untrained, train.choose(pairs, [name], "train"))
         loss = -F.logsigmoid(chosen - rejected).mean().item()
         assert first[name] == {"loss": pytest.approx(loss, rel=1e-4), "labels": len(chosen)}
         counts.add(len(chosen))
@@ -418,7 +432,7 @@ def policy_run(run, gpt, tokenizer, held_out=6, **settings):
     its configuration -> the pairs."""
     save_hf(gpt, run.file("sft"), weights=0)
     pairs = make_pairs(tokenizer)
-    reference = pair_logps(run.load("sft"), pairs, lambda objective: 0)
+    reference = pair_logps(run.load("sft"), pairs)
     for i, pair in enumerate(pairs):
         pair.split = "dev" if i >= 18 - held_out else "train"
         pair.reference = reference[i].tolist()
@@ -431,10 +445,9 @@ def test_pair_logps_keep_the_pairs_order(gpt, tokenizer):
     """Prevents: log-probabilities in the order of length, chosen and rejected swapped, another
     objective's head."""
     pairs = [p for p in make_pairs(tokenizer) if p.objective != "honesty"]
-    own = gpt.config.objectives.index
-    found = pair_logps(gpt, pairs, own, tokens=200)
+    found = pair_logps(gpt, pairs, tokens=200)
     for pair, row in zip(pairs, found.tolist()):
-        W = gpt.heads[own(pair.objective)].weight.detach()
+        W = gpt.heads[gpt.config.objectives.index(pair.objective)].weight.detach()
         for response, value in zip((pair.chosen, pair.rejected), row):
             h = gpt(torch.tensor([pair.prompt + response])).detach()[0, len(pair.prompt) - 1:-1]
             logps = F.log_softmax(h @ W.T, -1)
@@ -484,11 +497,11 @@ def test_policies_see_the_same_pairs(method, run, gpt, tokenizer, monkeypatch):
         setattr(pair, "margin", 0.5) for pair in pairs])
     seen = []
 
-    def fit(run, stage, model, optimizer, steps, batches, backward, names, *args, **options):
+    def fit(run, stage, model, optimizer, steps, epoch, batches, backward, *args, **options):
         batch = next(batches)
         loss = backward(batch)["loss"]
         kept = loss[~loss.isnan()].tolist()          # of objectives that have pairs here
-        seen.append((steps, [(p.objective, p.prompt) for p in batch], kept))
+        seen.append(((steps, epoch), [(p.objective, p.prompt) for p in batch], kept))
         return []
     monkeypatch.setattr(train, "fit", fit)
     train.train_policy(run, "mah_dpo")
@@ -511,7 +524,7 @@ def test_margins_by_hand(run, tokenizer, monkeypatch):
     values = {"dpo_math_accuracy": {"math_engagement": [-2.0, -9.0]},
               "dpo_math_engagement": {"math_accuracy": [-4.0, -6.0]}}
     monkeypatch.setattr(run, "load", lambda name: name)
-    monkeypatch.setattr(train, "score_pairs", lambda run, model, part, title: torch.tensor(
+    monkeypatch.setattr(train, "score_pairs", lambda run, model, part, name: torch.tensor(
         [values[model][pair.objective] for pair in part]))
     train.set_margins(run, pairs)
     # w = 1/2 and beta = 0.1 times (log-ratio of chosen - log-ratio of rejected).
@@ -535,8 +548,8 @@ def test_the_log_shows_every_objective_in_training_and_development(run, gpt, tok
     for row in dev:
         assert all(set(row[o]) == metrics for o in run.names)
     for o in run.names:
-        held_out = train.choose(pairs, o, "dev")
-        logps = pair_logps(model, held_out, model.config.objectives.index)
+        held_out = train.choose(pairs, [o], "dev")
+        logps = pair_logps(model, held_out)
         moved = logps - torch.tensor([pair.reference for pair in held_out])
         assert dev[-1][o]["chosen"] == pytest.approx(float(moved[:, 0].mean()), abs=1e-5)
         assert dev[-1][o]["kl"] == pytest.approx(float((moved ** 2).mean() / 2), abs=1e-5)
@@ -596,12 +609,11 @@ def stopped_in_training(run, gpt, tokenizer, monkeypatch, step=2):
     def gradient(*args):
         calls.append(args)
         if len(calls) == step:
-            run.stop()
+            signal.raise_signal(signal.SIGTERM)
         return plain(*args)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "gradient", gradient)
         train.train_policy(run, "mah_dpo")
-    run.training = run.stopping = False
     return run.file("checkpoint.safetensors")
 
 
@@ -610,7 +622,7 @@ def test_a_stop_in_training_is_saved(step, run, gpt, tokenizer, monkeypatch):
     """Prevents: Ctrl-C that loses the steps since the last checkpoint, or stops between the weights
     and the optimiser's state."""
     path = stopped_in_training(run, gpt, tokenizer, monkeypatch, step)
-    assert train.read_metadata(path)["step"] == str(step)
+    assert read_metadata(path)["step"] == str(step)
     results = []
     for _ in ("resumed", "from the start"):
         train.train_policy(run, "mah_dpo")
