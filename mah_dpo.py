@@ -97,16 +97,19 @@ def policy_logps(model, pairs, head):
     h = model(prompts, cache)                                               # (n, P, d)
     cache.keep(0, lengths)
     n = torch.arange(len(pairs), device=device)
-    last = h[n, lengths - 1].repeat_interleave(2, 0)                        # (2n, d)
+    last = h[n, lengths - 1]                                                # (n, d)
+    last = last.repeat_interleave(2, 0)                                     # (2n, d)
     # A response's own last token predicts nothing more: it is not fed.
-    h = torch.cat((last[:, None], model(responses[:, :-1], cache.fork(2))), 1)      # (2n, R, d)
+    h = model(responses[:, :-1], cache.fork(2))                             # (2n, R - 1, d)
+    h = torch.cat((last[:, None], h), 1)                                    # (2n, R, d)
     # Rows are now "the prompt's last token, the response".
     ids = F.pad(responses, (1, 0))                                          # (2n, 1 + R)
     t = torch.arange(ids.shape[1], device=device)
     mask = (t > 0) & (t <= sizes[:, None])
     # One head after another scores the rows that are its own; they are put back in their places.
     head = head.repeat_interleave(2)                                        # (2n,)
-    found = torch.zeros(len(ids), dtype=torch.promote_types(h.dtype, torch.float32), device=device)
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    found = torch.zeros(len(ids), dtype=dtype, device=device)
     for i in head.unique().tolist():
         rows = (head == i).nonzero()[:, 0]
         logps = response_logps(h[rows], model.heads[i].weight, ids[rows], mask[rows])

@@ -754,13 +754,18 @@ def save_safetensors(tensors, path, metadata=None):
 
 # -- Hugging Face directories in and out
 
+def as_it_is(t):
+    """Where a tensor is placed if nobody says where."""
+    return t
+
+
 class Checkpoint:
     """The tensors of a Hugging Face directory, in one file or in shards, by names without prefix.
 
     They are read one by one, on demand, and those of a model put where `place` puts a tensor: no
     process holds more than its part of the model and one tensor."""
 
-    def __init__(self, directory, place=lambda t: t):
+    def __init__(self, directory, place=as_it_is):
         self.place = place
         self.entries = {}           # name -> (file, dtype, shape, first byte, last byte + 1)
         self.unused = set()         # names that nobody has asked for
@@ -837,7 +842,7 @@ def read_config(directory):
 
 
 @torch.no_grad()
-def load_hf(directory, objectives=None, dtype=torch.float32, place=lambda t: t):
+def load_hf(directory, objectives=None, dtype=torch.float32, place=as_it_is):
     """A Hugging Face directory -> GPT in `dtype`, its tensors where place(tensor) puts them.
 
     objectives given: that many exact copies of the checkpoint's head (its lm_head, or its embedding
