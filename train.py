@@ -960,7 +960,8 @@ def finished(run, stage):
 
 def run_stages(run):
     """Run what is not finished, with a numbered title and the time of each stage."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):      # a batch system's request is as Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     begun = time.time()
     for number, stage in enumerate(stages(run), 1):
         if finished(run, stage):
