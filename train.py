@@ -117,8 +117,8 @@ class Config:
     # Shared by the domains as they have labels, but at least prm_pairs of each.
     prm_batch: int = option(64, "labelled sequences per PRM step")
     prm_pairs: int = option(4, "pairs per objective and PRM step")
-    # Without the auxiliary output beside it, as with --data, the value model wants more, or drowns
-    # in the noise of the other outputs' gradients.
+    # Where the auxiliary output of the next line has no labels, as with --data, a larger weight is
+    # better: the value model alone drowns in the noise of the other outputs' gradients.
     prm_value_weight: float = option(5.0, "weight of the value model's squared error in the loss")
     prm_step_weight: float = option(60.0, "weight in it of the auxiliary output: is a step right?")
     prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
@@ -341,8 +341,9 @@ def sft_examples(run, model):
     config, tokenizer = run.config, model.tokenizer
     n = min(2500, 25 * config.sft_steps)
     examples = demonstrations(run.worlds(model), n, run.rng("sft", "data"), tokenizer, True)
-    # With --data the chosen responses are the demonstrations.
-    for pair in choose(real_pairs(config.data, run.objectives, model)[0], run.names, "train"):
+    # With --data the chosen responses are the demonstrations. (_: what was left out.)
+    pairs, _ = real_pairs(config.data, run.objectives, model)
+    for pair in choose(pairs, run.names, "train"):
         mask = [False] * len(pair.prompt) + [True] * len(pair.chosen)
         where = f"the example {tokenizer.decode(pair.prompt)[:60]!r}..."
         examples.append(Example(pair.prompt + pair.chosen, mask, where))
@@ -430,7 +431,7 @@ def sources_of(run, policy):
 
 
 class Turn(NamedTuple):
-    """One answer of a policy: to which problem, after which messages; prompt and answer as ids."""
+    """An evaluate.Turn and its problem: the messages before it, the same and the answer as ids."""
     problem: Problem
     messages: list
     prompt: list
@@ -520,7 +521,8 @@ def make_pairs(run, name):
     sampled = []
     for source in sources:
         sampled += sample_pairs(source, source.objectives("verifiable", "A", "B", "C"))
-    pairs = real_pairs(run.config.data, run.objectives, model)[0] + gather(sampled)
+    pairs, _ = real_pairs(run.config.data, run.objectives, model)
+    pairs += gather(sampled)
     # Every objective needs pairs, or its head would stay a copy.
     empty = [o for o in run.names if not choose(pairs, [o], "train")]
     if empty:
@@ -604,10 +606,11 @@ def train_policy(run, name):
         # The losses and gradients of the parts of a batch add up to those of the batch.
         for index in dealt_batches([len(pair) for pair in batch]):
             part = [batch[i] for i in index]
-            head = [head_of(heads, pair.objective) for pair in part]
+            own = [head_of(heads, pair.objective) for pair in part]
             with run.autocast():
-                logps = policy_logps(model, part, torch.tensor(head, device=run.device))  # (2, n)
+                logps = policy_logps(model, part, torch.tensor(own, device=run.device))   # (2, n)
             loss, metrics = preference_loss(run, part, logps, count)
+            # FSDP wants gradients for the same heads in every process, whatever pairs each has.
             loss = reaching(loss, [head.weight for head in model.heads])
             (loss * ranks()).backward()
             found.update(metrics)
@@ -694,8 +697,8 @@ def make_labels(run, name):
                                   config.rollouts)
             if policy == "mah_dpo":
                 pairs += sample_pairs(source, source.objectives("C"))
-    labels = gather(labels) + real_labels(config.data, run.objectives, model)[0]
-    pairs = gather(pairs)
+    real, _ = real_labels(config.data, run.objectives, model)
+    labels, pairs = gather(labels) + real, gather(pairs)
     tqdm.write(f"  labelled sequences: {len(labels)}; more pairs: {len(pairs)}")
     run.log("labels", judges.values())
     write_rows(run.file("mah_dpo_pairs.jsonl"), pairs)
@@ -764,7 +767,8 @@ def labels_of(source, turn, rollouts, names, judges, rng):
         if name in verifiable:
             found[name] = hindsight(source, turn, rollouts)
             continue
-        # A judge of case A was calibrated; in case B, half of the scale is positive.
+        # A judge of case A was calibrated; in case B, half of the scale is positive. There a step
+        # is a whole turn: its one "rollout" is the turn itself, and its verdict the majority.
         threshold = judges[name]["threshold"] if name in judges else 0.5
         verdicts = []
         for responses in rollouts:
@@ -1039,7 +1043,7 @@ def run_stages(run):
 def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(), develop=None,
         clip=1.0, warm_up=20, decay="constant"):
     """Updates, each by the gradient of one batch: as many as `steps`, but at most config.epochs
-    passes of `epoch` batches -> rows for the log.
+    passes over the data, of `epoch` batches each -> rows for the log.
 
     batches: endless iterator of lists of items, a function of the seed alone: its position is the
     step. backward(batch): adds up the gradient of this process's share, and returns numbers for
