@@ -608,17 +608,23 @@ def judge(score, rng):
     return score + NormalDist(0, JUDGE_NOISE).inv_cdf(u)
 
 
+def agreement(threshold, ratings, gold):
+    """The share of a judge's ratings on the side of a threshold where `gold`, a list of bool, says
+    that they belong: true above, false below."""
+    hits = [(rating > threshold) == good for rating, good in zip(ratings, gold)]
+    return sum(hits) / len(hits)
+
+
 def fit_threshold(ratings, gold):
-    """The threshold on a judge's ratings above which `gold`, a list of bool, is most often true
-    and else false, and how often that agrees, in [0, 1]."""
+    """The threshold of the largest agreement with `gold`, and that agreement."""
     best, most = None, -1
     for candidate in [min(ratings) - 1, *sorted(ratings)]:
-        hits = sum([(rating > candidate) == good for rating, good in zip(ratings, gold)])
-        if hits > most:
-            best, most = candidate, hits
+        agrees = agreement(candidate, ratings, gold)
+        if agrees > most:
+            best, most = candidate, agrees
     # Every threshold up to the next rating agrees as well: take the one halfway.
     following = min((r for r in ratings if r > best), default=best + 1)
-    return (best + following) / 2, most / len(gold)
+    return (best + following) / 2, most
 
 
 # -- a user's mistakes, and JSON files
