@@ -35,7 +35,7 @@ from decode import find_prm, generate, guided_decode, read_run
 from interop.answers import majority
 from interop.datasets import worlds_of
 from interop.parallel import gather, join_processes, local_items
-from mah_dpo import dpo_loss, log_ratio_margin, pair_logps, soup
+from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import GPT, load_hf, pick_device, sampling_dtype
 
 
@@ -398,15 +398,6 @@ class Bench:
 # -- preference pairs held out from training
 
 PAIR_METRICS = ("loss", "margin", "reward_accuracy", "logp_accuracy")
-
-
-def own_logps(model, pairs, progress=None):
-    """Log-probabilities (N, 2) as by pair_logps: each pair under the head of its objective, or
-    under the first where no head has that name."""
-    heads = dict.fromkeys([pair.objective for pair in pairs], 0)
-    for i, name in enumerate(model.config.objectives):
-        heads[name] = i
-    return pair_logps(model, pairs, heads.get, progress)
 
 
 def pair_metrics_rows(policy, logps, reference, pairs, beta, seed):

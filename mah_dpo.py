@@ -117,11 +117,20 @@ def policy_logps(model, pairs, head):
 
 
 @torch.no_grad()
-def pair_logps(model, pairs, head_of, progress=None, tokens=16384):
-    """Log-probabilities of chosen and rejected of N Pairs -> (N, 2), each pair under the head
-    head_of(objective). `tokens` bounds a batch; progress(number of pairs) is called after each.
-    Several processes share the work."""
-    device, found = model.embed.weight.device, []
+def own_heads(model, pairs):
+    """The number of the head that scores each of n Pairs (n,): its objective's own, or where the
+    model has none, the first."""
+    names = model.config.objectives
+    found = [names.index(p.objective) if p.objective in names else 0 for p in pairs]
+    return torch.tensor(found, device=model.embed.weight.device)
+
+
+def pair_logps(model, pairs, progress=None, tokens=16384):
+    """Log-probabilities of chosen and rejected of N Pairs -> (N, 2), each under its own head.
+
+    `tokens` bounds a batch; progress(number of pairs) is called after each. Several processes
+    share the work."""
+    found = []
     # Equally many rows for every process: the last ones may score the first pairs again.
     n = len(pairs) + -len(pairs) % ranks()
     rows = [i % len(pairs) for i in range(n)]
@@ -129,8 +138,7 @@ def pair_logps(model, pairs, head_of, progress=None, tokens=16384):
     for batch in dealt_batches(lengths, tokens):
         index = [rows[k] for k in batch]
         part = [pairs[i] for i in index]
-        head = torch.tensor([head_of(p.objective) for p in part], device=device)
-        logps = policy_logps(model, part, head).T.float()
+        logps = policy_logps(model, part, own_heads(model, part)).T.float()
         found += zip(index, logps.tolist())
         if progress is not None:
             progress(len(index) * ranks())

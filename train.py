@@ -23,15 +23,12 @@ files of earlier stages; its last file says that it has finished.
     --fast         makes everything small, to see that it works.
 
 Read in this order: the stages from `train_base` to `measure_prm`; their table `stages`; the
-training loop `fit`; then checkpoints, runs in directories, and the command line.
+training loop `fit`; then runs in directories, and the command line. How files survive a kill is in
+interop/resume.py.
 """
 import argparse
-import contextlib
-import hashlib
-import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -39,7 +36,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -48,20 +44,20 @@ from tqdm import tqdm
 
 from data import (DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Problem, Tokenizer, World,
                   agreement, batches_by_length, dealt_batches, domain_objectives, fit_threshold,
-                  judge, pad, read_json, read_jsonl, run_command, select_objectives, write_json,
-                  write_text)
+                  judge, pad, read_json, run_command, select_objectives, write_json)
 from decode import domain_mix, generate, parse_weights, read_run
-from evaluate import (average, converse, evaluate, head_of, load_rows, own_logps,
-                      pair_metrics_rows, plain_responder, publish, seed_of, seed_runs)
+from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
+                      plain_responder, publish, seed_of, seed_runs)
 from interop.datasets import (DATA_HELP, data_files, describe_data, load_base, real_labels,
                               real_pairs, worlds_of)
-from interop.parallel import (alone, even, free_name, gather, head_norm, join_processes, local_items,
-                              new_directory, once, parameters_of, placed, put_back, rank, ranks,
-                              reaching, shard, tensors_of, total, whole)
-from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, pair_metrics,
-                     policy_logps)
-from model import (GPT, GPTConfig, load_hf, load_safetensors, pick_device, read_metadata,
-                   sampling_dtype, save_hf, save_safetensors)
+from interop.parallel import (alone, even, gather, head_norm, join_processes, local_items,
+                              parameters_of, placed, rank, ranks, reaching, shard, total, whole)
+from interop.resume import (clear, copy_stage, fingerprint, free_name, load_checkpoint,
+                            new_directory, put_rows, read_rows, save_checkpoint, stops_wait,
+                            write_rows)
+from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
+                     pair_logps, pair_metrics, policy_logps)
+from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
 from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight_targets,
                  majority_labels, pair_scores, save_prm, step_loss, step_scores)
 
@@ -159,8 +155,10 @@ class Run:
         self.path, self.config, self.objectives = path, config, objectives
         self.names = [o.name for o in objectives]
         self.device = pick_device(config.device)
-        self.key = fingerprint(config, objectives)
-        self.training = self.stopping = False
+        # Files that were made under other options, or from other data, have another key.
+        options = {name: v for name, v in asdict(config).items() if name not in HARMLESS}
+        records = [asdict(o) for o in objectives]
+        self.key = fingerprint([options, records], data_files(config.data, objectives))
 
     def file(self, name):
         """The path of one of the run's files."""
@@ -196,59 +194,13 @@ class Run:
 
         This comes before the file that says the stage is finished: a kill between the two would
         lose the rows. Figures of time go to timings.jsonl, so that all else can repeat."""
-        path = self.file(name)
-        old = [row for _, row in read_jsonl(path)] if os.path.exists(path) else []
-        kept = [row for row in old if row["stage"] != stage]
-        write_jsonl(path, kept + [{"stage": stage} | row for row in rows])
-
-    def stop(self, *signal):
-        """Ctrl-C, or SIGTERM, a batch system's request. Training first ends the step under way
-        and saves its result; a second request, or one elsewhere, stops at once."""
-        if not self.training or self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-
-
-def fingerprint(config, objectives):
-    """A hash of all that the figures depend on: options, objectives and the files of --data."""
-    options = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
-    records = [asdict(o) for o in objectives]
-    digest = hashlib.sha256(json.dumps([options, records]).encode())
-    for path in data_files(config.data, objectives):
-        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def write_jsonl(path, rows):
-    """Dicts -> JSONL."""
-    write_text(path, "".join([json.dumps(row) + "\n" for row in rows]))
-
-
-def write_rows(path, rows):
-    """Dataclass objects -> JSONL; what is None is left out."""
-    found = []
-    for row in rows:
-        found.append({name: v for name, v in asdict(row).items() if v is not None})
-    write_jsonl(path, found)
-
-
-def read_rows(path, kind):
-    """JSONL -> objects of a dataclass; .where is an object's file and line."""
-    rows = []
-    for where, row in read_jsonl(path):
-        try:
-            rows.append(kind(**row))
-        except TypeError:
-            raise InputError(f"{where}: not a row that this run has written; bring the file back, "
-                             "or remove it to have it made again") from None
-        rows[-1].where = where
-    return rows
+        put_rows(self.file(name), stage, rows)
 
 
 def shown(row):
     """A row of the log as text."""
-    return ", ".join([f"{key} {value:.3g}" if type(value) is float else f"{key} {value}"
-                      for key, value in row.items()])
+    digits = {float: ".3g"}                     # of numbers that were measured
+    return ", ".join([f"{key} {v:{digits.get(type(v), '')}}" for key, v in row.items()])
 
 
 def shuffled(items, generator):
@@ -501,8 +453,8 @@ def sample_pairs(source, names):
     turns, rng, generator = roll_out(source, "samples", config.n_prompts)
     prompts, room = [turn.prompt for turn in turns], source.world.max_new_tokens
     pairs = []
-    for turn, responses in zip(turns, draw_samples(source, prompts, config.n_samples, room,
-                                                   generator)):
+    samples = draw_samples(source, prompts, config.n_samples, room, generator)
+    for turn, responses in zip(turns, samples):
         ratings = [rate(source, turn, response, names, rng) for response in responses]
         # An objective has its own best and worst. Ratings that are nearly equal say nothing.
         for name in names:
@@ -545,7 +497,7 @@ def score_pairs(run, model, pairs, name):
     """Log-probabilities (N, 2) of chosen and rejected under a policy, each pair under its own head,
     in the precision in which the policies train."""
     with run.autocast(), tqdm(total=len(pairs), desc=f"log-probs of {name}", disable=None) as bar:
-        return own_logps(model, pairs, bar.update)
+        return pair_logps(model, pairs, bar.update)
 
 
 def choose(pairs, names, split):
@@ -606,21 +558,19 @@ def train_policy(run, name):
         # The losses and gradients of the parts of a batch add up to those of the batch.
         for index in dealt_batches([len(pair) for pair in batch]):
             part = [batch[i] for i in index]
-            own = [head_of(heads, pair.objective) for pair in part]
             with run.autocast():
-                logps = policy_logps(model, part, torch.tensor(own, device=run.device))   # (2, n)
+                logps = policy_logps(model, part, own_heads(model, part))           # (2, n)
             loss, metrics = preference_loss(run, part, logps, count)
             # FSDP wants gradients for the same heads in every process, whatever pairs each has.
             loss = reaching(loss, [head.weight for head in model.heads])
             (loss * ranks()).backward()
             found.update(metrics)
         if len(heads) > 1:      # a head's gradient comes from its own objective alone
-            found["gradient_norm"] = torch.stack(list(map(head_norm, model.heads)))
+            found["gradient_norm"] = torch.stack([head_norm(head) for head in model.heads])
         return found
 
     def develop():
-        with run.autocast():
-            logps = own_logps(model, dev).T.to(run.device)
+        logps = score_pairs(run, model, dev, name).T.to(run.device)
         return preference_loss(run, dev, logps)[1]
 
     # An objective's pairs come in the same order to every policy, for as many steps. Progress is
@@ -889,10 +839,9 @@ def train_prm(run, name):
     weights = [config.prm_value_weight if case == "verifiable" else 1.0 for case in cases]
     # Where it is known which steps are right, a value model is taught that too. A single block has
     # no layer below it to read it from.
-    if "verifiable" in cases and STEP in labels_in(sum(sources, [])):
-        if backbone.config.n_layer > 1:
-            outputs.append(STEP_OUTPUT)
-            weights.append(config.prm_step_weight)
+    if "verifiable" in cases and STEP in labels_in(sum(sources, [])) and len(backbone.layers) > 1:
+        outputs.append(STEP_OUTPUT)
+        weights.append(config.prm_step_weight)
     weight = torch.tensor(weights, device=run.device)                               # (P,)
     prm = PRM(backbone, outputs, run.generator(name, "weights")).to(run.device)
     prm = shard(prm, run.device)
@@ -984,24 +933,22 @@ def stages(run):
     policies = "alpha beta dpo_steps dpo_pairs dpo_lr_backbone dpo_lr_heads dpo_lr_factor"
     prm = ("prm prm_steps prm_batch prm_pairs prm_value_weight prm_step_weight prm_lr_backbone "
            "prm_lr_head")
+    baselines = ["single_head_dpo", *[f"dpo_{name}" for name in run.names], "modpo"]
     prms = ["prm"] if run.config.prm == "unified" else [f"prm_{name}" for name in run.names]
-    found = [
+    return [
         Stage("base model", ["base"],
               "init seed dtype grad_checkpoint epochs base_steps base_lr", train_base),
         Stage("supervised fine-tuning", ["sft"],
               "objective data max_new_tokens sft_steps sft_batch sft_lr", train_sft),
-        Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs)]
-    for name in ["single_head_dpo", *[f"dpo_{o}" for o in run.names], "modpo"]:
-        found.append(Stage(f"policy {name}", [name], policies, train_policy))
-    found += [
+        Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs),
+        *[Stage(f"policy {name}", [name], policies, train_policy) for name in baselines],
         Stage("policy mah_dpo", ["mah_dpo"], "perturbation", train_policy),
         Stage("held-out pairs", ["pair_metrics.json"], "", measure_pairs),
         Stage("rollouts and labels", ["mah_dpo_pairs.jsonl", "labels.jsonl"],
-              "gamma rollouts n_rollout_prompts", make_labels)]
-    for name in prms:
-        found.append(Stage(f"process reward model {name}", [name], prm, train_prm))
-    tables = ["scores.jsonl", "results.md", "pareto.svg", "results.json"]
-    return [*found, Stage("tables", tables, "n_test split weight_steps k", make_tables)]
+              "gamma rollouts n_rollout_prompts", make_labels),
+        *[Stage(f"process reward model {name}", [name], prm, train_prm) for name in prms],
+        Stage("tables", ["scores.jsonl", "results.md", "pareto.svg", "results.json"],
+              "n_test split weight_steps k", make_tables)]
 
 
 def make_tables(run, name):
@@ -1017,8 +964,7 @@ def finished(run, stage):
 
 def run_stages(run):
     """Run what is not finished, with a numbered title and the time of each stage."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
     begun = time.time()
     for number, stage in enumerate(stages(run), 1):
         if finished(run, stage):
@@ -1030,10 +976,7 @@ def run_stages(run):
         seconds = time.time() - start
         run.log(stage.title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
         print(f"    {seconds:.0f} s", flush=True)
-    # A kill may have left half a file. The last training's checkpoint is of no more use.
-    for path in [*Path(run.path).glob("*.tmp"), Path(run.file("checkpoint.safetensors"))]:
-        with contextlib.suppress(OSError):
-            path.unlink()
+    clear(run.path)
     print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py "
           f"{run.path} --prompt ...")
 
@@ -1055,9 +998,15 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(),
     top = [group["lr"] for group in optimizer.param_groups]
     start, log = load_checkpoint(run, stage, model, optimizer)
     seconds, tokens, batches = 0.0, 0, islice(batches, start, steps)
-    run.training = True
-    with tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar:
+    with (stops_wait() as stops,
+          tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar):
         for step in range(start, steps + 1):
+            # Several processes stop before the same step.
+            stopping = bool(total(torch.tensor(len(stops))))
+            if stopping or step % run.config.checkpoint_every == 0 and start < step < steps:
+                save_checkpoint(run, stage, model, optimizer, step, log)
+            if stopping:
+                raise KeyboardInterrupt
             if develop and (step % math.ceil(steps / 3) == 0 or step == steps):
                 log.append({"step": step, "split": "dev"} | log_row(develop(), names))
             if step == steps:
@@ -1077,15 +1026,9 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(),
                 log.append({"step": step, "gradient_norm": norm.item()} | log_row(found, names))
                 bar.set_postfix(loss=float(found["loss"].nanmean()), refresh=False)
             bar.update()
-            # Several processes stop after the same step.
-            stopping = bool(total(torch.tensor(int(run.stopping))))
-            if stopping or (step + 1) % run.config.checkpoint_every == 0 and step + 1 < steps:
-                save_checkpoint(run, stage, model, optimizer, step + 1, log)
-            if stopping:
-                raise KeyboardInterrupt
-    run.training = False
-    for name in names if develop else []:
-        tqdm.write(f"  {stage}, held-out {name}: {shown(log[-1].get(name, {}))}")
+    for name in names:
+        if develop and name in log[-1]:
+            tqdm.write(f"  {stage}, held-out {name}: {shown(log[-1][name])}")
     run.log(stage, [{"steps": steps - start, "tokens": tokens, "seconds": seconds,
                      "tokens_per_second": tokens / max(seconds, 1e-9)}], "timings.jsonl")
     return log
@@ -1133,32 +1076,6 @@ def log_row(found, names):
             if not math.isnan(number):
                 row.setdefault(name, {})[metric] = number
     return row
-
-
-# -- checkpoints
-
-def save_checkpoint(run, stage, model, optimizer, step, log):
-    """What the next step of a stage needs: weights, the optimiser's state, the log so far, and the
-    number of steps done, from which the schedule and the draws follow."""
-    about = {"stage": stage, "step": str(step), "key": run.key, "log": json.dumps(log)}
-    save_safetensors(tensors_of(model, optimizer), run.file("checkpoint.safetensors"), about)
-
-
-def load_checkpoint(run, stage, model, optimizer):
-    """Put back what save_checkpoint saved -> steps done, log; 0, [] where there is nothing of this
-    stage. InputError if it was saved under other options or with other data."""
-    path = run.file("checkpoint.safetensors")
-    again = f"remove this file to start {stage} again"
-    try:
-        about = read_metadata(path) if os.path.exists(path) else {}
-    except InputError as e:
-        raise InputError(f"{e}; {again}") from None
-    if about.get("stage") != stage:             # none, or that of an earlier, finished stage
-        return 0, []
-    if about.get("key") != run.key:
-        raise InputError(f"{path}: saved with another configuration or other data; {again}")
-    put_back(load_safetensors(path), model, optimizer)
-    return int(about["step"]), json.loads(about["log"])
 
 
 # -- runs and their directories
@@ -1213,12 +1130,7 @@ def copy_stages(source, run):
         if not all(same) or not finished(source, stage):
             break
         print(f"{stage.title}: copied from {source.path}")
-        name = stage.files[-1].partition(".")[0]
-        log = [row for _, row in read_jsonl(source.file("log.jsonl")) if row["stage"] == name]
-        run.log(name, log)
-        for file in stage.files:
-            copy = shutil.copytree if os.path.isdir(source.file(file)) else shutil.copy
-            once(copy, source.file(file), run.file(file))
+        copy_stage(source, run, stage.files)
 
 
 def open_run(path, device="auto"):
@@ -1308,9 +1220,9 @@ def check_inputs(config):
         sft_examples(run, model)                # a short context, a chat template that is not read
     for world in [] if config.data else run.worlds(model):
         # A world may be too small for what is asked of it.
-        cases = [o.case for o in run.objectives if o.domain == world.name]
-        rolled = "verifiable" in cases or "A" in cases
-        n = max(config.n_prompts, config.n_rollout_prompts if rolled else 0)
+        cases = {o.case for o in domain_objectives(world.name, run.objectives)}
+        rolled = config.n_rollout_prompts if cases & {"verifiable", "A"} else 0
+        n = max(config.n_prompts, rolled)
         world.problems(config.split, config.n_test, RNG(0))
         world.problems("train", n // world.turns, RNG(0))
 

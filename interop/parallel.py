@@ -12,7 +12,6 @@ file may import it.
 import contextlib
 import functools
 import os
-import shutil
 import sys
 
 try:
@@ -165,57 +164,9 @@ def head_norm(head):
     return whole(grad.norm()) / ranks()
 
 
-# -- what a training consists of
-
 def parameters_of(optimizer):
     """The parameters that an optimiser updates, in a fixed order."""
     return sum([group["params"] for group in optimizer.param_groups], [])
-
-
-def tensors_of(model, optimizer):
-    """{name: tensor}: the weights, and the optimiser's state of each parameter."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for i, p in enumerate(parameters_of(optimizer)):
-        for name, tensor in optimizer.state.get(p, {}).items():
-            tensors[f"{name}.{i}"] = tensor
-    return tensors
-
-
-@torch.no_grad()
-def put_back(tensors, model, optimizer):
-    """What tensors_of gave, from a file: everything goes back to where it was, on its device and in
-    its shards, apart from the file, which will be replaced."""
-    weights, parameters = model.state_dict(), parameters_of(optimizer)
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(".")
-        if kind == "model":
-            weights[name].copy_(like(tensor, weights[name]))
-            continue
-        p = parameters[int(name)]
-        tensor = tensor.clone()
-        # The number of steps is one number for a parameter, which is not sharded.
-        optimizer.state[p][kind] = tensor.to(p.device) if kind == "step" else like(tensor, p)
-
-
-# -- directories
-
-def free_name(name):
-    """A path that nothing has: the name itself, or with a number; the same in all processes."""
-    name = path = name.rstrip("/")
-    number = 2
-    while os.path.lexists(path):
-        path, number = f"{name}-{number}", number + 1
-    return gather([path])[0]
-
-
-@contextlib.contextmanager
-def new_directory(path):
-    """Yields the path of an empty directory, which appears as `path` when all is in it."""
-    unfinished = f"{path}.tmp"
-    once(shutil.rmtree, unfinished, True)       # what a kill has left
-    once(os.makedirs, unfinished)
-    yield unfinished
-    once(os.rename, unfinished, path)
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ from itertools import chain
 import torch
 
 from data import RNG, InputError, read_json, read_jsonl, run_command
-from evaluate import Bench, cells, own_logps, pair_metrics_rows, seed_runs, summary, table
+from evaluate import Bench, cells, pair_metrics_rows, seed_runs, summary, table
 from interop.answers import final_answer, same_answer
 from interop.datasets import DATA_HELP, read_outputs, read_preferences, read_steps
 from interop.parallel import join_processes
-from mah_dpo import encode_pair
+from mah_dpo import encode_pair, pair_logps
 from model import pick_device
 from prm import encode_steps, load_prm, score_sequences
 
@@ -151,9 +151,9 @@ def score_preferences(scorer, path):
     rows = []
     if bench:
         # A policy's implicit reward of a response is beta log(pi / pi_sft).
-        reference, beta = own_logps(bench.sft, pairs), bench.config["beta"]
+        reference, beta = pair_logps(bench.sft, pairs), bench.config["beta"]
         for name in ("sft", "base", "single_head_dpo", "modpo", f"dpo_{output}", "mah_dpo"):
-            logps = own_logps(bench.model(name), pairs)
+            logps = pair_logps(bench.model(name), pairs)
             rows += pair_metrics_rows(name, logps, reference, pairs, beta, bench.seed)
     # One score for every response: chosen and rejected by turns.
     scores = [score for score, in score_sequences(prm, output, whole)]

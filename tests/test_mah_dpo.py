@@ -214,10 +214,10 @@ def test_pair_logps_in_batches_of_any_size(model, pairs):
     def remember(module, args, h):
         graphs.append(h.requires_grad)
     model.register_forward_hook(remember)
-    whole = pair_logps(model, pairs, NAMES.index, progress=seen.append)
+    whole = pair_logps(model, pairs, progress=seen.append)
     assert sum(seen) == len(pairs) and not any(graphs)
     for tokens in (1, 40):
-        found = pair_logps(model, pairs, NAMES.index, tokens=tokens)
+        found = pair_logps(model, pairs, tokens=tokens)
         assert torch.allclose(found, whole, atol=1e-6)
     for k, p in enumerate(pairs):
         expected = [slow_logps(model, int(HEADS[k]), p.prompt, y) for y in (p.chosen, p.rejected)]

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import signal
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import train
 from conftest import NAMES
 from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World
 from mah_dpo import Pair, pair_logps
-from model import load_hf, load_safetensors, save_hf
+from model import load_hf, load_safetensors, read_metadata, save_hf
 from prm import PRM, STEP, Labelled, load_prm, pair_scores, step_scores
 from test_templates import TALK, THINKING, chat
 from train import Config, Run, Source, Turn
@@ -431,7 +432,7 @@ def policy_run(run, gpt, tokenizer, held_out=6, **settings):
     its configuration -> the pairs."""
     save_hf(gpt, run.file("sft"), weights=0)
     pairs = make_pairs(tokenizer)
-    reference = pair_logps(run.load("sft"), pairs, lambda objective: 0)
+    reference = pair_logps(run.load("sft"), pairs)
     for i, pair in enumerate(pairs):
         pair.split = "dev" if i >= 18 - held_out else "train"
         pair.reference = reference[i].tolist()
@@ -444,8 +445,7 @@ def test_pair_logps_keep_the_pairs_order(gpt, tokenizer):
     """Prevents: log-probabilities in the order of length, chosen and rejected swapped, another
     objective's head."""
     pairs = [p for p in make_pairs(tokenizer) if p.objective != "honesty"]
-    own = gpt.config.objectives.index
-    found = pair_logps(gpt, pairs, own, tokens=200)
+    found = pair_logps(gpt, pairs, tokens=200)
     for pair, row in zip(pairs, found.tolist()):
         W = gpt.heads[own(pair.objective)].weight.detach()
         for response, value in zip((pair.chosen, pair.rejected), row):
@@ -549,7 +549,7 @@ def test_the_log_shows_every_objective_in_training_and_development(run, gpt, tok
         assert all(set(row[o]) == metrics for o in run.names)
     for o in run.names:
         held_out = train.choose(pairs, [o], "dev")
-        logps = pair_logps(model, held_out, model.config.objectives.index)
+        logps = pair_logps(model, held_out)
         moved = logps - torch.tensor([pair.reference for pair in held_out])
         assert dev[-1][o]["chosen"] == pytest.approx(float(moved[:, 0].mean()), abs=1e-5)
         assert dev[-1][o]["kl"] == pytest.approx(float((moved ** 2).mean() / 2), abs=1e-5)
@@ -609,12 +609,11 @@ def stopped_in_training(run, gpt, tokenizer, monkeypatch, step=2):
     def gradient(*args):
         calls.append(args)
         if len(calls) == step:
-            run.stop()
+            signal.raise_signal(signal.SIGTERM)
         return plain(*args)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "gradient", gradient)
         train.train_policy(run, "mah_dpo")
-    run.training = run.stopping = False
     return run.file("checkpoint.safetensors")
 
 
@@ -623,7 +622,7 @@ def test_a_stop_in_training_is_saved(step, run, gpt, tokenizer, monkeypatch):
     """Prevents: Ctrl-C that loses the steps since the last checkpoint, or stops between the weights
     and the optimiser's state."""
     path = stopped_in_training(run, gpt, tokenizer, monkeypatch, step)
-    assert train.read_metadata(path)["step"] == str(step)
+    assert read_metadata(path)["step"] == str(step)
     results = []
     for _ in ("resumed", "from the start"):
         train.train_policy(run, "mah_dpo")

@@ -1,0 +1,181 @@
+"""What a run keeps on the disk, such that a kill at any moment loses nothing that was finished.
+
+    rows           dataclass objects and rows of the log, as JSONL
+    checkpoints    all that the next step of a training needs
+    directories    a new one appears with all that belongs in it
+    stops          Ctrl-C waits for the end of a step
+    fingerprint    a hash that tells whether a file belongs to these options and data
+
+`run` is a train.Run: run.file(name) gives a path in its directory, run.key its fingerprint.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data import InputError, read_jsonl, write_text
+from interop.parallel import gather, like, once, parameters_of
+from model import load_safetensors, read_metadata, save_safetensors
+
+
+# -- rows
+
+def write_rows(path, rows):
+    """Dataclass objects or dicts -> JSONL; what is None is left out."""
+    lines = []
+    for row in rows:
+        row = row if isinstance(row, dict) else asdict(row)
+        kept = {name: value for name, value in row.items() if value is not None}
+        lines.append(json.dumps(kept) + "\n")
+    write_text(path, "".join(lines))
+
+
+def read_rows(path, kind):
+    """JSONL -> objects of a dataclass; .where is an object's file and line. InputError for a line
+    that is none."""
+    rows = []
+    for where, row in read_jsonl(path):
+        try:
+            rows.append(kind(**row))
+        except TypeError:
+            raise InputError(f"{where}: not a row that this run has written; bring the file back, "
+                             "or remove it to have it made again") from None
+        rows[-1].where = where
+    return rows
+
+
+def log_rows(path):
+    """The rows of a log; none where there is no file yet."""
+    return [row for _, row in read_jsonl(path)] if os.path.exists(path) else []
+
+
+def put_rows(path, stage, rows):
+    """Put a stage's rows into a log, in place of those that an interrupted attempt has left."""
+    kept = [row for row in log_rows(path) if row["stage"] != stage]
+    write_rows(path, kept + [{"stage": stage} | row for row in rows])
+
+
+# -- checkpoints
+
+def save_checkpoint(run, stage, model, optimizer, step, log):
+    """What the next step of a stage needs: weights, the optimiser's state, the log so far, and the
+    number of steps done, from which the schedule and the draws follow."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for i, p in enumerate(parameters_of(optimizer)):
+        for name, tensor in optimizer.state.get(p, {}).items():
+            tensors[f"{name}.{i}"] = tensor
+    about = {"stage": stage, "step": str(step), "key": run.key, "log": json.dumps(log)}
+    save_safetensors(tensors, run.file("checkpoint.safetensors"), about)
+
+
+def load_checkpoint(run, stage, model, optimizer):
+    """Put back what save_checkpoint saved -> steps done, log; 0, [] where there is nothing of this
+    stage. InputError if it was saved under other options or with other data."""
+    path = run.file("checkpoint.safetensors")
+    again = f"remove this file to start {stage} again"
+    try:
+        about = read_metadata(path) if os.path.exists(path) else {}
+    except InputError as e:
+        raise InputError(f"{e}; {again}") from None
+    if about.get("stage") != stage:             # none, or that of an earlier, finished stage
+        return 0, []
+    if about.get("key") != run.key:
+        raise InputError(f"{path}: saved with another configuration or other data than these; "
+                         f"bring those back, or {again}")
+    put_back(load_safetensors(path), model, optimizer)
+    return int(about["step"]), json.loads(about["log"])
+
+
+@torch.no_grad()
+def put_back(tensors, model, optimizer):
+    """The tensors of a checkpoint go back to where they were, on their device and in their shards,
+    apart from the file, which will be replaced."""
+    weights, parameters = model.state_dict(), parameters_of(optimizer)
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "model":
+            weights[name].copy_(like(tensor, weights[name]))
+            continue
+        p = parameters[int(name)]
+        tensor = tensor.clone()
+        # The number of steps is one number for a parameter, which is not sharded.
+        optimizer.state[p][kind] = tensor.to(p.device) if kind == "step" else like(tensor, p)
+
+
+# -- stops
+
+@contextlib.contextmanager
+def stops_wait():
+    """Inside, Ctrl-C, or SIGTERM, a batch system's request, only enters the list that this yields:
+    the step under way can be ended and saved. A second request stops at once, and one that nobody
+    has heeded at the end."""
+    stops = []
+    before = {n: signal.signal(n, partial(note, stops)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stops
+        if stops:
+            raise KeyboardInterrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def note(stops, number, frame):
+    """Note a signal; KeyboardInterrupt if there was one before."""
+    if stops:
+        raise KeyboardInterrupt
+    stops.append(number)
+
+
+# -- directories
+
+def free_name(name):
+    """A path that nothing has: the name itself, or with a number; the same in all processes."""
+    name = path = name.rstrip("/")
+    number = 2
+    while os.path.lexists(path):
+        path, number = f"{name}-{number}", number + 1
+    return gather([path])[0]
+
+
+@contextlib.contextmanager
+def new_directory(path):
+    """Yields the path of an empty directory, which appears as `path` when all is in it."""
+    unfinished = f"{path}.tmp"
+    once(shutil.rmtree, unfinished, True)       # what a kill has left
+    once(os.makedirs, unfinished)
+    yield unfinished
+    once(os.rename, unfinished, path)
+
+
+def copy_stage(source, run, files):
+    """Copy what a stage has left in the directory of another run: files and rows of the log."""
+    stage = files[-1].partition(".")[0]
+    rows = [row for row in log_rows(source.file("log.jsonl")) if row["stage"] == stage]
+    put_rows(run.file("log.jsonl"), stage, rows)
+    for file in files:
+        copy = shutil.copytree if os.path.isdir(source.file(file)) else shutil.copy
+        once(copy, source.file(file), run.file(file))
+
+
+def clear(directory):
+    """Remove what is of no more use in a finished run: its last checkpoint, half a file that a kill
+    has left."""
+    for path in [*Path(directory).glob("*.tmp"), Path(directory, "checkpoint.safetensors")]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def fingerprint(values, paths):
+    """A hash of values (as JSON) and of the contents of files: any change gives another."""
+    digest = hashlib.sha256(json.dumps(values).encode())
+    for path in paths:
+        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    return digest.hexdigest()
