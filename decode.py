@@ -8,9 +8,8 @@ token), for every prompt at once, until each answer has ended:
     score    r_k = P(x, y_1:t, y^k_{t+1}): the PRM reads the candidates' tokens behind its cache
     select   k* = argmax_k r_k: its step joins the shared prefix, its hidden state goes on
 
-Nothing that was committed is ever encoded again, by the policy or by the PRM. In a conversation
-the state goes on to the next turn, and only the user's new words are fed. What is committed are
-token ids; text is derived from them.
+Nothing that was committed is ever encoded again, by the policy or by the PRM, nor in the next turn
+of a conversation. What is committed are token ids; text is derived from them.
 
 Read `sample` and `draw`, then `guided_decode`, whose loop is the three lines above. Plain
 generation is `draw` alone, with the end of the turn as the only boundary. Checks of what the user
@@ -24,7 +23,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -77,13 +76,14 @@ def prefill(net, cache, prompts):
     return out[g, n - 1]
 
 
-def alive_rows(done):
-    """done (G, K) -> the rows that go on, as a grid (G', m): G' sequences, m the most rows of one.
+def alive_rows(done, K):
+    """done (G K,) -> the rows that go on, as a grid (G', m): G' sequences, m the most rows of one.
 
     None, which means all rows, if none is done."""
     if not bool(done.any()):
         return None
-    K, going = done.shape[1], (~done).sum(1)                                       # (G,)
+    done = done.view(-1, K)
+    going = (~done).sum(1)                                                         # (G,)
     groups = going.nonzero()[:, 0]                                                 # (G',)
     # Within a sequence the rows that go on come first; the places of others repeat the first.
     order = done.int().argsort(dim=1, stable=True)                                 # (G, K)
@@ -105,17 +105,17 @@ def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, gen
     in place. masks: where a step ends, as in Tokenizer.boundary_masks. limits (R,): the most new
     tokens of a row, 0 for all rows of a sequence that has ended. feed_last: feed the last token
     too, so that cache and h are ready to go on."""
-    R, K, device = len(h), cache.K, h.device
     done = limits < 1
-    rows = alive_rows(done.view(-1, K))
+    finished = False
+    rows = alive_rows(done, cache.K)
     tokens, count = [], torch.zeros_like(limits)
     # The index behind the vocabulary's last stands for "no token before".
     previous = before = torch.full_like(limits, len(masks[0]) - 1)
-    while True:
+    while not finished:
         # One number for every row, also for those that have stopped: what a row says does not
         # depend on when others stop.
-        u = torch.rand(R, generator=generator, device=generator.device if generator else "cpu")
-        u, at = u.to(device), flat(rows)
+        u = torch.rand(len(h), generator=generator).to(h.device)                   # (R,)
+        at = flat(rows)
         logits = linear(h[at], head)                                               # (n, V)
         token = torch.zeros_like(limits)      # (R,), of which rows that have stopped get no token
         token[at] = sample(logits, u[at], temperature, top_k, top_p)
@@ -130,16 +130,12 @@ def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, gen
             break
         # A CPU drops rows that have stopped, before their last token is fed or after it. An
         # accelerator feeds them on, so that shapes stay the same.
-        still = rows
-        if device.type == "cpu":
-            still = alive_rows(done.view(-1, K))
+        still = alive_rows(done, cache.K) if h.device.type == "cpu" else rows
         fed = rows if feed_last else still
         # A hidden state changes where a token was new: rows that had stopped keep theirs.
         at = flat(fed)
         new = model(token[at, None], cache, fed)[:, 0]                             # (n, d)
         h[at] = torch.where(going[at, None], new, h[at])
-        if finished:
-            break
         rows = still
     table = torch.stack(tokens, 1).tolist()                                        # (R, T)
     return [row[:n] for row, n in zip(table, count.tolist()) if n]
@@ -159,7 +155,7 @@ def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_
     check_sampling(min(max_new_tokens, default=1), temperature, top_p)
     head, masks = model.fold(weights), stop_masks(model, "turn")
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    out = [None] * len(prompts)
+    out = [None] * (len(prompts) * samples)
     # Prompts of similar length go together, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     size = max(1, batch_size // samples)
@@ -167,18 +163,16 @@ def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_
         batch = order[start:start + size]
         cache = model.new_cache(len(batch))
         h = prefill(model, cache, [prompts[i] for i in batch])                     # (G, d)
-        h = h.repeat_interleave(samples, 0)                                        # (G samples, d)
         most = cache.held.new_tensor([max_new_tokens[i] for i in batch])
-        limits = torch.minimum(most, model.config.max_len - cache.held)
-        limits = limits.repeat_interleave(samples)                                 # (G samples,)
-        cache = cache.fork(samples)
-        drawn = draw(model, head, cache, h, masks, limits, feed_last=False, **sampling)
-        for k, i in enumerate(batch):
-            first = k * samples
-            out[i] = drawn[first:first + samples]
+        limits = torch.minimum(most, model.config.max_len - cache.held)            # (G,)
+        h, limits = h.repeat_interleave(samples, 0), limits.repeat_interleave(samples)
+        drawn = draw(model, head, cache.fork(samples), h, masks, limits, feed_last=False,
+                     **sampling)
+        for g, i in enumerate(batch):
+            out[i * samples:(i + 1) * samples] = drawn[g * samples:(g + 1) * samples]
         if progress is not None:
             progress(len(drawn))
-    return list(chain.from_iterable(out))
+    return out
 
 
 # -- guided decoding
@@ -222,31 +216,40 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
     K, context = check_guided(model, prm, prompts, K, temperature, guide, boundary, state)
     # How tokens are drawn, where steps end, and the state behind the prompts.
     head, masks = model.fold(weights), stop_masks(model, boundary)
+    eos = model.tokenizer.eos_id if model.tokenizer else None
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     state = read_prompts(model, prm, prompts, K, min(max_new_tokens, context), state)
     results = [Guided([], "", [], state) for _ in prompts]
-    end = (state.policy.held + max_new_tokens).clamp(max=context)                  # (B,)
-    left = room_left(state, end, context)                                          # (B,)
-    number = 0
-    while bool(left.any()):
-        # The B' answers that go on. Draw K candidates for the next step of each.
+    budgets = [max_new_tokens] * len(prompts)
+    while True:
+        # The B' answers that go on. The PRM's cache bounds them too: it may hold markers besides.
+        left = torch.minimum(state.prm.held.new_tensor(budgets), context - state.prm.held)
+        left = left.clamp(min=0)                                                   # (B,)
         alive = left.nonzero()[:, 0]                                               # (B',)
+        if len(alive) == 0:
+            break
+        # Draw K candidates for the next step of each.
         limits = left.repeat_interleave(K)                                         # (B K,)
         candidates = draw(model, head, state.policy, state.h, masks, limits, feed_last=True,
                           **sampling)
         drawn = torch.tensor([len(ids) for ids in candidates], device=alive.device)
         # Score them with every output of the PRM; the guide makes one number of these.
-        rows = alive_rows((limits < 1).view(-1, K))                                # (B', K)
+        rows = alive_rows(limits < 1, K)                                           # (B', K)
         outputs, fed = score_candidates(prm, state.prm, candidates, rows)          # (B' K, P)
-        scores = prm.guide(outputs, guide, boundary).view(-1, K)                      # (B', K)
-        number += 1                          # every answer that goes on is at the same step
-        check_scores(scores, number)
+        scores = prm.guide(outputs, guide, boundary).view(-1, K)                   # (B', K)
+        if not bool(scores.isfinite().all()):      # the largest of NaN would be any of them
+            number = len(results[alive[0]].steps) + 1
+            raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
         # Select the best; both caches and h go on from it.
         winners = select(state, scores, drawn, fed, alive)                         # (B',)
-        commit(results, alive.tolist(), candidates, scores.tolist(), winners.tolist())
-        ended = [b for b in alive.tolist() if has_ended(model, results[b].ids)]
-        end[ended] = 0
-        left = room_left(state, end, context)
+        # Write down what won, and how much may still be said. Candidates stand prompt by prompt.
+        rounds = zip(alive.tolist(), scores.tolist(), winners.tolist())
+        for i, (b, points, winner) in enumerate(rounds):
+            own, answer = candidates[i * K:(i + 1) * K], results[b]
+            answer.steps.append(Step(own, points, winner))
+            answer.ids += own[winner]
+            ended = answer.ids[-1] == eos
+            budgets[b] = 0 if ended else max_new_tokens - len(answer.ids)
     # Text is made of what was committed, never the other way round.
     for result in results:
         result.text = model.tokenizer.decode(result.ids) if model.tokenizer else ""
@@ -256,30 +259,16 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
 def read_prompts(model, prm, prompts, K, room, state):
     """Feed prompts to policy and PRM -> State, a new one with room for `room` tokens of an answer,
     or the given one. A prompt is encoded once, by one row; K candidates share its prefix."""
-    begins = state is None
-    if begins:
+    if state is None:
         # A cache with room for all that may come need not be made anew while an answer grows.
         size = len(prompts), max(map(len, prompts)) + room
         state = State(model.new_cache(*size), prm.backbone.new_cache(*size), None)
     h = prefill(model, state.policy, prompts)                                      # (B, d)
     prefill(prm, state.prm, prompts)
-    if begins:
-        state.policy = state.policy.fork(K)
-        state.prm = state.prm.fork(K)
+    if state.policy.K != K:
+        state.policy, state.prm = state.policy.fork(K), state.prm.fork(K)
     state.h = h.repeat_interleave(K, 0)                                            # (B K, d)
     return state
-
-
-def room_left(state, end, context):
-    """(B,) tokens that each answer may still get: up to `end` in the policy's cache, and up to
-    the context in the PRM's, which markers fill too. 0 for an answer that has ended."""
-    left = torch.minimum(end - state.policy.held, context - state.prm.held)
-    return left.clamp(min=0)
-
-
-def has_ended(model, ids):
-    """Does a response end with the end of the turn?"""
-    return model.tokenizer is not None and ids[-1] == model.tokenizer.eos_id
 
 
 def score_candidates(prm, cache, candidates, rows=None):
@@ -287,14 +276,15 @@ def score_candidates(prm, cache, candidates, rows=None):
     their last tokens (n, P), and how many tokens each was (n,).
 
     A PRM with a marker gets it behind the step, before EOS, and is read there."""
-    texts = [list(ids) for ids in candidates]
-    ends = [len(ids) - 1 for ids in texts]
-    # Where the marker goes is where it is read.
-    if prm.marker is not None:
-        for b, ids in enumerate(texts):
+    texts, ends = [], []
+    for ids in candidates:
+        end = len(ids) - 1
+        if prm.marker is not None:
             if ids[-1] != prm.backbone.tokenizer.eos_id:
-                ends[b] += 1
-            ids.insert(ends[b], prm.marker)
+                end += 1
+            ids = [*ids[:end], prm.marker, *ids[end:]]
+        texts.append(ids)
+        ends.append(end)
     # They are padded on the right; `select` tells the cache how many tokens count.
     ids, fed = pad(texts, 0, cache.held.device)                                    # (n, T), (n,)
     scores = prm(ids, cache, rows)                                                 # (n, T, P)
@@ -319,16 +309,6 @@ def select(state, scores, drawn, fed, alive):
     h[alive] = h[alive, winners][:, None]
     return winners
 # --- end of exercise 12 ---
-
-
-def commit(results, alive, candidates, scores, winners):
-    """Append the winning steps to the results of the prompts `alive`."""
-    K = len(scores[0])
-    # Candidates stand prompt by prompt, K of each.
-    for i, b in enumerate(alive):
-        own = candidates[i * K:(i + 1) * K]
-        results[b].ids += own[winners[i]]
-        results[b].steps.append(Step(own, scores[i], winners[i]))
 
 
 # -- what may be asked for
@@ -360,37 +340,25 @@ def check_guided(model, prm, prompts, K, temperature, guide, boundary, state):
         raise InputError(f"K must be at least 1, not {K}")
     prm.guide(prm.scale, guide, boundary)                      # refuses a guide that it lacks
     # The PRM must read every id as the policy means it. Vocabularies may be padded, with b"".
-    for own, other in zip_longest(pieces(model), pieces(prm.backbone), fillvalue=b""):
-        if own != other:
-            raise InputError("policy and PRM have different tokenizers; they must share their ids")
-    # Behind the last step the PRM still needs room for its marker.
-    markers = 0 if prm.marker is None else 1
-    context = min(model.config.max_len, prm.backbone.config.max_len - markers)
-    # What the caches hold already counts too.
-    held = [0] * len(prompts)
-    if state is not None:
-        held = torch.maximum(state.policy.held, state.prm.held).tolist()
-    if len(held) != len(prompts):
-        raise InputError(f"the state holds {len(held)} conversations, {len(prompts)} texts came")
-    check_prompts(prompts, [context - n for n in held])
+    pieces = [net.tokenizer.pieces if net.tokenizer else [] for net in (model, prm.backbone)]
+    if any(own != other for own, other in zip_longest(*pieces, fillvalue=b"")):
+        raise InputError("policy and PRM have different tokenizers; they must share their ids")
     # Equal candidates would be drawn K times and scored K times.
     if temperature == 0 and K > 1:
         warnings.warn("temperature 0 makes all candidates equal: K = 1", stacklevel=4)
         K = 1
-    if state is not None and state.policy.K != K:
-        raise InputError(f"the state carries K = {state.policy.K} candidates, not {K}; keep to K")
+    # Behind the last step the PRM still needs room for its marker.
+    markers = 0 if prm.marker is None else 1
+    context = min(model.config.max_len, prm.backbone.config.max_len - markers)
+    # What the caches hold counts too. The PRM's is never the emptier one.
+    held = [0] * len(prompts)
+    if state is not None:
+        held = state.prm.held.tolist()
+        if (len(held), state.policy.K) != (len(prompts), K):
+            raise InputError(f"the state carries {len(held)} conversations with K = "
+                             f"{state.policy.K} candidates, not {len(prompts)} with K = {K}")
+    check_prompts(prompts, [context - n for n in held])
     return K, context
-
-
-def check_scores(scores, number):
-    """InputError for scores of step `number` that are not finite: argmax would pick at random."""
-    if not bool(scores.isfinite().all()):
-        raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
-
-
-def pieces(net):
-    """The bytes of every id, as far as they are known."""
-    return net.tokenizer.pieces if net.tokenizer else [b""] * net.config.vocab_size
 
 
 def stop_masks(model, boundary):
@@ -445,27 +413,25 @@ def read_run(run):
 
 def find_prm(run, guide, dtype=torch.float32):
     """The PRM of a run that guides by `guide`: RUN/prm_<guide>, else RUN/prm, the unified one."""
-    path = os.path.join(run, f"prm_{guide}")
-    if not os.path.isdir(path):
-        path = os.path.join(run, "prm")
-    if guide == "unified" and not os.path.isdir(path):
-        raise InputError(f"{run}: no unified PRM here; guide by an objective (prm_<objective>)")
-    return load_prm(path, dtype)
+    for name in (f"prm_{guide}", "prm"):
+        path = os.path.join(run, name)
+        if os.path.isdir(path):
+            return load_prm(path, dtype)
+    raise InputError(f"{run}: neither prm_{guide} nor prm, the unified PRM, is here; guide by an "
+                     "objective that has its own")
 
 
 def domain_mix(heads, domain, objectives):
-    """Uniform weights over the heads of one domain; a model with a single head has nothing to mix.
-
-    heads: names. objectives: the records of the run."""
+    """Weights for heads (names): uniform over those of one domain among the run's objectives, or
+    over the only one."""
     names = [o.name for o in objectives if o.domain == domain]
     return [float(len(heads) == 1 or head in names) for head in heads]
 
 
 # -- the command line
 
-def show_step(tokenizer, number, step):
+def show_step(tokenizer, step):
     """Print one step's candidates with their scores, the winner marked."""
-    print(f"step {number}")
     for k, (ids, score) in enumerate(zip(step.candidates, step.scores)):
         mark = "->" if k == step.winner else "  "
         ended = " [end]" if ids[-1] == tokenizer.eos_id else ""
@@ -501,21 +467,18 @@ def main(argv=None):
     config = read_run(args.run)
     model = load_hf(os.path.join(args.run, args.policy))
     tokenizer, heads = model.tokenizer, model.config.objectives
-    known = {o.name: o for o in config["objectives"]}
     # The leading objective says where steps end, and without --weights which heads speak: the
     # guide, else that of the largest weight, else the run's first.
     weights = heaviest = None
     if args.weights is not None:
         weights = parse_weights(args.weights, heads)
         heaviest = heads[weights.index(max(weights))]
+    known = {o.name: o for o in config["objectives"]}
     leading = known.get(args.guide) or known.get(heaviest) or config["objectives"][0]
     if weights is None:
         weights = domain_mix(heads, leading.domain, config["objectives"])
     # A PRM from elsewhere may call its outputs what it likes: all of them guide.
     guide = args.guide or ("unified" if args.prm else leading.name)
-    if guide not in [*known, "unified"] and not args.prm:
-        raise InputError(f"--guide: unknown objective {guide!r}; choose unified or one of "
-                         f"{', '.join(known)}")
     prm = load_prm(args.prm) if args.prm else find_prm(args.run, guide)
     # Each line is a turn of one conversation; its answer goes on from the state of the last.
     temperature = config["temperature"] if args.temperature is None else args.temperature
@@ -526,14 +489,15 @@ def main(argv=None):
             new = tokenizer.encode_chat([{"role": "user", "content": line.strip()}])
         else:
             # Only the new words are fed; an answer that was cut off is closed before them.
-            closing = [] if has_ended(model, ids) else [tokenizer.eos_id]
+            closing = [] if ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]
             new = closing + tokenizer.encode_turn(line.strip())
         result, = guided_decode(model, prm, [new], boundary=leading.boundary, K=args.k,
                                 weights=weights, guide=guide, max_new_tokens=args.max_new_tokens,
                                 temperature=temperature, generator=generator, state=state)
         ids, state = result.ids, result.state
         for number, step in enumerate(result.steps, 1):
-            show_step(tokenizer, number, step)
+            print(f"step {number}")
+            show_step(tokenizer, step)
         print(result.text, flush=True)
 
 

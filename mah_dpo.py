@@ -116,7 +116,6 @@ def policy_logps(model, pairs, head):
     return found.view(-1, 2).T
 
 
-@torch.no_grad()
 def own_heads(model, pairs):
     """The number of the head that scores each of n Pairs (n,): its objective's own, or where the
     model has none, the first."""
@@ -125,6 +124,7 @@ def own_heads(model, pairs):
     return torch.tensor(found, device=model.embed.weight.device)
 
 
+@torch.no_grad()
 def pair_logps(model, pairs, progress=None, tokens=16384):
     """Log-probabilities of chosen and rejected of N Pairs -> (N, 2), each under its own head.
 

@@ -154,6 +154,9 @@ class KVCache:
         self.own = 0                # tokens of every row in the running step,
         self.fed = 0                # and rows fed last: the host knows both, and waits for nothing
         self.held = torch.zeros(sequences, dtype=torch.long, device=device)
+        # A CPU looks at what is there; an accelerator at all places, so that shapes stay the same
+        # from token to token, and a mask hides the unused ones.
+        self.everywhere = self.held.device.type != "cpu"
         shape = (2, sequences, config.n_kv_head, 0, config.head_dim)
         nothing = torch.zeros(shape, device=device, dtype=dtype)
         self.prefix = [nothing] * config.n_layer
@@ -170,11 +173,13 @@ class KVCache:
 
         rows (G', m): m rows of each of G' sequences; None: all, and with gradients always all."""
         G, K, device = len(self.held), self.K, self.held.device
-        on_cpu, training = device.type == "cpu", torch.is_grad_enabled()
+        training = torch.is_grad_enabled()
         n = G * K if rows is None else rows.numel()
         # A row that was left out lacks tokens in its step, and would see stale ones there.
         if self.own and n > self.fed:
             raise ValueError("a row that dropped out cannot go on before the next keep")
+        if training and rows is not None:
+            raise ValueError("with gradients all rows are fed")
         start = self.own
         self.own, self.fed = start + T, n
         if not training:
@@ -184,12 +189,11 @@ class KVCache:
         if rows is not None:
             groups, which = rows[:, 0] // K, rows.flatten()
             # All sequences in order are read where they lie; indices would copy them.
-            if on_cpu and torch.equal(groups, torch.arange(G)):
+            if not self.everywhere and torch.equal(groups, torch.arange(G)):
                 groups = slice(None)
-        # A CPU looks at what is there; an accelerator at all places, so that shapes stay the same.
         P, S = self.prefix[0].shape[3], self.step[0].shape[3]
-        if on_cpu or training:
-            P, S = min(P, int(self.held.max())), self.own
+        if training or not self.everywhere:
+            P, S = int(self.held.max()), self.own
         # A token stands behind its sequence's prefix and what its own row has said in this step.
         held = self.held[groups]                                            # (G',)
         t = start + torch.arange(T, device=device)                          # (T,)

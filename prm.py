@@ -157,15 +157,14 @@ class PRM(nn.Module):
         above, below = self.score(h), self.score(h_below)                          # (B, T, P) each
         return torch.cat((above[..., :-1], below[..., -1:]), -1)
 
-    def guide(self, scores, guide, boundary=None):
-        """scores (..., P) -> (...): the scaled scores of one output, or for "unified" their mean.
-
-        "unified" takes the outputs whose steps end at `boundary`: those of one domain (all, if
-        None). InputError for a guide that this PRM does not have."""
-        # A released reward model has no boundary of its own: it fits all.
-        boundaries = "", boundary
-        fitting = [o.name for o in self.outputs if boundary is None or o.boundary in boundaries]
-        names = fitting if guide == "unified" else [guide]
+    def guide(self, scores, guide, boundary):
+        """scores (..., P) -> (...): the scaled scores of one output; for "unified" the mean of
+        those whose steps end at `boundary`: one domain's. InputError for a guide that this PRM
+        does not have."""
+        names = [guide]
+        if guide == "unified":
+            # A released reward model has no boundary of its own: it fits all.
+            names = [o.name for o in self.outputs if o.boundary in ("", boundary)]
         index = [p for p, name in enumerate(self.names) if name in names]
         if not index:
             raise InputError(f"no PRM output {guide!r} here: this PRM has "
@@ -216,12 +215,12 @@ def scores_at(prm, sequences):
     """[(ids, ends)] with N ends in all -> the scores there, one sequence after another (N, P)."""
     # What stands behind a sequence changes none of its scores: any id will do as padding.
     ids, _ = pad([ids for ids, _ in sequences], 0, prm.scale.device)               # (B, T)
-    places = []
-    for b, (_, ends) in enumerate(sequences):
-        places += [(b, end) for end in ends]
     # One index for all: a gradient for every sequence's own would each be as large as the batch.
-    index = torch.tensor(places, dtype=torch.long, device=ids.device).view(-1, 2)  # (N, 2)
-    return prm(ids)[index[:, 0], index[:, 1]].float()
+    rows, places = [], []
+    for row, (_, ends) in enumerate(sequences):
+        rows += [row] * len(ends)
+        places += ends
+    return prm(ids)[rows, places].float()
 
 
 @torch.no_grad()
@@ -257,9 +256,8 @@ def pair_scores(prm, pairs):
     for pair in pairs:
         p = prm.names.index(pair.objective)
         boundary = prm.outputs[p].boundary
-        matches = matching_steps(pair.chosen, pair.rejected,
-                                 tokenizer.step_ends(pair.chosen, boundary),
-                                 tokenizer.step_ends(pair.rejected, boundary))
+        ends = [tokenizer.step_ends(ids, boundary) for ids in (pair.chosen, pair.rejected)]
+        matches = matching_steps(pair.chosen, pair.rejected, *ends)
         # The same two steps, counted from the beginning of the prompt.
         start = len(pair.prompt)
         chosen.append((pair.prompt + pair.chosen, [start + c for c, _ in matches]))
@@ -267,8 +265,8 @@ def pair_scores(prm, pairs):
         outputs += [p] * len(matches)
     scores = scores_at(prm, chosen + rejected)     # (2N, P): all of chosen, all of rejected
     p = torch.tensor(outputs, dtype=torch.long, device=scores.device)              # (N,)
-    scores = scores.gather(1, p.repeat(2)[:, None])[:, 0]                          # (2N,)
-    return scores[:len(p)], scores[len(p):], p
+    scores = scores.unflatten(0, (2, len(p)))[:, torch.arange(len(p)), p]          # (2, N)
+    return scores[0], scores[1], p
 
 
 # -- files

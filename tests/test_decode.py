@@ -230,12 +230,6 @@ def test_generate_refuses_prompts_that_do_not_fit(toy, prompts, message):
         generate(toy[0], prompts, max_new_tokens=3)
 
 
-def test_a_full_context_is_refused():
-    """Prevents: a limit of 0 read as 'no limit given': garbage at a clamped position."""
-    with pytest.raises(InputError, match="prompt 1 .*room for 0"):
-        decode.check_prompts([[1, 2], [1]], [3, 0])
-
-
 def test_generate_repeats_with_the_generator(toy):
     """Prevents: draws from the global generator: same seed, same tokens; another seed, others."""
     def run(seed):
@@ -343,16 +337,17 @@ HARD = dict(boundary="newline", K=4, weights=[0.4, 0.6], guide="math_accuracy",
             max_new_tokens=20, temperature=1.1)
 
 
-@pytest.mark.parametrize("boundary, guide, K, max_new_tokens", [
-    ("newline", "math_accuracy", 4, 20), ("newline", "unified", 3, 13),
-    ("sentence", "helpfulness", 3, 20), ("sentence", "unified", 2, 7),
-    ("turn", "tutor_engagement", 3, 16), ("newline", "math_engagement", 1, 20)])
+@pytest.mark.parametrize("boundary, guide, K, max_new_tokens, top_k", [
+    ("newline", "math_accuracy", 4, 20, 50), ("newline", "unified", 3, 13, 50),
+    ("sentence", "helpfulness", 3, 20, 50), ("sentence", "unified", 2, 7, 50),
+    ("turn", "tutor_engagement", 3, 16, 5), ("newline", "math_engagement", 1, 20, 50)])
 @torch.no_grad()
-def test_guided_equals_reference(toy, fixed_draws, boundary, guide, K, max_new_tokens):
+def test_guided_equals_reference(toy, fixed_draws, boundary, guide, K, max_new_tokens, top_k):
     """Prevents: everything that caches can get wrong: no rollback after ragged scoring, a loser's
     cache or hidden state that goes on, a score read one token early, candidates that do not start
-    from the same state, a prompt's neighbours."""
-    options = HARD | dict(boundary=boundary, guide=guide, K=K, max_new_tokens=max_new_tokens)
+    from the same state, a prompt's neighbours. And top_k lost on the way."""
+    options = HARD | dict(boundary=boundary, guide=guide, K=K, max_new_tokens=max_new_tokens,
+                          top_k=top_k)
     prompts = prompts_of(3, 9, 1, 14, seed=1)
     found = guided_decode(*toy, prompts, **options)
     assert_same(found, reference(toy, prompts, **options))
@@ -375,15 +370,6 @@ def test_guided_reference_covers_the_hard_cases(toy, fixed_draws):
             ends = {k for k, ids in enumerate(step.candidates) if ids[-1] == END}
             ending |= bool(ends - {step.winner})
     assert winners >= {0, 1, 2} and ragged and longer and ending
-
-
-@torch.no_grad()
-def test_guided_top_k(toy, fixed_draws):
-    """Prevents: top_k lost on the way into the candidates."""
-    options = HARD | dict(top_k=3)
-    prompts = prompts_of(5, 2, seed=4)
-    found = guided_decode(*toy, prompts, **options)
-    assert_same(found, reference(toy, prompts, **options))
 
 
 @torch.no_grad()
@@ -560,11 +546,15 @@ def test_bare_checkpoints_are_guided_too(monkeypatch):
 
 # -- guided: refusals
 
-@pytest.mark.parametrize("K", [0, -1])
-def test_guided_refuses_no_candidates(toy, K):
-    """Prevents: an empty argmax deep inside the loop."""
-    with pytest.raises(InputError, match="K must be at least 1"):
-        guided_decode(*toy, [[1]], K=K, **OPTIONS)
+@pytest.mark.parametrize("prompt, options, message", [
+    ([1], {"K": 0}, "K must be at least 1"), ([1], {"K": -1}, "K must be at least 1"),
+    ([], {}, "empty"), ([1] * 48, {}, "48 tokens, the context has room for 48"),
+    ([1], {"guide": "honesty"}, "no PRM output 'honesty'.*math_accuracy")])
+def test_guided_refuses(toy, prompt, options, message):
+    """Prevents: an empty argmax deep inside the loop; a prompt that fits the policy but not the
+    PRM; guidance by nothing (the message names what there is)."""
+    with pytest.raises(InputError, match=message):
+        guided_decode(*toy, [prompt], **(OPTIONS | options))
 
 
 def test_guided_temperature_zero_needs_one_candidate(toy):
@@ -619,37 +609,16 @@ def test_guided_refuses_another_tokenizer(toy):
             guided_decode(toy[0], prm, [[1]], **OPTIONS)
 
 
-@pytest.mark.parametrize("prompts, message", [
-    ([[]], "empty"), ([[1] * 48], "48 tokens, the context has room for 48")])
-def test_guided_refuses_prompts_that_do_not_fit(toy, prompts, message):
-    """Prevents: a prompt that fits the policy but not the PRM."""
+@pytest.mark.parametrize("K, prompts, message", [
+    (3, [[1] * 5], "prompt 0 has 5 tokens.* room for 5"), (3, [[1]] * 2, "not 2 with K = 3"),
+    (1, [[1]], "1 conversations with K = 3 .*not 1 with K = 1"), (4, [[1]], "with K = 4")])
+def test_guided_refuses_what_the_state_does_not_carry(toy, K, prompts, message):
+    """Prevents: a conversation that outgrows the context; rows of the carried caches read as if
+    they belonged to other candidates or other prompts."""
+    found, = guided_decode(*toy, [[1] * 40], K=3, **OPTIONS)
+    found.state.prm.held = torch.tensor([CONTEXT - 5])
     with pytest.raises(InputError, match=message):
-        guided_decode(*toy, prompts, **OPTIONS)
-
-
-def test_guided_refuses_turns_that_do_not_fit(toy):
-    """Prevents: a conversation that outgrows the context, or a state for other conversations."""
-    found, = guided_decode(*toy, [[1] * 40], **OPTIONS)
-    room = CONTEXT - 40 - len(found.ids)
-    with pytest.raises(InputError, match=f"prompt 0 has {room} tokens.* room for {room}"):
-        guided_decode(*toy, [[1] * room], state=found.state, **OPTIONS)
-    with pytest.raises(InputError, match="holds 1 conversations, 2"):
-        guided_decode(*toy, [[1], [2]], state=found.state, **OPTIONS)
-
-
-@pytest.mark.parametrize("K", [1, 2, 4])
-def test_guided_refuses_another_K_than_the_states(toy, K):
-    """Prevents: rows of the carried caches read as if they belonged to other candidates or other
-    prompts."""
-    found = guided_decode(*toy, [[1, 2], [3]], K=3, **OPTIONS)
-    with pytest.raises(InputError, match=f"K = 3 candidates, not {K}"):
-        guided_decode(*toy, [[1], [2]], K=K, state=found[0].state, **OPTIONS)
-
-
-def test_guided_refuses_an_unknown_guide(toy):
-    """Prevents: guidance by nothing; the message names what there is."""
-    with pytest.raises(InputError, match="no PRM output 'honesty'.*math_accuracy"):
-        guided_decode(*toy, [[1]], **(OPTIONS | {"guide": "honesty"}))
+        guided_decode(*toy, prompts, K=K, state=found.state, **OPTIONS)
 
 
 # -- weights
@@ -787,8 +756,8 @@ def test_main_talks_over_several_turns(tiny_run, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--guide", "cleverness"], "unknown objective 'cleverness'"),
-    (["--guide", "honesty"], "unknown objective 'honesty'; .*math_accuracy, math_engagement"),
+    (["--guide", "cleverness"], "no PRM output 'cleverness'"),
+    (["--guide", "honesty"], "no PRM output 'honesty' .*math_accuracy, math_engagement"),
     (["--weights", "honesty=1"], "no 'honesty' here"),
     (["--policy", "nothing"], "nothing/config.json: no such file"),
     (["--prompt", "1 + " * 100], "room for 128 with the answer; shorten the prompt"),
@@ -819,7 +788,6 @@ def test_main_prefers_the_guides_own_prm(gpt, capsys, tmp_path):
     argv = [run, "--prompt", "2 + 3 = ?", "--max-new-tokens", "3", "--k", "2", "--guide"]
     decode.main([*argv, ENGAGEMENT])
     assert "step 1" in capsys.readouterr().out
-    with pytest.raises(InputError, match="prm/config.json: no such file"):
-        decode.main([*argv, ACCURACY])
-    with pytest.raises(InputError, match="no unified PRM here"):
-        decode.main([*argv, "unified"])
+    for guide in (ACCURACY, "unified"):
+        with pytest.raises(InputError, match=f"neither prm_{guide} nor prm, the unified PRM"):
+            decode.main([*argv, guide])

@@ -388,6 +388,24 @@ def test_fork_leaves_the_prompt_as_it_was():
     assert close(h, model(ids)[:, 4:].repeat_interleave(2, 0))
 
 
+def test_looking_at_all_places_changes_nothing():
+    """What an accelerator does, to keep shapes the same: unused places that are not hidden."""
+    model, prompts = small(), tokens(3, 5)
+    found = []
+    for everywhere in (False, True):
+        cache = model.new_cache(3, 20)
+        cache.everywhere = everywhere
+        model(prompts, cache)
+        cache.rollback(torch.tensor([5, 2, 3]))
+        cache = cache.fork(2)
+        h = [model(tokens(6, T, seed=T), cache) for T in (3, 1)]
+        cache.keep(torch.tensor([1, 0, 1]), torch.tensor([4, 1, 2]))
+        rows = torch.tensor([[1], [4]])
+        h += [model(tokens(2, 1, seed=9), cache, rows), model(tokens(2, 2, seed=8), cache, rows)]
+        found.append(torch.cat([x.flatten() for x in h]))
+    assert close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_precisions_decode(dtype):
     """A softmax over scores rounded to half precision, or in less precision than the model has."""

@@ -447,7 +447,7 @@ def test_pair_logps_keep_the_pairs_order(gpt, tokenizer):
     pairs = [p for p in make_pairs(tokenizer) if p.objective != "honesty"]
     found = pair_logps(gpt, pairs, tokens=200)
     for pair, row in zip(pairs, found.tolist()):
-        W = gpt.heads[own(pair.objective)].weight.detach()
+        W = gpt.heads[gpt.config.objectives.index(pair.objective)].weight.detach()
         for response, value in zip((pair.chosen, pair.rejected), row):
             h = gpt(torch.tensor([pair.prompt + response])).detach()[0, len(pair.prompt) - 1:-1]
             logps = F.log_softmax(h @ W.T, -1)
