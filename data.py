@@ -290,6 +290,7 @@ class World:
 
     def problems(self, split, n, rng):
         """n different problems of one split."""
+        # So many draws find n different problems, unless there are hardly that many.
         found = {}                   # by prompt
         for _ in range(100 * n + 1000):
             if len(found) == n:
@@ -329,6 +330,7 @@ def believed(a, op, b):
     u = zlib.crc32(repr((a, op, b)).encode()) / 2**32
     if u >= 0.22:
         return truth
+    # Later digits of the number say how far off they are.
     off = (-2, -1, 1, 2)[int(u * 1e6) % 4]
     return truth + off if 0 <= truth + off <= 20 else truth - off
 

@@ -267,6 +267,7 @@ class Bench:
         self.dtype = sampling_dtype(self.config["dtype"], self.device)
         # SFT stays, for the KL; beside it only the last model and the last PRM are in memory.
         self.sft = self.load("sft")
+        # (model and load_prm are functions that remember what they loaded last.)
         self.model = lru_cache(1)(self.load)
         self.load_prm = lru_cache(1)(partial(find_prm, run, dtype=self.dtype))
         self.tokenizer = self.sft.tokenizer
@@ -360,6 +361,7 @@ class Bench:
         # Of the split that the configuration names: test, or dev for tuning.
         rng = RNG(seed_of(self.seed, config["split"], job.domain))
         problems = world.problems(config["split"], config["n_test"], rng)
+        # No part of these seeds names the row.
         generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", job.domain))
         model, weights = self.policy(job)
         temperature = config["temperature"] if job.temperature is None else job.temperature

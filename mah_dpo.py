@@ -175,6 +175,7 @@ def balanced_mean(losses, head, alpha, count=None):
     one_hot = F.one_hot(head, len(alpha)).to(losses.dtype)                  # (B, H)
     if count is None:
         count = one_hot.sum(0)
+    # An objective without a pair has the sum 0, which is divided by 1.
     means = losses @ one_hot / count.clamp(min=1)                           # (H,)
     return (alpha * means).sum()
 

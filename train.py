@@ -325,7 +325,8 @@ def language_model(run, name, model, examples, steps, lr, size):
             loss = F.cross_entropy(logits, ids[b, t + 1])
         # The mean over the tokens of all processes. FSDP takes the mean of the processes'
         # gradients, so each is made larger by their number.
-        loss = loss * (len(b) / total(mask[:, 1:].sum()))
+        share = len(b) / total(mask[:, 1:].sum())
+        loss = loss * share
         (loss * ranks()).backward()
         return {"loss": loss}
 
