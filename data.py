@@ -25,6 +25,7 @@ from statistics import NormalDist
 import tiktoken
 import torch
 
+# With one process, as nearly always, rank() is 0, ranks() is 1, and total(x), a sum over all, is x.
 from interop.parallel import rank, ranks, total
 
 
@@ -44,7 +45,7 @@ class Objective:
     domain: str                  # math | values | tutoring
     case: str                    # one of CASES
     boundary: str                # one of BOUNDARIES, or "" where it does not matter
-    subjective: bool = True      # a matter of taste; else an answer is right or wrong
+    subjective: bool = True      # a matter of taste? Only experiments/findings.py asks
 
 
 # The paper's seven objectives. A policy's heads stand in the order of this table.
@@ -107,8 +108,6 @@ class RNG:
             self.pool = torch.rand(4096, generator=self.generator, dtype=torch.float64).tolist()
         return self.pool.pop()
 
-
-
     def chance(self, p):
         """True with probability p."""
         return self.random() < p
@@ -134,6 +133,7 @@ def ends_step(masks, token, previous, before):
     letter that itself follows a stop (the 'g' of 'e.g.')."""
     always, stops, initials, letters = masks
     abbreviated = initials[previous] | (letters[previous] & stops[before])
+    # ^ True is a "not" that bool and masks have in common.
     return always[token] | (stops[token] & (abbreviated ^ True))
 # --- end of exercise 11 ---
 
@@ -143,8 +143,8 @@ class Tokenizer:
     neighbours whose union has the lowest rank become one piece, again and again.
 
     pieces:   list of bytes by id; b"" for special tokens and unused ids
-    ranks:    {piece: rank}, from 0 on, not always in the order of ids. All 256 single bytes must be
-              among them: tiktoken panics at a byte that it lacks
+    ranks:    {piece: rank}, in the order of ranks 0, 1, ..., which need not be that of ids. All 256
+              single bytes must be among them: tiktoken panics at a byte that it lacks
     specials: {text: id}. Ordinary text never becomes one; only chats are written with them
     """
 
@@ -155,7 +155,7 @@ class Tokenizer:
         self.eos_id, self.pad_id, self.bos_id = eos_id, pad_id, bos_id
         self.files = {}                        # {name: text} of the files that it came from
         self.masks = {}                        # boundary masks as lists, by kind
-        # tiktoken knows ranks alone.
+        # tiktoken answers with ranks; the k-th piece of `ranks` has rank k.
         ids = {piece: i for i, piece in enumerate(pieces)}
         self.id_of_rank = [ids.get(piece) for piece in ranks]
         self.encoding = tiktoken.Encoding("mahalo", pat_str=pattern, mergeable_ranks=ranks,
@@ -192,9 +192,9 @@ class Tokenizer:
         return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
 
     def encode_chat(self, messages, add_generation_prompt=True):
-        """Messages -> ids, ready for the model to go on: <|user|> ... <|end|><|assistant|> ... <|end|>
+        """Messages -> ids: <|user|> ... <|end|><|assistant|> ... <|end|>, ready to go on.
 
-        Every message is encoded apart: no token reaches across the border of prompt and response."""
+        Every message is encoded apart: no token reaches from the prompt into the response."""
         ids = []
         for message in messages:
             # A system message has no marker of its own: it counts as the user's.
@@ -209,8 +209,8 @@ class Tokenizer:
         return self.encode_chat([{"role": "user", "content": content}])
 
     def save(self, directory):
-        """Write the files that it came from, as they came. The worlds' tokenizer came from none: its
-        tokenizer.json is made."""
+        """Write the files that it came from, as they came. The worlds' tokenizer came from none:
+        its tokenizer.json is made."""
         from interop.tokenizer import tokenizer_files     # here, because that file imports this one
         for name, content in (self.files or tokenizer_files(self)).items():
             write_text(os.path.join(directory, name), content)
@@ -228,6 +228,7 @@ class Tokenizer:
         stops = initials = letters = [False] * self.n_vocab
         if kind == "sentence":
             stops = [text.rstrip("\"')").endswith((".", "!", "?")) for text in texts]
+            # The words "a" and "I" are no initials.
             initials = [bool(re.fullmatch(r".*[0-9]|\s[b-zB-HJ-Z]", text)) for text in texts]
             letters = [bool(re.fullmatch(r"[A-Za-z]", text)) for text in texts]
         return tuple(torch.tensor([*m, False]) for m in (always, stops, initials, letters))
@@ -274,7 +275,7 @@ class World:
     """What the worlds share. Each adds
 
         problem(rng)                                  draws a Problem
-        demonstrate(problem, messages, rng, careful)  answers as people do who err, careful ones less
+        demonstrate(problem, messages, rng, careful)  answers as people do who err, careful or not
         scores(problem, messages, response)           the noise-free {objective: score in [0, 1]}
 
     and, where an objective is verifiable, verify(problem, steps), as Math does. Its name is its
@@ -289,6 +290,7 @@ class World:
 
     def problems(self, split, n, rng):
         """n different problems of one split."""
+        # So many draws find n different problems, unless there are hardly that many.
         found = {}                   # by prompt
         for _ in range(100 * n + 1000):
             if len(found) == n:
@@ -328,6 +330,7 @@ def believed(a, op, b):
     u = zlib.crc32(repr((a, op, b)).encode()) / 2**32
     if u >= 0.22:
         return truth
+    # Later digits of the number say how far off they are.
     off = (-2, -1, 1, 2)[int(u * 1e6) % 4]
     return truth + off if 0 <= truth + off <= 20 else truth - off
 
@@ -361,6 +364,7 @@ class Math(World):
             terms.append((label, op, b))
             solution.append(f"{label} {value} {op} {b} = {result}")
             value = result
+        # The verifier compares with the lines of the solution.
         truth = {"first": first, "terms": terms, "solution": [*solution, f"answer {value}"]}
         return Problem(f"{asked} = ?", truth)
 
@@ -455,7 +459,7 @@ class Values(World):
             if source == "heard" and rng.chance(0.5):
                 told = rng.choice([v for v in values if v != value])
             notes.append(f"{attribute} {source} {told}" if told else f"{attribute} unseen")
-            truth[attribute] = (source, value, told)
+            truth[attribute] = (source, value, told)        # value: what is so, whatever was told
         return Problem(" . ".join(notes) + " . what do you know ?", truth)
 
     def demonstrate(self, problem, messages, rng, careful=False):
@@ -474,7 +478,7 @@ class Values(World):
         return " ".join(sentences or ["no idea ."])
 
     def scores(self, problem, messages, response):
-        # What is said of each attribute. The last entry counts, and that is the first mention.
+        # What is said of each attribute, at its first mention: a dict keeps the last that it gets.
         mentions = re.findall(r"the (\w+) (is|may be|remains) (\w+) \.", response)
         said = {attribute: (verb, value) for attribute, verb, value in reversed(mentions)}
 
@@ -488,9 +492,6 @@ class Values(World):
         n = len(problem.truth)
         return {"helpfulness": helpful / n, "honesty": honest / n,
                 "truthfulness": max(0.0, truthful / n)}
-
-
-
 
 
 class Tutoring(World):
@@ -523,6 +524,7 @@ class Tutoring(World):
             return self.problem(rng)
         # What the student thinks that the first line gives.
         belief = y if rng.chance(0.35) else self.mistaken(y, rng)
+        # The code is p = x ; q = p op1 b ; r = q op2 c. Its last value is r's.
         p, q, r = rng.choice(self.NAMES)
         code = f"{p} = {x} ; {q} = {p} {op1} {b} ; {r} = {q} {op2} {c}"
         truth = {"facts": [(x, op1, b, y), (y, op2, c, z)], "last": r}
@@ -543,8 +545,10 @@ class Tutoring(World):
     def demonstrate(self, problem, messages, rng, careful=False):
         p_wrong, p_slip = (0.40, 0.12) if careful else (0.5, 0.18)
         (a, op, b, _), claim_is_right = self.asked(problem, messages)
+        # Each part of a turn may be missing: the judgement, praise, the line explained, a question.
         parts = []
         if rng.chance(0.75):
+            # A slip turns the judgement round.
             judged_right = claim_is_right != rng.chance(p_slip)
             parts.append("yes ." if judged_right else "not quite .")
         if rng.chance(0.25):
@@ -601,6 +605,7 @@ ENGAGING = 0.3       # a maths solution that people rate as "engaging" has at le
 
 def judge(score, rng):
     """A noisy judge's rating of a response whose true score is `score`."""
+    # A uniform number becomes normal through the inverse of the normal distribution function.
     u = max(rng.random(), 1e-12)
     return score + NormalDist(0, JUDGE_NOISE).inv_cdf(u)
 
@@ -706,8 +711,9 @@ def writing(path):
     several processes the first writes, and all wait for it. InputError, say, on a full disk."""
     # Until all bytes are on the disk they stand under another name.
     temporary = f"{path}.tmp"
-    everyone = torch.zeros(1)
-    total(everyone)                  # wait until every process has come here
+    # No process has the sum before all have come: total makes them wait for each other.
+    nothing = torch.zeros(1)
+    total(nothing)
     try:
         with open(temporary if rank() == 0 else os.devnull, "wb") as f:
             yield f
@@ -716,7 +722,7 @@ def writing(path):
                 os.fsync(f.fileno())
         if rank() == 0:
             os.replace(temporary, path)
-        total(everyone)              # no process goes on before the file is there
+        total(nothing)               # no process goes on before the file is there
     except OSError as e:
         with suppress(OSError):
             os.remove(temporary)
@@ -750,8 +756,8 @@ def batches_by_length(lengths, tokens=16384):
 
 
 def dealt_batches(lengths, tokens=16384):
-    """batches_by_length of this process's rows, which local_items deals out, equally many to each.
-    Processes take part in each other's computations: all get equally many batches, too."""
+    """batches_by_length of this process's rows: every ranks()-th, equally many for each process.
+    All get equally many batches, too, since they take part in each other's computations."""
     order = range(len(lengths))
     shares = [sorted(order[r::ranks()], key=lengths.__getitem__) for r in range(ranks())]
     # The processes' k-th rows stand at the same place of their batches: the longest of them counts.

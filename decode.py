@@ -111,6 +111,7 @@ def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, gen
     tokens, count = [], torch.zeros_like(limits)
     # The index behind the vocabulary's last stands for "no token before".
     previous = before = torch.full_like(limits, len(masks[0]) - 1)
+    # Computed are the n rows of the grid `rows`; `done` (R,) says which of all have stopped.
     while not finished:
         # One number for every row, also for those that have stopped: what a row says does not
         # depend on when others stop.
@@ -120,7 +121,7 @@ def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, gen
         token = torch.zeros_like(limits)      # (R,), of which rows that have stopped get no token
         token[at] = sample(logits, u[at], temperature, top_k, top_p)
         tokens.append(token)
-        # Which rows has this token stopped?
+        # Rows that had not stopped before got this token. Which has it stopped?
         going = ~done
         count += going
         done = done | ends_step(masks, token, previous, before) | (count >= limits)
@@ -128,15 +129,15 @@ def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, gen
         finished = bool(done.all())           # the one flag per token that the host waits for
         if finished and not feed_last:
             break
-        # A CPU drops rows that have stopped, before their last token is fed or after it. An
-        # accelerator feeds them on, so that shapes stay the same.
-        still = alive_rows(done, cache.K) if h.device.type == "cpu" else rows
-        fed = rows if feed_last else still
+        # A CPU drops rows that have stopped, before their last token is fed or, with feed_last,
+        # after it. An accelerator feeds them on, so that shapes stay the same.
+        left = alive_rows(done, cache.K) if h.device.type == "cpu" else rows
+        fed = rows if feed_last else left
         # A hidden state changes where a token was new: rows that had stopped keep theirs.
         at = flat(fed)
         new = model(token[at, None], cache, fed)[:, 0]                             # (n, d)
         h[at] = torch.where(going[at, None], new, h[at])
-        rows = still
+        rows = left
     table = torch.stack(tokens, 1).tolist()                                        # (R, T)
     return [row[:n] for row, n in zip(table, count.tolist()) if n]
 
@@ -165,7 +166,9 @@ def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_
         h = prefill(model, cache, [prompts[i] for i in batch])                     # (G, d)
         most = cache.held.new_tensor([max_new_tokens[i] for i in batch])
         limits = torch.minimum(most, model.config.max_len - cache.held)            # (G,)
-        h, limits = h.repeat_interleave(samples, 0), limits.repeat_interleave(samples)
+        # Each prompt's state and limit serve all its samples.
+        h = h.repeat_interleave(samples, 0)                                        # (G samples, d)
+        limits = limits.repeat_interleave(samples)                                 # (G samples,)
         drawn = draw(model, head, cache.fork(samples), h, masks, limits, feed_last=False,
                      **sampling)
         for g, i in enumerate(batch):

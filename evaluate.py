@@ -120,22 +120,19 @@ def converse(world, problems, tokenizer, respond, seed):
 def plain_responder(model, world, weights, temperature, generator, samples=1, progress=None):
     """What converse asks for answers: a policy without a guide. Of several samples the majority's
     answer counts, as in self-consistency (Wang et al. 2022, arXiv 2203.11171)."""
-    options = dict(weights=weights, max_new_tokens=world.max_new_tokens, temperature=temperature,
-                   generator=generator, samples=samples, progress=progress)
-    return partial(plain_answers, model, options)
-
-
-def plain_answers(model, options, conversations):
-    """One answer to each conversation."""
-    answers = generate(model, [c.ids for c in conversations], **options)
-    # The samples of a prompt stand together.
-    samples, chosen = options["samples"], []
-    for i, conversation in enumerate(conversations):
-        tried = answers[i * samples:(i + 1) * samples]
-        conversation.drawn += sum(map(len, tried))
-        best = majority([model.tokenizer.decode(ids) for ids in tried])
-        chosen.append(tried[best])
-    return chosen
+    def respond(conversations):
+        answers = generate(model, [c.ids for c in conversations], weights=weights, samples=samples,
+                           max_new_tokens=world.max_new_tokens, temperature=temperature,
+                           generator=generator, progress=progress)
+        chosen = []
+        # The samples of a prompt stand together.
+        for i, conversation in enumerate(conversations):
+            tried = answers[i * samples:(i + 1) * samples]
+            conversation.drawn += sum(map(len, tried))
+            best = majority([model.tokenizer.decode(ids) for ids in tried])
+            chosen.append(tried[best])
+        return chosen
+    return respond
 
 
 def guided_responder(model, prm, world, weights, guide, temperature, generator, K=5,
@@ -144,24 +141,23 @@ def guided_responder(model, prm, world, weights, guide, temperature, generator, 
     the world's steps do; with "turn" a candidate is a whole answer."""
     options = dict(weights=weights, max_new_tokens=world.max_new_tokens, temperature=temperature,
                    generator=generator, K=K, guide=guide, boundary=boundary or world.boundary)
-    draw = partial(guided_decode, model, prm, **options)
-    return partial(guided_answers, draw, {}, world, batch)
+    # Both caches go on from turn to turn: the state of every batch, by its first conversation.
+    states = {}
 
-
-def guided_answers(draw, states, world, batch, conversations):
-    """One guided answer to each conversation. Both caches go on from turn to turn: `states` keeps
-    the state of every batch, by the number of its first conversation."""
-    chosen = []
-    for start in range(0, len(conversations), batch):
-        part = conversations[start:start + batch]
-        results = draw([c.new_ids for c in part], state=states.get(start))
-        # All results of a batch share one state. Without a next turn it need not stay in memory.
-        states[start] = results[0].state if world.turns > 1 else None
-        for conversation, result in zip(part, results):
-            chosen.append(result.ids)
-            for step in result.steps:
-                conversation.drawn += sum(map(len, step.candidates))
-    return chosen
+    def respond(conversations):
+        chosen = []
+        for start in range(0, len(conversations), batch):
+            part = conversations[start:start + batch]
+            results = guided_decode(model, prm, [c.new_ids for c in part],
+                                    state=states.get(start), **options)
+            # A batch's results share one state. Without a next turn it need not stay in memory.
+            states[start] = results[0].state if world.turns > 1 else None
+            for conversation, result in zip(part, results):
+                chosen.append(result.ids)
+                for step in result.steps:
+                    conversation.drawn += sum(map(len, step.candidates))
+        return chosen
+    return respond
 
 
 # -- means, intervals, distance from SFT
@@ -193,7 +189,8 @@ def half_width(metric):
     return student_t(metric["n"] - 1) * metric["stderr"]
 
 
-LOGITS = 2 ** 28       # at once, a gigabyte in float32: the KL needs five such tensors
+# So many logits are made at once, a gigabyte in float32; the KL needs five tensors of that size.
+LOGITS = 2 ** 28
 
 
 @torch.no_grad()
@@ -204,6 +201,7 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
     head (V, d): the policy's folded head. -> two lists with a number for each conversation: its
     mean per token, and its sum over an answer's tokens; both are means over the turns."""
     device = head.device
+    # A turn is read as the policy read it: all that came before, then its answer.
     turns = list(itertools.chain.from_iterable(c.turns for c in conversations))
     texts = [before + response for before, _, response in turns]
     starts = torch.tensor([len(before) for before, _, _ in turns], device=device)
@@ -247,8 +245,8 @@ SINGLE = ("base", "sft", "single_head_dpo", "modpo")           # policies with a
 class Job(NamedTuple):
     """How a row of the tables is made."""
     domain: str
-    policy: str                     # the row's name
-    model: str                      # a directory of the run, or "soup" of the dpo_<objective>
+    policy: str                     # the row's name: mah_dpo_greedy is another policy than mah_dpo,
+    model: str                      # of the same model, a directory of the run; a "soup" has none
     weights: dict                   # {head: its share}, of a soup {objective: its policy's share}
     guide: str = None
     temperature: float = None       # None: the run's own
@@ -269,10 +267,12 @@ class Bench:
         self.dtype = sampling_dtype(self.config["dtype"], self.device)
         # SFT stays, for the KL; beside it only the last model and the last PRM are in memory.
         self.sft = self.load("sft")
+        # (model and load_prm are functions that remember what they loaded last.)
         self.model = lru_cache(1)(self.load)
         self.load_prm = lru_cache(1)(partial(find_prm, run, dtype=self.dtype))
         self.tokenizer = self.sft.tokenizer
         limit = self.config["max_new_tokens"]
+        # Real questions are taken where they and their answers fit SFT's context.
         self.worlds = worlds_of(self.objectives, self.config["data"], limit, self.sft)
 
     def load(self, name, device=None):
@@ -300,6 +300,7 @@ class Bench:
         guides = [*names, "unified"] if self.config["prm"] == "unified" else names
         # Uniform over the domain: of policies for the soup, of heads for the ensemble.
         uniform = dict.fromkeys(names, 1 / len(names))
+        # A single head has the name "policy".
         policies = [Job(domain, name, name, {"policy": 1.0}) for name in SINGLE]
         policies.append(Job(domain, "soup", "soup", uniform))
         policies.append(Job(domain, "mah_dpo", "mah_dpo", self.mix(uniform)))
@@ -327,6 +328,7 @@ class Bench:
         # Of real questions only the answers are scored: then there is no pair, and no sweep.
         scored = self.worlds[domain].objectives
         names = [o.name for o in domain_objectives(domain, self.objectives) if o.name in scored]
+        # From (1, 0) to (0, 1) in `steps` steps, with both ends; 0 steps mean no sweep at all.
         steps = self.config["weight_steps"]
         jobs = []
         for pair in itertools.combinations(names, 2):
@@ -341,13 +343,13 @@ class Bench:
     # -- one row
 
     def policy(self, job):
-        """-> a row's model and the weights of its heads."""
+        """A row's model, and the weights of its heads as GPT.weights takes them."""
         weights = list(job.weights.values())
         if job.model == "soup":
             # In main memory there is room for all the policies that are averaged.
             device = "cpu" if len(weights) > 1 else self.device
             parts = [self.model(f"dpo_{name}", device) for name in job.weights]
-            return average(parts, weights).to(self.device), 0
+            return average(parts, weights).to(self.device), 0           # head 0, the only one
         model = self.sft if job.model == "sft" else self.model(job.model)
         return model, weights
 
@@ -359,6 +361,7 @@ class Bench:
         # Of the split that the configuration names: test, or dev for tuning.
         rng = RNG(seed_of(self.seed, config["split"], job.domain))
         problems = world.problems(config["split"], config["n_test"], rng)
+        # No part of these seeds names the row.
         generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", job.domain))
         model, weights = self.policy(job)
         temperature = config["temperature"] if job.temperature is None else job.temperature
@@ -431,13 +434,14 @@ def row_name(row):
 
 
 def n_of(row):
-    """How many prompts or pairs a row was measured on. Over trainings, whose summaries count
-    trainings, over_trainings has said it."""
+    """How many prompts or pairs a row was measured on. A row over several trainings says it in its
+    own "n", since the n of its metrics counts trainings."""
     return row.get("n") or next(iter(row["metrics"].values()))["n"]
 
 
 def by_domain(rows):
     """Rows of results -> a list of (domain, the rows of its table, {swept pair: its rows})."""
+    # Rows of held-out pairs have a table of their own.
     found = {}
     for row in rows:
         if row["domain"].startswith("pairs:"):
@@ -501,11 +505,10 @@ def front_area(rows, pair):
     """The summary of the hypervolume of rows' scores; the reference is (0, 0), the worst score. The
     interval is over trainings: of a single one, whose "each" are prompts, nothing is known."""
     x, y = pair
-    # A row of several trainings names all their seeds.
-    seeds = rows[0]["seed"]
+    seeds = rows[0]["seed"]            # one number, or a list: a row of several trainings
     if isinstance(seeds, int):
         return summary([hypervolume([means_of(r, pair) for r in rows])])
-    # Its "each" has a value for every training, and every training has an area.
+    # Then "each" has a value for every training, and every training has an area.
     areas = []
     for k in range(len(seeds)):
         points = [(r["each"][x][k], r["each"][y][k]) for r in rows]
@@ -516,6 +519,7 @@ def front_area(rows, pair):
 def area_lines(plain, mixes, pair):
     """A line for each method: its number of points and the area below them. plain: the rows of a
     domain's table; mixes: those of the sweep of this pair."""
+    # A single head is one point; for MAH-DPO and the soup every mix is.
     fronts = {}
     for policy in ("sft", "single_head_dpo", "modpo"):
         fronts[policy] = [r for r in plain if row_name(r) == policy]
@@ -577,7 +581,7 @@ def report(rows, config):
 def side_by_side(runs):
     """The tables of finished runs as one: every row once for each run, or once for all of them
     where all have the same figures -> Markdown."""
-    # {(domain, name of a row): {run: row}}
+    # {(domain, name of a row): {run: row}}: rows of one name will stand below each other.
     found = {}
     for run in runs:
         for domain, plain, _ in by_domain(load_rows(run)):
@@ -627,7 +631,7 @@ def plot(plain, mixes, pair):
         points = " ".join(f"{x},{y}" for x, y in line)
         out.append(f'<polyline points="{points}" stroke="{COLOURS[policy]}"/>')
     for row in plain:
-        # A ring is guided, a disc is not. mah_dpo:honesty and mah_dpo_greedy are of the method mah_dpo.
+        # A ring is guided, a disc is not. mah_dpo:honesty and mah_dpo_greedy have mah_dpo's colour.
         x, y = place(row, pair)
         colour = next(c for method, c in COLOURS.items() if row["policy"].startswith(method))
         fill = "none" if row["guide"] else colour
@@ -644,6 +648,7 @@ def pareto_svg(rows):
     for method, colour in COLOURS.items():
         out.append(f'<tspan dx="9" style="fill:{colour}">&#9679; {method}</tspan>')
     out.append('<tspan dx="9">ring: guided, line: weights swept</tspan></text>')
+    # With fewer than two objectives in a domain there is nothing to plot.
     plots = []
     for _, plain, swept in by_domain(rows):
         plots += [plot(plain, mixes, pair) for pair, mixes in swept.items()]
@@ -687,6 +692,7 @@ def publish(run, rows):
     text, details = report(rows, read_run(run))
     write_text(f"{run}/results.md", f"{text}\n{details}")
     write_text(f"{run}/pareto.svg", pareto_svg(rows))
+    # The values behind the means are in scores.jsonl already.
     kept = []
     for row in rows:
         kept.append({key: v for key, v in row.items() if key not in ("n", "each")})

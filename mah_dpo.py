@@ -44,9 +44,9 @@ class Pair:
 
 
 def encode_pair(preference, model):
-    """data's Preference -> Pair in the model's ids, EOS behind both responses; the hash of the
-    prompt's text says its split. None if it is longer than the context, or nothing of the responses
-    is left to tell them apart."""
+    """A pair in text (interop.datasets.Preference) -> Pair in the model's ids, EOS behind both
+    responses; the hash of the prompt's text says its split. None if it is longer than the context,
+    or nothing of the responses is left to tell them apart."""
     # Encoded apart: tokens must not merge across the border of prompt and response.
     tokenizer, p = model.tokenizer, preference
     prompt = tokenizer.encode_chat(p.prompt)
@@ -96,17 +96,19 @@ def policy_logps(model, pairs, head):
     cache = model.new_cache(len(pairs))
     h = model(prompts, cache)                                               # (n, P, d)
     cache.keep(0, lengths)
-    n = torch.arange(len(pairs), device=device)
-    last = h[n, lengths - 1].repeat_interleave(2, 0)                        # (2n, d)
+    b = torch.arange(len(pairs), device=device)
+    last = h[b, lengths - 1].repeat_interleave(2, 0)                        # (2n, d)
     # A response's own last token predicts nothing more: it is not fed.
-    h = torch.cat((last[:, None], model(responses[:, :-1], cache.fork(2))), 1)      # (2n, R, d)
+    others = model(responses[:, :-1], cache.fork(2))                        # (2n, R - 1, d)
+    h = torch.cat((last[:, None], others), 1)                               # (2n, R, d)
     # Rows are now "the prompt's last token, the response".
     ids = F.pad(responses, (1, 0))                                          # (2n, 1 + R)
     t = torch.arange(ids.shape[1], device=device)
     mask = (t > 0) & (t <= sizes[:, None])
     # One head after another scores the rows that are its own; they are put back in their places.
     head = head.repeat_interleave(2)                                        # (2n,)
-    found = torch.zeros(len(ids), dtype=torch.promote_types(h.dtype, torch.float32), device=device)
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    found = torch.zeros(len(ids), dtype=dtype, device=device)
     for i in head.unique().tolist():
         rows = (head == i).nonzero()[:, 0]
         logps = response_logps(h[rows], model.heads[i].weight, ids[rows], mask[rows])
@@ -165,14 +167,15 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
 def balanced_mean(losses, head, alpha, count=None):
     """sum_i alpha_i * mean of the losses (B,) of objective i -> scalar.
 
-    head (B,): each pair's objective; alpha (H,): weights of the objectives. An objective absent
-    from the batch adds nothing, and the others are not reweighted for it. count (H,): pairs of
-    every objective in the whole batch, if these are only some of them: then the parts' results add
-    up to that of the whole."""
+    head (B,): each pair's objective, by number; alpha (H,): weights of the objectives. An objective
+    absent from the batch adds nothing, and the others are not reweighted for it. count (H,): pairs
+    of every objective in the whole batch, if these are only some of them: then the parts' results
+    add up to that of the whole."""
     # Which loss belongs to which objective, as a matrix: products with it are sums per objective.
     one_hot = F.one_hot(head, len(alpha)).to(losses.dtype)                  # (B, H)
     if count is None:
         count = one_hot.sum(0)
+    # An objective without a pair has the sum 0, which is divided by 1.
     means = losses @ one_hot / count.clamp(min=1)                           # (H,)
     return (alpha * means).sum()
 

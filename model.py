@@ -30,6 +30,11 @@ from interop.parallel import gathered, like, rank, shard, whole
 from interop.tokenizer import load_tokenizer
 
 
+# Fields of GPTConfig that are positive whole numbers, and fields of two kinds.
+SIZES = ["vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_len"]
+KINDS = {"position": ["rope", "learned"], "norm": ["rms", "layer"], "mlp": ["swiglu", "gelu"]}
+
+
 @dataclass
 class GPTConfig:
     """The shape of a model. The defaults are the embedded experiment's; read_config finds those of
@@ -79,17 +84,15 @@ class GPTConfig:
                 raise unusable(f"{name} must be positive, not {getattr(self, name)}")
 
 
-# What __post_init__ looks at: fields that are positive whole numbers, and fields of two kinds.
-SIZES = ["vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "max_len"]
-KINDS = {"position": ["rope", "learned"], "norm": ["rms", "layer"], "mlp": ["swiglu", "gelu"]}
-
-
 def unusable(why):
     """What GPTConfig raises."""
     return ValueError(f"unusable model configuration: {why}")
 
 
 # -- the KV cache
+# G sequences have each committed a text, the prefix. K rows (candidates) continue each of them by
+# a step of their own, which is not committed yet. Often only some are fed: m rows of each of G' of
+# the sequences, n = G' m in all.
 
 # --- exercise 9: attention_mask (3 points) ---
 def attention_mask(held, P, t, S):
@@ -107,11 +110,11 @@ def attention_mask(held, P, t, S):
 
 @dataclass
 class Past:
-    """What n = G' m rows see while T tokens are fed to them. KVCache.extend makes one for all
-    layers of a forward pass."""
-    prefix: list                # the cache's keys and values, layer by layer
+    """What n rows see while T tokens are fed to each. KVCache.extend makes one for all layers of a
+    forward pass."""
+    prefix: list                # the cache's keys and values, layer by layer: shapes in KVCache
     step: list
-    groups: object              # (G',) the sequences; slice(None) for all, which copies nothing
+    groups: object              # (G',) those sequences; slice(None) for all, which copies nothing
     rows: object                # (n,) the rows; slice(None) for all
     start: int                  # where in their step the new tokens go
     P: int                      # places of the prefix that are looked at,
@@ -134,7 +137,7 @@ class Past:
 
 
 class KVCache:
-    """Keys and values of G sequences, each continued by K rows (candidates; at first K = 1).
+    """Keys and values of G sequences, each continued by K rows (at first one).
 
         prefix[layer]  (2, G, n_kv, P, hd)    keys and values of what is committed, once a sequence
         step[layer]    (2, G K, n_kv, S, hd)  those of each row's own tokens since
@@ -341,22 +344,20 @@ def attend_one(q, prefix, step, mask):
     _, G, n_kv, P, hd = prefix.shape
     n = len(q)
     q = q.view(n, n_kv, -1, hd) * hd ** -0.5                                # (n, n_kv, g, hd)
-    m, g = n // G, q.shape[2]
-    # The g query heads of a key head, of all m rows of a sequence, read the prefix in one product.
-    together = q.view(G, m, n_kv, g, hd).transpose(1, 2).reshape(G, n_kv, m * g, hd)
-    shared = together @ prefix[0].mT
-    shared = shared.view(G, n_kv, m, g, P).transpose(1, 2)
-    own = (q @ step[0].mT).view(G, m, n_kv, g, -1)
-    scores = torch.cat((shared, own), -1)                           # (G', m, n_kv, g, P + S)
+    m, g = n // G, q.shape[2]       # rows of a sequence, query heads of a key head
+    # A sequence's m g queries of a key head read its prefix in one product, and are parted again.
+    queries = q.view(G, m, n_kv, g, hd).transpose(1, 2).reshape(G, n_kv, m * g, hd)
+    on_prefix = (queries @ prefix[0].mT).view(G, n_kv, m, g, P).transpose(1, 2)
+    on_step = (q @ step[0].mT).view(G, m, n_kv, g, -1)
+    scores = torch.cat((on_prefix, on_step), -1)                    # (G', m, n_kv, g, P + S)
     scores = scores + mask[:, None, None]
     # One softmax over both, in float32 at least, then each part's share of the values.
     precise = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=precise).to(scores.dtype)
-    together = weights[..., :P].transpose(1, 2).reshape(G, n_kv, m * g, P)
-    shared = together @ prefix[1]
-    shared = shared.view(G, n_kv, m, g, hd).transpose(1, 2)
-    own = weights[..., P:].flatten(0, 1) @ step[1]                          # (n, n_kv, g, hd)
-    o = shared + own.view(G, m, n_kv, g, hd)
+    on_prefix = weights[..., :P].transpose(1, 2).reshape(G, n_kv, m * g, P)
+    from_prefix = (on_prefix @ prefix[1]).view(G, n_kv, m, g, hd).transpose(1, 2)
+    from_step = weights[..., P:].flatten(0, 1) @ step[1]                    # (n, n_kv, g, hd)
+    o = from_prefix + from_step.view(G, m, n_kv, g, hd)
     return o.reshape(n, 1, -1)
 
 
@@ -514,6 +515,7 @@ class GPT(nn.Module):
         model.load_state_dict(state, assign=True)
         model.make_rope()
         model.tokenizer = tokenizer
+        # The tensors are in place; the tables of make_rope follow to their device and dtype.
         return model.to(model.embed.weight)
 
     def forward(self, ids, cache=None, rows=None, below=False):
@@ -594,7 +596,7 @@ class GPT(nn.Module):
     # --- end of exercise 13 ---
 
     def logits(self, h, weights=0):
-        """h (..., d) -> (..., V) of one head or of a mix of heads."""
+        """h (..., d) -> (..., V) of a mix of heads, or of one head: 0 is the first one's number."""
         return linear(h, self.fold(weights))
 
     def with_heads(self, objectives, std=0.0, generator=None):
@@ -754,13 +756,19 @@ def save_safetensors(tensors, path, metadata=None):
 
 # -- Hugging Face directories in and out
 
+def as_it_is(t):
+    """Where a tensor is placed if nobody says where."""
+    return t
+
+
 class Checkpoint:
-    """The tensors of a Hugging Face directory, in one file or in shards, by names without prefix.
+    """The tensors of a Hugging Face directory, in one file or in shards, by names without the
+    prefix "model." or "transformer.", which some programs leave off.
 
     They are read one by one, on demand, and those of a model put where `place` puts a tensor: no
     process holds more than its part of the model and one tensor."""
 
-    def __init__(self, directory, place=lambda t: t):
+    def __init__(self, directory, place=as_it_is):
         self.place = place
         self.entries = {}           # name -> (file, dtype, shape, first byte, last byte + 1)
         self.unused = set()         # names that nobody has asked for
@@ -808,6 +816,7 @@ class Checkpoint:
         # A model without numbers knows which parameters there are.
         with torch.device("meta"):
             model = GPT(replace(config, objectives=()))
+        # Every parameter is found under its Hugging Face names.
         state = {}
         for name, p in model.named_parameters():
             # Ours may be several of theirs, or theirs turned round.
@@ -837,7 +846,7 @@ def read_config(directory):
 
 
 @torch.no_grad()
-def load_hf(directory, objectives=None, dtype=torch.float32, place=lambda t: t):
+def load_hf(directory, objectives=None, dtype=torch.float32, place=as_it_is):
     """A Hugging Face directory -> GPT in `dtype`, its tensors where place(tensor) puts them.
 
     objectives given: that many exact copies of the checkpoint's head (its lm_head, or its embedding
@@ -850,7 +859,7 @@ def load_hf(directory, objectives=None, dtype=torch.float32, place=lambda t: t):
     head = "lm_head.weight"
     if config.hf.get("tie_word_embeddings", hf.is_gpt2(config)):
         head, = hf.their_names(config, "embed.weight")
-    # The backbone, then the heads.
+    # The backbone, then the heads: each its own, or all the same one.
     state = files.backbone(config, dtype)
     shape = (config.vocab_size, config.d_model)
     for i in range(len(config.objectives)):

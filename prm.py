@@ -4,10 +4,10 @@ A PRM maps a prefix (x, y_1:t), a prompt and the first t steps of a response, to
 score is read at the last token of step t. How a prefix gets its label depends on the objective
 (paper, Sec. 4). Each case is one pure function on finished rollouts or pairs, and one loss:
 
-    verifiable   V_t = r_t + mean_m gamma^(n_m - t) z_m        hindsight_targets   mse_loss
-    case A       r_t = 1[ mean_m J(y_1:t, rollout_m) > 1/2 ]   majority_labels     bce_loss
-    case B       r_t = J(y_1:t), the judged prefix             nothing to build    bce_loss
-    case C       P(y+_1:t) should exceed P(y-_1:t)             matching_steps      bradley_terry_loss
+    verifiable   V_t = r_t + mean_m gamma^(n_m - t) z_m       hindsight_targets   mse_loss
+    case A       r_t = 1[ mean_m J(y_1:t, rollout_m) > 1/2 ]  majority_labels     bce_loss
+    case B       r_t = 1[ J(y_1:t) > 1/2 ], no rollouts       majority_labels     bce_loss
+    case C       P(y+_1:t) should exceed P(y-_1:t)            matching_steps      bradley_terry_loss
 
 One backbone serves all objectives, with one output each: (B, T, d) -> (B, T, P).
 Read the labels first, then the losses, then the class PRM; scoring and files come last.

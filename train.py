@@ -113,8 +113,8 @@ class Config:
     # Shared by the domains as they have labels, but at least prm_pairs of each.
     prm_batch: int = option(64, "labelled sequences per PRM step")
     prm_pairs: int = option(4, "pairs per objective and PRM step")
-    # Without the auxiliary output beside it, as with --data, the value model wants more, or drowns
-    # in the noise of the other outputs' gradients.
+    # Where the auxiliary output of the next line has no labels, as with --data, a larger weight is
+    # better: the value model alone drowns in the noise of the other outputs' gradients.
     prm_value_weight: float = option(5.0, "weight of the value model's squared error in the loss")
     prm_step_weight: float = option(60.0, "weight in it of the auxiliary output: is a step right?")
     prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
@@ -198,9 +198,12 @@ class Run:
 
 
 def shown(row):
-    """A row of the log as text."""
-    digits = {float: ".3g"}                     # of numbers that were measured
-    return ", ".join([f"{key} {v:{digits.get(type(v), '')}}" for key, v in row.items()])
+    """A row of the log as text; what was measured is rounded, what was counted is not."""
+    texts = []
+    for key, value in row.items():
+        number = f"{value:.3g}" if type(value) is float else str(value)
+        texts.append(f"{key} {number}")
+    return ", ".join(texts)
 
 
 def shuffled(items, generator):
@@ -293,8 +296,9 @@ def sft_examples(run, model):
     config, tokenizer = run.config, model.tokenizer
     n = min(2500, 25 * config.sft_steps)
     examples = demonstrations(run.worlds(model), n, run.rng("sft", "data"), tokenizer, True)
-    # With --data the chosen responses are the demonstrations.
-    for pair in choose(real_pairs(config.data, run.objectives, model)[0], run.names, "train"):
+    # With --data the chosen responses are the demonstrations. (_: what was left out.)
+    pairs, _ = real_pairs(config.data, run.objectives, model)
+    for pair in choose(pairs, run.names, "train"):
         mask = [False] * len(pair.prompt) + [True] * len(pair.chosen)
         where = f"the example {tokenizer.decode(pair.prompt)[:60]!r}..."
         examples.append(Example(pair.prompt + pair.chosen, mask, where))
@@ -321,7 +325,8 @@ def language_model(run, name, model, examples, steps, lr, size):
             loss = F.cross_entropy(logits, ids[b, t + 1])
         # The mean over the tokens of all processes. FSDP takes the mean of the processes'
         # gradients, so each is made larger by their number.
-        loss = loss * (len(b) / total(mask[:, 1:].sum()))
+        share = len(b) / total(mask[:, 1:].sum())
+        loss = loss * share
         (loss * ranks()).backward()
         return {"loss": loss}
 
@@ -382,7 +387,7 @@ def sources_of(run, policy):
 
 
 class Turn(NamedTuple):
-    """One answer of a policy: to which problem, after which messages; prompt and answer as ids."""
+    """An evaluate.Turn and its problem: the messages before it, the same and the answer as ids."""
     problem: Problem
     messages: list
     prompt: list
@@ -398,10 +403,12 @@ def roll_out(source, purpose, n):
     seed = purpose, source.policy, world.name, source.split
     # One split is one purpose: the draws of development do not depend on those of training.
     n = n if source.split == "train" else int(0.15 * n)
-    problems = world.problems(source.split, max(8, n) // world.turns, run.rng(*seed))
+    n_problems = max(8, n) // world.turns
+    problems = world.problems(source.split, n_problems, run.rng(*seed))
     # All processes have drawn the same problems. From here on each draws for itself.
     own = [rank()] if ranks() > 1 else []
-    rng, generator = run.rng(*seed, "judge", *own), run.generator(*seed, *own)
+    rng = run.rng(*seed, "judge", *own)
+    generator = run.generator(*seed, *own)
     student = seed_of(run.config.seed, *seed, "student", *own)
     return answer(source, local_items(problems), generator, student), rng, generator
 
@@ -438,8 +445,11 @@ def rate(source, turn, response, names, rng):
     """{objective: rating} of a response to a turn's messages. A verifier is exact, a judge not."""
     text = source.model.tokenizer.decode(response)
     scores = source.world.scores(turn.problem, turn.messages, text)
-    exact = source.objectives("verifiable")
-    return {name: scores[name] if name in exact else judge(scores[name], rng) for name in names}
+    exact, ratings = source.objectives("verifiable"), {}
+    for name in names:
+        score = scores[name]
+        ratings[name] = score if name in exact else judge(score, rng)
+    return ratings
 
 
 def sample_pairs(source, names):
@@ -472,7 +482,8 @@ def make_pairs(run, name):
     sampled = []
     for source in sources:
         sampled += sample_pairs(source, source.objectives("verifiable", "A", "B", "C"))
-    pairs = real_pairs(run.config.data, run.objectives, model)[0] + gather(sampled)
+    pairs, _ = real_pairs(run.config.data, run.objectives, model)
+    pairs += gather(sampled)
     # Every objective needs pairs, or its head would stay a copy.
     empty = [o for o in run.names if not choose(pairs, [o], "train")]
     if empty:
@@ -480,7 +491,8 @@ def make_pairs(run, name):
                          "answers of different scores (all wrong, or all right); raise --n-samples "
                          "or --n-prompts, or give a better --init")
     for o in run.names:
-        n_train, n_dev = len(choose(pairs, [o], "train")), len(choose(pairs, [o], "dev"))
+        n_train = len(choose(pairs, [o], "train"))
+        n_dev = len(choose(pairs, [o], "dev"))
         tqdm.write(f"  {o}: {n_train} pairs to train on, {n_dev} held out")
     # The reference never changes: its log-probabilities are computed once, for all policies.
     logps = score_pairs(run, run.load("sft"), pairs, "sft").tolist()
@@ -522,8 +534,9 @@ def preference_loss(run, pairs, logps, count=None):
         return mah_dpo_loss(*both, owner, alpha, beta, count)
     margin = torch.tensor([pair.margin for pair in pairs], device=device)           # (n,)
     # MODPO's weights are uniform over the objectives of a domain.
-    w_k = torch.tensor([1 / len(mates(run, o)) for o in run.objectives], device=device)
-    losses = modpo_loss(*both, margin, w_k[owner], beta)
+    uniform = [1 / len(mates(run, o)) for o in run.objectives]
+    w_k = torch.tensor(uniform, device=device)[owner]                               # (n,)
+    losses = modpo_loss(*both, margin, w_k, beta)
     metrics = pair_metrics(losses, *both, owner, len(alpha), beta, count)
     return balanced_mean(losses, owner, alpha, count), metrics
 
@@ -559,6 +572,7 @@ def train_policy(run, name):
             with run.autocast():
                 logps = policy_logps(model, part, own_heads(model, part))           # (2, n)
             loss, metrics = preference_loss(run, part, logps, count)
+            # FSDP wants gradients for the same heads in every process, whatever pairs each has.
             loss = reaching(loss, [head.weight for head in model.heads])
             (loss * ranks()).backward()
             found.update(metrics)
@@ -576,9 +590,10 @@ def train_policy(run, name):
     for o in names:
         dev += choose(pairs, [o], "dev")[:4 * n]
         streams.append(endless(choose(pairs, [o], "train"), run.generator("pairs", o)))
-    epoch = max(len(choose(pairs, [o], "train")) for o in run.names) / n
+    # Every policy's epochs are those of the objective with the most pairs.
+    most = max(len(choose(pairs, [o], "train")) for o in run.names)
     batches = mixed_batches(streams, [n] * len(names))
-    log = fit(run, name, model, optimizer, config.dpo_steps, epoch, batches, backward, run.names,
+    log = fit(run, name, model, optimizer, config.dpo_steps, most / n, batches, backward, run.names,
               develop if dev else None, clip=10.0)
     run.log(name, log)
     save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
@@ -644,8 +659,8 @@ def make_labels(run, name):
                                   config.rollouts)
             if policy == "mah_dpo":
                 pairs += sample_pairs(source, source.objectives("C"))
-    labels = gather(labels) + real_labels(config.data, run.objectives, model)[0]
-    pairs = gather(pairs)
+    real, _ = real_labels(config.data, run.objectives, model)
+    labels, pairs = gather(labels) + real, gather(pairs)
     tqdm.write(f"  labelled sequences: {len(labels)}; more pairs: {len(pairs)}")
     run.log("labels", judges.values())
     write_rows(run.file("mah_dpo_pairs.jsonl"), pairs)
@@ -714,7 +729,8 @@ def labels_of(source, turn, rollouts, names, judges, rng):
         if name in verifiable:
             found[name] = hindsight(source, turn, rollouts)
             continue
-        # A judge of case A was calibrated; in case B, half of the scale is positive.
+        # A judge of case A was calibrated; in case B, half of the scale is positive. There a step
+        # is a whole turn: its one "rollout" is the turn itself, and its verdict the majority.
         threshold = judges[name]["threshold"] if name in judges else 0.5
         verdicts = []
         for responses in rollouts:
@@ -760,12 +776,13 @@ def hindsight(source, turn, rollouts):
 PAIR_FILES = ["pairs.jsonl", "mah_dpo_pairs.jsonl"]
 
 
-def prm_sources(run, names, split):
+def prm_data(run, names, split):
     """What a PRM with these outputs learns from, or is measured on: lists of Labelled, one for each
     set of objectives that are labelled together (those of a domain); then lists of Pair, one for
     each objective without labels, as in case C."""
     groups, pairs = {}, []
     for row in read_rows(run.file("labels.jsonl"), Labelled):
+        # The outputs that some step of this row has a label for.
         about = set().union(*row.targets) & set(names)
         if about and row.split == split:
             groups.setdefault(frozenset(about), []).append(row)
@@ -785,15 +802,17 @@ def labels_in(items):
     return names
 
 
-def step_sizes(sources, config):
-    """How many items of each source a PRM step takes: of Labelled rows as many as the source has a
-    share of the labelled steps, but at least prm_pairs, so that few labels are still learnt from,
-    and so many pairs."""
+def step_sizes(data, config):
+    """How many items of each list of prm_data a PRM step takes. Lists of Labelled rows share
+    prm_batch as they have labelled steps, but each gives at least prm_pairs, so that few labels are
+    still learnt from; a list of pairs gives prm_pairs."""
+    # A list of pairs has 0 labelled steps.
     labelled, sizes = [], []
-    for items in sources:
+    for items in data:
         labelled.append(sum(len(item.ends) for item in items if isinstance(item, Labelled)))
     for n in labelled:
-        size = max(config.prm_pairs, config.prm_batch * n // max(1, sum(labelled)))
+        share = config.prm_batch * n // max(1, sum(labelled))
+        size = max(config.prm_pairs, share)
         sizes.append(max(1, size // ranks()) * ranks())     # what the processes can share
     return sizes
 
@@ -802,7 +821,7 @@ def own_parts(batch):
     """This process's items of a batch in parts: labelled sequences, then pairs."""
     labelled = [item for item in batch if isinstance(item, Labelled)]
     pairs = local_items([item for item in batch if isinstance(item, Pair)])
-    # Few tokens at a time: gradients add up, and little is padded.
+    # Few tokens at a time: gradients add up, and little is padded. dealt_batches also shares out.
     parts = []
     for index in dealt_batches([len(row) for row in labelled], 2048):
         parts.append([labelled[i] for i in index])
@@ -815,13 +834,16 @@ def prm_loss(prm, part, in_batch):
     labels in the whole batch."""
     if isinstance(part[0], Labelled):
         scores, targets = step_scores(prm, part)                                    # (N, P)
-        return step_loss(prm.outputs, scores, targets, in_batch), (~targets.isnan()).sum(0)
+        count = (~targets.isnan()).sum(0)
+        return step_loss(prm.outputs, scores, targets, in_batch), count
     # Case C: the comparisons of each objective, counted over all processes.
     chosen, rejected, output = pair_scores(prm, part)                               # (N,)
     P = len(prm.outputs)
     losses = [bradley_terry_loss(chosen, rejected, output == p) for p in range(P)]
     count = output.bincount(minlength=P)
-    return torch.stack(losses) * count / total(count).clamp(min=1), count
+    # Each loss is a mean over this process's comparisons, and counts by their share of all.
+    losses = torch.stack(losses) * count
+    return losses / total(count).clamp(min=1), count
 
 
 def train_prm(run, name):
@@ -829,13 +851,14 @@ def train_prm(run, name):
     config, generator = run.config, run.generator(name)
     outputs = [o for o in run.objectives if name in ("prm", f"prm_{o.name}")]
     names, cases = [o.name for o in outputs], [o.case for o in outputs]
-    sources = prm_sources(run, names, "train")
+    data = prm_data(run, names, "train")
+    # A model without heads is a backbone.
     backbone = run.load("sft").with_heads(())
     # A value model's squared errors are small beside the other outputs' losses.
     weights = [config.prm_value_weight if case == "verifiable" else 1.0 for case in cases]
     # Where it is known which steps are right, a value model is taught that too. A single block has
     # no layer below it to read it from.
-    if "verifiable" in cases and STEP in labels_in(sum(sources, [])) and len(backbone.layers) > 1:
+    if "verifiable" in cases and STEP in labels_in(sum(data, [])) and len(backbone.layers) > 1:
         outputs.append(STEP_OUTPUT)
         weights.append(config.prm_step_weight)
     weight = torch.tensor(weights, device=run.device)                               # (P,)
@@ -856,20 +879,20 @@ def train_prm(run, name):
             losses, labels = losses + loss.detach(), labels + n
         return {"loss": losses, "labels": labels}
 
-    sizes = step_sizes(sources, config)
-    batches = mixed_batches([endless(items, generator) for items in sources], sizes)
-    epoch = max(len(items) / size for items, size in zip(sources, sizes))
+    sizes = step_sizes(data, config)
+    batches = mixed_batches([endless(items, generator) for items in data], sizes)
+    epoch = max(len(items) / size for items, size in zip(data, sizes))
     log = fit(run, name, prm, optimizer, config.prm_steps, epoch, batches, backward, prm.names,
               warm_up=100, decay="linear")
-    run.log(name, [*log, measure_prm(prm, prm_sources(run, names, "dev"))])
+    run.log(name, [*log, measure_prm(prm, prm_data(run, names, "dev"))])
     save_prm(prm, run.file(name))
 
 
 @torch.no_grad()
-def measure_prm(prm, sources):
+def measure_prm(prm, data):
     """The held-out quality of every output, printed, as a row of the log; sets prm.scale."""
     quality, spread = {}, {name: [] for name in prm.names}
-    for items in sources:
+    for items in data:
         if isinstance(items[0], Pair):
             chosen, rejected, _ = all_scores(pair_scores, prm, items)               # (N,)
             right = (chosen > rejected).float()
@@ -960,7 +983,8 @@ def finished(run, stage):
 
 def run_stages(run):
     """Run what is not finished, with a numbered title and the time of each stage."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):      # a batch system's request is as Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     begun = time.time()
     for number, stage in enumerate(stages(run), 1):
         if finished(run, stage):
@@ -982,7 +1006,7 @@ def run_stages(run):
 def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(), develop=None,
         clip=1.0, warm_up=20, decay="constant"):
     """Updates, each by the gradient of one batch: as many as `steps`, but at most config.epochs
-    passes of `epoch` batches -> rows for the log.
+    passes over the data, of `epoch` batches each -> rows for the log.
 
     batches: endless iterator of lists of items, a function of the seed alone: its position is the
     step. backward(batch): adds up the gradient of this process's share, and returns numbers for
@@ -996,6 +1020,7 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(),
     seconds, tokens, batches = 0.0, 0, islice(batches, start, steps)
     with (stops_wait() as stops,
           tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar):
+        # The last round takes no step: it measures what the last step has left.
         for step in range(start, steps + 1):
             # Several processes stop before the same step.
             stopping = bool(total(torch.tensor(len(stops))))
@@ -1035,7 +1060,8 @@ def rate_factor(step, steps, warm_up, decay):
     .05."""
     left = {"constant": 1.0, "linear": 1 - step / steps,
             "cosine": (1 + math.cos(math.pi * step / steps)) / 2}[decay]
-    return min(1.0, (step + 1) / warm_up) * (0.05 + 0.95 * left)
+    warm = min(1.0, (step + 1) / warm_up)
+    return warm * (0.05 + 0.95 * left)
 
 
 def gradient(optimizer, batch, backward, clip):
@@ -1099,34 +1125,36 @@ def carry_out(run):
 def begin(path, config):
     """Make the directory of a run, with copies of what --from offers -> Run."""
     run = Run(path, config)
-    saved = asdict(config) | {"objectives": [asdict(o) for o in run.objectives], "key": run.key}
+    # config.json holds the options, and what tells whether they still mean the same.
+    records = [asdict(o) for o in run.objectives]
+    saved = asdict(config) | {"objectives": records, "key": run.key}
     with new_directory(path) as unfinished:
         write_json(f"{unfinished}/config.json", saved)
         # When the second of several seeds begins, the other run may be gone: then all is trained.
         if config.seeds == 1 and os.path.isdir(config.from_):
-            copy_stages(source_of(run), Run(unfinished, config))
+            copy_stages(origin_of(run), Run(unfinished, config))
     return run
 
 
-def source_of(run):
+def origin_of(run):
     """The run that this one starts from; of several trainings the one of the same seed."""
     for path in seed_runs(run.config.from_):
-        source = open_run(path) if os.path.isdir(path) else None
-        if source and source.config.seed == run.config.seed:
-            return source
+        origin = open_run(path) if os.path.isdir(path) else None
+        if origin and origin.config.seed == run.config.seed:
+            return origin
     raise InputError(f"--from {run.config.from_}: it has no training with seed {run.config.seed}")
 
 
-def copy_stages(source, run):
+def copy_stages(origin, run):
     """Copy another run's stages, files and rows of the log, up to the first that it has not
     finished, or that reads an option whose value differs: all later ones depend on it."""
     for stage in stages(run):
-        same = [getattr(source.config, name) == getattr(run.config, name)
+        same = [getattr(origin.config, name) == getattr(run.config, name)
                 for name in stage.options.split()]
-        if not all(same) or not finished(source, stage):
+        if not all(same) or not finished(origin, stage):
             break
-        print(f"{stage.title}: copied from {source.path}")
-        copy_stage(source, run, stage.files)
+        print(f"{stage.title}: copied from {origin.path}")
+        copy_stage(origin, run, stage.files)
 
 
 def open_run(path, device="auto"):
@@ -1159,6 +1187,7 @@ def flag(name):
 
 def read_command(argv):
     """Command line -> Config, directory to resume or None. One flag per field of Config."""
+    # SUPPRESS: an option that is not given is absent, and takes its default from Config.
     parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP,
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1186,7 +1215,8 @@ def read_command(argv):
 def check_config(config):
     """InputError for an option out of its range."""
     for f in fields(config):
-        value, low, choices = getattr(config, f.name), f.metadata["low"], f.metadata["choices"]
+        value = getattr(config, f.name)
+        low, choices = f.metadata["low"], f.metadata["choices"]
         if f.type in (int, float) and not low <= value < 2**31:
             raise InputError(f"{flag(f.name)} {value} is out of range")
         if choices and value not in choices:
@@ -1207,7 +1237,7 @@ def check_inputs(config):
     written."""
     # Where --from leads, there must be a training of every seed.
     for seed in range(config.seed, config.seed + config.seeds) if config.from_ else []:
-        source_of(Run("", replace(config, seed=seed)))
+        origin_of(Run("", replace(config, seed=seed)))
     run = Run("", config)
     model = load_base(config.init, run.device) if config.init else None
     if config.data:

@@ -5,7 +5,12 @@ A directory holds config.json and model.safetensors, or shards with an index. co
 family (model_type) and its sizes; many families differ from Llama in one or two fields, and some in
 arithmetic that this project does not follow: such a configuration is refused, and the field named.
 
-Read read_fields first. model.py builds models of what is found here.
+    read_fields, config_json      config.json -> fields of model.GPTConfig, and back
+    parts_of, is_transposed       one of our parameters -> the tensors that hold it
+    read_index                    model.safetensors.index.json -> the shards
+
+Read read_fields first, then FAMILIES and refuse: what is computed, and what is not. model.py builds
+models of what is found here; nothing in this file holds a tensor.
 """
 import os
 import re
@@ -24,7 +29,7 @@ FAMILIES = {
     },
 }
 
-# Llama's name of a size -> GPT-2's.
+# Sizes have one name in Llama and its relatives, another in GPT-2.
 GPT2_FIELDS = {
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
@@ -37,6 +42,7 @@ GPT2_FIELDS = {
 NEEDED = ["vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size",
           "intermediate_size", "max_position_embeddings", "rms_norm_eps"]
 
+# The numbers of Llama 3's stretched rotary positions, see model.rope_frequencies.
 LLAMA3_ROPE = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 
 # Names by which one knows that a field changes the arithmetic: refused unless it is off ...
@@ -133,6 +139,7 @@ def is_off(value):
 
 def refuse(path, c, family):
     """InputError for fields that change the arithmetic in a way that is not followed here."""
+    # Names that tell, whatever the family.
     odd = {}
     for name, value in c.items():
         if CHANGES.search(name) and name not in HANDLED and not is_off(value):
@@ -140,6 +147,7 @@ def refuse(path, c, family):
     # Qwen's files give a window and say that it is not used; Mistral's have no such switch.
     window = c.get("sliding_window")
     used = c.get("use_sliding_window", not family.startswith("qwen"))
+    # A window as long as the context hides nothing.
     if window is not None and used and window < c["max_position_embeddings"]:
         odd["sliding_window"] = window
     # Layers that are all alike may be listed one by one.
@@ -168,6 +176,7 @@ def config_json(c, dtype, extra):
     if not kept and (not plain or c.attn_bias != c.out_bias):
         raise InputError("a model of one's own is saved as a Llama checkpoint: RoPE, RMSNorm, "
                          "SwiGLU, no norm of queries")
+    # What another program needs to compute the same.
     own = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -227,6 +236,7 @@ def is_gpt2(config):
 
 def their_names(config, name):
     """A backbone parameter of ours -> the names of the tensors that stand in it, in order."""
+    # layers.3.attn.qkv.weight is the layer's number, the map and which part of it.
     layer, stem, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
     prefix, layers, table = "model.", "layers", LLAMA
     if is_gpt2(config):
@@ -252,6 +262,7 @@ def parts_of(config, name, shape):
         heads = (config.n_head, config.n_kv_head, config.n_kv_head)
         rows = [k * config.head_dim for k in heads]
     shapes = [(k, *shape[1:]) for k in rows]
+    # As they stand in the file.
     if is_transposed(config, name):
         shapes = [s[::-1] for s in shapes]
     return list(zip(names, shapes))

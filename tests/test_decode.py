@@ -340,7 +340,7 @@ HARD = dict(boundary="newline", K=4, weights=[0.4, 0.6], guide="math_accuracy",
 @pytest.mark.parametrize("boundary, guide, K, max_new_tokens, top_k", [
     ("newline", "math_accuracy", 4, 20, 50), ("newline", "unified", 3, 13, 50),
     ("sentence", "helpfulness", 3, 20, 50), ("sentence", "unified", 2, 7, 50),
-    ("turn", "tutor_engagement", 3, 16, 5), ("newline", "math_engagement", 1, 20, 50)])
+    ("turn", "tutor_engagement", 3, 16, 50), ("newline", "math_engagement", 1, 20, 5)])
 @torch.no_grad()
 def test_guided_equals_reference(toy, fixed_draws, boundary, guide, K, max_new_tokens, top_k):
     """Prevents: everything that caches can get wrong: no rollback after ragged scoring, a loser's

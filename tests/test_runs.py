@@ -24,7 +24,7 @@ from conftest import NAMES, TINY
 from data import InputError, Objective, read_json, run_command, split_of, write_json
 from interop.answers import final_answer, same_answer
 from mah_dpo import Pair
-from model import load_hf, load_safetensors, save_hf
+from model import load_safetensors, save_hf
 from prm import Labelled, load_prm
 from test_train import rows_of
 from train import Config, read_command
@@ -108,9 +108,6 @@ def test_preference_training_starts_at_ln2(whole):
         assert losses and losses == pytest.approx([math.log(2)] * len(losses), abs=bound)
 
 
-
-
-
 def test_pairs_and_labels_are_well_formed(whole):
     """Prevents: train and held-out prompts mixed up, empty responses, labels outside the
     sequence."""
@@ -123,19 +120,6 @@ def test_pairs_and_labels_are_well_formed(whole):
     for row in train.read_rows(os.path.join(whole, "labels.jsonl"), Labelled):
         assert len(row.ends) == len(row.targets) and row.ends[-1] == len(row.ids) - 1
         assert row.targets in [[{NAMES[2]: 0.0}], [{NAMES[2]: 1.0}]]
-
-
-def test_one_objective_run(checkpoint, tmp_path):
-    """Prevents: a run that needs several objectives, or rollouts (case A) that only work beside a
-    verifier; a judge whose calibration nobody can read."""
-    out = str(tmp_path / "run")
-    train.main(["--objective", "math_engagement", "--init", checkpoint, "--out", out, *TINY])
-    judged, = [row for row in rows_of(f"{out}/log.jsonl") if row["stage"] == "labels"]
-    assert judged["objective"] == "math_engagement"
-    assert 0.5 <= judged["agreement"] <= 1 and 0 <= judged["positive"] <= 1
-    labels = train.read_rows(f"{out}/labels.jsonl", Labelled)
-    assert labels and all(t.keys() == {"math_engagement"} for row in labels for t in row.targets)
-    assert load_hf(f"{out}/modpo").config.objectives == ("policy",)
 
 
 def test_bf16_starts_at_ln2(tmp_path, monkeypatch):
@@ -348,8 +332,16 @@ def together(small_worlds, checkpoint, tmp_path_factory):
 
 def test_seeds_are_trained_apart_and_reported_together(together):
     """Prevents: seeds that share weights or test prompts, tables that are not the means over the
-    trainings."""
+    trainings; rollouts (case A) that only work beside a verifier; a judge whose calibration nobody
+    can read."""
     out, _ = together
+    for seed in ("seed=3", "seed=4"):
+        judged, = [row for row in rows_of(f"{out}/{seed}/log.jsonl") if row["stage"] == "labels"]
+        assert judged["objective"] == "math_engagement"
+        assert 0.5 <= judged["agreement"] <= 1 and 0 <= judged["positive"] <= 1
+        labels = train.read_rows(f"{out}/{seed}/labels.jsonl", Labelled)
+        targets = sum([row.targets for row in labels], [])
+        assert targets and all(t.keys() == {"math_engagement"} for t in targets)
     name = "sft/model.safetensors"
     assert files_of(f"{out}/seed=3")[name] != files_of(f"{out}/seed=4")[name]
     mean, *each = (read_json(f"{out}/{d}results.json") for d in ("", "seed=3/", "seed=4/"))
@@ -672,12 +664,3 @@ def test_documented_commands_are_accepted(capsys):
         elif "--help" not in argv:
             train.check_config(read_command(argv)[0])
     assert len(found) > 8
-
-
-# -- talking to a finished run
-
-def test_decode_talks_to_a_finished_run(whole, capsys):
-    """Prevents: a run directory that the third command cannot read."""
-    decode.main([whole, "--prompt", "seen the color is red . what do you know ?",
-                 "--max-new-tokens", "8", "--k", "2"])
-    assert "step 1" in capsys.readouterr().out
