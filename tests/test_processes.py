@@ -40,7 +40,7 @@ def in_processes(n, work, *args):
     for process in started:
         process.start()
     for process in started:
-        process.join(100)
+        process.join(300)
         process.kill()
     assert [process.exitcode for process in started] == [0] * n
 
