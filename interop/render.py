@@ -7,7 +7,7 @@ trusted. Jinja's sandbox keeps it away from Python's insides and from files, but
 for ever, or ask for all memory. Here the operating system bounds both: a process that takes too
 long is ended by the kernel, whatever it is doing, and whoever asked sees that no answer came.
 
-This program imports nothing of the project; interop/tokenizer.py starts it and talks to it.
+This program imports nothing of the project; interop/templates.py starts it and talks to it.
 """
 import functools
 import json

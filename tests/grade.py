@@ -431,7 +431,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.serve:
         return serve()
-    if args.directory is None or not os.path.isdir(args.directory):
+    if args.directory is None:
+        parser.error("which directory holds the submission?")
+    if not os.path.isdir(args.directory):
         raise InputError(f"{args.directory}: no such directory; give that of a submission")
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     exercises = read_exercises()

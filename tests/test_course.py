@@ -13,6 +13,7 @@ import pytest
 
 from data import InputError
 from tests.grade import Pupil, own_files, submitted
+from tests.grade import main as grade_main
 from tests.make_assignment import (
     FILES,
     HOME,
@@ -325,6 +326,13 @@ def test_a_submission_that_kills_the_grader_has_no_points(tmp_path):
     for test in results["tests"]:
         assert "was ended" in test["output"]
         assert test["score"] == 0
+
+
+def test_a_submission_must_be_named(capsys):
+    """A grader that answers a missing directory with "None: no such directory"."""
+    with pytest.raises(SystemExit, match="2"):
+        grade_main([])
+    assert "which directory holds the submission?" in capsys.readouterr().err
 
 
 def test_a_submission_that_hangs_is_stopped():
