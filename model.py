@@ -206,7 +206,6 @@ class KVCache:
             mask.masked_fill_(~seen, -math.inf)
         return Past(self.prefix, self.step, groups, which, start, P, S, positions, mask)
 
-    # --- exercise 8: KVCache.fork, keep and rollback (6 points) ---
     def fork(self, K):
         """A cache whose sequences are each continued by K rows: g by rows g K .. g K + K - 1.
 
@@ -222,6 +221,7 @@ class KVCache:
         new.step = [nothing] * len(self.prefix)
         return new
 
+    # --- exercise 8: KVCache.keep and rollback (6 points) ---
     def keep(self, winners, counts=None, groups=None):
         """Commit one row of each sequence: the first tokens of its step join the prefix, which all
         K rows share. Every other step is forgotten.

@@ -478,28 +478,6 @@ def seen_by(cache, rows, shared, own):
     return seen
 
 
-def test_ex8_fork(cached):
-    """Prevents: rows that continue another sequence, a prefix that is copied for each candidate, a
-    running step that is forgotten, two caches that count their tokens together."""
-    cache = cached(2)
-    feed(cache, [[1, 2], [11, 12]])
-    new = cache.fork(3)
-    if new is cache or cache.K != 1:
-        fail("fork gives a new cache; the old one stays as it is")
-    if new.K != 3 or new.lengths.tolist() != [2, 2] or new.own != 0:
-        fail(f"after fork(3) K is {new.K}, lengths are {new.lengths.tolist()} with {new.own} tokens"
-             " in the running step; expected 3, [2, 2] with 0: what was fed is committed first")
-    if new.prefix[1].data_ptr() != cache.prefix[1].data_ptr():
-        fail("the prefix is copied: all candidates share the one that is there")
-    found = feed(new, [[3], [4], [5], [13], [14], [15]])
-    expected = [[1, 2, 3], [1, 2, 4], [1, 2, 5], [11, 12, 13], [11, 12, 14], [11, 12, 15]]
-    assert found == expected, f"the rows see {found}, expected {expected}"
-    new.keep(0)
-    if cache.lengths.tolist() != [2, 2]:
-        fail(f"the old cache holds {cache.lengths.tolist()} tokens when the new one has committed "
-             "some, expected [2, 2]: `held` must be a copy")
-
-
 @pytest.mark.parametrize("winners, counts, prefixes", [
     ([2, 0], [3, 1], [[1, 2, 41, 42, 43], [11, 51]]),
     ([0, 1], [1, 2], [[1, 2, 21], [11, 61, 62]]),

@@ -383,6 +383,7 @@ def test_fork_leaves_the_prompt_as_it_was():
     one, two = cache.fork(3), cache.fork(2)
     assert isinstance(one, KVCache) and one.lengths.tolist() == [4, 4]
     assert (one.K, two.K) == (3, 2)
+    assert one.prefix[0].data_ptr() == cache.prefix[0].data_ptr()      # shared, not copied
     model(tokens(6, 3, seed=1), one)
     h = model(ids[:, 4:].repeat_interleave(2, 0), two)
     assert close(h, model(ids)[:, 4:].repeat_interleave(2, 0))
