@@ -271,6 +271,7 @@ class Bench:
         self.model = lru_cache(1)(self.load)
         self.load_prm = lru_cache(1)(partial(find_prm, run, dtype=self.dtype))
         self.tokenizer = self.sft.tokenizer
+        self.known = {}             # what has been measured, by job
         limit = self.config["max_new_tokens"]
         # Real questions are taken where they and their answers fit SFT's context.
         self.worlds = worlds_of(self.objectives, self.config["data"], limit, self.sft)
@@ -373,10 +374,9 @@ class Bench:
         students = seed_of(self.seed, "student", job.domain)
         return converse(world, problems, self.tokenizer, respond, students), model, weights
 
-    def row(self, job):
-        """An entry of results.json, and under "each" the values behind its means, one per prompt:
-        the noise-free scores, the tokens of an answer and those drawn for it, and of a policy's
-        plain samples the KL."""
+    def measure(self, job):
+        """{metric: its values, one per prompt}: the noise-free scores, the tokens of an answer and
+        those drawn for it, and of a policy's plain samples the KL."""
         talks, model, weights = self.rollout(job)
         # The scores are the world's own; noisy judges are for training alone.
         world, tokenizer = self.worlds[job.domain], self.tokenizer
@@ -388,7 +388,15 @@ class Bench:
             head = model.fold(weights)                                # (V, d)
             kls = kl_to_sft(model, head, self.sft, talks, tokenizer.pad_id)
             each["kl"], each["kl/answer"] = kls
-        each = {metric: [round(v, 4) for v in values] for metric, values in each.items()}
+        return {metric: [round(v, 4) for v in values] for metric, values in each.items()}
+
+    def row(self, job):
+        """An entry of results.json, and under "each" the values behind its means."""
+        # One row in ten stands in the table and in a sweep: what is alike is measured once.
+        alike = repr(job._replace(policy="", sweep=None))
+        if alike not in self.known:
+            self.known[alike] = self.measure(job)
+        each = self.known[alike]
         metrics = {metric: summary(values) for metric, values in each.items()}
         row = {"policy": job.policy, "weights": job.weights, "guide": job.guide,
                "domain": job.domain, "seed": self.seed, "metrics": metrics, "each": each}
