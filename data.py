@@ -742,15 +742,19 @@ def pad(rows, pad_id, device=None):
     return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
 
-def batches_by_length(lengths, tokens=16384):
+def batches_by_length(lengths, tokens=16384, few=1024):
     """Yield lists of indices, shortest row first. A batch that is padded to its longest row holds
-    at most `tokens`, or one row: little padding, and memory is bounded whatever the lengths."""
-    batch = []
+    at most `tokens`, or one row: memory is bounded whatever the lengths. One of more than `few`
+    tokens is at most a tenth padding: to begin another costs less than to compute with more."""
+    batch, own = [], 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):       # i: the longest so far
-        if batch and (len(batch) + 1) * lengths[i] > tokens:
+        padded = (len(batch) + 1) * lengths[i]
+        wasteful = padded > few and own + lengths[i] < 0.9 * padded
+        if batch and (padded > tokens or wasteful):
             yield batch
-            batch = []
+            batch, own = [], 0
         batch.append(i)
+        own += lengths[i]
     if batch:
         yield batch
 

@@ -821,9 +821,9 @@ def own_parts(batch):
     """This process's items of a batch in parts: labelled sequences, then pairs."""
     labelled = [item for item in batch if isinstance(item, Labelled)]
     pairs = local_items([item for item in batch if isinstance(item, Pair)])
-    # Few tokens at a time: gradients add up, and little is padded. dealt_batches also shares out.
+    # Of similar length, so that little is padded: gradients add up. dealt_batches also shares out.
     parts = []
-    for index in dealt_batches([len(row) for row in labelled], 2048):
+    for index in dealt_batches([len(row) for row in labelled]):
         parts.append([labelled[i] for i in index])
     return [*parts, pairs] if pairs else parts
 

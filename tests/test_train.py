@@ -338,7 +338,7 @@ def test_train_prm_adds_up_the_parts_of_a_batch(run, gpt, monkeypatch):
     prm_run(run, gpt, rows, prm_batch=6)
     plain, found, parts = train.dealt_batches, [], []
     for tokens in (1000, 12):
-        def dealt(lengths, _):
+        def dealt(lengths):
             parts.append(plain(lengths, tokens))
             return parts[-1]
         monkeypatch.setattr(train, "dealt_batches", dealt)
