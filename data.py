@@ -742,7 +742,7 @@ def pad(rows, pad_id, device=None):
     return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
 
-def batches_by_length(lengths, tokens=16384, few=1024):
+def batches_by_length(lengths, tokens=4096, few=1024):
     """Yield lists of indices, shortest row first. A batch that is padded to its longest row holds
     at most `tokens`, or one row: memory is bounded whatever the lengths. One of more than `few`
     tokens is at most a tenth padding: to begin another costs less than to compute with more."""
@@ -759,7 +759,7 @@ def batches_by_length(lengths, tokens=16384, few=1024):
         yield batch
 
 
-def dealt_batches(lengths, tokens=16384):
+def dealt_batches(lengths, tokens=4096):
     """batches_by_length of this process's rows: every ranks()-th, equally many for each process.
     All get equally many batches, too, since they take part in each other's computations."""
     order = range(len(lengths))

@@ -207,7 +207,7 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
     starts = torch.tensor([len(before) for before, _, _ in turns], device=device)
     sums = torch.zeros(len(turns), dtype=torch.float64)
     # Few enough tokens at a time for their logits over a large vocabulary.
-    size = min(16384, LOGITS // len(head))
+    size = min(4096, LOGITS // len(head))
     for index in batches_by_length([len(text) for text in texts], size):
         ids, lengths = pad([texts[i] for i in index], pad_id, device)     # (B, T)
         mask = response_mask(starts[index], lengths, ids.shape[1])        # (B, T)

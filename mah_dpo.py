@@ -125,7 +125,7 @@ def own_heads(model, pairs):
 
 
 @torch.no_grad()
-def pair_logps(model, pairs, progress=None, tokens=16384):
+def pair_logps(model, pairs, progress=None, tokens=4096):
     """Log-probabilities of chosen and rejected of N Pairs -> (N, 2), each under its own head.
 
     `tokens` bounds a batch; progress(number of pairs) is called after each. Several processes
