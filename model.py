@@ -679,47 +679,41 @@ def no_duplicates(pairs):
     return dict(pairs)
 
 
-def are_sizes(value):
-    """Is this a list of few whole numbers, none negative, none absurd?"""
-    if not isinstance(value, list) or len(value) > 16:
-        return False
-    return all(type(i) is int and 0 <= i < 2**48 for i in value)
-
-
 def check_entry(path, name, entry, size):
     """A tensor's entry in the header -> (first byte, last byte + 1) in the data of `size` bytes.
     InputError unless dtype, shape and bytes agree."""
-    kind = entry.get("dtype") if isinstance(entry, dict) else entry
+    entry = entry if isinstance(entry, dict) else {}
+    kind = entry.get("dtype")
+    shape = entry.get("shape")
+    span = entry.get("data_offsets")
     if not isinstance(kind, str) or kind not in DTYPES:
         raise InputError(f"{path}: tensor {name!r} has dtype {kind!r}, known are "
                          f"{', '.join(DTYPES)}")
-    shape, span = entry.get("shape"), entry.get("data_offsets")
-    fits = are_sizes(shape) and are_sizes(span) and len(span) == 2 and span[0] <= span[1] <= size
-    # torch multiplies sizes in 64 bits, also those next to a 0.
-    fits = fits and math.prod(i or 1 for i in shape) < 2**63
-    if not fits or math.prod(shape) * DTYPES[kind].itemsize != span[1] - span[0]:
+    # Few whole numbers, none negative, none absurd: torch multiplies sizes in 64 bits, even those
+    # next to a 0.
+    good = isinstance(shape, list) and isinstance(span, list) and len(shape) <= 16
+    good = good and all(type(i) is int and 0 <= i < 2**48 for i in shape + span)
+    good = good and math.prod(i or 1 for i in shape) < 2**63
+    good = good and len(span) == 2 and span[0] <= span[1] <= size
+    if not good or math.prod(shape) * DTYPES[kind].itemsize != span[1] - span[0]:
         raise InputError(f"{path}: tensor {name!r} has shape {shape}, which does not fill bytes "
                          f"{span} of {size} in {kind}")
     return span
 
 
-def map_tensors(path, entries):
-    """Entries of read_header -> {name: tensor}, memory-mapped: nothing is read before it is used,
-    and freeing the tensors frees the map."""
-    size, found = os.path.getsize(path), {}
-    data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
-    for name, (dtype, shape, first, stop) in entries.items():
-        part = data[first:stop]
-        # torch wants aligned views; the format does not promise them: an odd offset costs a copy.
-        if first % dtype.itemsize:
-            part = part.clone()
-        found[name] = part.view(dtype).view(shape)
-    return found
+def map_tensor(path, dtype, shape, first, stop):
+    """An entry of read_header -> the tensor, memory-mapped: nothing is read before it is used."""
+    data = torch.from_file(path, shared=False, size=stop, dtype=torch.uint8)
+    part = data[first:]
+    # torch wants aligned views; the format does not promise them: an odd offset costs a copy.
+    if first % dtype.itemsize:
+        part = part.clone()
+    return part.view(dtype).view(shape)
 
 
 def load_safetensors(path):
     """File -> {name: tensor}, memory-mapped. InputError as in read_header."""
-    return map_tensors(path, read_header(path))
+    return {name: map_tensor(path, *entry) for name, entry in read_header(path).items()}
 
 
 def read_metadata(path):
@@ -766,12 +760,7 @@ class Checkpoint:
         self.place = place
         self.entries = {}           # name -> (file, dtype, shape, first byte, last byte + 1)
         self.unused = set()         # names that nobody has asked for
-        self.path = os.path.join(directory, "model.safetensors")
-        # One file, or else shards that an index lists.
-        index = f"{self.path}.index.json"
-        shards = [self.path]
-        if not os.path.exists(self.path) and os.path.exists(index):
-            self.path, shards = index, hf.read_index(directory, index)
+        self.path, shards = hf.find_shards(directory)
         for path in shards:
             self.add(path)
 
@@ -796,7 +785,7 @@ class Checkpoint:
         if found != tuple(shape) or not kind.is_floating_point:
             raise InputError(f"{path}: tensor {name!r} has shape {found} of {kind}, config.json "
                              f"wants {tuple(shape)}")
-        return map_tensors(path, {name: entry})[name].to(dtype, copy=True)
+        return map_tensor(path, *entry).to(dtype, copy=True)
 
     def backbone(self, config, dtype):
         """The backbone's state {our name: tensor}, placed. InputError as in take."""
@@ -856,8 +845,8 @@ def load_hf(directory, objectives=None, dtype=torch.float32, place=torch.as_tens
     state = files.backbone(config, dtype)
     for i in range(len(config.objectives)):
         name = f"heads.{i}.weight"
-        head = files.take(name if own_heads else "lm_head.weight",
-                          (config.vocab_size, config.d_model), dtype)
+        source = name if own_heads else "lm_head.weight"
+        head = files.take(source, (config.vocab_size, config.d_model), dtype)
         state[name] = files.place(head)
     # Heads beside an lm_head that was asked for may stay unread; nothing else may.
     if not own_heads:

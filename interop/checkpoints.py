@@ -7,7 +7,7 @@ arithmetic that this project does not follow: such a configuration is refused, a
 
     read_fields, config_json      config.json -> fields of model.GPTConfig, and back
     parts_of                      one of our parameters -> the tensors that files hold for it
-    read_index                    model.safetensors.index.json -> the shards
+    find_shards                   model.safetensors, or the files that its index lists
 
 Read read_fields first, then FAMILIES and refuse: what is computed, and what is not. model.py builds
 models of what is found here; nothing in this file reads a tensor.
@@ -259,20 +259,20 @@ def without_prefix(name):
     return PREFIX.sub("", name)
 
 
-def read_index(directory, index):
-    """model.safetensors.index.json -> paths of the shards. InputError for one that lies outside of
-    the directory."""
+def find_shards(directory):
+    """-> model.safetensors and a list of it, or its index and the paths of the shards that this
+    lists. InputError for a shard that lies outside of the directory."""
+    whole = os.path.join(directory, "model.safetensors")
+    index = f"{whole}.index.json"
+    if os.path.exists(whole) or not os.path.exists(index):
+        return whole, [whole]
     found = read_json(index)
-    names = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(names, dict) or not names:
+    where = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(where, dict) or not where:
         raise InputError(f"{index}: no weight_map; it must map every tensor to its file")
     # The index is untrusted: names of files, never paths.
-    shards = []
-    for tensor, name in names.items():
+    for tensor, name in where.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise InputError(f"{index}: tensor {tensor!r} lies in {name!r}; shards are files of "
                              "this directory, NAME.safetensors")
-        path = os.path.join(directory, name)
-        if path not in shards:
-            shards.append(path)
-    return shards
+    return index, [os.path.join(directory, name) for name in sorted(set(where.values()))]

@@ -47,9 +47,9 @@ def read_released_head(directory, config, files, tokenizer, dtype):
     maps = sorted(maps)
     numbers = [number for _, number in maps]
     if numbers not in ([""], ["0.", "2."]) or maps[0][0] != maps[-1][0]:
-        found = sorted(files.unused, key=len)[:8] + near
+        found = sorted(files.unused, key=len)[:8] + near or ["no others"]
         raise InputError(f"{directory}: no reward model that is known here: config.json names no "
-                         f"prm_outputs, and beside the backbone are {', '.join(found) or 'no others'}; wanted "
+                         f"prm_outputs, and beside the backbone are {', '.join(found)}; wanted "
                          "is one head, NAME.weight or NAME.0.weight and NAME.2.weight as "
                          f"safetensors, where NAME is {', '.join(HEADS)}")
     layers, width = [], config.d_model
