@@ -751,7 +751,7 @@ def save_safetensors(tensors, path, metadata=None):
 
 class Checkpoint:
     """The tensors of a Hugging Face directory, in one file or in shards, by names without the
-    prefixes that programs put before them (checkpoints.without_prefix).
+    prefixes that programs put before them (checkpoints.PREFIX).
 
     They are read one by one, on demand, and those of a model put where `place` puts a tensor: no
     process holds more than its part of the model and one tensor."""
@@ -767,7 +767,7 @@ class Checkpoint:
     def add(self, path):
         """Take in a safetensors file."""
         for name, entry in read_header(path).items():
-            own = hf.without_prefix(name)
+            own = hf.PREFIX.sub("", name)
             if own in self.entries:
                 raise InputError(f"{path}: tensor {name!r} stands twice in this checkpoint")
             self.entries[own] = (path, *entry)
@@ -776,7 +776,7 @@ class Checkpoint:
     def take(self, name, shape, dtype):
         """A copy of a tensor in `dtype`; the file's pages are let go. InputError if it is missing,
         or has another shape or no floating-point numbers."""
-        own = hf.without_prefix(name)
+        own = hf.PREFIX.sub("", name)
         if own not in self.entries:
             raise InputError(f"{self.path}: tensor {name!r} is missing")
         self.unused.discard(own)
@@ -792,15 +792,17 @@ class Checkpoint:
         if config.n_layer > len(self.entries):
             raise InputError(f"{self.path}: {len(self.entries)} tensors are too few for "
                              f"{config.n_layer} layers")
-        # Where embedding and head are tied, either may stand in the file for both.
-        if config.hf.get("tie_word_embeddings", hf.is_gpt2(config)):
-            tied = [hf.EMBEDDINGS[hf.is_gpt2(config)], "lm_head.weight"]
-            for name, other in (tied, tied[::-1]):
-                if other in self.entries:
-                    self.entries.setdefault(name, self.entries[other])
         # A model without numbers knows which parameters there are.
         with torch.device("meta"):
             model = GPT(replace(config, objectives=()))
+        # Where embedding and head are tied, either may stand in the file for both.
+        if config.hf.get("tie_word_embeddings", hf.is_gpt2(config)):
+            embedding, = hf.parts_of(config, "embed.weight", model.embed.weight)
+            tied = [hf.PREFIX.sub("", embedding), "lm_head.weight"]
+            for name, other in (tied, tied[::-1]):
+                entry = self.entries.get(other)
+                if entry:
+                    self.entries.setdefault(name, entry)
         state = {}
         for name, p in model.named_parameters():
             # Ours may be several of theirs, or theirs turned round.

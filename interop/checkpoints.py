@@ -48,9 +48,15 @@ UNSTRETCHED = "original_max_position_embeddings"
 # Names by which one knows that a field changes the arithmetic: refused unless it is off ...
 CHANGES = re.compile(r"scal|softcap|multiplier|expert|moe|partial|clip|quantiz|window|layer_types"
                      r"|alibi|residual|cross|rope|rotary")
-# ... but for these, which are looked at one by one.
-HANDLED = {"rope_scaling", "rope_parameters", "rope_theta", "sliding_window", "use_sliding_window",
-           "max_window_layers", "layer_types", "scale_attn_weights"}
+# ... but for these, which are looked at one by one,
+HANDLED = ["rope_scaling", "rope_parameters", "rope_theta", "sliding_window", "use_sliding_window",
+           "max_window_layers", "layer_types", "scale_attn_weights"]
+# and these, which may have no other values: GPT-2 could leave out the square root of the width.
+ALLOWED = {
+    "scale_attn_weights": [True],
+    "hidden_act": [None, "silu", "swish"],
+    "activation_function": [None, "gelu_new", "gelu_pytorch_tanh"],
+}
 
 
 def read_fields(path):
@@ -61,7 +67,7 @@ def read_fields(path):
     if not isinstance(c, dict):
         raise InputError(f"{path}: {type(c).__name__}, not an object")
     family = c.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
+    if family not in FAMILIES:
         raise InputError(f"{path}: architecture {c.get('architectures')} (model_type {family!r}) "
                          f"is not computed here, only {', '.join(FAMILIES)}")
     # Without its sizes there is no model.
@@ -75,6 +81,7 @@ def read_fields(path):
         if fields[ours] is None:
             raise InputError(f"{path}: field {name!r} is missing")
     refuse(path, c, family, fields["max_len"])
+    # The rest has a default; FAMILIES decides where the files of a family do not say.
     bias = bool(c.get("attention_bias"))
     more = {
         "n_kv_head": c.get("num_key_value_heads") or fields["n_head"],
@@ -94,7 +101,6 @@ def read_rope(path, c, max_len):
     # Newer files have all about them in rope_parameters, older ones their scaling in rope_scaling.
     # Of a file with both, say an edited one, other programs take the latter.
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    theta = float(rope.get("rope_theta", c.get("rope_theta", 10000.0)))
     # A factor without a kind is of some kind that is not known here.
     unnamed = None if "factor" in rope else "default"
     kind = rope.get("rope_type", rope.get("type", unnamed))
@@ -108,17 +114,20 @@ def read_rope(path, c, max_len):
         if name not in known and not is_off(value):
             raise InputError(f"{path}: rotary positions with {name} = {value!r} are not computed "
                              "here")
-    if kind == "default":
-        return {"rope_theta": theta}
-    # Llama 3's numbers. The first context may stand outside, which counts more, or nowhere.
-    scaling = {UNSTRETCHED: float(c.get(UNSTRETCHED) or rope.get(UNSTRETCHED) or max_len)}
-    for name in LLAMA3_ROPE:
-        if name not in rope:
-            raise InputError(f"{path}: field {name!r} is missing")
-        scaling[name] = float(rope[name])
-    if min(scaling.values()) <= 0 or scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise InputError(f"{path}: unusable numbers of rotary positions: {scaling}")
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    # Newer files have theta there too.
+    numbers = {"rope_theta": rope.get("rope_theta", c.get("rope_theta", 10000.0))}
+    # The context before it was stretched may stand outside, which counts more, or nowhere.
+    if kind == "llama3":
+        numbers[UNSTRETCHED] = c.get(UNSTRETCHED) or rope.get(UNSTRETCHED) or max_len
+        for name in LLAMA3_ROPE:
+            numbers[name] = rope.get(name)
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not value > 0:
+            raise InputError(f"{path}: unusable {name} = {value!r}; it must be a positive number")
+        numbers[name] = float(value)
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        raise InputError(f"{path}: low_freq_factor is not below high_freq_factor")
+    return {"rope_theta": numbers.pop("rope_theta"), "rope_scaling": numbers or None}
 
 
 def is_off(value):
@@ -132,7 +141,8 @@ def refuse(path, c, family, max_len):
     # Names that tell, whatever the family.
     odd = {}
     for name, value in c.items():
-        if CHANGES.search(name) and name not in HANDLED and not is_off(value):
+        changes = CHANGES.search(name) and name not in HANDLED and not is_off(value)
+        if changes or value not in ALLOWED.get(name, [value]):
             odd[name] = value
     # Qwen's files give a window and say that it is not used; Mistral's have no such switch.
     window = c.get("sliding_window")
@@ -144,14 +154,6 @@ def refuse(path, c, family, max_len):
     layers = set(c.get("layer_types") or ())
     if layers - {"full_attention"}:
         odd["layer_types"] = sorted(layers)
-    # GPT-2 may leave out the square root of the width, or take another activation.
-    if c.get("scale_attn_weights", True) is not True:
-        odd["scale_attn_weights"] = c["scale_attn_weights"]
-    name, known = "hidden_act", ("silu", "swish")
-    if family == "gpt2":
-        name, known = "activation_function", ("gelu_new", "gelu_pytorch_tanh")
-    if c.get(name) not in (None, *known):
-        odd[name] = c[name]
     if odd:
         listed = ", ".join(f"{name} = {value!r}" for name, value in odd.items())
         raise InputError(f"{path}: {listed}: not computed here")
@@ -165,10 +167,10 @@ def config_json(c, dtype, extra):
     # What this project itself had added is written anew, in `extra`.
     kept = {k: v for k, v in (c.hf or {}).items() if k not in ("objectives", "prm_outputs")}
     plain = (c.position, c.norm, c.mlp) == ("rope", "rms", "swiglu") and not c.qk_norm
-    if not kept and (not plain or c.attn_bias != c.out_bias):
-        raise InputError("a model of one's own is saved as a Llama checkpoint: RoPE, RMSNorm, "
-                         "SwiGLU, no norm of queries")
-    # What another program needs to compute the same.
+    if not kept and (not plain or c.rope_scaling or c.attn_bias != c.out_bias):
+        raise InputError("a model of one's own is saved as a Llama checkpoint: plain RoPE, "
+                         "RMSNorm, SwiGLU, no norm of queries")
+    # What another program needs to compute the same, under Llama's names.
     own = {names[0]: getattr(c, ours) for ours, names in NAMES.items()}
     own |= {
         "architectures": ["LlamaForCausalLM"],
@@ -216,25 +218,9 @@ PREFIX = re.compile(r"^(pretrained_model\.|backbone_model\.)?(model\.|transforme
 LEFT_BEHIND = re.compile(r".*rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")
 
 
-# The embedding's name in Llama and in GPT-2, without prefix.
-EMBEDDINGS = "embed_tokens.weight", "wte.weight"
-
-
 def is_gpt2(config):
     """GPT-2 files have names of their own and linear maps stored (in, out)."""
     return config.position == "learned"
-
-
-def their_names(config, name):
-    """A backbone parameter of ours -> the names of the tensors that stand in it, in order."""
-    # layers.3.attn.qkv.weight is the layer's number, the map and which part of it.
-    layer, stem, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
-    prefix, layers, table = "model.", "layers", LLAMA
-    if is_gpt2(config):
-        prefix, layers, table = "transformer.", "h", GPT2
-    if layer is not None:
-        prefix += f"{layers}.{layer}."
-    return [f"{prefix}{theirs}.{kind}" for theirs in table[stem]]
 
 
 def is_transposed(config, name):
@@ -245,18 +231,21 @@ def is_transposed(config, name):
 
 def parts_of(config, name, p):
     """A parameter of ours -> {name: tensor} as files hold it: turned round, or cut by its rows."""
+    # layers.3.attn.qkv.weight is the layer's number, the map and which part of it.
+    layer, stem, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    prefix, layers, table = "model.", "layers", LLAMA
+    if is_gpt2(config):
+        prefix, layers, table = "transformer.", "h", GPT2
+    if layer is not None:
+        prefix += f"{layers}.{layer}."
+    names = [f"{prefix}{theirs}.{kind}" for theirs in table[stem]]
+    # Their parts are equal, but of queries, keys and values, whose heads differ in number.
     p = p.t() if is_transposed(config, name) else p
-    names = their_names(config, name)
     rows = [len(p) // len(names)] * len(names)
-    if len(names) == 3:             # queries, keys and values
+    if len(names) == 3:
         heads = (config.n_head, config.n_kv_head, config.n_kv_head)
-        rows = [k * config.head_dim for k in heads]
+        rows = [n * config.head_dim for n in heads]
     return dict(zip(names, p.split(rows)))
-
-
-def without_prefix(name):
-    """A tensor's name as those of any program can be compared."""
-    return PREFIX.sub("", name)
 
 
 def find_shards(directory):
@@ -270,7 +259,8 @@ def find_shards(directory):
     where = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(where, dict) or not where:
         raise InputError(f"{index}: no weight_map; it must map every tensor to its file")
-    # The index is untrusted: names of files, never paths.
+    # The index is untrusted. It may name files, which lie in this directory, never paths, which
+    # may lead anywhere.
     for tensor, name in where.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise InputError(f"{index}: tensor {tensor!r} lies in {name!r}; shards are files of "

@@ -360,7 +360,8 @@ LLAMA_CHANGES = [
     ({"alibi": True}, "alibi"),
     ({"max_position_embeddings": 10**12}, "max_len|unusable"),
     ({"num_hidden_layers": 10**6}, "too few"),
-    ({"rope_theta": -1.0}, "unusable"),
+    ({"rope_theta": -1.0}, "unusable rope_theta"),
+    ({"rope_theta": {"full_attention": 5e5}}, "unusable rope_theta"),
     ({"head_dim": 5}, "unusable"),
     ({"intermediate_size": None}, "intermediate_size")]
 GPT2_CHANGES = [
