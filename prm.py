@@ -22,9 +22,9 @@ import torch.nn.functional as F
 
 from data import InputError, Objective, batches_by_length, pad, read_objectives
 from interop.parallel import gathered
-from interop.reward_models import read_released_head
+from interop.reward_models import REWARD, read_released_head
 from interop.tokenizer import load_tokenizer
-from model import Checkpoint, GPT, backbone_tensors, read_config, save_directory
+from model import GPT, Checkpoint, read_config, save_directory
 
 # -- labels
 
@@ -275,13 +275,12 @@ def save_prm(prm, directory):
     """Write a PRM as a Hugging Face directory, without STEP: the backbone as a checkpoint of its
     family, the MLP as score.0 and score.2, the records of the outputs in config.json."""
     kept = [p for p, name in enumerate(prm.names) if name != STEP]
-    tensors = backbone_tensors(prm.backbone)
+    tensors = {"score_scale": prm.scale[kept]}
     for name, tensor in prm.score.state_dict().items():
         tensor = gathered(tensor)
         tensors[f"score.{name}"] = tensor[kept] if name.startswith("2.") else tensor
-    tensors["score_scale"] = prm.scale[kept]
     records = [asdict(prm.outputs[p]) for p in kept]
-    save_directory(directory, tensors, prm.backbone, prm_outputs=records)
+    save_directory(directory, prm.backbone, tensors, prm_outputs=records)
 
 
 @torch.no_grad()
@@ -293,17 +292,14 @@ def load_prm(directory, dtype=torch.float32):
     config, files = read_config(directory), Checkpoint(directory)
     config.objectives = ()               # no head of a policy
     tokenizer = load_tokenizer(directory, config.vocab_size)
-    released, outputs = None, config.hf.get("prm_outputs")
+    backbone = GPT.from_state(config, files.backbone(config, dtype), tokenizer)
+    outputs = config.hf.get("prm_outputs")
     if outputs is None:
-        released = read_released_head(directory, config, files, tokenizer, dtype)
-        outputs = released.outputs
+        prm = PRM(backbone, [REWARD]).to(dtype)
+        prm.score, prm.marker = read_released_head(directory, config, files, tokenizer, dtype)
     else:
         outputs = read_objectives(f"{directory}: config.json: prm_outputs", outputs)
-    backbone = GPT.from_state(config, files.backbone(config, dtype), tokenizer)
-    prm = PRM(backbone, outputs).to(dtype)
-    if released:
-        prm.score, prm.marker = released.score, released.marker
-    else:
+        prm = PRM(backbone, outputs).to(dtype)
         for name, p in prm.score.named_parameters():
             p.copy_(files.take(f"score.{name}", p.shape, dtype))
         prm.scale = files.take("score_scale", prm.scale.shape, dtype)

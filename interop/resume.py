@@ -75,6 +75,7 @@ def save_checkpoint(run, stage, model, optimizer, step, log):
     save_safetensors(tensors, run.file("checkpoint.safetensors"), about)
 
 
+@torch.no_grad()
 def load_checkpoint(run, stage, model, optimizer):
     """Put back what save_checkpoint saved -> steps done, log; 0, [] where there is nothing of this
     stage. InputError if it was saved under other options or with other data."""
@@ -89,16 +90,10 @@ def load_checkpoint(run, stage, model, optimizer):
     if about.get("key") != run.key:
         raise InputError(f"{path}: saved with another configuration or other data than these; "
                          f"bring those back, or {again}")
-    put_back(load_safetensors(path), model, optimizer)
-    return int(about["step"]), json.loads(about["log"])
-
-
-@torch.no_grad()
-def put_back(tensors, model, optimizer):
-    """The tensors of a checkpoint go back to where they were, on their device and in their shards,
-    apart from the file, which will be replaced."""
+    # Each tensor goes back to where it was, on its device and in its shards, apart from the file,
+    # which will be replaced.
     weights, parameters = model.state_dict(), parameters_of(optimizer)
-    for key, tensor in tensors.items():
+    for key, tensor in load_safetensors(path).items():
         kind, _, name = key.partition(".")
         if kind == "model":
             weights[name].copy_(like(tensor, weights[name]))
@@ -107,6 +102,7 @@ def put_back(tensors, model, optimizer):
         tensor = tensor.clone()
         # The number of steps is one number for a parameter, which is not sharded.
         optimizer.state[p][kind] = tensor.to(p.device) if kind == "step" else like(tensor, p)
+    return int(about["step"]), json.loads(about["log"])
 
 
 # -- stops
