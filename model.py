@@ -405,7 +405,7 @@ class Attention(nn.Module):
         if past is None:
             return self.out(attend_first(q, k, v)), None
         # With a cache: join it, then look at all that is in it.
-        new = torch.stack((k, v)).transpose(2, 3)                           # (2, n, n_kv, T, hd)
+        new = torch.stack((k.transpose(1, 2), v.transpose(1, 2)))           # (2, n, n_kv, T, hd)
         prefix, step = past.read(self.layer, new)
         if past.mask is None:
             o = attend_first(q, k, v)
