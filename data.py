@@ -14,19 +14,18 @@ import itertools
 import json
 import os
 import re
-import signal
 import sys
-import time
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import NormalDist
 
 import tiktoken
 import torch
 
-# With one process, as nearly always, rank() is 0, ranks() is 1, and total(x), a sum over all, is x.
-from interop.parallel import rank, ranks, total
+# With one process, as nearly always, rank() is 0 and ranks() is 1.
+from interop.parallel import first_speaks, rank, ranks, whole_file
 
 
 # -- objectives
@@ -237,12 +236,11 @@ class Tokenizer:
         """Response ids -> indices of the last token of every step; a cut-off last step counts."""
         if kind not in self.masks:
             self.masks[kind] = [mask.tolist() for mask in self.boundary_masks(kind)]
-        none, ends = self.n_vocab, []
-        previous = before = none
+        ends, previous, before = [], -1, -1       # the last index: no token before
         for t, token in enumerate(ids):
             if ends_step(self.masks[kind], token, previous, before) or t == len(ids) - 1:
                 ends.append(t)
-                previous = before = none          # a step does not know how the one before ended
+                previous = before = -1            # a step does not know how the one before ended
             else:
                 previous, before = token, previous
         return ends
@@ -399,11 +397,8 @@ class Math(World):
         r = []
         for t, step in enumerate(steps):
             said = re.match(r"\s*([a-e] \d+ [-+*] \d+ = \d+)(?!\d)", step)
-            if said and t < len(expected):
-                r.append(float(said[1] == expected[t]))
-            else:
-                r.append(float(step.strip() == answer))
-
+            follows = said and [said[1]] == expected[t:t + 1]
+            r.append(1.0 if follows or step.strip() == answer else 0.0)
         # The end must be the answer and nothing else. Who stops early has given none.
         written = [step.strip() for step in steps if step.strip()]
         z = float(written[-1:] == [answer])
@@ -619,14 +614,11 @@ def agreement(threshold, ratings, gold):
 
 def fit_threshold(ratings, gold):
     """The threshold of the largest agreement with `gold`, and that agreement."""
-    best, most = None, -1
-    for candidate in [min(ratings) - 1, *sorted(ratings)]:
-        agrees = agreement(candidate, ratings, gold)
-        if agrees > most:
-            best, most = candidate, agrees
+    agrees = partial(agreement, ratings=ratings, gold=gold)
+    best = max([min(ratings) - 1, *sorted(ratings)], key=agrees)
     # Every threshold up to the next rating agrees as well: take the one halfway.
     following = min((r for r in ratings if r > best), default=best + 1)
-    return (best + following) / 2, most
+    return (best + following) / 2, agrees(best)
 
 
 # -- a user's mistakes, and JSON files
@@ -646,11 +638,8 @@ def run_command(main):
         os._exit(0)
     except (InputError, OSError, UnicodeError) as e:
         # OSError: no right to write, a full disk. UnicodeError: a terminal in another encoding.
-        if rank() > 0 and isinstance(e, InputError):
-            # Most mistakes are met by every process, and one line is enough: wait to be ended by
-            # torchrun, because the first has ended.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
+        if isinstance(e, InputError):
+            first_speaks()           # all processes meet most mistakes, and one line is enough
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -677,17 +666,16 @@ def read_jsonl(path):
         # Behind a byte order mark perhaps, the first character shows the kind of file.
         is_list = f.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         for number, line in enumerate([f.read()] if is_list else f, 1):
+            where = f"{path}:{number}"
             if not line.strip():
                 continue
             try:
                 value = json.loads(line.strip().decode("utf-8-sig"))
             except (ValueError, RecursionError) as e:
-                raise InputError(f"{path}:{number}: not JSON ({e}); write one flat object per "
-                                 "line, in UTF-8") from None
-            rows = [(f"{path}:{number}", value)]
-            if is_list:
-                rows = [(f"{path}: row {n}", row) for n, row in enumerate(value, 1)]
-            for where, row in rows:
+                raise InputError(f"{where}: not JSON ({e}); write one flat object per line, in "
+                                 "UTF-8") from None
+            for n, row in enumerate(value if is_list else [value], 1):
+                where = f"{path}: row {n}" if is_list else where
                 if not isinstance(row, dict):
                     kind = type(row).__name__
                     raise InputError(f"{where}: {kind}, not an object; write {{\"prompt\": ...}}")
@@ -709,23 +697,10 @@ def write_text(path, text):
 def writing(path):
     """A file to write bytes to. Whatever happens, `path` is the old file or the whole new one. Of
     several processes the first writes, and all wait for it. InputError, say, on a full disk."""
-    # Until all bytes are on the disk they stand under another name.
-    temporary = f"{path}.tmp"
-    # No process has the sum before all have come: total makes them wait for each other.
-    nothing = torch.zeros(1)
-    total(nothing)
     try:
-        with open(temporary if rank() == 0 else os.devnull, "wb") as f:
+        with whole_file(path) as f:
             yield f
-            if rank() == 0:
-                f.flush()
-                os.fsync(f.fileno())
-        if rank() == 0:
-            os.replace(temporary, path)
-        total(nothing)               # no process goes on before the file is there
     except OSError as e:
-        with suppress(OSError):
-            os.remove(temporary)
         raise InputError(f"{path}: cannot be written ({e.strerror}); what stood there is intact. "
                          "Make room, or get the right to write there, and run the command again, "
                          "train.py with --resume") from None
@@ -756,13 +731,14 @@ def batches_by_length(lengths, tokens=16384):
 
 
 def dealt_batches(lengths, tokens=16384):
-    """batches_by_length of this process's rows: every ranks()-th, equally many for each process.
-    All get equally many batches, too, since they take part in each other's computations."""
-    order = range(len(lengths))
-    shares = [sorted(order[r::ranks()], key=lengths.__getitem__) for r in range(ranks())]
-    # The processes' k-th rows stand at the same place of their batches: the longest of them counts.
-    longest = [max(lengths[i] for i in rows) for rows in zip(*shares, strict=True)]
-    own = shares[rank()]
+    """batches_by_length of this process's share of the rows. All processes get equally many rows
+    and equally many batches, since they take part in each other's computations."""
+    assert len(lengths) % ranks() == 0, "rows that the processes cannot share"
+    order = sum(batches_by_length(lengths), [])          # shortest first
+    # Of rows that follow each other every process gets one, at the same place of its batches: the
+    # longest of them counts.
+    own = order[rank()::ranks()]
+    longest = [lengths[i] for i in order[ranks() - 1::ranks()]]
     return [[own[k] for k in batch] for batch in batches_by_length(longest, tokens)]
 
 

@@ -14,13 +14,12 @@ Read response_logps and policy_logps (what a pair's responses are worth), then t
 MAH-DPO, and the baselines MODPO (one policy for each mix of objectives, the others' rewards as a
 margin) and DPO soup (one policy per objective, parameters averaged).
 """
-import json
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from data import dealt_batches, pad, split_of
+from data import dealt_batches, pad, response_mask
 from interop.parallel import gather, ranks
 from model import linear
 
@@ -41,22 +40,6 @@ class Pair:
     def __len__(self):
         """Tokens that are fed for it: the prompt is encoded once for both responses."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
-
-def encode_pair(preference, model):
-    """A pair in text (interop.datasets.Preference) -> Pair in the model's ids, EOS behind both
-    responses; the hash of the prompt's text says its split. None if it is longer than the context,
-    or nothing of the responses is left to tell them apart."""
-    # Encoded apart: tokens must not merge across the border of prompt and response.
-    tokenizer, p = model.tokenizer, preference
-    prompt = tokenizer.encode_chat(p.prompt)
-    chosen = tokenizer.encode(p.chosen) + [tokenizer.eos_id]
-    rejected = tokenizer.encode(p.rejected) + [tokenizer.eos_id]
-    short, long = sorted((len(chosen), len(rejected)))
-    if short == 1 or chosen == rejected or len(prompt) + long > model.config.max_len:
-        return None
-    split = "train" if split_of(json.dumps(p.prompt)) == "train" else "dev"
-    return Pair(p.objective, prompt, chosen, rejected, split)
 
 
 # --- exercise 1: response_logps (3 points) ---
@@ -103,8 +86,7 @@ def policy_logps(model, pairs, head):
     h = torch.cat((last[:, None], others), 1)                               # (2n, R, d)
     # Rows are now "the prompt's last token, the response".
     ids = F.pad(responses, (1, 0))                                          # (2n, 1 + R)
-    t = torch.arange(ids.shape[1], device=device)
-    mask = (t > 0) & (t <= sizes[:, None])
+    mask = response_mask(torch.ones_like(sizes), 1 + sizes, ids.shape[1])
     # One head after another scores the rows that are its own; they are put back in their places.
     head = head.repeat_interleave(2)                                        # (2n,)
     dtype = torch.promote_types(h.dtype, torch.float32)
@@ -265,14 +247,10 @@ def make_optimizer(model, lr_backbone, lr_heads):
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
-def main():
-    """Where policy and reference are equal, every objective loses ln 2."""
+if __name__ == "__main__":
+    # Where policy and reference are equal, every objective loses ln 2.
     zero = torch.zeros(2)
     objectives, alpha = torch.tensor([0, 1]), torch.ones(2)
     loss, metrics = mah_dpo_loss(zero, zero, zero, zero, objectives, alpha, beta=0.1)
     print(f"policy = reference: loss {float(loss):.4f} = 2 ln 2, per objective "
           f"{metrics['loss'].tolist()}")
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, Objective, batches_by_length, pad, read_objectives
+from data import InputError, Objective, pad, read_objectives
 from interop.parallel import gathered
 from interop.reward_models import read_released_head
 from interop.tokenizer import load_tokenizer
@@ -187,30 +187,6 @@ class Labelled:
         return len(self.ids)
 
 
-def encode_steps(tokenizer, prompt, steps, boundary, marker=None):
-    """Messages and the texts of a response's steps -> (ids, index at which each step is scored).
-
-    A step ends as guided decoding will end it: with a newline where steps are lines, the last
-    one with EOS. A PRM with a marker is read at that, behind every step as it is. None if a step
-    has no token."""
-    ids, ends = list(tokenizer.encode_chat(prompt)), []
-    for number, step in enumerate(steps, 1):
-        is_last = number == len(steps)
-        if boundary == "newline" and marker is None and not is_last:
-            step = step.rstrip("\n") + "\n"
-        tokens = tokenizer.encode(step)
-        if not tokens:
-            return None
-        ids += tokens
-        # What is read, if it is not the step's own last token.
-        if marker is not None:
-            ids.append(marker)
-        elif is_last:
-            ids.append(tokenizer.eos_id)
-        ends.append(len(ids) - 1)
-    return ids, ends
-
-
 def scores_at(prm, sequences):
     """[(ids, ends)] with N ends in all -> the scores there, one sequence after another (N, P)."""
     # What stands behind a sequence changes none of its scores: any id will do as padding.
@@ -221,21 +197,6 @@ def scores_at(prm, sequences):
         rows += [row] * len(ends)
         places += ends
     return prm(ids)[rows, places].float()
-
-
-@torch.no_grad()
-def score_sequences(prm, output, sequences):
-    """[(ids, ends)] -> for each sequence the scores of the output of that name at its ends."""
-    p = prm.names.index(output)
-    found = [None] * len(sequences)
-    # Sequences of similar length go together, so that little is padded.
-    for index in batches_by_length([len(ids) for ids, _ in sequences]):
-        batch = [sequences[i] for i in index]
-        scores = scores_at(prm, batch)[:, p].cpu()                                 # (N,)
-        parts = scores.split([len(ends) for _, ends in batch])
-        for i, part in zip(index, parts):
-            found[i] = part.tolist()
-    return found
 
 
 def step_scores(prm, rows):
