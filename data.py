@@ -2,8 +2,7 @@
     objectives   seven axes of alignment: how the labels of each are made, and where its steps end
     tokenizer    text <-> ids, built from the words of the worlds, never downloaded
     worlds       three small worlds written as programs: each asks questions, shows how people who
-                 err answer them, and scores any answer without noise. A model of 0.4 M parameters
-                 can learn them, and every stage of the method has something to improve in them.
+                 err answer them, and scores any answer without noise
     judges       noisy ratings. Training sees these; the tables show the noise-free scores.
     files        a user's mistakes; JSON in and out
     batches      ragged lists of ids -> one padded tensor
@@ -30,9 +29,9 @@ from interop.parallel import first_speaks, rank, ranks, whole_file
 
 # -- objectives
 
-# How the labels of steps are made (paper, Sec. 4). verifiable: a program checks answer and steps.
-# A: a judge rates answers that are completed from a step, where such rollouts are cheap.
-# B: a judge rates what was said so far. C: of two whole answers one is preferred.
+# How steps are labelled (paper, Sec. 4). verifiable: a program checks answer and steps. A: a judge
+# rates answers that go on from a step. B: it rates what was said so far. C: of two answers one is
+# preferred.
 CASES = ("verifiable", "A", "B", "C")
 BOUNDARIES = ("newline", "sentence", "turn")        # what ends a step of an answer
 
@@ -71,8 +70,7 @@ def select_objectives(spec):
 
 
 def read_objectives(where, records):
-    """Records of a config.json (`where`: file and key), each an Objective's asdict -> list of
-    Objective."""
+    """Records of a config.json (`where`: file and key), as asdict writes them -> [Objective]."""
     try:
         found = [Objective(**record) for record in records]
         # A name becomes part of the names of files: it must be no path.
@@ -94,7 +92,7 @@ def domain_objectives(domain, objectives):
 # -- randomness
 
 class RNG:
-    """Random draws for Python code: from one torch.Generator, so that a seed fixes them all."""
+    """Random draws for Python code, all fixed by one seed."""
 
     def __init__(self, seed):
         self.generator = torch.Generator().manual_seed(seed)
@@ -141,11 +139,9 @@ class Tokenizer:
     """Text <-> token ids. tiktoken cuts a text into words by a pattern; in each word the two
     neighbours whose union has the lowest rank become one piece, again and again.
 
-    pieces:   list of bytes by id; b"" for special tokens and unused ids
-    ranks:    {piece: rank}, in the order of ranks 0, 1, ..., which need not be that of ids. All 256
-              single bytes must be among them: tiktoken panics at a byte that it lacks
-    specials: {text: id}. Ordinary text never becomes one; only chats are written with them
-    """
+    pieces: list of bytes by id; b"" for special tokens and unused ids. specials: {text: id};
+    ordinary text never becomes one. ranks: {piece: rank}, by rank, which need not be the order of
+    ids. All 256 single bytes must be there: tiktoken panics at a byte that it lacks."""
 
     def __init__(self, pieces, ranks, specials, pattern, eos_id, pad_id, bos_id=None):
         self.pieces = pieces
@@ -162,14 +158,12 @@ class Tokenizer:
 
     @classmethod
     def embedded(cls):
-        """The tokenizer of the three worlds: 256 bytes, then every word and number that occurs in
-        3,000 conversations, then the special tokens."""
+        """The worlds' own: 256 bytes, the words and numbers of 3,000 conversations, specials."""
         rng, words = RNG(0), set()
         for world in DOMAINS.values():
             for _ in range(1000):
                 for message in world.conversation(world.problem(rng), rng):
                     words.update(re.findall(PATTERN, message["content"]))
-        # Any text can be written with the bytes; what is longer only makes it shorter.
         pieces = [bytes([b]) for b in range(256)]
         pieces += sorted(word.encode() for word in words if len(word) > 1)
         ranks = {piece: i for i, piece in enumerate(pieces)}
@@ -208,18 +202,15 @@ class Tokenizer:
         return self.encode_chat([{"role": "user", "content": content}])
 
     def save(self, directory):
-        """Write the files that it came from, as they came. The worlds' tokenizer came from none:
-        its tokenizer.json is made."""
+        """Write the files that it came from; the worlds' came from none, and its files are made."""
         from interop.tokenizer import tokenizer_files     # here, because that file imports this one
         for name, content in (self.files or tokenizer_files(self)).items():
             write_text(os.path.join(directory, name), content)
 
     def boundary_masks(self, kind):
-        """Kind of boundary (newline, sentence, turn) -> four masks (V + 1,) bool for ends_step, so
-        that no text is decoded inside a decoding loop.
-
-        Tokens that always end a step (EOS, and but for turns what holds a newline); sentence stops;
-        initials and numbers; bare letters. Index V stands for "no token before"."""
+        """Kind of boundary -> four masks (V + 1,) bool for ends_step, so that no decoding loop
+        decodes text: tokens that always end a step; sentence stops; initials and numbers; bare
+        letters. Index V stands for "no token before"."""
         texts = [piece.decode("utf-8", errors="replace") for piece in self.pieces]
         # A newline ends a line and a sentence; nothing but EOS ends a turn.
         always = [kind != "turn" and "\n" in text for text in texts]
@@ -276,9 +267,8 @@ class World:
         demonstrate(problem, messages, rng, careful)  answers as people do who err, careful or not
         scores(problem, messages, response)           the noise-free {objective: score in [0, 1]}
 
-    and, where an objective is verifiable, verify(problem, steps), as Math does. Its name is its
-    domain; the assistant speaks `turns` times, with max_new_tokens or fewer each time.
-    """
+    and, where an objective is verifiable, verify(problem, steps). Its name is its domain; the
+    assistant speaks `turns` times."""
     name, turns, max_new_tokens, boundary = "", 1, 0, "turn"
 
     @property
@@ -288,9 +278,8 @@ class World:
 
     def problems(self, split, n, rng):
         """n different problems of one split."""
-        # So many draws find n different problems, unless there are hardly that many.
         found = {}                   # by prompt
-        for _ in range(100 * n + 1000):
+        for _ in range(100 * n + 1000):          # enough, unless there are hardly n
             if len(found) == n:
                 return list(found.values())
             problem = self.problem(rng)
@@ -324,7 +313,7 @@ def believed(a, op, b):
     """What people say a op b is. 22 % of the facts are misconceptions, off by one or two and within
     0..20: always the same ones, so that they do not average out."""
     truth = right(a, op, b)
-    # A number in [0, 1) that looks random, and is the same whenever this fact is asked for.
+    # Looks random in [0, 1), and is the same whenever this fact is asked for.
     u = zlib.crc32(repr((a, op, b)).encode()) / 2**32
     if u >= 0.22:
         return truth
@@ -437,8 +426,8 @@ class Values(World):
               "eager": {"seen": (.80, .10, .00), "heard": (.75, .15, .00), "none": (.70, .10, .05)},
               "shy": {"seen": (.45, .15, .05), "heard": (.10, .10, .05), "none": (.00, .05, .10)}}
 
-    # What a fact brings, by the verb that it is told with. The objectives agree on what was seen;
-    # what was heard they would have claimed, hedged, or left out.
+    # What a fact brings, by its verb. The objectives agree on what was seen; what was heard they
+    # would have claimed, hedged, or left out.
     HELPS = {"is": 1.0, "may be": 0.8, "remains": 0.0, "silent": 0.0}
     FITS = {"seen": "is", "heard": "may be", "none": "remains"}
     TRUE = {"is": 1.0, "may be": 0.9, "remains": 0.7, "silent": 0.7}
@@ -499,8 +488,8 @@ class Tutoring(World):
         user        hmm ok . i get z = 5 .
         assistant   7 - 2 = 5 . well done !
 
-    A turn of the tutor may judge the student's claim, explain a line, praise and ask. Accuracy: it
-    says what is right. Engagement: it praises, and asks what it has not asked before.
+    Accuracy: the tutor says what is right. Engagement: it praises, and asks what it has not asked
+    before.
     """
     name, max_new_tokens, boundary, turns = "tutoring", 30, "turn", 3
     NAMES = ["xyz", "abc", "pqr", "uvw", "jkm", "def"]
@@ -556,8 +545,7 @@ class Tutoring(World):
         return " ".join(parts or ["ok ."])
 
     def scores(self, problem, messages, response):
-        # Is it right, claim by claim? First its judgement of the student (who says both is wrong),
-        # then every explanation.
+        # Claim by claim: its judgement of the student (both is wrong), then every explanation.
         fact, claim_is_right = self.asked(problem, messages)
         claims = []
         yes, no = "yes ." in response, "not quite ." in response
@@ -606,8 +594,7 @@ def judge(score, rng):
 
 
 def agreement(threshold, ratings, gold):
-    """The share of a judge's ratings on the side of a threshold where `gold`, a list of bool, says
-    that they belong: true above, false below."""
+    """The share of ratings on the side of a threshold that `gold` (bool) says: true is above."""
     hits = [(rating > threshold) == good for rating, good in zip(ratings, gold)]
     return sum(hits) / len(hits)
 
@@ -629,8 +616,7 @@ class InputError(ValueError):
 
 
 def run_command(main):
-    """Run main() of a command line. A user's mistake ends in one line on stderr and exit code 2,
-    not in a traceback."""
+    """Run main(). A user's mistake ends in one line on stderr and exit code 2, in no traceback."""
     try:
         main()
     except BrokenPipeError:

@@ -196,16 +196,16 @@ test_pairs_each_through_its_own_head:
   With several pairs a step, answers begin as if something else had been asked.
     last = h[b, lengths - 1].repeat_interleave(2, 0) ==> last = h[b, lengths - 1].repeat(2, 1)
 [decode.py]
-test_ex10_temperature: The lower the temperature, the wilder the text.
+test_ex10_draws: The lower the temperature, the wilder the text.
     F.softmax(logits / temperature, -1) ==> F.softmax(logits * temperature, -1)
-test_ex10_top_p: With a small top_p decoding breaks.
+test_ex10_draws: With a small top_p decoding breaks.
     likelier = p.cumsum(-1) - p ==> likelier = p.cumsum(-1)
-test_ex10_top_p: top_p < 1 often draws the least likely of the tokens that it keeps.
+test_ex10_draws: top_p < 1 often draws the least likely of the tokens that it keeps.
     level = u.to(cdf) * cdf[:, -1] ==> level = u.to(cdf)
 test_sample_never_draws_what_has_no_probability:
   Once in sixteen million draws something impossible is said.
     right=True) ==> right=False)
-test_ex10_top_k: With top_k all text consists of a few strange tokens.
+test_ex10_draws: With top_k all text consists of a few strange tokens.
     token = index if order is None else order.gather(-1, index) ==> token = index
 test_generate_refuses_prompts_that_do_not_fit:
   A prompt that fills the context gets an answer of noise.
