@@ -333,36 +333,33 @@ class Math(World):
     Accuracy: the answer is right. Engagement: as many different chatty sentences as operations.
     """
     name, max_new_tokens, boundary = "math", 72, "newline"
-    # What an operation can be, and what a person may add to a step.
+    # The names of steps, what an operation can be, and what a person may add to a step.
+    LABELS = "abcde"
     TERMS = list(itertools.product("+-*", range(2, 10)))
     CHAT = [" . nice work so far !", " . look how neat this is !", " . now it gets fun !",
             " . you can do this !", " . high five for that !", " . what a lovely number !",
             " . this one is sweet !", " . on we go my friend !"]
 
     def problem(self, rng):
-        first = value = rng.choice(range(21))
-        asked, terms, solution = str(first), [], []
-        for label in "abcde"[:rng.choice((2, 3, 3, 4, 4, 5))]:
+        value = rng.choice(range(21))
+        asked, facts = str(value), []
+        for label in self.LABELS[:rng.choice((2, 3, 3, 4, 4, 5))]:
             # Running values stay in 0..20, so that there are few enough facts to be learnt.
-            possible = [(op, b) for op, b in self.TERMS if 0 <= right(value, op, b) <= 20]
-            op, b = rng.choice(possible)
-            result = right(value, op, b)
+            op, b = rng.choice([term for term in self.TERMS if 0 <= right(value, *term) <= 20])
             asked += f" ; {label} {op} {b}"
-            terms.append((label, op, b))
-            solution.append(f"{label} {value} {op} {b} = {result}")
-            value = result
-        # The verifier compares with the lines of the solution.
-        truth = {"first": first, "terms": terms, "solution": [*solution, f"answer {value}"]}
-        return Problem(f"{asked} = ?", truth)
+            facts.append((value, op, b, right(value, op, b)))
+            value = facts[-1][-1]
+        return Problem(f"{asked} = ?", {"facts": facts})
 
     def demonstrate(self, problem, messages, rng, careful=False):
         # Misconceptions are repeated more often than not: no majority vote mends them.
         p_wrong = 0.6 if careful else 0.7
         # Some people chat a lot: a model that saw only short answers loses its place in long ones.
         p_chat = 0.25 if careful else rng.random()
+        facts = problem.truth["facts"]
         for _ in range(20):
-            value, lines, inside = problem.truth["first"], "", True
-            for label, op, b in problem.truth["terms"]:
+            value, lines, inside = facts[0][0], "", True
+            for label, (_, op, b, _) in zip(self.LABELS, facts):
                 result = believed(value, op, b) if rng.chance(p_wrong) else right(value, op, b)
                 if rng.chance(0.01):
                     result += rng.choice((-1, 1))
@@ -381,9 +378,11 @@ class Math(World):
         z: 1.0 if the final answer is right. r: for every step, 1.0 if it does the next operation on
         the right running value and gets it right, or if it states the right answer; a world that
         cannot tell gives None."""
-        *expected, answer = problem.truth["solution"]
+        facts, expected, r = problem.truth["facts"], [], []
+        for label, (a, op, b, result) in zip(self.LABELS, facts):
+            expected.append(f"{label} {a} {op} {b} = {result}")
+        answer = f"answer {result}"
         # Each step against its own line: the right step at the wrong time is wrong.
-        r = []
         for t, step in enumerate(steps):
             said = re.match(r"\s*([a-e] \d+ [-+*] \d+ = \d+)(?!\d)", step)
             follows = said and [said[1]] == expected[t:t + 1]
@@ -398,7 +397,7 @@ class Math(World):
         accuracy, _ = self.verify(problem, steps)
         # To say the same again does not engage.
         different = [chat for chat in self.CHAT if chat.strip(" .") in response]
-        engagement = len(different) / len(problem.truth["terms"])
+        engagement = len(different) / len(problem.truth["facts"])
         return {"math_accuracy": accuracy, "math_engagement": min(1.0, engagement)}
 
 
@@ -506,9 +505,8 @@ class Tutoring(World):
         # A student must be able to count up to these values: else draw again.
         if not (0 <= y <= 12 and 0 <= z <= 12):
             return self.problem(rng)
-        # What the student thinks that the first line gives.
+        # What the student thinks that the first line of p = x ; q = p op1 b ; r = q op2 c gives.
         belief = y if rng.chance(0.35) else self.mistaken(y, rng)
-        # The code is p = x ; q = p op1 b ; r = q op2 c. Its last value is r's.
         p, q, r = rng.choice(self.NAMES)
         code = f"{p} = {x} ; {q} = {p} {op1} {b} ; {r} = {q} {op2} {c}"
         truth = {"facts": [(x, op1, b, y), (y, op2, c, z)], "last": r}

@@ -88,7 +88,7 @@ def policy_logps(model, pairs, head):
     # One head after another scores the rows that are its own; they are put back in their places.
     head = head.repeat_interleave(2)                                        # (2n,)
     dtype = torch.promote_types(h.dtype, torch.float32)
-    found = torch.zeros(len(ids), dtype=dtype, device=device)
+    found = torch.zeros(len(ids), dtype=dtype, device=device)                # (2n,)
     for i in head.unique().tolist():
         rows = (head == i).nonzero()[:, 0]
         logps = response_logps(h[rows], model.heads[i].weight, ids[rows], mask[rows])
@@ -109,8 +109,8 @@ def pair_logps(model, pairs, progress=None, tokens=16384):
 
     `tokens` bounds a batch; progress(number of pairs) is called after each. Several processes
     share the work: equally many rows each, of which the last may score the first pairs again."""
-    found, n = [], len(pairs) + -len(pairs) % ranks()
-    rows = [i % len(pairs) for i in range(n)]
+    n = len(pairs) + -len(pairs) % ranks()
+    rows, found = [i % len(pairs) for i in range(n)], []
     for batch in dealt_batches([len(pairs[i]) for i in rows], tokens):
         index = [rows[k] for k in batch]
         part = [pairs[i] for i in index]
@@ -241,5 +241,5 @@ if __name__ == "__main__":
     zero = torch.zeros(2)
     objectives, alpha = torch.tensor([0, 1]), torch.ones(2)
     loss, metrics = mah_dpo_loss(zero, zero, zero, zero, objectives, alpha, beta=0.1)
-    print(f"policy = reference: loss {float(loss):.4f} = 2 ln 2, per objective "
+    print(f"policy = reference: loss {loss:.4f} = 2 ln 2, per objective "
           f"{metrics['loss'].tolist()}")

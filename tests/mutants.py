@@ -37,7 +37,7 @@ test_verifier: The verifier accepts 70 for 7.
 test_verifier: Steps may come in any order.
     [said[1]] == expected[t:t + 1] ==> said[1] in expected
 test_math_scores: Short answers engage more.
-    = len(different) / len(problem.truth["terms"]) ==> = len(different) / len(steps)
+    = len(different) / len(problem.truth["facts"]) ==> = len(different) / len(steps)
 test_values_scores: One can take back a lie.
     in reversed(mentions)} ==> in mentions}
 test_values_scores: Lying has become cheaper.
