@@ -14,7 +14,7 @@ from data import InputError, read_json
 from tests.grade import Pupil, own_files, submitted
 from tests.grade import main as grade_main
 from tests.make_assignment import (FILES, HOME, TOOLS, Exercise, between, copied_files, folder,
-                                   left_out, make_assignment, read, read_exercises)
+                                   left_out, make_assignment, read, read_exercises, write)
 from tests.make_assignment import main as make_assignment_main
 from tests.mutants import MUTANTS, TABLE, mutated
 from tests.mutants import main as mutants_main
@@ -251,9 +251,8 @@ def test_a_submission_costs_its_own_exercise_only(tmp_path):
     for n in (5, *range(9, len(EXERCISES) + 1)):
         edits[n] = f"# --- exercise {n}: again (1 point) ---"
     directory = submission(tmp_path / "s", edits)
-    for name in ("conftest.py", "test_exercises.py"):
-        with open(os.path.join(directory, "tests", name), "w") as f:
-            f.write("raise SystemExit\n")
+    names = ("tests/conftest.py", "tests/test_exercises.py")
+    write(directory, dict.fromkeys(names, "raise SystemExit\n"))
     out = str(tmp_path / "results.json")
     printed = run("-m", "tests.grade", directory, "--out", out, "--seed", "5")
     results = read_json(out)
@@ -262,12 +261,10 @@ def test_a_submission_costs_its_own_exercise_only(tmp_path):
     assert scores == expected, printed
     assert results["score"] == POINTS[1] + POINTS[8]
     said = {int(test["number"]): test["output"] for test in results["tests"]}
-    assert "ended without an answer" in said[2]
-    assert "balanced_mean is 0.0, expected" in said[3]
-    assert "SystemExit" in said[4]
-    assert "SyntaxError" in said[6]
-    assert "bradley_terry_loss is" in said[7]
-    assert "once each" in said[9]
+    for n, why in {2: "ended without an answer", 3: "balanced_mean is 0.0, expected",
+                   4: "SystemExit", 6: "SyntaxError", 7: "bradley_terry_loss is",
+                   9: "once each"}.items():
+        assert why in said[n]
     assert "hello" not in printed
     assert " 3 / 3   exercise  1: response_logps" in printed
     fields = {"name", "number", "score", "max_score", "output", "status"}
@@ -281,10 +278,8 @@ def test_a_submission_that_kills_the_grader_has_no_points(tmp_path):
     run("-m", "tests.grade", directory, "--out", out)
     results = read_json(out)
     assert results["score"] == 0
-    assert len(results["tests"]) == len(EXERCISES)
-    for test in results["tests"]:
-        assert "was ended" in test["output"]
-        assert test["score"] == 0
+    said = {(test["score"], "was ended" in test["output"]) for test in results["tests"]}
+    assert said == {(0, True)} and len(results["tests"]) == len(EXERCISES)
 
 
 def test_a_submission_must_be_named(capsys):
@@ -309,15 +304,12 @@ def test_a_submission_that_hangs_is_stopped():
 # -- planted bugs
 
 def test_bugs_can_be_planted():
-    """An edit of the code after which a bug cannot be planted any more, or whose test is gone
-    (`--killers` runs them all)."""
+    """An edit of the code after which a bug cannot be planted any more (`--killers` runs all)."""
     assert len(MUTANTS) == TABLE.count("==>") >= 60
     assert set(FILES) <= {mutant.file for mutant in MUTANTS} <= set(PROGRAM)
     for mutant in MUTANTS:
         # Raises where the old text does not stand there exactly once.
         compile(mutated(mutant), mutant.file, "exec")
-        file, name = mutant.killer.split("::")
-        assert re.search(rf"^def {name}\(", read(HOME, f"tests/{file}"), re.M), mutant.killer
         assert mutant.hint.endswith(".")
         assert mutant.file not in mutant.hint
 
