@@ -164,6 +164,7 @@ class Tokenizer:
             for _ in range(1000):
                 for message in world.conversation(world.problem(rng), rng):
                     words.update(re.findall(PATTERN, message["content"]))
+        # Any text can be written with the bytes; what is longer only makes it shorter.
         pieces = [bytes([b]) for b in range(256)]
         pieces += sorted(word.encode() for word in words if len(word) > 1)
         ranks = {piece: i for i, piece in enumerate(pieces)}
@@ -227,7 +228,8 @@ class Tokenizer:
         """Response ids -> indices of the last token of every step; a cut-off last step counts."""
         if kind not in self.masks:
             self.masks[kind] = [mask.tolist() for mask in self.boundary_masks(kind)]
-        ends, previous, before = [], -1, -1       # the last index: no token before
+        # The last index of the masks stands for "no token before".
+        ends, previous, before = [], -1, -1
         for t, token in enumerate(ids):
             if ends_step(self.masks[kind], token, previous, before) or t == len(ids) - 1:
                 ends.append(t)
@@ -279,7 +281,8 @@ class World:
     def problems(self, split, n, rng):
         """n different problems of one split."""
         found = {}                   # by prompt
-        for _ in range(100 * n + 1000):          # enough, unless there are hardly n
+        # So many draws find n different problems, unless there are hardly that many.
+        for _ in range(100 * n + 1000):
             if len(found) == n:
                 return list(found.values())
             problem = self.problem(rng)
@@ -580,7 +583,8 @@ DOMAINS = {world.name: world for world in (Math(), Values(), Tutoring())}
 
 # -- judges
 
-JUDGE_NOISE = 0.1    # standard deviation of a judge's rating around the true score
+# The standard deviation of a judge's rating around the true score.
+JUDGE_NOISE = 0.1
 ENGAGING = 0.3       # a maths solution that people rate as "engaging" has at least this true score
 
 
@@ -622,8 +626,9 @@ def run_command(main):
         os._exit(0)
     except (InputError, OSError, UnicodeError) as e:
         # OSError: no right to write, a full disk. UnicodeError: a terminal in another encoding.
+        # All processes meet most mistakes, and one line is enough.
         if isinstance(e, InputError):
-            first_speaks()           # all processes meet most mistakes, and one line is enough
+            first_speaks()
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -718,7 +723,8 @@ def dealt_batches(lengths, tokens=16384):
     """batches_by_length of this process's share of the rows. All processes get equally many rows
     and equally many batches, since they take part in each other's computations."""
     assert len(lengths) % ranks() == 0, "rows that the processes cannot share"
-    order = sum(batches_by_length(lengths), [])          # shortest first
+    # Shortest first, whatever the batches.
+    order = sum(batches_by_length(lengths), [])
     # Of rows that follow each other every process gets one, at the same place of its batches: the
     # longest of them counts.
     own = order[rank()::ranks()]
