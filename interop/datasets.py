@@ -17,9 +17,9 @@ from functools import partial
 from data import DOMAINS, InputError, Problem, World, read_jsonl, split_of
 from interop.answers import final_answer, marked_answer, same_answer
 from interop.parallel import placed
-from mah_dpo import encode_pair
+from mah_dpo import Pair
 from model import load_hf
-from prm import Labelled, encode_steps
+from prm import Labelled
 
 
 @dataclass
@@ -414,6 +414,51 @@ def worlds_of(objectives, data, max_new_tokens, model):
     return worlds
 
 
+# -- rows in a model's ids
+
+def encode_pair(preference, model):
+    """A Preference -> Pair in the model's ids, EOS behind both responses. None if it is longer than
+    the context, or nothing of the responses is left to tell them apart."""
+    # Encoded apart: tokens must not merge across the border of prompt and response.
+    tokenizer, p = model.tokenizer, preference
+    prompt = tokenizer.encode_chat(p.prompt)
+    chosen = tokenizer.encode(p.chosen) + [tokenizer.eos_id]
+    rejected = tokenizer.encode(p.rejected) + [tokenizer.eos_id]
+    short, long = sorted((len(chosen), len(rejected)))
+    if short == 1 or chosen == rejected or len(prompt) + long > model.config.max_len:
+        return None
+    return Pair(p.objective, prompt, chosen, rejected, train_or_dev(p.prompt))
+
+
+def train_or_dev(prompt):
+    """The split of a conversation, by the hash of its text; "test" counts as "dev" here."""
+    return "train" if split_of(json.dumps(prompt)) == "train" else "dev"
+
+
+def encode_steps(tokenizer, prompt, steps, boundary, marker=None):
+    """Messages and the texts of a response's steps -> (ids, index at which each step is scored).
+
+    A step ends as guided decoding will end it: with a newline where steps are lines, the last
+    one with EOS. A PRM with a marker is read at that, behind every step as it is. None if a step
+    has no token."""
+    ids, ends = list(tokenizer.encode_chat(prompt)), []
+    for number, step in enumerate(steps, 1):
+        is_last = number == len(steps)
+        if boundary == "newline" and marker is None and not is_last:
+            step = step.rstrip("\n") + "\n"
+        tokens = tokenizer.encode(step)
+        if not tokens:
+            return None
+        ids += tokens
+        # What is read, if it is not the step's own last token.
+        if marker is not None:
+            ids.append(marker)
+        elif is_last:
+            ids.append(tokenizer.eos_id)
+        ends.append(len(ids) - 1)
+    return ids, ends
+
+
 # -- what a run reads from its --data directory
 
 def real_pairs(data, objectives, model):
@@ -454,8 +499,7 @@ def real_labels(data, objectives, model):
                 continue
             ids, ends = found
             targets = [{objective.name: label} for label in row.labels]
-            split = "train" if split_of(json.dumps(row.prompt)) == "train" else "dev"
-            rows.append(Labelled(ids, ends, targets, split))
+            rows.append(Labelled(ids, ends, targets, train_or_dev(row.prompt)))
     return rows, n_dropped
 
 

@@ -3,7 +3,7 @@
     join_processes                    at the start: meet the others
     local_items, total, gather, once  what each does alone, and what all know afterwards
     shard, placed, whole, gathered    parameters of which every process holds some rows
-    alone                             keeps strangers out of a directory
+    whole_file, alone                 a file that appears whole, a directory held by one command
 
 With one process the functions of the first three lines do nothing. Imports nothing of this project;
 any file may import it.
@@ -11,7 +11,9 @@ any file may import it.
 import contextlib
 import functools
 import os
+import signal
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,14 @@ def join_processes():
         sys.stdout = open(os.devnull, "w")
         # tqdm draws progress bars for a terminal only; bool() is False.
         sys.stderr.isatty = bool
+
+
+def first_speaks():
+    """Before a message that all processes have: the others wait to be ended by torchrun, because
+    the first has ended."""
+    if rank() > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
 
 
 # -- who am I
@@ -82,6 +92,26 @@ def once(work, *args):
     if rank() == 0:
         work(*args)
     total(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write bytes to, which the first process writes; no process goes on before it is
+    there. Until all bytes are on the disk they stand under another name."""
+    temporary = f"{path}.tmp"
+    # No process has the sum before all have come: none still reads what stood there.
+    total(torch.zeros(1))
+    try:
+        with open(temporary if rank() == 0 else os.devnull, "wb") as f:
+            yield f
+            if rank() == 0:
+                f.flush()
+                os.fsync(f.fileno())
+        once(os.replace, temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 # -- parameters that are shared out

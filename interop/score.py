@@ -17,14 +17,15 @@ from itertools import chain
 
 import torch
 
-from data import RNG, InputError, read_json, read_jsonl, run_command
+from data import RNG, InputError, batches_by_length, read_json, read_jsonl, run_command
 from evaluate import Bench, cells, pair_metrics_rows, seed_runs, summary, table
 from interop.answers import final_answer, same_answer
-from interop.datasets import DATA_HELP, read_outputs, read_preferences, read_steps
+from interop.datasets import (DATA_HELP, encode_pair, encode_steps, read_outputs,
+                              read_preferences, read_steps)
 from interop.parallel import join_processes
-from mah_dpo import encode_pair, pair_logps
+from mah_dpo import pair_logps
 from model import pick_device
-from prm import encode_steps, load_prm, score_sequences
+from prm import load_prm, scores_at
 
 
 def score_answers(path):
@@ -42,6 +43,21 @@ def score_answers(path):
 
 
 # -- first errors
+
+@torch.no_grad()
+def score_sequences(prm, output, sequences):
+    """[(ids, ends)] -> for each sequence the scores of the output of that name at its ends."""
+    p = prm.names.index(output)
+    found = [None] * len(sequences)
+    # Sequences of similar length go together, so that little is padded.
+    for index in batches_by_length([len(ids) for ids, _ in sequences]):
+        batch = [sequences[i] for i in index]
+        scores = scores_at(prm, batch)[:, p].cpu()                                 # (N,)
+        parts = scores.split([len(ends) for _, ends in batch])
+        for i, part in zip(index, parts):
+            found[i] = part.tolist()
+    return found
+
 
 def first_error_f1(hits, errs):
     """ProcessBench's F1 (arXiv 2412.06559) of n responses: the harmonic mean of two accuracies, on

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, OBJECTIVES, pad
+from interop.datasets import encode_steps
+from interop.score import score_sequences
 from model import GPT, GPTConfig, load_safetensors, save_hf, save_safetensors
-from prm import (PRM, STEP, STEP_OUTPUT, bce_loss, encode_steps, load_prm, matching_steps,
-                 mse_loss, save_prm, score_sequences, step_loss)
+from prm import (PRM, STEP, STEP_OUTPUT, bce_loss, load_prm, matching_steps, mse_loss, save_prm,
+                 step_loss)
 
 NAMES = ["math_accuracy", "math_engagement", "tutor_engagement"]
 OUTPUTS = [OBJECTIVES[name] for name in NAMES]
