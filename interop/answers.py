@@ -18,7 +18,6 @@ import operator
 import re
 import unicodedata
 from fractions import Fraction
-from functools import lru_cache
 
 
 # -- where a text gives its answer
@@ -31,7 +30,7 @@ DISPLAY = re.compile(r"(?:\\\[|\$\$)(.*?)(?:\\\]|\$\$)", re.S)
 # What may follow an answer that was announced: another sentence, another line, a reason ...
 ENDED = re.compile(r"[.?]\s|\n|!(?=\s+[A-Z]|$)|;\s+(?=[a-z]{2})|,? (?:because|since|so|as|which)\s")
 # ... and, behind a number, a remark: ', in total', ' (that is, a dozen)', but not ', and x = 3'.
-REMARK = re.compile(r",\s+(?!(?:and|or)\s+(?![a-z]{2}))(?=[a-z]{2})|\s+\((?=[a-z]{2})")
+REMARK = re.compile(r"[,:]\s+(?!(?:and|or)\s+(?![a-z]{2}))(?=[a-z]{2})|\s+\((?=[a-z]{2})")
 # \frac{1}{2}, -1,000.5, $3, .5, 1/2. The hyphen of '5-3' is no minus sign.
 NUMBER = re.compile(r"\\[dt]?frac\{\d+\}\{\d+\}"
                     r"|(?:(?<![\w)}])-)?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?")
@@ -66,23 +65,24 @@ def boxed_answer(text):
 
 def announced_answer(text):
     """What a text announces last; of a sentence the one formula or number in it. "" for none."""
-    said = after_last(ANNOUNCED, text).strip(" \t\r\n*:")
+    # No answer is that long, and a sentence of a million letters would only cost time.
+    said = after_last(ANNOUNCED, text).strip(" \t\r\n*:")[:1000]
     display = DISPLAY.match(said)
     if display:
         return display[1].strip()
-    said = re.sub(r"\*\*|[`\"“”]", "", ENDED.split(said, maxsplit=1)[0])
+    said = re.sub(r"\*\*|__|[`\"“”]", "", ENDED.split(said, maxsplit=1)[0])
     # '72, in total' says 72, but 'red, green' names two colours.
     head = REMARK.split(said, maxsplit=1)[0]
     said = (head if re.search(r"\d", head) else said).strip(" *.")
 
     # 'Paula got $7.00' and 'the line $y = 2x$' are sentences, '12 or 13' holds two numbers.
-    words = re.findall(r"(?<![\\a-z])[a-z]{2,}", said.lower())
+    words = set(re.findall(r"(?<![\\a-z])[a-z]{2,}", said.lower())) - {"and", "or"}
     formulas = list(FORMULA.finditer(said))
-    if not words or set(words) & set(MULTIPLES):
+    if not words or words & {"not", *MULTIPLES}:
         return said
     if len(formulas) == 1 and not re.search(r"\d", FORMULA.sub("", said)):
         return formulas[0][0]
-    tokens = [word.strip("*,.") for word in said.rpartition("=")[2].split()]
+    tokens = [word.strip("*,.%") for word in said.rpartition("=")[2].split()]
     numbers = [word for word in tokens if re.search(r"\d", word)]
     return numbers[0] if len(numbers) == 1 and NUMBER.fullmatch(numbers[0]) else said
 
@@ -131,13 +131,16 @@ LONG = ("[ckm]m|kg|[mk]ph|inch(?:es)?|f[eo]{2}t|(?:yard|mile|[a-z]*met(?:er|re)|
 PLURAL = "(?!cos)[a-z]{3,}s"
 VALUE = r"(?<=[\dπ)}])"
 POWER = r"(?:\^\{?[23]\}?)?"
-UNIT = (rf"(?:(?<=\d)\s+(?:{SHORT}|{PLURAL})|{VALUE}\s*(?:{LONG}))(?![a-z]){POWER}"
-        rf"(?:[\s/]+(?:{SHORT}|{LONG}|{PLURAL})(?![a-z]){POWER})*")
-# \text behind a value holds a unit, but for these words:
+# These words are no unit: they change the number, or a condition follows.
 NO_UNIT = (rf"(?!\s*(?:{'|'.join(MULTIPLES)}|and|or|half|halves|thirds?|(?:four|fif|six|eigh|ten"
-           r"|hundred|thousand)ths?|squared|cubed|[ap]\.?m|if|mod|sin|cos|tan|log|exp|sqrt)\b)")
+           r"|hundred|thousand)ths?|squared|cubed|[ap]\.?m|if|mod|sin|cos|tan|log|exp|sqrt)s?\b)")
+# One unit, and what it is divided by or goes on with: km/h, square feet, apples per day.
+UNIT = (rf"{NO_UNIT}(?:(?<=\d)\s+(?:{SHORT}|{PLURAL})|{VALUE}\s*(?:{LONG}))(?![a-z]){POWER}"
+        rf"(?:[\s/]+(?:{SHORT}|{LONG}|{PLURAL})(?![a-z]){POWER})*")
+# In \text any word is a unit.
 TEXT_UNIT = VALUE + r"\s*\\text\s*\{" + NO_UNIT + r"[a-z /.]*\}" + POWER
-ENDS = r"(?=\s*(?:$|[,;)]|\\[\]}]|\\text|and\b|or\b))"
+# Behind a unit the answer ends, or the next one of a list begins.
+ENDS = r"(?=\s*(?:$|[,;)]|\\}|and\b|or\b))"
 
 # (pattern, replacement), one after the other. Case does not matter.
 LETTERS = [
@@ -150,19 +153,20 @@ RULES = [
     # what LaTeX and Markdown add for the eye
     (r"\\[!,:;>]\s*|\\[()\[\]]|\\?[$%]|\*\*|(?<=\d)\{,\}(?=\d)|\\(?=\d)", ""),
     (r"~|\\(?=\s)", " "),
-    (r"\^?\s*\{?\s*°\s*\}?(?:\s*[CF]\b)?", ""),
+    (r"(?:\^\s*\{?\s*|(?<=[\d)}π]))°\s*\}?(?:\s*[CF]\b)?", ""),
     (r"^\s+|[.\s]+$", ""),
     # units, then words
     (r"\\style\s*\{([^{}]*)\}", r" \1 "),
     (TEXT_UNIT + ENDS, ""),
-    (UNIT + ENDS, ""),
     (r"\\text\s*\{([^{}]*)\}", r" \1 "),
+    *[(rf"(?<=\d)\s*{word}s?\b", "*" + number) for word, number in MULTIPLES.items()],
+    (UNIT + ENDS, ""),
     (r"\b([ap])\.m\b\.?", r"\1m"),
-    *[(rf"(?<=\d)\s*{word}\b", "*" + number) for word, number in MULTIPLES.items()],
     (r"[,;]?\s*(?<![a-z\\])(?:and|or)(?![a-z])|;", ","),
     (r"(?<![a-z\\])pi(?![a-z])", "π"),
     (r"(?<![a-z\\])sqrt(?![a-z])", "√"),
-    (r"(?<![a-z\\])(sin|cos|tan|cot|sec|csc|log|ln|exp|min|max|mod)(?![a-z])", r"\\\1 "),
+    (r"(?<![a-z])\\?(sin|cos|tan|cot|sec|csc|log|ln|exp|min|max|mod)(?![a-z])"
+     r"(?:\s*[({](\w+)[)}]$)?", r"\\\1 \2"),
     # sets and matrices
     (r"\\\{", "«"),
     (r"\\\}", "»"),
@@ -191,6 +195,7 @@ BRACES = [
     (r"_" + argument(r"\d+"), r"‹\1\2›"),
     (r"(^|[({,+*/=«-])\s*\{([^{}]*)\}", r"\1(\2)"),
     (r"(?<![\w.)*‹])(\d+)\s*(\(\(\d+\)/\(\d+\)\))", r"(\1+\2)")]
+# 1,000 and 12,345,678
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
@@ -218,6 +223,7 @@ def rewrite(text):
     # 1,000 is one number, but in (1,000) and in '1, 000' the comma separates two.
     if not re.search(r"[(\[«]", text):
         text = THOUSANDS.sub(drop_commas, text)
+    # Each round undoes the innermost braces.
     before = ""
     while text != before:
         before = text
@@ -227,10 +233,12 @@ def rewrite(text):
 
 # -- to_python: an answer as a list in Python
 
-# Letters get a '_', so that none is a word of Python. Factors stand side by side: 2x(y+1).
 FACTORS = [
+    # Letters get a '_', so that none is a word of Python.
     (r"([^\W\d_])", r"_\1"),
+    # Factors stand side by side, 2x(y+1), but a number stands first: '1 2' and x2 are no products.
     (r"(?<=[\w)›∞])\s*(?=[_(√∞])", "*"),
+    # 'x = 5' compares, as x < 5 does.
     (r"(?<![<>!])=", "==")]
 # ~ stands for the sign that \pm leaves open: it binds as a minus does. @ and % are union and
 # intersection. [ and ] become marks in a tuple: (1,2] is (1,2,_closed).
@@ -249,6 +257,7 @@ def to_python(text):
 
 def point(text):
     """The number that a letter, or whatever is not looked into, stands for: drawn once."""
+    # Two formulas of different worth agree at random letters once in 2^40 times at most.
     drawn = int.from_bytes(hashlib.sha256(text.encode()).digest()[:5], "big")
     return 1 + Fraction(drawn, 2**40)
 
@@ -256,6 +265,7 @@ def point(text):
 def show(number):
     """A number as text: exact, but for an irrational one, of which 10 digits count."""
     if isinstance(number, float):
+        # sqrt(2) times sqrt(2) comes out beside 2.
         near = Fraction(number).limit_denominator(1000)
         return str(near) if abs(number - near) < 1e-12 * abs(number) else f"{number:.9e}"
     return str(number)
@@ -284,19 +294,25 @@ def value(node, sign):
     """A node of a syntax tree -> a number. sign: what \\pm is, 1 or -1; 0 where both are meant.
     Raises an error of UNREADABLE for what is no part of an answer."""
     match node:
+        # 5, 0.25
         case ast.Constant(value=number):
             return Fraction(str(number))
+        # x
         case ast.Name(id=name):
             return point(name)
+        # -x, and ~x for \pm x
         case ast.UnaryOp(op=op, operand=operand):
             return {ast.UAdd: 1, ast.USub: -1, ast.Invert: sign}[type(op)] * value(operand, sign)
+        # x + y, x * y
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             return OPERATORS[type(op)](value(left, sign), value(right, sign))
+        # sqrt(x) is the only call that rewrite writes.
         case ast.Call(args=[inner]):
             return power(value(inner, sign), Fraction(1, 2))
+        # {1, 2}, in any order
         case ast.Set(elts=nodes):
             return point(f"Set {items(nodes, sign)}")
-    # The rest is known by its kind and its parts: (1, 2), x > 5, A @ B, x[1].
+    # Anything else is known by its kind and its parts: (1, 2), x > 5, A @ B, x[1].
     if not isinstance(node, ast.Tuple | ast.Compare | ast.BinOp | ast.Subscript):
         raise ValueError("no part of an answer")
     children = [node, *ast.iter_child_nodes(node)]
@@ -306,9 +322,10 @@ def value(node, sign):
         # 5 > x is x < 5.
         kinds = [kind.replace("Gt", "Lt") for kind in reversed(kinds)]
         parts.reverse()
+    # Sides of = and sets that are united may change places.
     if set(kinds) <= {"Eq", "NotEq", "MatMult", "Mod"}:
         parts.sort()
-    return point(f"{kinds} {parts}")
+    return point(f"{type(node).__name__} {kinds} {parts}")
 
 
 def items(nodes, sign=0):
@@ -326,21 +343,24 @@ def items(nodes, sign=0):
 # 'x =', 'f(x) =', '(x,y) =' in front of a value that is no equation itself
 NAME = re.compile(r"(?:^|(?<=,))\s*(\\?[^\W\d_]+(?:‹\w+›)?(?:\(\w\))?|\([^\W\d_](?:,\s*[^\W\d_])*\))"
                   r"\s*[=∈](?![^,]*=)")
+# words and lists of words
 PHRASES = re.compile(r"(?=.*[^\W\d_]{3})(?:[^\W\d_]|[\s,.'-])*")
-UNREADABLE = (SyntaxError, LookupError, ValueError, ArithmeticError, RecursionError, MemoryError)
+UNREADABLE = (SyntaxError, LookupError, ValueError, ArithmeticError, AttributeError,
+              RecursionError, MemoryError)
 
 
-@lru_cache(maxsize=4096)
 def normal_form(answer):
     """An answer -> the name that it gives its value, or "", and its values as texts, sorted."""
     # No final answer is that long, and arithmetic on it would only cost time.
     if len(answer) > 300:
         return "", [answer.strip()]
     text = rewrite(answer)
+    # 'x = 2, x = 3' names its values once; in 'x = 1, y = 2' names are part of the answer.
     names = set(NAME.findall(text))
+    name = ""
     if len(names) == 1:
+        name, = names
         text = NAME.sub("", text)
-    name = "".join(names) if len(names) == 1 else ""
     if PHRASES.fullmatch(text):
         return name, sorted(phrase.strip().lower() for phrase in text.split(","))
     try:
@@ -354,16 +374,21 @@ def normal_form(answer):
         return name, [re.sub(r"(?<!\d)\s+|\s+(?!\d)|\\(?=[a-z])", "", text)]
 
 
+def same_form(a, b):
+    """Are two normal forms the same? A name counts where both have one: x = 3 is not y = 3."""
+    (name, values), (other, others) = a, b
+    return values == others and (name == other or not name or not other)
+
+
 def same_answer(a, b):
     """Are two final answers the same? None, for no answer, equals nothing.
 
     Numbers are compared by exact value (1,000 = 1000.0, 1\\frac12 = 1.5, 2^3 = 8), formulas by what
     they are worth, the rest as text. Units, $, % and degrees do not count (50% = 50, not 0.5), nor
-    does the order of 3, 5 or of a set; that of (3, 5) does. A name counts if both give one."""
+    does the order of 3, 5 or of a set; that of (3, 5) does."""
     if a is None or b is None:
         return False
-    (name, values), (other, others) = normal_form(a), normal_form(b)
-    return values == others and (name == other or not name or not other)
+    return same_form(normal_form(a), normal_form(b))
 
 
 # -- several answers to one question
@@ -374,5 +399,9 @@ def majority(texts):
     answers = [marked_answer(text) for text in texts]
     if not any(answers):
         answers = [final_answer(text) for text in texts]
-    votes = [sum(same_answer(a, b) for b in answers) for a in answers]
+    forms = [normal_form(answer) for answer in answers if answer]
+    votes = []
+    for answer in answers:
+        agree = [same_form(normal_form(answer), form) for form in forms] if answer else []
+        votes.append(sum(agree))
     return votes.index(max(votes))
