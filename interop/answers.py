@@ -7,8 +7,8 @@ r"""Final answers of real questions: which answer a text gives, and when two ans
 An answer takes three steps to its normal form:
 
     rewrite     tables drop units and what is there for the eye; one character for each sign;
-                braces become brackets                               \frac12x\text{ cm} -> ((1)/(2))x
-    to_python   what is left becomes a list in Python                [((1)/(2))*_x]
+                braces become brackets: \frac12x\text{ cm} -> ((1)/(2))x
+    to_python   what is left becomes a list in Python: [((1)/(2))*_x]
     value       Python's parser says what belongs to what. Numbers are exact fractions, letters
                 numbers drawn once: two formulas that agree there agree everywhere
 """
@@ -156,7 +156,7 @@ RULES = [
     (r"(?:\^\s*\{?\s*|(?<=[\d)}π]))°\s*\}?(?:\s*[CF]\b)?", ""),
     (r"^\s+|[.\s]+$", ""),
     # units, then words
-    (r"\\style\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\style\s*(?:\{([^{}]*)\}|(\w))", r" \1\2"),
     (TEXT_UNIT + ENDS, ""),
     (r"\\text\s*\{([^{}]*)\}", r" \1 "),
     *[(rf"(?<=\d)\s*{word}s?\b", "*" + number) for word, number in MULTIPLES.items()],
@@ -257,7 +257,7 @@ def to_python(text):
 
 def point(text):
     """The number that a letter, or whatever is not looked into, stands for: drawn once."""
-    # Two formulas of different worth agree at random letters once in 2^40 times at most.
+    # That two different formulas agree there happens about once in 2^40 times.
     drawn = int.from_bytes(hashlib.sha256(text.encode()).digest()[:5], "big")
     return 1 + Fraction(drawn, 2**40)
 
@@ -341,8 +341,8 @@ def items(nodes, sign=0):
 # -- the normal form
 
 # 'x =', 'f(x) =', '(x,y) =' in front of a value that is no equation itself
-NAME = re.compile(r"(?:^|(?<=,))\s*(\\?[^\W\d_]+(?:‹\w+›)?(?:\(\w\))?|\([^\W\d_](?:,\s*[^\W\d_])*\))"
-                  r"\s*[=∈](?![^,]*=)")
+NAME = re.compile(r"(?:^|(?<=,))\s*(\\?[^\W\d_]+(?:‹\w+›)?(?:\(\w\))?"
+                  r"|\([^\W\d_](?:,\s*[^\W\d_])*\))\s*[=∈](?![^,]*=)")
 # words and lists of words
 PHRASES = re.compile(r"(?=.*[^\W\d_]{3})(?:[^\W\d_]|[\s,.'-])*")
 UNREADABLE = (SyntaxError, LookupError, ValueError, ArithmeticError, AttributeError,
