@@ -94,14 +94,16 @@ def alive_rows(done, K):
     return rows, rows.flatten()
 
 
-def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, generator):
+def draw(model, head, cache, h, masks, limits, temperature=1.0, top_k=50, top_p=1.0,
+         generator=None):
     """K samples behind each of G sequences, until their step ends -> list of id lists, sequence by
     sequence, none for one whose limit is 0.
 
     head (V, d): folded. cache: forked into K rows a sequence, R = G K in all. h (G, d): the hidden
     state that a sequence goes on from. masks: where a step ends, as in Tokenizer.boundary_masks.
-    limits (G,): the most new tokens. The last token of a step is not fed to the model: whatever
-    follows will follow the winner's alone."""
+    limits (G,): the most new tokens. generator: of the random numbers, default torch's own. The
+    last token of a step is not fed to the model: whatever follows will follow the winner's alone.
+    """
     limits = limits.repeat_interleave(cache.K)                                     # (R,)
     done = limits < 1
     # Computed are the n rows of the grid `rows`; `done` (R,) says which of all have stopped.
@@ -133,19 +135,19 @@ def draw(model, head, cache, h, masks, limits, *, temperature, top_k, top_p, gen
 
 
 @torch.inference_mode()
-def generate(model, prompts, *, weights=0, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0,
-             generator=None, samples=1, batch_size=512, progress=None):
+def generate(model, prompts, *, weights=0, max_new_tokens, samples=1, batch_size=512,
+             progress=None, **sampling):
     """Ragged prompts (id lists) -> id lists, each up to and including EOS or max_new_tokens long.
 
     weights: as in GPT.weights. max_new_tokens: a number, or one per prompt. samples: responses
     per prompt, which stand together in the result; a prompt is encoded once for all of them.
-    progress: called with the number of new responses after each batch of batch_size."""
+    progress: called with the number of new responses after each batch of batch_size. sampling:
+    temperature, top_k, top_p and generator, as in `draw`."""
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * len(prompts)
     check_prompts(prompts, [model.config.max_len] * len(prompts))
-    check_sampling(min(max_new_tokens, default=1), temperature, top_p)
+    check_sampling(min(max_new_tokens, default=1), **sampling)
     head, masks = model.fold(weights), stop_masks(model, "turn")
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     out = [None] * (len(prompts) * samples)
     # Prompts of similar length go together, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -192,26 +194,22 @@ class Guided:
 
 @torch.inference_mode()
 def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unified",
-                  max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, generator=None, state=None):
+                  max_new_tokens, state=None, **sampling):
     """PRM-guided best-of-K (paper, Sec. 5) for B ragged prompts at once -> list of B Guided.
 
     boundary: newline | sentence | turn. guide: one of the PRM's outputs, or "unified".
-    Temperature 0 makes all candidates equal, so there is one only. state: that of an earlier call
-    for the same conversations, which this call changes in place; prompts are then only the new
-    tokens (the end of the turn is in the caches already).
+    state: that of an earlier call for the same conversations, which this call changes in place;
+    prompts are then only the new tokens (the end of the turn is in the caches already).
+    sampling: temperature (0 makes all candidates equal, so there is one only), top_k, top_p and
+    generator, as in `draw`.
     InputError for a prompt that does not fit, K < 1, a guide that the PRM lacks, scores that are
     not finite."""
-    check_sampling(max_new_tokens, temperature, top_p)
-    context = check_guided(model, prm, prompts, K, guide, boundary, state)
-    K = 1 if temperature == 0 else K
-    # How tokens are drawn, and where steps end.
-    head, masks = model.fold(weights), stop_masks(model, boundary)
-    eos = model.tokenizer.eos_id if model.tokenizer else None
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    if state is None:
-        # A cache with room for all that may come need not be made anew while an answer grows.
-        size = len(prompts), max(map(len, prompts)) + min(max_new_tokens, context)
-        state = State(model.new_cache(*size), prm.backbone.new_cache(*size))
+    check_sampling(max_new_tokens, **sampling)
+    state, context = open_state(model, prm, prompts, K, max_new_tokens, state)
+    if sampling.get("temperature") == 0:
+        K = 1
+    head, masks, tokenizer = model.fold(weights), stop_masks(model, boundary), model.tokenizer
+    eos = tokenizer.eos_id if tokenizer else None
     # A prompt is read once, by one row; K candidates share its prefix.
     h = prefill(model, state.policy, prompts)                                      # (B, d)
     prefill(prm, state.prm, prompts)
@@ -221,8 +219,8 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         # What each answer may still say: nothing behind its end, and no more than the PRM's cache
         # has room for, which may hold markers besides.
         budgets = [max_new_tokens - len(a.ids) if a.ids[-1:] != [eos] else 0 for a in answers]
-        held = state.prm.held                                                      # (B,)
-        left = torch.minimum(held.new_tensor(budgets), context - held).clamp(min=0)
+        room = context - state.prm.held                                            # (B,)
+        left = torch.minimum(room, room.new_tensor(budgets)).clamp(min=0)
         alive = left.nonzero()[:, 0]                                               # (B',)
         if len(alive) == 0:
             break
@@ -245,11 +243,10 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
             answer.steps.append(Step(own, points, k))
             answer.ids += own[k]
         # The winner's last token is read like a prompt: the next step goes on from its state.
-        last = [answer.ids[-1:] for answer in going]
-        h[alive] = prefill(model, state.policy, last, alive)
+        h[alive] = prefill(model, state.policy, [a.ids[-1:] for a in going], alive)
     # Text is made of what was committed, never the other way round.
     for answer in answers:
-        answer.text = model.tokenizer.decode(answer.ids) if model.tokenizer else ""
+        answer.text = tokenizer.decode(answer.ids) if tokenizer else ""
     return answers
 
 
@@ -304,7 +301,7 @@ def check_prompts(prompts, room):
                              f"{limit} with the answer; shorten the prompt")
 
 
-def check_sampling(max_new_tokens, temperature, top_p):
+def check_sampling(max_new_tokens, temperature=1.0, top_p=1.0, **others):
     """InputError for sampling options without a meaning."""
     # Logits divided by next to nothing overflow, and what is drawn from NaN is noise.
     meaningful = temperature == 0 or temperature >= 1e-6
@@ -313,11 +310,11 @@ def check_sampling(max_new_tokens, temperature, top_p):
                          f"max_new_tokens >= 1, not {temperature}, {top_p}, {max_new_tokens}")
 
 
-def check_guided(model, prm, prompts, K, guide, boundary, state):
-    """Refuse what guided_decode cannot do -> the context that policy and PRM share."""
+def open_state(model, prm, prompts, K, max_new_tokens, state):
+    """The state in which guided_decode begins, a new one if none is given, and the context that
+    policy and PRM share. InputError for what it cannot do."""
     if K < 1:
         raise InputError(f"K must be at least 1, not {K}")
-    prm.guide(prm.scale, guide, boundary)                      # refuses a guide that it lacks
     # The PRM must read every id as the policy means it. Vocabularies may be padded, with b"".
     pieces = [net.tokenizer.pieces if net.tokenizer else [] for net in (model, prm.backbone)]
     if any(own != other for own, other in zip_longest(*pieces, fillvalue=b"")):
@@ -325,12 +322,17 @@ def check_guided(model, prm, prompts, K, guide, boundary, state):
     # Behind the last step the PRM still needs room for its marker.
     markers = 0 if prm.marker is None else 1
     context = min(model.config.max_len, prm.backbone.config.max_len - markers)
+    if state is None:
+        # A cache with room for all that may come need not be made anew while an answer grows.
+        room = min(context, max(map(len, prompts)) + max_new_tokens)
+        caches = [net.new_cache(len(prompts), room) for net in (model, prm.backbone)]
+        state = State(*caches)
     # What the caches hold counts too. The PRM's is never the emptier one.
-    held = state.prm.held.tolist() if state else [0] * len(prompts)
+    held = state.prm.held.tolist()
     if len(held) != len(prompts):
         raise InputError(f"the state carries {len(held)} conversations, not {len(prompts)}")
     check_prompts(prompts, [context - n for n in held])
-    return context
+    return state, context
 
 
 def stop_masks(model, boundary):
@@ -375,7 +377,7 @@ def read_run(run):
     """The configuration of a run directory, its "objectives" as a list of Objective.
 
     InputError if its config.json is that of something else."""
-    path = os.path.join(run, "config.json")
+    path = f"{run}/config.json"
     config = read_json(path)
     if not isinstance(config, dict) or not {"objectives", "temperature"} <= config.keys():
         raise InputError(f"{path}: not the configuration of a run")
@@ -384,18 +386,13 @@ def read_run(run):
 
 
 def find_model(run, *names):
-    """The directory of the first of these models that a run has. InputError says what it has."""
+    """The directory of the first of these models that a run has: its PRM for a guide is
+    prm_<guide>, else prm, the unified one. InputError says what the run has."""
     for name in names:
-        path = os.path.join(run, name)
-        if os.path.isfile(os.path.join(path, "config.json")):
-            return path
+        if os.path.isfile(f"{run}/{name}/config.json"):
+            return f"{run}/{name}"
     known = sorted(entry.name for entry in os.scandir(run) if entry.is_dir())
     raise InputError(f"{run}: no {' nor '.join(names)} here; it holds {', '.join(known)}")
-
-
-def find_prm(run, guide, dtype=torch.float32):
-    """The PRM of a run that guides by `guide`: RUN/prm_<guide>, else RUN/prm, the unified one."""
-    return load_prm(find_model(run, f"prm_{guide}", "prm"), dtype)
 
 
 def domain_mix(heads, domain, objectives):
@@ -480,13 +477,14 @@ def main(argv=None):
     if args.weights is not None:
         weights = parse_weights(args.weights, heads)
         heaviest = heads[weights.index(max(weights))]
-    known = {o.name: o for o in config["objectives"]}
-    leading = known.get(args.guide) or known.get(heaviest) or config["objectives"][0]
+    objectives = config["objectives"]
+    known = {o.name: o for o in objectives}
+    leading = known.get(args.guide) or known.get(heaviest) or objectives[0]
     if weights is None:
-        weights = domain_mix(heads, leading.domain, config["objectives"])
+        weights = domain_mix(heads, leading.domain, objectives)
     # A PRM from elsewhere may call its outputs what it likes: all of them guide.
     guide = args.guide or ("unified" if args.prm else leading.name)
-    prm = load_prm(args.prm) if args.prm else find_prm(args.run, guide)
+    prm = load_prm(args.prm or find_model(args.run, f"prm_{guide}", "prm"))
     temperature = config["temperature"] if args.temperature is None else args.temperature
     system = [{"role": "system", "content": args.system}] if args.system else []
     answer = None
@@ -501,10 +499,12 @@ def main(argv=None):
         answer, = guided_decode(model, prm, [new], boundary=leading.boundary, K=args.k,
                                 weights=weights, guide=guide, max_new_tokens=args.max_new_tokens,
                                 temperature=temperature, generator=generator, state=state)
-        if not args.quiet and not args.file:
+        text = answer.text
+        if args.file:
+            text = json.dumps({"prompt": message, "answer": text})
+        elif not args.quiet:
             show_steps(tokenizer, answer.steps)
-        said = {"prompt": message, "answer": answer.text}
-        print(json.dumps(said) if args.file else answer.text, flush=True)
+        print(text, flush=True)
 
 
 if __name__ == "__main__":
