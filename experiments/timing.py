@@ -2,13 +2,12 @@
 
     python experiments/timing.py DIR           a run, or any checkpoint
 
-Three ways to take S steps of N tokens, each the best of K candidates: the plain one encodes the
-text again in every step; the published one keeps a cache, but draws candidates one by one; this
-project's carries both caches (a step is a turn here, and the user's word between two is a token).
-Then one-token decoding, beside the speed of the memory.
+Three ways to take S steps of N tokens, each the best of K candidates (experiments/ways.py): the
+plain one encodes the text again in every step; the published one keeps a cache, but draws
+candidates one by one; this project's carries both caches. Then one-token decoding, beside the speed
+of the memory.
 """
 import argparse
-import copy
 import os
 import sys
 import timeit
@@ -21,65 +20,12 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data import run_command  # noqa: E402
-from decode import State, draw, generate, guided_decode, prefill, stop_masks  # noqa: E402
+from decode import generate  # noqa: E402
 from evaluate import table  # noqa: E402
+from experiments.ways import METHODS, N, S  # noqa: E402
 from interop.reward_models import REWARD  # noqa: E402
 from model import load_hf, pick_device  # noqa: E402
 from prm import PRM, load_prm  # noqa: E402
-
-S, N = 2, 16
-
-
-def last_scores(prm, texts):
-    """The PRM's score at the end of texts of one length, read from the beginning -> a list."""
-    ids = torch.tensor(texts, device=prm.scale.device)                        # (n, T)
-    return prm(ids)[:, -1, 0].tolist()
-
-
-def carried(model, prm, prompt, K):
-    """This project's way: candidates in one batch, both caches carried on. -> bytes of caches"""
-    room = len(prompt) + S * (N + 1)
-    state, new = State(model.new_cache(1, room), prm.backbone.new_cache(1, room)), prompt
-    for _ in range(S):
-        guided_decode(model, prm, [new], boundary="turn", K=K, guide=prm.names[0],
-                      max_new_tokens=N, state=state)
-        new = prompt[:1]
-    return state.policy.nbytes() + state.prm.nbytes()
-
-
-def one_by_one(model, prm, prompt, K):
-    """As published: a cache is carried, but candidates are drawn one after another from copies of
-    it, and the PRM reads prompt and steps again for every candidate."""
-    text = unread = prompt
-    running = model.new_cache(1, len(prompt) + S * N)
-    head, masks, limits = model.fold(0), stop_masks(model, "turn"), running.held.new_tensor([N])
-    for _ in range(S):
-        h, scores, tried = prefill(model, running, [unread]), [], []
-        for _ in range(K):
-            # Every candidate begins from a copy of the whole cache.
-            cache = copy.deepcopy(running)
-            ids, = draw(model, head, cache, h, masks, limits, temperature=1.0, top_k=50,
-                        top_p=1.0, generator=None)
-            scores += last_scores(prm, [text + ids])
-            tried.append((ids, cache))
-        # The best one's copy becomes the cache that goes on. It has yet to read the last token.
-        ids, running = tried[scores.index(max(scores))]
-        running.keep(0)
-        text, unread = text + ids, ids[-1:]
-    return K * running.nbytes()
-
-
-def encoded_again(model, prm, prompt, K):
-    """The plain way: policy and PRM read prompt and text anew in every step, K rows at once."""
-    for _ in range(S):
-        texts = [prompt + ids for ids in generate(model, [prompt] * K, max_new_tokens=N)]
-        scores = last_scores(prm, texts)
-        prompt = texts[scores.index(max(scores))]
-    return model.new_cache(K, len(prompt)).nbytes()
-
-
-# As the table calls them; the last is what the others are compared with.
-METHODS = {"re-encoding": encoded_again, "cached, one by one": one_by_one, "carried (here)": carried}
 
 
 def count(fed, name, net, args, output):
@@ -140,16 +86,18 @@ def main(argv=None):
     model = load_hf(f"{directory}/mah_dpo" if run else directory).to(device).eval()
     # Time does not depend on what the weights are, nor on words: tokens are random, and without a
     # tokenizer no answer ends by itself.
-    generator, whose = torch.Generator().manual_seed(0), "a random"
+    generator = torch.Generator().manual_seed(0)
     model.tokenizer = None
-    prm = PRM(model.with_heads(()), [REWARD], generator)
+    prm, whose = PRM(model.with_heads(()), [REWARD], generator), "a random"
     if os.path.isdir(f"{directory}/prm"):
         prm, whose = load_prm(f"{directory}/prm"), "its own"
-    prm.to(device).eval().backbone.tokenizer = None
-    room, lines, fed = min(model.config.max_len, prm.backbone.config.max_len), [], Counter()
+    prm = prm.to(device).eval()
+    prm.backbone.tokenizer = None
+    room = min(model.config.max_len, prm.backbone.config.max_len)
     text = torch.randint(0, model.config.vocab_size, (room,), generator=generator).tolist()
-    for name, net in (("policy", model), ("PRM", prm.backbone)):
-        net.register_forward_hook(partial(count, fed, name))
+    fed, lines = Counter(), []
+    model.register_forward_hook(partial(count, fed, "policy"))
+    prm.backbone.register_forward_hook(partial(count, fed, "PRM"))
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.1f} M parameters, {whose} PRM, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}; {S} steps of {N} tokens")
