@@ -226,6 +226,7 @@ def average(models, weights=None):
     policy: itself."""
     if len(models) == 1:
         return models[0]
+    # As a state first, which then becomes a model of the same configuration.
     state = soup([m.state_dict() for m in models], weights or [1.0] * len(models))
     return GPT.from_state(models[0].config, state, models[0].tokenizer).eval()
 
@@ -268,6 +269,7 @@ class Bench:
 
     def load(self, name, device=None):
         """A model of the run, on the run's device if not said otherwise."""
+        # Every tensor goes there as it is read: beside it main memory holds no second copy.
         place = partial(torch.Tensor.to, device=device or self.device)
         return load_hf(f"{self.run}/{name}", dtype=self.dtype, place=place).eval()
 
@@ -371,11 +373,12 @@ class Bench:
         talks, model, weights = self.rollout(job)
         # The scores are the world's own; noisy judges are for training alone.
         world, tokenizer = self.worlds[job.domain], self.tokenizer
-        each = columns([talk.scores(world, tokenizer) for talk in talks])
+        rows = []
         for talk in talks:
             said = sum(len(turn.response) for turn in talk.turns)
-            for metric, n in (("tokens", said), ("drawn", talk.drawn)):
-                each.setdefault(metric, []).append(n / len(talk.turns))
+            cost = {"tokens": said / world.turns, "drawn": talk.drawn / world.turns}
+            rows.append(talk.scores(world, tokenizer) | cost)
+        each = columns(rows)
         # Of guided, greedy or chosen answers the next-token distributions say little.
         if (job.guide, job.temperature, job.samples) == (None, None, 1):
             head = model.fold(weights)                                # (V, d)
@@ -440,17 +443,14 @@ def n_of(row):
 
 def by_domain(rows):
     """Rows of results -> a list of (domain, the rows of its table, {swept pair: its rows})."""
-    # Rows of held-out pairs have a table of their own.
     found = {}
     for row in rows:
-        if row["domain"].startswith("pairs:"):
-            continue
-        plain, swept = found.setdefault(row["domain"], ([], {}))
-        if "sweep" in row:
-            swept.setdefault(tuple(row["sweep"]), []).append(row)
-        else:
-            plain.append(row)
-    return [(domain, plain, swept) for domain, (plain, swept) in found.items()]
+        # Rows of held-out pairs have a table of their own.
+        if not row["domain"].startswith("pairs:"):
+            parts = found.setdefault(row["domain"], {})
+            parts.setdefault(tuple(row.get("sweep", ())), []).append(row)
+    # Those that stand in no sweep are the table.
+    return [(domain, parts.pop(()), parts) for domain, parts in found.items()]
 
 
 def cell(metric):
@@ -649,6 +649,7 @@ def pareto_svg(rows):
     for i, drawn in enumerate(plots):
         x, y = 60 + 440 * (i % 2), 50 + 440 * (i // 2)
         out += [f'<g transform="translate({x} {y})">', *drawn, "</g>"]
+    # The style stands inside: the picture needs no other file.
     height = 50 + 440 * math.ceil(len(plots) / 2)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 {height}">'
     return f"{head}<style>{STYLE}</style>{''.join(out)}</svg>\n"
@@ -661,10 +662,9 @@ def evaluate(run, pair_rows, device=None):
     device: if not the run's own."""
     bench = Bench(run, device)
     # First the tables of all domains, then the sweeps.
-    jobs = []
-    for list_jobs in (bench.jobs, bench.sweep):
-        for domain in bench.worlds:
-            jobs += list_jobs(domain)
+    tables = [bench.jobs(domain) for domain in bench.worlds]
+    sweeps = [bench.sweep(domain) for domain in bench.worlds]
+    jobs = list(itertools.chain(*tables, *sweeps))
     # Several processes share the rows; each then has all of them.
     measured = []
     for i in tqdm(local_items(range(len(jobs))), desc="tables", unit="row", disable=None):
@@ -751,6 +751,7 @@ def main(argv=None):
         if not os.path.isfile(f"{run}/results.json"):
             raise InputError(f"{run}: not a finished run (no results.json); finish it with "
                              f"train.py --resume {run}")
+    # Several runs are only read, not measured.
     if len(args.runs) > 1:
         print(side_by_side(args.runs))
         return
@@ -758,6 +759,7 @@ def main(argv=None):
     for path in trainings:
         # Held-out pairs are not measured again.
         evaluate(path, read_json(f"{path}/pair_metrics.json"), args.device)
+    # Of several trainings the run itself has tables of means.
     if len(trainings) > 1:
         publish(run, load_rows(run))
 
