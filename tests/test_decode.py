@@ -669,7 +669,8 @@ def tiny_run(gpt, tmp_path_factory):
 
 def test_main_shows_candidates_and_winner(tiny_run, capsys):
     """Prevents: a command that hides the algorithm: K scored candidates per step, the best one
-    marked, then the text; and one that answers otherwise when it is called again."""
+    marked, then the text; one that answers otherwise when it is called again; a trace that a script
+    would take for the answer."""
     argv = [tiny_run, "--prompt", "4 + 5 - 2 = ?", "--k", "3", "--max-new-tokens", "12",
             "--guide", "math_engagement", "--weights", "math_accuracy=0.7,math_engagement=0.3"]
     decode.main(argv)
@@ -685,6 +686,9 @@ def test_main_shows_candidates_and_winner(tiny_run, capsys):
         assert scores[marked.index(True)] == max(scores)
     decode.main(argv)
     assert capsys.readouterr().out == first      # --seed defaults to 0: the same again
+    decode.main([*argv, "--quiet"])
+    answer = capsys.readouterr().out
+    assert first.endswith(answer) and "step 1" not in answer
 
 
 @pytest.fixture
@@ -745,13 +749,6 @@ def test_main_closes_an_answer_that_was_cut_off(tiny_run, gpt, asked, monkeypatc
     assert capsys.readouterr().out == "7\n" * 3
 
 
-def test_main_talks_over_several_turns(tiny_run, capsys, monkeypatch):
-    """Prevents: a conversation that a real state cannot carry on."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("2 + 3 = ?\n4 - 2 = ?\n"))
-    decode.main([tiny_run, "--guide", "unified", "--k", "2", "--max-new-tokens", "4"])
-    assert capsys.readouterr().out.count("step 1\n") == 2
-
-
 QUESTIONS = ["2 + 3 = ?", "4 - 2 = ?", "2 + 3 = ?"]
 
 
@@ -790,17 +787,6 @@ def test_answers_of_a_file_are_independent(tiny_run, tmp_path, capsys):
         decode.main([*argv, "--quiet", "--prompt", question])
         expected.append({"prompt": question, "answer": capsys.readouterr().out[:-1]})
     assert found == expected
-
-
-def test_quiet_prints_the_answer_alone(tiny_run, capsys):
-    """Prevents: a trace that a script would take for the answer, or another answer than the
-    traced one."""
-    argv = [tiny_run, "--prompt", "2 + 3 = ?", "--k", "2", "--max-new-tokens", "12"]
-    decode.main(argv)
-    traced = capsys.readouterr().out
-    decode.main([*argv, "--quiet"])
-    answer = capsys.readouterr().out
-    assert traced.endswith(answer) and "step 1" in traced and "step 1" not in answer
 
 
 @pytest.mark.parametrize("option", [[], ["--file"]])
