@@ -445,17 +445,18 @@ def parse_args(argv):
 
 
 def user_messages(args):
-    """Yield the user's messages: --prompt, else the lines of --file or of standard input."""
-    lines = sys.stdin
+    """Yield (file and line, the user's message): --prompt, else the lines of --file or of standard
+    input."""
+    where, lines = args.file or "standard input", sys.stdin
     if args.prompt is not None:
-        lines = [args.prompt]
+        where, lines = "--prompt", [args.prompt]
     elif args.file is not None:
         with open(args.file, encoding="utf-8-sig") as f:
             lines = f.readlines()
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         # A blank line is no message.
         if line.strip():
-            yield line.strip()
+            yield f"{where}:{number}", line.strip()
 
 
 def show_steps(tokenizer, steps):
@@ -492,7 +493,7 @@ def main(argv=None):
     temperature = config["temperature"] if args.temperature is None else args.temperature
     system = [{"role": "system", "content": args.system}] if args.system else []
     answer = None
-    for message in user_messages(args):
+    for where, message in user_messages(args):
         # A message begins a conversation, or is the next turn of the one under way: then only the
         # new words are fed, and the answer goes on from the state of the last.
         if answer is None or args.file:
@@ -500,9 +501,13 @@ def main(argv=None):
             new = tokenizer.encode_chat([*system, {"role": "user", "content": message}])
         else:
             state, new = answer.state, next_turn(tokenizer, answer.ids, message)
-        answer, = guided_decode(model, prm, [new], boundary=leading.boundary, K=args.k,
-                                weights=weights, guide=guide, max_new_tokens=args.max_new_tokens,
-                                temperature=temperature, generator=generator, state=state)
+        try:
+            answer, = guided_decode(model, prm, [new], boundary=leading.boundary, K=args.k,
+                                    weights=weights, guide=guide, temperature=temperature,
+                                    max_new_tokens=args.max_new_tokens, generator=generator,
+                                    state=state)
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from None
         text = answer.text
         if args.file:
             text = json.dumps({"prompt": message, "answer": text})

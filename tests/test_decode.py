@@ -789,6 +789,16 @@ def test_answers_of_a_file_are_independent(tiny_run, tmp_path, capsys):
     assert found == expected
 
 
+def test_a_line_that_does_not_fit_is_named(tiny_run, tmp_path, capsys):
+    """Prevents: a long file of which nobody knows which prompt was too long; the answers before it
+    lost."""
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"\n{QUESTIONS[0]}\n" + "1 + " * 100)
+    with pytest.raises(InputError, match="prompts.txt:3: .* room for 128"):
+        decode.main([tiny_run, "--k", "1", "--file", str(path)])
+    assert json.loads(capsys.readouterr().out)["prompt"] == QUESTIONS[0]
+
+
 @pytest.mark.parametrize("option", [[], ["--file"]])
 def test_a_system_message_stands_first(tiny_run, gpt, asked, monkeypatch, tmp_path, option):
     """Prevents: a system message that is lost, that is said again in every turn, or that only the
