@@ -1,7 +1,6 @@
 """evaluate.py: conversations, means and intervals, rows, tables, the picture, the files of a run.
-Every docstring states the bug that its test prevents."""
+Every docstring states the bug that its test prevents. (`hypervolume` is exercise 15.)"""
 import copy
-import itertools
 import math
 import os
 import shutil
@@ -103,23 +102,9 @@ def test_majority_vote_and_tokens_drawn(gpt, tokenizer, monkeypatch):
     assert talks[1].drawn == sum(lengths[3:])
 
 
-def test_guided_answers_count_what_was_drawn(gpt, tokenizer, monkeypatch):
-    """Guidance that looks as cheap as one answer."""
-    steps, plain = [], evaluate.guided_decode
-
-    def watch(*args, **options):
-        results = plain(*args, **options)
-        steps.extend(results[0].steps)
-        return results
-    monkeypatch.setattr(evaluate, "guided_decode", watch)
-    c, prm = Conversation(SUM, tokenizer), prm_of(gpt, tokenizer, "math_accuracy")
-    guided_responder(gpt, prm, OneSum(), guide="math_accuracy", K=3, generator=seeded())([c])
-    assert all(len(step.candidates) == 3 for step in steps)
-    assert c.drawn == sum(len(ids) for step in steps for ids in step.candidates)
-
-
-def test_reranking_chooses_among_whole_answers(gpt, tokenizer, monkeypatch):
-    """A rival of guidance by steps that is guidance by steps, or that the PRM does not choose."""
+def test_guidance_by_steps_and_by_whole_answers(gpt, tokenizer, monkeypatch):
+    """A rival of guidance by steps that is guidance by steps, or that the PRM does not choose;
+    guidance that looks as cheap as one answer."""
     prm, found, plain = prm_of(gpt, tokenizer, "math_accuracy"), [], evaluate.guided_decode
 
     def watch(*args, **options):
@@ -133,7 +118,10 @@ def test_reranking_chooses_among_whole_answers(gpt, tokenizer, monkeypatch):
     for boundary in (None, "turn"):
         respond = guided_responder(gpt, prm, world, boundary, guide="math_accuracy", K=3,
                                    temperature=0.7, generator=seeded())
-        respond([Conversation(SUM, tokenizer)])
+        c = Conversation(SUM, tokenizer)
+        respond([c])
+        drawn = [len(ids) for step in found[-1].steps for ids in step.candidates]
+        assert c.drawn == sum(drawn) and len(drawn) == 3 * len(found[-1].steps)
     by_step, whole = found
     step, = whole.steps
     best = max(range(3), key=step.scores.__getitem__)
@@ -304,19 +292,6 @@ def swept(scores_a, scores_b, policy="mah_dpo"):
         weights = {"a": 1 - i / steps, "b": i / steps}
         rows.append(made(policy, {"a": [x, x], "b": [y, y]}, weights=weights, sweep=("a", "b")))
     return rows
-
-
-def test_hypervolume_by_hand():
-    """Areas counted twice, dominated or worthless points that count, a front that depends on their
-    order."""
-    volume = evaluate.hypervolume
-    assert volume([]) == 0
-    assert volume([(0.5, 0.4)]) == approx(0.2)
-    assert volume([(0.5, 0.4), (0.3, 0.3), (0.5, 0.2)]) == approx(0.2)    # dominated
-    for points in itertools.permutations([(1.0, 0.2), (0.6, 0.5), (0.2, 0.9)]):
-        assert volume(points) == approx(0.2 + 0.6 * 0.3 + 0.2 * 0.4)
-    assert volume([(3.0, 4.0), (0.5, 9.0)], reference=(1.0, 2.0)) == approx(4.0)
-    assert volume([(0.5, 3.0), (3.0, 1.0)], reference=(1.0, 2.0)) == 0
 
 
 def test_areas_by_method():
