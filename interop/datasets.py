@@ -17,6 +17,7 @@ from functools import partial
 from data import DOMAINS, InputError, Problem, World, read_jsonl, split_of
 from interop.answers import final_answer, marked_answer, same_answer
 from interop.parallel import placed
+from interop.tokenizer import use_template_args
 from mah_dpo import Pair
 from model import load_hf
 from prm import Labelled
@@ -529,10 +530,12 @@ def data_files(data, objectives):
     return [path for path in found if os.path.exists(path)]
 
 
-def load_base(directory, device):
-    """The checkpoint of --init, which must bring its tokenizer; several processes share it."""
+def load_base(directory, device, template_args=""):
+    """The checkpoint of --init, which must bring its tokenizer; several processes share it.
+    template_args: see interop.tokenizer.use_template_args."""
     model = load_hf(directory, place=partial(placed, device=device))
     if model.tokenizer is None:
         raise InputError(f"{directory}: tokenizer.json, or vocab.json and merges.txt, is missing; "
                          "a base model needs one")
+    use_template_args(model.tokenizer, template_args)
     return model
