@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, ends_step, pad, read_json, read_objectives, run_command
+from interop.tokenizer import use_template_args
 from model import KVCache, linear, load_hf
 from prm import load_prm
 
@@ -458,6 +459,8 @@ def parse_args(argv):
     add("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default 64)")
     add("--temperature", type=float, help="default: the run's own")
     add("--seed", type=int, default=0, help="seed of the random draws (default 0)")
+    add("--template-args", default="", help="variables for a checkpoint's chat template, "
+        "NAME=VALUE,..., such as enable_thinking=false; default: the run's own")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**31:
         raise InputError(f"--seed {args.seed} is out of range")
@@ -470,6 +473,7 @@ def main(argv=None):
     config = read_run(args.run)
     model = load_hf(os.path.join(args.run, args.policy))
     tokenizer, heads = model.tokenizer, model.config.objectives
+    use_template_args(tokenizer, args.template_args)
     # The leading objective says where steps end, and without --weights which heads speak: the
     # guide, else that of the largest weight, else the run's first.
     weights = heaviest = None

@@ -80,6 +80,8 @@ class Config:
     out: str = option("", "run directory (default runs/<objective>; a taken name gets a number)")
     from_: str = option("", "start from copies of what this run has finished under these options")
     init: str = option("", "Hugging Face directory that serves as the base model")
+    template_args: str = option("", "variables for the chat template of --init, NAME=VALUE,..., such "
+                                "as enable_thinking=false")
     data: str = option("", "directory of real pairs and questions, see below (needs --init)")
     seed: int = option(0, "every random draw of the run derives from it", low=0)
     seeds: int = option(1, "train so often, with seed, seed + 1, ..., for intervals over trainings")
@@ -272,7 +274,8 @@ def train_base(run, name):
     """Stage base: the embedded base model, or the checkpoint that --init names."""
     config, tokenizer = run.config, Tokenizer.embedded()
     if config.init:
-        save_hf(load_base(config.init, run.device), run.file(name), weights=0)
+        model = load_base(config.init, run.device, config.template_args)
+        save_hf(model, run.file(name), weights=0)
         return
     # All worlds, whatever the objectives: a base model knows a bit of everything.
     examples = demonstrations(DOMAINS.values(), 8000, run.rng("base", "data"), tokenizer, False)
@@ -956,7 +959,7 @@ def stages(run):
     prms = ["prm"] if run.config.prm == "unified" else [f"prm_{name}" for name in run.names]
     return [
         Stage("base model", ["base"],
-              "init seed dtype grad_checkpoint epochs base_steps base_lr", train_base),
+              "init template_args seed dtype grad_checkpoint epochs base_steps base_lr", train_base),
         Stage("supervised fine-tuning", ["sft"],
               "objective data max_new_tokens sft_steps sft_batch sft_lr", train_sft),
         Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs),
@@ -1228,6 +1231,8 @@ def check_config(config):
         raise InputError(f"{ranks()} processes cannot share --sft-batch {config.sft_batch}, "
                          f"--dpo-pairs {config.dpo_pairs} and pre-training's batch of 64 evenly; "
                          "choose multiples, or another number of processes")
+    if config.template_args and not config.init:
+        raise InputError("--template-args needs --init: the embedded model has no chat template")
     if config.data and not config.init:
         raise InputError("--data needs --init: the embedded model knows only its own small worlds")
 
@@ -1239,7 +1244,9 @@ def check_inputs(config):
     for seed in range(config.seed, config.seed + config.seeds) if config.from_ else []:
         origin_of(Run("", replace(config, seed=seed)))
     run = Run("", config)
-    model = load_base(config.init, run.device) if config.init else None
+    model = None
+    if config.init:
+        model = load_base(config.init, run.device, config.template_args)
     if config.data:
         describe_data(config.data, run.objectives, config.max_new_tokens, model)
     if model:

@@ -15,6 +15,7 @@ from data import DOMAINS, InputError, Problem, World, split_of
 from interop.answers import final_answer, same_answer
 from interop.parallel import placed
 from interop.rows import read_preferences, read_questions, read_steps, use_of
+from interop.tokenizer import use_template_args
 from mah_dpo import encode_pair
 from model import load_hf
 from prm import Labelled, encode_steps
@@ -105,6 +106,14 @@ def worlds_of(objectives, data, max_new_tokens, model):
 
 # -- what a run reads from its --data directory
 
+def fitting(rows, encode, dropped, reason):
+    """encode(row) of every row, without those that are None: these are counted in `dropped`."""
+    found = [encode(row) for row in rows]
+    kept = [encoded for encoded in found if encoded]
+    dropped[reason] += len(found) - len(kept)
+    return kept
+
+
 def real_pairs(data, objectives, model):
     """DATA/<name>.jsonl for every objective that has pairs there -> list of Pair, {reason: number of
     rows left out}; nothing where `data` is "". Pairs to train on come before those held out.
@@ -118,44 +127,47 @@ def real_pairs(data, objectives, model):
         if holds_questions(path, objective):
             continue
         rows = read_preferences(path, objective.name, dropped)
-        encoded = [encode_pair(row, model) for row in rows]
-        kept = [pair for pair in encoded if pair]
-        dropped[too_long] += len(encoded) - len(kept)
+        kept = fitting(rows, partial(encode_pair, model=model), dropped, too_long)
         if {pair.split for pair in kept} != {"train", "dev"}:
             raise InputError(f"{path}: of its rows {len(kept)} fit the context of {limit} tokens; "
                              "pairs to train on and to hold out are both needed: add rows, or "
-                             "shorter ones")
+                             f"shorter ones{left_out(dropped)}")
         found += kept
     found.sort(key=lambda pair: pair.split == "dev")
     return found, dropped
 
 
+def encode_labelled(row, objective, model):
+    """Steps -> Labelled in the model's ids; None if it is longer than the context, or a step has no
+    token of this vocabulary."""
+    encoded = encode_steps(model.tokenizer, row.prompt, row.steps, objective.boundary)
+    if encoded is None or len(encoded[0]) > model.config.max_len:
+        return None
+    targets = [{objective.name: label} for label in row.labels]
+    split = "train" if split_of(json.dumps(row.prompt)) == "train" else "dev"
+    return Labelled(*encoded, targets, split)
+
+
 def real_labels(data, objectives, model):
-    """DATA/<name>.steps.jsonl, where there is one, of Objective records -> list of Labelled, number of
-    rows left out: longer than the context, or with a step without a token of this vocabulary."""
-    rows, n_dropped = [], 0
+    """DATA/<name>.steps.jsonl, where there is one, of Objective records -> list of Labelled, {reason:
+    number of rows left out}."""
+    found, dropped = [], Counter()
     for objective in objectives if data else []:
         path = os.path.join(data, f"{objective.name}.steps.jsonl")
-        for row in read_steps(path) if os.path.exists(path) else []:
-            found = encode_steps(model.tokenizer, row.prompt, row.steps, objective.boundary)
-            if found is None or len(found[0]) > model.config.max_len:
-                n_dropped += 1
-                continue
-            ids, ends = found
-            targets = [{objective.name: label} for label in row.labels]
-            split = "train" if split_of(json.dumps(row.prompt)) == "train" else "dev"
-            rows.append(Labelled(ids, ends, targets, split))
-    return rows, n_dropped
+        rows = read_steps(path, dropped) if os.path.exists(path) else []
+        encode = partial(encode_labelled, objective=objective, model=model)
+        found += fitting(rows, encode, dropped, "too long for the context")
+    return found, dropped
 
 
 def describe_data(data, objectives, max_new_tokens, model):
     """Read all that a run will read of its --data directory, and print how much there is."""
     pairs, dropped = real_pairs(data, objectives, model)
-    labels, n_dropped = real_labels(data, objectives, model)
+    labels, unread = real_labels(data, objectives, model)
     n_train = sum(pair.split == "train" for pair in pairs)
     print(f"pairs: {n_train} to train on, {len(pairs) - n_train} held out{left_out(dropped)}")
-    if labels or n_dropped:
-        print(f"responses with step labels: {len(labels)}, {n_dropped} left out")
+    if labels or unread:
+        print(f"responses with step labels: {len(labels)}{left_out(unread)}")
     for world in worlds_of(objectives, data, max_new_tokens, model).values():
         counts = [f"{n} {split}" for split, n in world.counts().items()]
         print(f"questions: {', '.join(counts)}{left_out(world.dropped)}")
@@ -174,10 +186,12 @@ def data_files(data, objectives):
     return [path for path in found if os.path.exists(path)]
 
 
-def load_base(directory, device):
-    """The checkpoint of --init, which must bring its tokenizer; several processes share it."""
+def load_base(directory, device, template_args=""):
+    """The checkpoint of --init, which must bring its tokenizer; several processes share it.
+    template_args: see interop.tokenizer.use_template_args."""
     model = load_hf(directory, place=partial(placed, device=device))
     if model.tokenizer is None:
         raise InputError(f"{directory}: tokenizer.json, or vocab.json and merges.txt, is missing; "
                          "a base model needs one")
+    use_template_args(model.tokenizer, template_args)
     return model
