@@ -48,7 +48,7 @@ from data import (DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Problem, Token
 from decode import domain_mix, generate, parse_weights, read_run
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
-from interop.datasets import (DATA_HELP, data_files, describe_data, load_base, real_labels,
+from interop.datasets import (data_files, describe_data, load_base, real_labels,
                               real_pairs, worlds_of)
 from interop.parallel import (alone, even, gather, head_norm, join_processes, local_items,
                               parameters_of, placed, rank, ranks, reaching, shard, total, whole)

@@ -316,11 +316,11 @@ def labels_until(label, n):
     return [1.0] * n_right + [0.0] * (n - n_right)
 
 
-def steps_of(row, prompt, steps, labels):
-    """-> Steps. Unusable without a step, or with an empty one."""
+def checked(steps):
+    """Steps as they are. Unusable if there are none, or an empty one."""
     if not steps or "" in steps:
         raise Unusable("there are no steps, or an empty one")
-    return Steps(with_context(row, prompt), steps, labels)
+    return steps
 
 
 def parse_steps(row):
@@ -328,14 +328,15 @@ def parse_steps(row):
     key, steps, labels = row.need("steps"), row.get("steps"), row.get("labels")
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         raise InputError(f"{key!r} must be a list of texts, not {shown(steps)}")
+    n = len(checked(steps))
     if "labels" not in row.columns:
-        labels = labels_until(row.get("label"), len(steps))
+        labels = labels_until(row.get("label"), n)
     numbers = labels if isinstance(labels, list) else [None]
     if not all(type(v) in (bool, int, float) and 0 <= v <= 1 for v in numbers):
         raise InputError(f"'labels' must be a list of numbers from 0 to 1, not {shown(labels)}")
-    if len(steps) != len(labels):
-        raise InputError(f"{len(steps)} steps but {len(labels)} labels; give one label per step")
-    return steps_of(row, asked(row), steps, [float(label) for label in labels])
+    if len(labels) != n:
+        raise InputError(f"{n} steps but {len(labels)} labels; give one label per step")
+    return Steps(with_context(row, asked(row)), steps, [float(label) for label in labels])
 
 
 def parse_math_shepherd(row):
@@ -351,7 +352,8 @@ def parse_math_shepherd(row):
     question, mark, first = parts[0].partition("Step 1:")
     steps = [step.strip() for step in [mark + first, *parts[2::2]]]
     labels = [float(sign == "+") for sign in parts[1::2]]
-    return steps_of(row, [{"role": "user", "content": question.strip()}], steps, labels)
+    prompt = [{"role": "user", "content": question.strip()}]
+    return Steps(with_context(row, prompt), checked(steps), labels)
 
 
 def parse_prm800k(row):
@@ -372,7 +374,8 @@ def parse_prm800k(row):
     except (KeyError, TypeError, AttributeError, LookupError, ValueError):
         raise Unusable("'label.steps' lack a text or a rating") from None
     text, _ = read_field(row, "question.problem")
-    return steps_of(row, [{"role": "user", "content": text}], steps, labels)
+    prompt = [{"role": "user", "content": text}]
+    return Steps(with_context(row, prompt), checked(steps), labels)
 
 
 # -- questions and outputs
