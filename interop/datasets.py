@@ -115,8 +115,8 @@ def fitting(rows, encode, dropped, reason):
 
 
 def real_pairs(data, objectives, model):
-    """DATA/<name>.jsonl for every objective that has pairs there -> list of Pair, {reason: number of
-    rows left out}; nothing where `data` is "". Pairs to train on come before those held out.
+    """DATA/<name>.jsonl for every objective that has pairs there -> list of Pair, {reason: number
+    of rows left out}; nothing where `data` is "". Pairs to train on come before those held out.
 
     InputError for an objective with nothing to train on or to hold out."""
     found, dropped = [], Counter()
@@ -149,8 +149,8 @@ def encode_labelled(row, objective, model):
 
 
 def real_labels(data, objectives, model):
-    """DATA/<name>.steps.jsonl, where there is one, of Objective records -> list of Labelled, {reason:
-    number of rows left out}."""
+    """DATA/<name>.steps.jsonl, where there is one, of Objective records -> list of Labelled,
+    {reason: number of rows left out}."""
     found, dropped = [], Counter()
     for objective in objectives if data else []:
         path = os.path.join(data, f"{objective.name}.steps.jsonl")

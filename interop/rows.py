@@ -3,7 +3,7 @@
     DATA_HELP               shows the rows: pairs, ratings, questions, labelled steps, outputs
     FIELDS, LOST, Row       which columns are used, under which names, and which must not be lost
     read_field, transcript  text, messages, and conversations written as text
-    asked, with_context     a prompt, and all that bears on it
+    asked, prompt_of        a prompt, and all that bears on it
     parse_pair, ...         one parser for each kind of row; KINDS tells the kinds apart
     read_all                every row of a file to its parser
 """
@@ -219,9 +219,12 @@ def asked(row):
     return messages
 
 
-def with_context(row, prompt):
-    """A prompt with what other columns add: a system message, and tools on the first message, where
-    Tokenizer.encode_chat expects them. InputError for what would be lost."""
+def prompt_of(row, prompt=None):
+    """The whole prompt: its column's messages, or those given, and what other columns add: a system
+    message, and tools on the first message, where Tokenizer.encode_chat expects them.
+
+    InputError for a column that would be lost."""
+    prompt = prompt or asked(row)
     for name in LOST:
         if not is_blank(row.get(name)):
             raise InputError(f"{name!r} would be lost ({shown(row.get(name))}); put it into the "
@@ -279,7 +282,7 @@ def parse_pair(row, objective):
         raise Unusable("the responses do not answer the prompt")
     if chosen == rejected:
         raise Unusable("chosen equals rejected")
-    return Preference(objective, with_context(row, prompt), chosen, rejected)
+    return Preference(objective, prompt_of(row, prompt), chosen, rejected)
 
 
 def parse_ratings(row, objective):
@@ -288,10 +291,11 @@ def parse_ratings(row, objective):
     try:
         for completion in row.get("completions"):
             rating = completion["annotations"].get(objective, {}).get("Rating", "N/A")
-            if rating in ("N/A", None) or is_blank(completion["response"]):
+            response = read_text(completion["response"], "'response'")
+            if rating in ("N/A", None) or is_blank(response):
                 continue
             # By way of str, because JSON's true is no rating. Of equal ratings the first counts.
-            by_rating.setdefault(float(str(rating)), read_text(completion["response"], "'response'"))
+            by_rating.setdefault(float(str(rating)), response)
         # Nor are NaN and infinity.
         if not all(abs(rating) < 1e9 for rating in by_rating):
             raise ValueError
@@ -302,7 +306,7 @@ def parse_ratings(row, objective):
     responses = [by_rating[rating] for rating in sorted(by_rating)]
     if not responses or responses[0] == responses[-1]:
         raise Unusable(f"no two completions have different ratings of {objective}")
-    return Preference(objective, with_context(row, asked(row)), chosen=responses[-1], rejected=responses[0])
+    return Preference(objective, prompt_of(row), chosen=responses[-1], rejected=responses[0])
 
 
 # -- labelled steps
@@ -319,13 +323,13 @@ def labels_until(label, n):
 def checked(steps):
     """Steps as they are. Unusable if there are none, or an empty one."""
     if not steps or "" in steps:
-        raise Unusable("there are no steps, or an empty one")
+        raise Unusable("no steps, or an empty one")
     return steps
 
 
 def parse_steps(row):
     """A row of steps, with a label for each or with the first wrong one -> Steps."""
-    key, steps, labels = row.need("steps"), row.get("steps"), row.get("labels")
+    key, steps, labels = row.need("steps"), row.get("steps") or [], row.get("labels")
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         raise InputError(f"{key!r} must be a list of texts, not {shown(steps)}")
     n = len(checked(steps))
@@ -336,11 +340,11 @@ def parse_steps(row):
         raise InputError(f"'labels' must be a list of numbers from 0 to 1, not {shown(labels)}")
     if len(labels) != n:
         raise InputError(f"{n} steps but {len(labels)} labels; give one label per step")
-    return Steps(with_context(row, asked(row)), steps, [float(label) for label in labels])
+    return Steps(prompt_of(row), steps, [float(label) for label in labels])
 
 
 def parse_math_shepherd(row):
-    """Math-Shepherd: each step of `input` ends with 'ки', in place of which `label` has + or -."""
+    """Math-Shepherd: each step of `input` ends with 'ки', and in `label` with + or -."""
     text, signed = row.get("input"), row.get("label")
     if not isinstance(text, str) or not isinstance(signed, str):
         raise InputError(f"'label' must repeat 'input' with + or -, not be {shown(signed)}")
@@ -353,11 +357,11 @@ def parse_math_shepherd(row):
     steps = [step.strip() for step in [mark + first, *parts[2::2]]]
     labels = [float(sign == "+") for sign in parts[1::2]]
     prompt = [{"role": "user", "content": question.strip()}]
-    return Steps(with_context(row, prompt), checked(steps), labels)
+    return Steps(prompt_of(row, prompt), checked(steps), labels)
 
 
 def parse_prm800k(row):
-    """PRM800K: of each step the completion that was chosen. Ratings -1, 0, 1 are labels 0, .5, 1."""
+    """PRM800K: of each step the chosen completion. Ratings -1, 0 and 1 are labels 0, .5 and 1."""
     steps, labels = [], []
     try:
         for step in row.get("label.steps"):
@@ -371,11 +375,11 @@ def parse_prm800k(row):
                 taken = min(step["completions"], key=lambda completion: completion["rating"])
             steps.append(taken["text"].strip())
             labels.append({-1: 0.0, 0: 0.5, 1: 1.0}[taken["rating"]])
-    except (KeyError, TypeError, AttributeError, LookupError, ValueError):
+    except (LookupError, TypeError, AttributeError, ValueError):
         raise Unusable("'label.steps' lack a text or a rating") from None
     text, _ = read_field(row, "question.problem")
     prompt = [{"role": "user", "content": text}]
-    return Steps(with_context(row, prompt), checked(steps), labels)
+    return Steps(prompt_of(row, prompt), checked(steps), labels)
 
 
 # -- questions and outputs
@@ -394,7 +398,7 @@ def parse_question(row):
         raise Unusable(f"{key!r} marks no final answer, as '#### 18' or '\\boxed{{18}}' do")
     worked = row.get("solution")
     solution = read_text(worked, "'solution'") or (given if answer else "")
-    return Question(with_context(row, asked(row)), answer or given.strip(), solution)
+    return Question(prompt_of(row), answer or given.strip(), solution)
 
 
 def parse_output(row):

@@ -29,8 +29,8 @@ from prm import encode_steps, load_prm, score_sequences
 
 
 def wilson(mean, n):
-    """The mean of n numbers in [0, 1], such as the share of right answers -> its 95 % interval after
-    Wilson. It never leaves [0, 1], and n equal numbers do not make it a point."""
+    """The mean of n numbers in [0, 1], such as the share of right answers -> its 95 % interval
+    after Wilson. It never leaves [0, 1], and n equal numbers do not make it a point."""
     z = 1.96
     # Its centre lies between the mean and 1/2, nearer to the mean if n is large.
     centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -68,8 +68,8 @@ def score_answers(path):
     # The models that any row has; a question without a response has a wrong one.
     names = dict.fromkeys(chain.from_iterable(said for _, said in outputs))
     if not names:
-        raise InputError(f"{path}: no row has a response; give it as \"response\", or \"responses\" "
-                         "if there are several, beside the question and its answer")
+        raise InputError(f"{path}: no row has a response; give one as \"response\", or several as "
+                         "\"responses\", beside the question and its answer")
     for name in names:
         verdicts, n_missing = [], 0
         for question, said in outputs:

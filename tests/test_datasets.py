@@ -93,7 +93,7 @@ def test_broken_lines_are_named(tmp_path, line, words):
 @pytest.mark.parametrize("good, change, words", [
     # pairs
     (PAIR, {"chosen": WITHOUT}, "'chosen' is missing"),
-    (PAIR, {"prompt": WITHOUT}, "'prompt' is missing (question, instruction, problem, input would do)"),
+    (PAIR, {"prompt": WITHOUT}, "missing (question, instruction, problem, input would do)"),
     (PAIR, {key: WITHOUT for key in PAIR}, "no fields"),
     (PAIR, {"rejected": 3}, "'rejected' is int 3"),
     (PAIR, {"rejected": {"text": "r"}}, "'rejected' is dict {\"text\": \"r\"}"),
@@ -108,7 +108,7 @@ def test_broken_lines_are_named(tmp_path, line, words):
     # steps
     (STEPS, {"labels": WITHOUT}, "'labels'"),
     (STEPS, {"steps": WITHOUT}, "'steps'"),
-    *((STEPS, {"steps": steps}, "'steps' must be a list of texts, not") for steps in ("a", ["a", 3])),
+    *((STEPS, {"steps": steps}, "'steps' must be a list of texts") for steps in ("a", ["a", 3])),
     (STEPS, {"steps": WITHOUT, "completions": "ab"}, "'completions' must be"),
     *((STEPS, {"labels": [label]}, "'labels'") for label in (1.5, float("nan"), "1")),
     (STEPS, {"steps": ["a", "b"]}, "2 steps but 1 labels"),
@@ -139,9 +139,9 @@ UNUSABLE = [
     (PAIR, {"chosen": [user("x")]}, "'chosen' does not end with the assistant's turn"),
     (PAIR, {"prompt": WITHOUT, "chosen": "Human: x"}, "'chosen' does not end with the assistant's "
      "turn"),
-    *((STEPS, {"steps": steps}, "there are no steps, or an empty one") for steps in ([], ["a", ""])),
-    (LABEL, {"steps": []}, "there are no steps, or an empty one"),
-    *((ASKED, {"answer": blank}, "the answer is empty") for blank in (None, "", "  ", float("nan"))),
+    *((STEPS, {"steps": steps}, "no steps, or an empty one") for steps in (None, [], ["a", ""])),
+    (LABEL, {"steps": []}, "no steps, or an empty one"),
+    *((ASKED, {"answer": blank}, "the answer is empty") for blank in (None, "  ", float("nan"))),
     (ASKED, {"answer": WITHOUT, "solution": "so 1 + 1 = 2"},
      "'solution' marks no final answer, as '#### 18' or '\\boxed{18}' do")]
 
@@ -431,7 +431,7 @@ ALPACA = {"instruction": "Say it twice.", "input": "p", "prompt": WITHOUT}
     ({"prompt": PARTS, "question": None}, [user("p q")]),
     ({"question": "p", "problem": "p"}, [user("p")])])
 def test_what_bears_on_a_prompt_is_in_it(read, change, prompt):
-    """Half of a prompt that vanishes without a word: the model learns to answer what nobody asked."""
+    """Half of a prompt that vanishes: the model learns to answer what nobody asked."""
     row = {key: v for key, v in (PAIR | change).items() if v is not WITHOUT}
     assert read("pairs", row)[0] == [Preference("honesty", prompt, "c", "r")]
     steps = row | {"steps": ["a"], "label": -1}
@@ -535,7 +535,7 @@ def test_steps_of_math_shepherd(read):
     are shifted against each other."""
     text = "2 + 3 - 1? Step 1: 2 + 3 = 5 ки\nStep 2: 5 -\n1 = 3 ки\nStep 3: The answer is: 3 ки"
     signs = "2 + 3 - 1? Step 1: 2 + 3 = 5 +\nStep 2: 5 -\n1 = 3 -\nStep 3: The answer is: 3 -"
-    good = {"input": text.replace(" -\n", " - "), "label": signs.replace("5 -\n", "5 - "), "task": "x"}
+    good = {"input": text.replace(" -\n", " - "), "label": signs.replace("5 -\n", "5 - ")}
     steps = ["Step 1: 2 + 3 = 5", "Step 2: 5 - 1 = 3", "Step 3: The answer is: 3"]
     expected = Steps([user("2 + 3 - 1?")], steps, [1, 0, 0])
     # In the second row there is a sign too many at the end of a line, in the third no step.
@@ -550,7 +550,8 @@ def test_steps_of_prm800k(read):
         options = [{"text": f" {r} ", "rating": r, "flagged": False} for r in ratings]
         human = human and {"text": human, "rating": None}
         return {"completions": options, "chosen_completion": chosen, "human_completion": human}
-    steps = [step(1, None, -1, 1), step(None, "h", -1, -1), step(0, None, 0), step(None, None, 1, -1)]
+    steps = [step(1, None, -1, 1), step(None, "h", -1, -1), step(0, None, 0)]
+    steps.append(step(None, None, 1, -1))
     row = {"question": {"problem": "p"}, "label": {"steps": steps, "finish_reason": "found_error"}}
     assert read("steps", row)[0] == [Steps([user("p")], ["1", "h", "0", "-1"], [1, 1, 0.5, 0])]
     bad = row | {"label": {"steps": [step(None, None)]}}
@@ -629,7 +630,8 @@ def test_published_steps(name, n, right):
     assert firsts == [row["label"] for _, row in read_jsonl(published(name))]
 
 
-@pytest.mark.parametrize("name, n", [("sample_math-shepherd.jsonl", 7), ("sample_prm800k.jsonl", 5)])
+@pytest.mark.parametrize("name, n", [
+    ("sample_math-shepherd.jsonl", 7), ("sample_prm800k.jsonl", 5)])
 def test_published_steps_as_they_come(name, n):
     """A layout of our own taken for the published one."""
     found = read_steps(published(name))
