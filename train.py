@@ -55,6 +55,7 @@ from interop.parallel import (alone, even, gather, head_norm, join_processes, lo
 from interop.resume import (clear, copy_stage, fingerprint, free_name, load_checkpoint,
                             new_directory, put_rows, read_rows, save_checkpoint, stops_wait,
                             write_rows)
+from interop.rows import DATA_HELP
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
                      pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf

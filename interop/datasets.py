@@ -166,7 +166,7 @@ def describe_data(data, objectives, max_new_tokens, model):
     labels, unread = real_labels(data, objectives, model)
     n_train = sum(pair.split == "train" for pair in pairs)
     print(f"pairs: {n_train} to train on, {len(pairs) - n_train} held out{left_out(dropped)}")
-    if labels or unread:
+    if labels or any(unread.values()):
         print(f"responses with step labels: {len(labels)}{left_out(unread)}")
     for world in worlds_of(objectives, data, max_new_tokens, model).values():
         counts = [f"{n} {split}" for split, n in world.counts().items()]
