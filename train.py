@@ -48,13 +48,14 @@ from data import (DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Problem, Token
 from decode import domain_mix, generate, parse_weights, read_run
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
-from interop.datasets import (DATA_HELP, data_files, describe_data, load_base, real_labels,
+from interop.datasets import (data_files, describe_data, load_base, real_labels,
                               real_pairs, worlds_of)
 from interop.parallel import (alone, even, gather, head_norm, join_processes, local_items,
                               parameters_of, placed, rank, ranks, reaching, shard, total, whole)
 from interop.resume import (clear, copy_stage, fingerprint, free_name, load_checkpoint,
                             new_directory, put_rows, read_rows, save_checkpoint, stops_wait,
                             write_rows)
+from interop.rows import DATA_HELP
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
                      pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
