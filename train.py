@@ -26,35 +26,34 @@ Read in this order: the stages from `train_base` to `measure_prm`; their table `
 training loop `fit`; then runs in directories, and the command line. How files survive a kill is in
 interop/resume.py.
 """
-import argparse
 import math
 import os
 import signal
-import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Problem, Tokenizer, World,
+from data import (CASES, DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Tokenizer, World,
                   agreement, batches_by_length, dealt_batches, domain_objectives, fit_threshold,
                   judge, pad, read_json, run_command, select_objectives, write_json)
-from decode import domain_mix, generate, parse_weights, read_run
+from decode import domain_mix, generate, parse_weights
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
 from interop.datasets import (DATA_HELP, data_files, describe_data, load_base, real_labels,
                               real_pairs, worlds_of)
-from interop.parallel import (alone, even, gather, head_norm, join_processes, local_items,
-                              parameters_of, placed, rank, ranks, reaching, shard, total, whole)
-from interop.resume import (clear, copy_stage, fingerprint, free_name, load_checkpoint,
-                            new_directory, put_rows, read_rows, save_checkpoint, stops_wait,
-                            write_rows)
+from interop.options import check_options, flag, option, read_options
+from interop.parallel import (even, gather, head_norm, join_processes, local_items, parameters_of,
+                              placed, rank, ranks, reaching, shard, total, whole)
+from interop.resume import (at_work, clear, copy_stages, fingerprint, finished, free_name,
+                            load_checkpoint, load_config, new_directory, put_rows, read_rows,
+                            save_checkpoint, save_config, stops_wait, write_rows)
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
                      pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
@@ -64,13 +63,8 @@ from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight
 
 # -- options
 
-def option(default, text, fast=None, low=None, choices=None):
-    """A field of Config: its default, its line in --help, its value under --fast, and what it may
-    be: at least `low` (0 if not said, or 1 for a whole number), or one of `choices`."""
-    if low is None:
-        low = 1 if type(default) is int else 0
-    about = {"help": text, "fast": fast, "low": low, "choices": choices}
-    return field(default=default, metadata=about)
+# The names under which --dpo-lr-factor knows the preference-trained policies.
+METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]
 
 
 @dataclass
@@ -139,8 +133,6 @@ class Config:
 
 # Options that change no figure: a run may go on, or be started from, under other values.
 HARMLESS = ["out", "from_", "seeds", "device", "checkpoint_every"]
-# The names under which --dpo-lr-factor knows the preference-trained policies.
-METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]
 
 
 # -- what the stages share
@@ -154,6 +146,9 @@ class Run:
             objectives = [OBJECTIVES[name] for name in select_objectives(config.objective)]
         self.path, self.config, self.objectives = path, config, objectives
         self.names = [o.name for o in objectives]
+        self.domains = {}                       # {domain: names of its objectives}
+        for o in objectives:
+            self.domains.setdefault(o.domain, []).append(o.name)
         self.device = pick_device(config.device)
         # Files that were made under other options, or from other data, have another key.
         options = {name: v for name, v in asdict(config).items() if name not in HARMLESS}
@@ -198,12 +193,8 @@ class Run:
 
 
 def shown(row):
-    """A row of the log as text; what was measured is rounded, what was counted is not."""
-    texts = []
-    for key, value in row.items():
-        number = f"{value:.3g}" if type(value) is float else str(value)
-        texts.append(f"{key} {number}")
-    return ", ".join(texts)
+    """The numbers of a row of the log as text."""
+    return ", ".join([f"{name} {number:.6g}" for name, number in row.items()])
 
 
 def shuffled(items, generator):
@@ -216,6 +207,14 @@ def endless(items, generator):
     assert items, "nothing to draw from"
     while True:
         yield from shuffled(items, generator)
+
+
+def dealt_parts(batch, tokens=16384):
+    """This process's items of a batch, in lists that are padded to at most so many tokens."""
+    parts = []
+    for index in dealt_batches([len(item) for item in batch], tokens):
+        parts.append([batch[i] for i in index])
+    return parts
 
 
 def mixed_batches(streams, sizes):
@@ -314,26 +313,21 @@ def language_model(run, name, model, examples, steps, lr, size):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01,
                                   fused=True)
 
-    def backward(batch):
-        own = local_items(batch)
-        ids, _ = pad([e.ids for e in own], model.tokenizer.pad_id, run.device)      # (B, T)
-        mask, _ = pad([e.mask for e in own], False, run.device)                     # (B, T)
+    def loss_of(part, batch):
+        ids, _ = pad([e.ids for e in part], model.tokenizer.pad_id, run.device)     # (B, T)
+        mask, _ = pad([e.mask for e in part], False, run.device)                    # (B, T)
         # The token at t + 1 is predicted by the hidden state at t.
         b, t = mask[:, 1:].nonzero(as_tuple=True)                                   # (N,)
         with run.autocast():
             logits = model.logits(model(ids)[b, t]).float()                         # (N, V)
-            loss = F.cross_entropy(logits, ids[b, t + 1])
-        # The mean over the tokens of all processes. FSDP takes the mean of the processes'
-        # gradients, so each is made larger by their number.
-        share = len(b) / total(mask[:, 1:].sum())
-        loss = loss * share
-        (loss * ranks()).backward()
-        return {"loss": loss}
+            loss = F.cross_entropy(logits, ids[b, t + 1], reduction="sum")
+        # The mean over the tokens of the whole batch.
+        loss = loss / sum([sum(e.mask[1:]) for e in batch])
+        return loss, {"loss": loss}
 
     batches = length_batches(examples, size, run.generator(name))
-    log = fit(run, name, model, optimizer, steps, len(examples) / size, batches, backward,
-              warm_up=40, decay="cosine")
-    run.log(name, log)
+    fit(run, name, model, optimizer, steps, len(examples) / size, batches, loss_of, warm_up=40,
+        decay="cosine")
     save_hf(model, run.file(name), weights=0)
 
 
@@ -373,6 +367,11 @@ class Source(NamedTuple):
         scored = self.world.objectives
         return [o.name for o in self.run.objectives if o.case in cases and o.name in scored]
 
+    def bar(self, what, n):
+        """A progress bar."""
+        title = f"{self.world.name}: {what} of {self.policy}, {self.split}"
+        return tqdm(total=n, desc=title, disable=None)
+
 
 def sources_of(run, policy):
     """A policy of this run, and a Source for each world and split in which it is to answer."""
@@ -386,14 +385,6 @@ def sources_of(run, policy):
     return model, found
 
 
-class Turn(NamedTuple):
-    """An evaluate.Turn and its problem: the messages before it, the same and the answer as ids."""
-    problem: Problem
-    messages: list
-    prompt: list
-    response: list
-
-
 def roll_out(source, purpose, n):
     """A policy answers n training problems, or 15 % as many development problems -> its Turns, the
     RNG of the judge, the generator of further samples.
@@ -403,12 +394,10 @@ def roll_out(source, purpose, n):
     seed = purpose, source.policy, world.name, source.split
     # One split is one purpose: the draws of development do not depend on those of training.
     n = n if source.split == "train" else int(0.15 * n)
-    n_problems = max(8, n) // world.turns
-    problems = world.problems(source.split, n_problems, run.rng(*seed))
+    problems = world.problems(source.split, max(8, n) // world.turns, run.rng(*seed))
     # All processes have drawn the same problems. From here on each draws for itself.
     own = [rank()] if ranks() > 1 else []
-    rng = run.rng(*seed, "judge", *own)
-    generator = run.generator(*seed, *own)
+    rng, generator = run.rng(*seed, "judge", *own), run.generator(*seed, *own)
     student = seed_of(run.config.seed, *seed, "student", *own)
     return answer(source, local_items(problems), generator, student), rng, generator
 
@@ -416,40 +405,42 @@ def roll_out(source, purpose, n):
 def answer(source, problems, generator, student):
     """The Turns of a policy about these problems; `student`: the seed of simulated students."""
     world, temperature = source.world, source.run.config.temperature
-    title = f"{world.name}: answers of {source.policy}, {source.split}"
-    with tqdm(total=len(problems) * world.turns, desc=title, disable=None) as bar:
+    with source.bar("answers", len(problems) * world.turns) as bar:
         respond = plain_responder(source.model, world, source.mix, temperature, generator,
                                   progress=bar.update)
         talks = converse(world, problems, source.model.tokenizer, respond, student)
-    # What was said before each answer, as the judge reads it and as the policy read it.
-    turns = []
-    for talk in talks:
-        for prompt, messages, response in talk.turns:
-            turns.append(Turn(talk.problem, messages, prompt, response))
-    return turns
+    return list(chain.from_iterable(talk.turns for talk in talks))
 
 
-def draw_samples(source, prompts, n, room, generator):
-    """n samples behind every prompt -> a list of n responses each. room: most tokens of one."""
-    if n == 0:
-        return [[] for _ in prompts]
-    title = f"{source.world.name}: samples of {source.policy}, {source.split}"
-    with tqdm(total=len(prompts) * n, desc=title, disable=None) as bar:
+def continuations(source, turns, ends, n, generator):
+    """Yield n responses for each of the ends of every turn: of the turn's own response the tokens
+    up to that index are kept, of -1 none, and what follows is sampled. Nothing is drawn before the
+    first one is asked for."""
+    kept, prompts, room = [], [], []
+    for turn, at in zip(turns, ends):
+        for end in at:
+            kept.append(turn.response[:end + 1])
+            prompts.append(turn.before + kept[-1])
+            room.append(source.world.max_new_tokens - end - 1)
+    with source.bar("samples", len(prompts) * n) as bar:
         found = generate(source.model, prompts, weights=source.mix, samples=n, max_new_tokens=room,
                          temperature=source.run.config.temperature, generator=generator,
                          progress=bar.update)
-    return [found[i:i + n] for i in range(0, len(found), n)]
+    # The samples of a prompt stand together.
+    for i, sample in enumerate(found):
+        yield kept[i // n] + sample
 
 
-def rate(source, turn, response, names, rng):
-    """{objective: rating} of a response to a turn's messages. A verifier is exact, a judge not."""
+def score(source, turn, response, name):
+    """The noise-free score of an objective for a response to a turn's messages."""
     text = source.model.tokenizer.decode(response)
-    scores = source.world.scores(turn.problem, turn.messages, text)
-    exact, ratings = source.objectives("verifiable"), {}
-    for name in names:
-        score = scores[name]
-        ratings[name] = score if name in exact else judge(score, rng)
-    return ratings
+    return source.world.scores(turn.problem, turn.messages, text)[name]
+
+
+def rate(source, turn, response, name, rng):
+    """A response's rating for an objective in training. A verifier is exact, a judge is not."""
+    exact = score(source, turn, response, name)
+    return exact if name in source.objectives("verifiable") else judge(exact, rng)
 
 
 def sample_pairs(source, names):
@@ -457,21 +448,21 @@ def sample_pairs(source, names):
     prompt's answers the best against the worst."""
     if not names:
         return []
-    config = source.run.config
     # What is answered: the problem itself, or every turn of a dialogue that the policy has led.
-    turns, rng, generator = roll_out(source, "samples", config.n_prompts)
-    prompts, room = [turn.prompt for turn in turns], source.world.max_new_tokens
-    pairs = []
-    samples = draw_samples(source, prompts, config.n_samples, room, generator)
-    for turn, responses in zip(turns, samples):
-        ratings = [rate(source, turn, response, names, rng) for response in responses]
+    turns, rng, generator = roll_out(source, "samples", source.run.config.n_prompts)
+    # New answers: nothing of the first is kept.
+    n, pairs = source.run.config.n_samples, []
+    samples = continuations(source, turns, [[-1]] * len(turns), n, generator)
+    for turn in turns:
+        responses, ratings = list(islice(samples, n)), []
+        for response in responses:
+            ratings.append([rate(source, turn, response, name, rng) for name in names])
         # An objective has its own best and worst. Ratings that are nearly equal say nothing.
-        for name in names:
-            rated = [rating[name] for rating in ratings]
+        for name, rated in zip(names, zip(*ratings)):
             high, low = max(rated), min(rated)
             best, worst = responses[rated.index(high)], responses[rated.index(low)]
             if high - low > 0.1 and best != worst:
-                pairs.append(Pair(name, turn.prompt, best, worst, source.split))
+                pairs.append(Pair(name, turn.before, best, worst, source.split))
     return pairs
 
 
@@ -481,7 +472,7 @@ def make_pairs(run, name):
     model, sources = sources_of(run, "sft")
     sampled = []
     for source in sources:
-        sampled += sample_pairs(source, source.objectives("verifiable", "A", "B", "C"))
+        sampled += sample_pairs(source, source.objectives(*CASES))
     pairs, _ = real_pairs(run.config.data, run.objectives, model)
     pairs += gather(sampled)
     # Every objective needs pairs, or its head would stay a copy.
@@ -515,11 +506,6 @@ def choose(pairs, names, split):
     return [pair for pair in pairs if pair.objective in names and pair.split == split]
 
 
-def mates(run, objective):
-    """The names of the objectives of an objective's domain, itself included."""
-    return [o.name for o in domain_objectives(objective.domain, run.objectives)]
-
-
 def preference_loss(run, pairs, logps, count=None):
     """The loss of n pairs: DPO's objective by objective, or MODPO's where the pairs have margins.
 
@@ -534,7 +520,7 @@ def preference_loss(run, pairs, logps, count=None):
         return mah_dpo_loss(*both, owner, alpha, beta, count)
     margin = torch.tensor([pair.margin for pair in pairs], device=device)           # (n,)
     # MODPO's weights are uniform over the objectives of a domain.
-    uniform = [1 / len(mates(run, o)) for o in run.objectives]
+    uniform = [1 / len(run.domains[o.domain]) for o in run.objectives]
     w_k = torch.tensor(uniform, device=device)[owner]                               # (n,)
     losses = modpo_loss(*both, margin, w_k, beta)
     metrics = pair_metrics(losses, *both, owner, len(alpha), beta, count)
@@ -561,24 +547,15 @@ def train_policy(run, name):
     lr_heads = factors[METHODS.index(method)] * config.dpo_lr_heads
     optimizer = make_optimizer(model, config.dpo_lr_backbone, lr_heads)
     # The loss of an objective is the mean over its pairs in the batch.
-    per_step = [config.dpo_pairs if o in names else 0 for o in run.names]
-    count = torch.tensor(per_step, device=run.device)                               # (O,)
+    n = config.dpo_pairs
+    count = torch.tensor([n * (o in names) for o in run.names], device=run.device)  # (O,)
 
-    def backward(batch):
-        found = Counter()
-        # The losses and gradients of the parts of a batch add up to those of the batch.
-        for index in dealt_batches([len(pair) for pair in batch]):
-            part = [batch[i] for i in index]
-            with run.autocast():
-                logps = policy_logps(model, part, own_heads(model, part))           # (2, n)
-            loss, metrics = preference_loss(run, part, logps, count)
-            # FSDP wants gradients for the same heads in every process, whatever pairs each has.
-            loss = reaching(loss, [head.weight for head in model.heads])
-            (loss * ranks()).backward()
-            found.update(metrics)
-        if len(heads) > 1:      # a head's gradient comes from its own objective alone
-            found["gradient_norm"] = torch.stack([head_norm(head) for head in model.heads])
-        return found
+    def loss_of(part, batch):
+        with run.autocast():
+            logps = policy_logps(model, part, own_heads(model, part))               # (2, n)
+        loss, metrics = preference_loss(run, part, logps, count)
+        # FSDP wants gradients for the same heads in every process, whatever pairs each has.
+        return reaching(loss, [head.weight for head in model.heads]), metrics
 
     def develop():
         logps = score_pairs(run, model, dev, name).T.to(run.device)
@@ -586,17 +563,16 @@ def train_policy(run, name):
 
     # An objective's pairs come in the same order to every policy, for as many steps. Progress is
     # measured on held-out pairs, as many of every objective.
-    dev, streams, n = [], [], config.dpo_pairs
+    dev, streams = [], []
     for o in names:
         dev += choose(pairs, [o], "dev")[:4 * n]
         streams.append(endless(choose(pairs, [o], "train"), run.generator("pairs", o)))
     # Every policy's epochs are those of the objective with the most pairs.
     most = max(len(choose(pairs, [o], "train")) for o in run.names)
     batches = mixed_batches(streams, [n] * len(names))
-    log = fit(run, name, model, optimizer, config.dpo_steps, most / n, batches, backward, run.names,
-              develop if dev else None, clip=10.0)
-    run.log(name, log)
-    save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
+    fit(run, name, model, optimizer, config.dpo_steps, most / n, batches, loss_of, run.names,
+        develop if dev else None, heads=model.heads if len(heads) > 1 else (), clip=10.0)
+    save_hf(model, run.file(name), weights=None if name == "mah_dpo" else 0)
 
 
 def set_margins(run, pairs):
@@ -607,7 +583,7 @@ def set_margins(run, pairs):
         pair.margin = 0.0
     for objective in run.objectives:
         # This objective's policy rewards the pairs of the domain's other objectives.
-        domain = mates(run, objective)
+        domain = run.domains[objective.domain]
         part = [p for p in pairs if p.objective in domain and p.objective != objective.name]
         if part:
             policy = f"dpo_{objective.name}"
@@ -625,13 +601,12 @@ def measure_pairs(run, name):
     # policy -> the models that are averaged, the objectives whose pairs it is measured on
     jobs = [(policy, [policy], run.names)
             for policy in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo")]
-    for names in dict.fromkeys(tuple(mates(run, o)) for o in run.objectives):
+    for names in run.domains.values():
         jobs.append(("soup", [f"dpo_{o}" for o in names], names))
     rows = []
     for policy, members, names in jobs:
         part = choose(pairs, names, "dev")
-        reference = torch.tensor([pair.reference for pair in part]).view(-1, 2)
-        logps = reference
+        logps = reference = torch.tensor([pair.reference for pair in part]).view(-1, 2)
         if policy != "sft":                     # the reference itself
             model = average([run.load(member) for member in members])
             logps = score_pairs(run, model, part, policy)
@@ -675,18 +650,17 @@ def calibrate_judge(source, name):
     problems = world.problems("dev", 400, rng)
     ratings, gold = [], []
     for turn in answer(source, problems, generator, seed_of(run.config.seed, "judge", name)):
-        text = source.model.tokenizer.decode(turn.response)
-        score = world.scores(turn.problem, turn.messages, text)[name]
-        ratings.append(judge(score, rng))
+        exact = score(source, turn, turn.response, name)
+        ratings.append(judge(exact, rng))
         # Gold labels come from noise-free scores, as a person would rate a few examples by hand.
-        gold.append(score >= ENGAGING)
+        gold.append(exact >= ENGAGING)
     half = len(gold) // 2
     threshold, fitted = fit_threshold(ratings[:half], gold[:half])
-    row = {"objective": name, "threshold": threshold, "agreement_fitted": fitted,
+    row = {"threshold": threshold, "agreement_fitted": fitted,
            "agreement": agreement(threshold, ratings[half:], gold[half:]),
            "positive": sum(gold[half:]) / half}
-    tqdm.write(f"  judge, fitted on {half} examples, measured on {half} others: {shown(row)}")
-    return row
+    tqdm.write(f"  judge of {name}, fitted on {half} examples, measured on others: {shown(row)}")
+    return {"objective": name} | row
 
 
 def label_steps(source, names, judges, purpose, n, M):
@@ -697,46 +671,38 @@ def label_steps(source, names, judges, purpose, n, M):
     tokenizer, world = source.model.tokenizer, source.world
     turns, rng, generator = roll_out(source, purpose, n)
     ends = [tokenizer.step_ends(turn.response, world.boundary) for turn in turns]
-    # The response itself is the first rollout. M - 1 samples go on from every step but the last.
-    prefixes, room = [], []
-    for turn, at in zip(turns, ends):
-        for end in at[:-1]:
-            prefixes.append(turn.prompt + turn.response[:end + 1])
-            room.append(world.max_new_tokens - end - 1)
-    tails = iter(draw_samples(source, prefixes, M - 1, room, generator))
+    # The response itself is the first rollout. M - 1 others go on from every step but the last.
+    others = continuations(source, turns, [at[:-1] for at in ends], M - 1, generator)
     rows = []
     for turn, at in zip(turns, ends):
-        rollouts = []                                       # for every step M whole responses
-        for end in at[:-1]:
-            prefix = turn.response[:end + 1]
-            rollouts.append([turn.response] + [prefix + tail for tail in next(tails)])
-        rollouts.append([turn.response] * M)
+        rollouts = []                                       # M whole responses for every step
+        for _ in at[:-1]:
+            rollouts += [turn.response, *islice(others, M - 1)]
+        rollouts += [turn.response] * M
         # Every output labels the steps from the first on, perhaps not all of them.
         targets = [{} for _ in at]                          # for every step {output: label}
-        for name, labels in labels_of(source, turn, rollouts, names, judges, rng).items():
+        for name, labels in labels_of(source, turn, rollouts, M, names, judges, rng).items():
             for target, label in zip(targets, labels):
                 target[name] = label
         # The PRM reads the prompt, too: a step ends that much later.
-        at = [len(turn.prompt) + end for end in at]
-        rows.append(Labelled(turn.prompt + turn.response, at, targets, source.split))
+        at = [len(turn.before) + end for end in at]
+        rows.append(Labelled(turn.before + turn.response, at, targets, source.split))
     return rows
 
 
-def labels_of(source, turn, rollouts, names, judges, rng):
-    """{output: its labels} for the steps of a turn. rollouts: for every step M responses."""
+def labels_of(source, turn, rollouts, M, names, judges, rng):
+    """{output: its labels} for the steps of a turn. rollouts: M responses for every step."""
     found, verifiable = {}, source.objectives("verifiable")
     for name in names:
         if name in verifiable:
-            found[name] = hindsight(source, turn, rollouts)
+            found[name] = hindsight(source, turn, rollouts, M)
             continue
         # A judge of case A was calibrated; in case B, half of the scale is positive. There a step
         # is a whole turn: its one "rollout" is the turn itself, and its verdict the majority.
         threshold = judges[name]["threshold"] if name in judges else 0.5
-        verdicts = []
-        for responses in rollouts:
-            ratings = [rate(source, turn, response, [name], rng)[name] for response in responses]
-            verdicts.append([rating > threshold for rating in ratings])
-        found[name] = majority_labels(torch.tensor(verdicts)).tolist()
+        ratings = [rate(source, turn, response, name, rng) for response in rollouts]
+        verdicts = torch.tensor([rating > threshold for rating in ratings])
+        found[name] = majority_labels(verdicts.view(-1, M)).tolist()
     if verifiable:
         # What follows the first wrong step is judged by that, not by what it says.
         _, rewards = verify(source, turn, turn.response)
@@ -756,18 +722,16 @@ def verify(source, turn, response):
     return source.world.verify(turn.problem, steps)
 
 
-def hindsight(source, turn, rollouts):
-    """The verifiable case: V_t for every step."""
-    correct, lengths = [], []
-    for responses in rollouts:
-        verified = [verify(source, turn, response) for response in responses]
-        correct.append([z for z, _ in verified])
-        lengths.append([len(rewards) for _, rewards in verified])
-    # Nobody verifies the single steps of an answer to a real question: r_t is 0 there.
-    _, rewards = verify(source, turn, turn.response)
+def hindsight(source, turn, rollouts, M):
+    """The verifiable case: V_t for each of S steps, which have M rollouts each."""
+    verified = [verify(source, turn, response) for response in rollouts]
+    correct = torch.tensor([z for z, _ in verified]).view(-1, M)                    # (S, M)
+    lengths = torch.tensor([len(steps) for _, steps in verified]).view(-1, M)       # (S, M)
+    # The first rollout is the response itself. Nobody verifies the single steps of an answer to a
+    # real question: r_t is 0 there.
+    _, rewards = verified[0]
     r = torch.tensor([reward or 0.0 for reward in rewards])                         # (S,)
-    gamma = source.run.config.gamma
-    return hindsight_targets(r, torch.tensor(lengths), torch.tensor(correct), gamma).tolist()
+    return hindsight_targets(r, lengths, correct, source.run.config.gamma).tolist()
 
 
 # -- stage prm: the process reward model
@@ -807,25 +771,22 @@ def step_sizes(data, config):
     prm_batch as they have labelled steps, but each gives at least prm_pairs, so that few labels are
     still learnt from; a list of pairs gives prm_pairs."""
     # A list of pairs has 0 labelled steps.
-    labelled, sizes = [], []
+    steps = []
     for items in data:
-        labelled.append(sum(len(item.ends) for item in items if isinstance(item, Labelled)))
-    for n in labelled:
-        share = config.prm_batch * n // max(1, sum(labelled))
-        size = max(config.prm_pairs, share)
-        sizes.append(max(1, size // ranks()) * ranks())     # what the processes can share
-    return sizes
+        steps.append(sum([len(item.ends) for item in items if isinstance(item, Labelled)]))
+    all_steps = max(1, sum(steps))
+    sizes = [max(config.prm_pairs, config.prm_batch * n // all_steps) for n in steps]
+    # Rounded up to what the processes can share.
+    return [-(-size // ranks()) * ranks() for size in sizes]
 
 
 def own_parts(batch):
     """This process's items of a batch in parts: labelled sequences, then pairs."""
     labelled = [item for item in batch if isinstance(item, Labelled)]
-    pairs = local_items([item for item in batch if isinstance(item, Pair)])
-    # Few tokens at a time: gradients add up, and little is padded. dealt_batches also shares out.
-    parts = []
-    for index in dealt_batches([len(row) for row in labelled], 2048):
-        parts.append([labelled[i] for i in index])
-    return [*parts, pairs] if pairs else parts
+    pairs = [item for item in batch if isinstance(item, Pair)]
+    # Few tokens at a time, so that little is padded. All pairs are one part.
+    parts = dealt_parts(labelled, 2048)
+    return [*parts, local_items(pairs)] if pairs else parts
 
 
 def prm_loss(prm, part, in_batch):
@@ -868,22 +829,18 @@ def train_prm(run, name):
                                    {"params": prm.score.parameters(), "lr": config.prm_lr_head}],
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
-    def backward(batch):
-        losses, labels = torch.zeros(2, len(outputs), device=run.device)
+    def loss_of(part, batch):
         count = Counter(labels_in(batch))
         in_batch = torch.tensor([count[output] for output in prm.names], device=run.device)
-        for part in own_parts(batch):
-            with run.autocast():
-                loss, n = prm_loss(prm, part, in_batch)
-            ((loss * weight).sum() * ranks()).backward()
-            losses, labels = losses + loss.detach(), labels + n
-        return {"loss": losses, "labels": labels}
+        with run.autocast():
+            losses, labels = prm_loss(prm, part, in_batch)                          # (P,) each
+        return (losses * weight).sum(), {"loss": losses, "labels": labels}
 
     sizes = step_sizes(data, config)
     batches = mixed_batches([endless(items, generator) for items in data], sizes)
     epoch = max(len(items) / size for items, size in zip(data, sizes))
-    log = fit(run, name, prm, optimizer, config.prm_steps, epoch, batches, backward, prm.names,
-              warm_up=100, decay="linear")
+    log = fit(run, name, prm, optimizer, config.prm_steps, epoch, batches, loss_of, prm.names,
+              parts_of=own_parts, warm_up=100, decay="linear")
     run.log(name, [*log, measure_prm(prm, prm_data(run, names, "dev"))])
     save_prm(prm, run.file(name))
 
@@ -891,28 +848,27 @@ def train_prm(run, name):
 @torch.no_grad()
 def measure_prm(prm, data):
     """The held-out quality of every output, printed, as a row of the log; sets prm.scale."""
-    quality, spread = {}, {name: [] for name in prm.names}
+    # For every output its scores and, where these are of labelled steps, their targets.
+    found = {}
     for items in data:
         if isinstance(items[0], Pair):
             chosen, rejected, _ = all_scores(pair_scores, prm, items)               # (N,)
-            right = (chosen > rejected).float()
-            quality[items[0].objective] = {"pair_accuracy": float(right.mean()), "n": len(right)}
-            spread[items[0].objective] += [chosen, rejected]
+            found[items[0].objective] = torch.stack((chosen, rejected)), None
             continue
         scores, targets = all_scores(step_scores, prm, items)                       # (N, P)
-        # Only the steps that have a label of this output count.
-        for p, output in enumerate(prm.outputs):
+        for p, name in enumerate(prm.names):
             has = ~targets[:, p].isnan()
             if has.any():
-                quality[output.name] = step_quality(output, scores[has, p], targets[has, p])
-                spread[output.name].append(scores[has, p])
-    # Scores of different outputs are brought to one unit by their spread.
-    for p, name in enumerate(prm.names):
-        values = torch.cat(spread[name]) if spread[name] else torch.zeros(1)
-        if len(values) > 1 and float(values.std()) > 0:
-            prm.scale[p] = values.std()
-    for name, measures in quality.items():
-        tqdm.write(f"  {name:17s} held-out {shown(measures)}")
+                found[name] = scores[has, p], targets[has, p]
+    quality = {}
+    for p, output in enumerate(prm.outputs):
+        if output.name in found:
+            scores, targets = found[output.name]
+            quality[output.name] = quality_of(output, scores, targets)
+            # Scores of different outputs are brought to one unit by their spread.
+            if scores.numel() > 1 and scores.std() > 0:
+                prm.scale[p] = scores.std()
+            tqdm.write(f"  {output.name:17s} held-out {shown(quality[output.name])}")
     return {"held_out": quality}
 
 
@@ -924,17 +880,21 @@ def all_scores(read, prm, items):
     return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
-def step_quality(output, scores, targets):
-    """Scores and targets (n,) of one output on held-out steps -> its measures. R^2 is the share of
-    the targets' variance that is explained; to predict their mean gives 0."""
+def quality_of(output, scores, targets):
+    """The measures of one output: of scores (2, n), of chosen and rejected; or of scores and
+    targets (n,) of held-out steps. R^2 is the share of the targets' variance that is explained; to
+    predict their mean gives 0."""
+    n = scores.shape[-1]
+    if targets is None:
+        return {"pair_accuracy": (scores[0] > scores[1]).float().mean().item(), "n": n}
     if output.case == "verifiable":
         error = ((scores - targets) ** 2).mean()
         variance = targets.var(correction=0).clamp(min=1e-9)
-        return {"r2": 1 - float(error / variance), "n": len(scores)}
+        return {"r2": 1 - float(error / variance), "n": n}
     right = (scores > 0) == (targets > 0.5)
     positive = float(targets.mean())
-    return {"accuracy": float(right.float().mean()),
-            "commoner_label": max(positive, 1 - positive), "n": len(scores)}
+    return {"accuracy": right.float().mean().item(), "commoner_label": max(positive, 1 - positive),
+            "n": n}
 
 
 # -- the table of stages
@@ -975,47 +935,40 @@ def make_tables(run, name):
     evaluate(run.path, read_json(run.file("pair_metrics.json")), run.device)
 
 
-def finished(run, stage):
-    """Is a stage's last file there? Of a model's directory it is config.json."""
-    path = run.file(stage.files[-1])
-    return os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json"))
-
-
 def run_stages(run):
     """Run what is not finished, with a numbered title and the time of each stage."""
     for number in (signal.SIGINT, signal.SIGTERM):      # a batch system's request is as Ctrl-C
         signal.signal(number, signal.default_int_handler)
-    begun = time.time()
     for number, stage in enumerate(stages(run), 1):
-        if finished(run, stage):
-            print(f"[{number}] {stage.title}: finished before")
-            continue
-        print(f"[{number}] {stage.title}", flush=True)
-        start = time.time()
-        stage.work(run, stage.files[-1])
-        seconds = time.time() - start
-        run.log(stage.title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
-        print(f"    {seconds:.0f} s", flush=True)
+        done = finished(run, stage)
+        print(f"[{number}] {stage.title}{': finished before' * done}", flush=True)
+        if not done:
+            begun = time.time()
+            stage.work(run, stage.files[-1])
+            seconds = round(time.time() - begun, 1)
+            run.log(stage.title, [{"seconds": seconds}], "timings.jsonl")
+            print(f"    {seconds} s", flush=True)
     clear(run.path)
-    print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py "
-          f"{run.path} --prompt ...")
+    print(f"{run.path}: done. Talk to it: python decode.py {run.path} --prompt ...")
 
 
 # -- the training loop of all stages
 
-def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(), develop=None,
-        clip=1.0, warm_up=20, decay="constant"):
+def fit(run, stage, model, optimizer, steps, epoch, batches, loss_of, names=(), develop=None, *,
+        parts_of=dealt_parts, heads=(), clip=1.0, warm_up=20, decay="constant"):
     """Updates, each by the gradient of one batch: as many as `steps`, but at most config.epochs
-    passes over the data, of `epoch` batches each -> rows for the log.
+    passes over the data, of `epoch` batches each -> the rows of its log.
 
     batches: endless iterator of lists of items, a function of the seed alone: its position is the
-    step. backward(batch): adds up the gradient of this process's share, and returns numbers for
-    the log, {metric: tensor}, scalars or one for each objective of `names`, which add up over the
-    processes. develop(): the same on held-out data, four times. clip: largest norm of a gradient.
-    Every config.checkpoint_every steps, and before a stop, all that the next step needs is
-    saved."""
+    step. parts_of(batch): this process's items in lists that are computed one after another.
+    loss_of(part, batch): a part's share of the batch's loss, and numbers for the log, {metric:
+    tensor}, scalars or one for each objective of `names`; both add up over parts and processes.
+    develop(): such numbers on held-out data, four times. heads: those whose gradients' norms are
+    logged, one for each of `names`. clip: largest norm of a gradient. Every
+    config.checkpoint_every steps, and before a stop, all that the next step needs is saved."""
     steps = min(steps, max(1, math.ceil(run.config.epochs * epoch)))
     top = [group["lr"] for group in optimizer.param_groups]
+    backward = partial(gradient, optimizer, parts_of, loss_of, heads, clip)
     start, log = load_checkpoint(run, stage, model, optimizer)
     seconds, tokens, batches = 0.0, 0, islice(batches, start, steps)
     with (stops_wait() as stops,
@@ -1036,9 +989,9 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(),
             # One step: the rates, the gradient, and if it is a number, the update.
             for group, lr in zip(optimizer.param_groups, top):
                 group["lr"] = lr * rate_factor(step, steps, warm_up, decay)
-            found, norm, finite = gradient(optimizer, batch, backward, clip)
+            found, norm, finite = backward(batch)
             if not finite:
-                refuse_step(stage, step, optimizer, batch, backward)
+                refuse_step(f"{stage}, step {step}", batch, backward)
             optimizer.step()
             seconds += time.perf_counter() - begun
             tokens += sum(map(len, batch))
@@ -1047,9 +1000,7 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(),
                 log.append({"step": step, "gradient_norm": norm.item()} | log_row(found, names))
                 bar.set_postfix(loss=float(found["loss"].nanmean()), refresh=False)
             bar.update()
-    for name in names:
-        if develop and name in log[-1]:
-            tqdm.write(f"  {stage}, held-out {name}: {shown(log[-1][name])}")
+    run.log(stage, log)
     run.log(stage, [{"steps": steps - start, "tokens": tokens, "seconds": seconds,
                      "tokens_per_second": tokens / max(seconds, 1e-9)}], "timings.jsonl")
     return log
@@ -1064,26 +1015,31 @@ def rate_factor(step, steps, warm_up, decay):
     return warm * (0.05 + 0.95 * left)
 
 
-def gradient(optimizer, batch, backward, clip):
+def gradient(optimizer, parts_of, loss_of, heads, clip, batch):
     """Leave a batch's gradient, clipped, in the parameters -> numbers for the log, the norm before
     clipping, are loss and norm finite? All over all processes."""
     optimizer.zero_grad()
-    found = {metric: total(value.detach()) for metric, value in backward(batch).items()}
+    found = Counter()
+    for part in parts_of(batch):
+        loss, metrics = loss_of(part, batch)
+        # FSDP takes the mean of the processes' gradients, so each is made larger by their number.
+        (loss * ranks()).backward()
+        found.update({metric: value.detach() for metric, value in metrics.items()})
+    if heads:                   # a head's gradient comes from its own objective alone
+        found["gradient_norm"] = torch.stack([head_norm(head) for head in heads])
+    found = {metric: total(value) for metric, value in found.items()}
     norm = whole(torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip))
     # The loss of an objective without pairs is NaN.
     return found, norm, bool(norm.isfinite() and found["loss"].nansum().isfinite())
 
 
-def refuse_step(stage, step, optimizer, batch, backward):
+def refuse_step(where, batch, backward):
     """InputError that names the examples which alone give no finite gradient, or else all."""
-    bad = []
-    for item in batch:
-        if not gradient(optimizer, [item] * ranks(), backward, 1.0)[2]:
-            bad.append(item.where)
+    bad = [item.where for item in batch if not backward([item] * ranks())[2]]
     bad = bad or [item.where for item in batch]
-    raise InputError(f"{stage}, step {step}: the loss or its gradient is not finite for "
-                     f"{', '.join(bad[:5])}{' ...' * (len(bad) > 5)}; this step was not taken, and "
-                     "earlier checkpoints are kept. Lower the learning rate, or look at these")
+    raise InputError(f"{where}: the loss or its gradient is not finite for {', '.join(bad[:5])}; "
+                     "this step was not taken, and earlier checkpoints are kept. Lower the learning "
+                     "rate, or look at these")
 
 
 def log_row(found, names):
@@ -1100,144 +1056,84 @@ def log_row(found, names):
     return row
 
 
-# -- runs and their directories
+# -- runs
 
 def carry_out(run):
     """All that is unfinished of a run: the stages of its training, or of each of several, and then
-    the tables over these. Exit code 130 where it is stopped."""
-    with alone(run.path):
-        try:
-            trainings = seed_runs(run.path)
-            # A training of several is a run of its own, with its own seed.
-            for i, path in enumerate(trainings):
-                print(f"{path}: training {i + 1} of {len(trainings)}")
-                one = replace(run.config, seed=run.config.seed + i, seeds=1)
-                run_stages(open_run(path, one.device) if os.path.isdir(path) else begin(path, one))
-            if len(trainings) > 1:
-                publish(run.path, load_rows(run.path))
-        except KeyboardInterrupt:
-            if rank() == 0:
-                print("\nstopped; what is finished is kept. Go on with: python train.py --resume "
-                      f"{run.path}", file=sys.stderr)
-            sys.exit(130)
+    the tables over these."""
+    with at_work(run.path):
+        trainings = seed_runs(run.path)
+        # A training of several is a run of its own, with its own seed.
+        for i, path in enumerate(trainings):
+            print(f"{path}: training {i + 1} of {len(trainings)}")
+            one = replace(run.config, seed=run.config.seed + i, seeds=1)
+            run_stages(open_run(path, one.device) if os.path.isdir(path) else begin(path, one))
+        if len(trainings) > 1:
+            publish(run.path, load_rows(run.path))
 
 
 def begin(path, config):
     """Make the directory of a run, with copies of what --from offers -> Run."""
+    # Resumed from another directory, the run must still find what it was given in this one.
+    for name in ("init", "data", "from_"):
+        given = getattr(config, name)
+        setattr(config, name, given and os.path.abspath(given))
     run = Run(path, config)
-    # config.json holds the options, and what tells whether they still mean the same.
-    records = [asdict(o) for o in run.objectives]
-    saved = asdict(config) | {"objectives": records, "key": run.key}
     with new_directory(path) as unfinished:
-        write_json(f"{unfinished}/config.json", saved)
+        save_config(run, unfinished)
         # When the second of several seeds begins, the other run may be gone: then all is trained.
         if config.seeds == 1 and os.path.isdir(config.from_):
-            copy_stages(origin_of(run), Run(unfinished, config))
+            copy_stages(origin_of(config), Run(unfinished, config), stages(run))
     return run
 
 
-def origin_of(run):
+def origin_of(config):
     """The run that this one starts from; of several trainings the one of the same seed."""
-    for path in seed_runs(run.config.from_):
-        origin = open_run(path) if os.path.isdir(path) else None
-        if origin and origin.config.seed == run.config.seed:
-            return origin
-    raise InputError(f"--from {run.config.from_}: it has no training with seed {run.config.seed}")
-
-
-def copy_stages(origin, run):
-    """Copy another run's stages, files and rows of the log, up to the first that it has not
-    finished, or that reads an option whose value differs: all later ones depend on it."""
-    for stage in stages(run):
-        same = [getattr(origin.config, name) == getattr(run.config, name)
-                for name in stage.options.split()]
-        if not all(same) or not finished(origin, stage):
-            break
-        print(f"{stage.title}: copied from {origin.path}")
-        copy_stage(origin, run, stage.files)
+    path = f"{config.from_}/seed={config.seed}"
+    origin = open_run(path if os.path.isdir(path) else config.from_)
+    if origin.config.seed != config.seed:
+        raise InputError(f"--from {config.from_}: it has no training with seed {config.seed}")
+    return origin
 
 
 def open_run(path, device="auto"):
     """The run in a directory, with its own options. InputError if it is of another version, or if
     its options or data are no longer those that it began with."""
-    saved = read_run(path)
-    # Another version of this program may mean something else by its options.
-    other = set(saved) ^ {f.name for f in fields(Config)} ^ {"objectives", "key"}
-    if other:
-        raise InputError(f"{path}/config.json: not the configuration of a run of this version "
-                         f"({', '.join(sorted(other))})")
+    saved = load_config(path, [f.name for f in fields(Config)])
     objectives, key = saved.pop("objectives"), saved.pop("key")
     config = Config(**saved)
     if device != "auto":
         config.device = device
     run = Run(path, config, objectives)
     if key != run.key:
-        raise InputError(f"{path}/config.json: the options, or the files in --data, are not those "
-                         "that this run began with; bring those back, or start a new run")
+        raise InputError(f"{path}/config.json: the options, or the files in --data "
+                         f"({config.data}), are not those that this run began with; bring those "
+                         "back, or start a new run")
     check_config(config)                        # there may be more processes now
     return run
 
 
-# -- the command line
-
-def flag(name):
-    """The flag of a field of Config."""
-    return "--" + name.rstrip("_").replace("_", "-")
-
-
-def read_command(argv):
-    """Command line -> Config, directory to resume or None. One flag per field of Config."""
-    # SUPPRESS: an option that is not given is absent, and takes its default from Config.
-    parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP,
-                                     argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    small = {}
-    for f in fields(Config):
-        text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        parser.add_argument(flag(f.name), dest=f.name, help=text, **kind)
-        if f.metadata["fast"] is not None:
-            small[f.name] = f.metadata["fast"]
-    parser.add_argument("--fast", action="store_const", const=small, default={},
-                        help="every stage, small: shows that it works, finds nothing")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, under its "
-                        "own options; takes no other option but --device")
-    given = vars(parser.parse_args(argv))           # only what stands on the command line
-    fast, resume = given.pop("fast"), given.pop("resume", None)
-    if resume == "":                                # an empty variable of a script
-        raise InputError("--resume needs the directory of a run")
-    if resume and (fast or set(given) - {"device"}):
-        raise InputError("--resume goes on with the run's own configuration; give no option with "
-                         "it but --device")
-    return Config(**fast | given), resume
-
-
 def check_config(config):
     """InputError for an option out of its range."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        low, choices = f.metadata["low"], f.metadata["choices"]
-        if f.type in (int, float) and not low <= value < 2**31:
-            raise InputError(f"{flag(f.name)} {value} is out of range")
-        if choices and value not in choices:
-            raise InputError(f"{flag(f.name)} {value}: choose {' or '.join(choices)}")
+    check_options(config)
     parse_weights(config.alpha, select_objectives(config.objective), "--alpha", 1.0)
     parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
-    batches = [config.sft_batch, config.dpo_pairs] + ([] if config.init else [64])
-    if any(size % ranks() for size in batches):
-        raise InputError(f"{ranks()} processes cannot share --sft-batch {config.sft_batch}, "
-                         f"--dpo-pairs {config.dpo_pairs} and pre-training's batch of 64 evenly; "
-                         "choose multiples, or another number of processes")
+    for name in ("sft_batch", "dpo_pairs"):
+        size = getattr(config, name)
+        if size % ranks():
+            raise InputError(f"{ranks()} processes cannot share {flag(name)} {size} evenly; choose "
+                             "a multiple, or another number of processes")
     if config.data and not config.init:
         raise InputError("--data needs --init: the embedded model knows only its own small worlds")
 
 
-def check_inputs(config):
-    """Read what the stages of a new run will read, so that a mistake shows before anything is
-    written."""
+def check_new(config):
+    """check_config, and read what the stages of a new run will read, so that a mistake shows before
+    anything is written."""
+    check_config(config)
     # Where --from leads, there must be a training of every seed.
     for seed in range(config.seed, config.seed + config.seeds) if config.from_ else []:
-        origin_of(Run("", replace(config, seed=seed)))
+        origin_of(replace(config, seed=seed))
     run = Run("", config)
     model = load_base(config.init, run.device) if config.init else None
     if config.data:
@@ -1248,16 +1144,14 @@ def check_inputs(config):
         # A world may be too small for what is asked of it.
         cases = {o.case for o in domain_objectives(world.name, run.objectives)}
         rolled = config.n_rollout_prompts if cases & {"verifiable", "A"} else 0
-        n = max(config.n_prompts, rolled)
         world.problems(config.split, config.n_test, RNG(0))
-        world.problems("train", n // world.turns, RNG(0))
+        world.problems("train", max(config.n_prompts, rolled) // world.turns, RNG(0))
 
 
 def new_run(config):
     """Check what a new run was given, and make its directory. A taken name gets a number -> Run."""
-    check_config(config)
+    check_new(config)
     config.device = pick_device(config.device)
-    check_inputs(config)
     config.out = free_name(config.out or f"runs/{config.objective.replace(',', '+')}")
     print(f"writing to {config.out}")
     return begin(config.out, config)
@@ -1266,7 +1160,7 @@ def new_run(config):
 def main(argv=None):
     """The command line: a new run, or an unfinished one."""
     join_processes()
-    config, resume = read_command(argv)
+    config, resume = read_options(Config, argv, __doc__, DATA_HELP)
     carry_out(open_run(resume, config.device) if resume else new_run(config))
 
 

@@ -47,8 +47,7 @@ def variants(run, name, values):
             steps = value if name == "weight_steps" else 0
             config = replace(run.config, out=out, from_=run.path, weight_steps=steps)
             setattr(config, name, value)
-            train.check_config(config)
-            train.check_inputs(config)
+            train.check_new(config)
             found.append(config)
     return found
 

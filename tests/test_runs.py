@@ -23,11 +23,13 @@ import train
 from conftest import NAMES, TINY
 from data import InputError, Objective, read_json, run_command, split_of, write_json
 from interop.answers import final_answer, same_answer
+from interop.options import flag, read_options
+from interop.parallel import alone
 from mah_dpo import Pair
 from model import load_safetensors, save_hf
 from prm import Labelled, load_prm
 from test_train import rows_of
-from train import Config, read_command
+from train import Config
 
 pytestmark = pytest.mark.usefixtures("small_worlds")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -74,6 +76,11 @@ def refused(argv, capsys, main=train.main):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
     return error
+
+
+def read_command(argv):
+    """Command line -> Config, directory to resume or None."""
+    return read_options(Config, argv, "", "")
 
 
 # -- a whole run
@@ -248,7 +255,7 @@ def test_a_stop_says_how_to_go_on(whole, tmp_path, capsys, monkeypatch):
 def test_a_run_at_work_is_refused(whole, capsys):
     """Prevents: two commands that write the same files: --resume while the processes of a killed
     torchrun still go on."""
-    with train.alone(whole):
+    with alone(whole):
         assert "a train.py is at work there already" in refused(["--resume", whole], capsys)
     train.main(["--resume", whole])
 
@@ -276,9 +283,9 @@ def test_a_foreign_config_is_no_run(content, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("edit, message", [
-    ({"sft_steps": "four"}, "the options, or the files in --data, are not those"),
-    ({"beta": 0.2}, "the options, or the files in --data, are not those"),
-    ({"objectives": []}, "the options, or the files in --data, are not those"),
+    ({"sft_steps": "four"}, "the options, or the files in --data"),
+    ({"beta": 0.2}, "the options, or the files in --data"),
+    ({"objectives": []}, "the options, or the files in --data"),
     ({"key": None}, "not the configuration of a run of this version (key)"),
     ({"prm_step_weight": None}, "not the configuration of a run of this version (prm_step_weight)"),
     ({"device": "cpu", "checkpoint_every": 7}, "")])
@@ -451,7 +458,7 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
                  "helpfulness=1,honesty=3", "--max-new-tokens", "6", "--k", "2"])
     assert "->" in capsys.readouterr().out
     write_lines(os.path.join(pairs_dir, "honesty.jsonl"), [preference(i) for i in range(23)])
-    assert "the files in --data, are not those" in refused(["--resume", out], capsys)
+    assert f"the files in --data ({pairs_dir}), are not those" in refused(["--resume", out], capsys)
 
 
 def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsys):
@@ -560,7 +567,7 @@ def test_one_flag_per_field():
     """Prevents: a setting that the command line cannot reach, or that is read as text."""
     for f in fields(Config):
         value = {"objective": "math", "prm": "each"}.get(f.name, f.type(3))
-        argv = [train.flag(f.name)] + ([] if f.type is bool else [str(value)])
+        argv = [flag(f.name)] + ([] if f.type is bool else [str(value)])
         config, resume = read_command(argv)
         assert getattr(config, f.name) == value and resume is None
         assert type(getattr(config, f.name)) is f.type
@@ -573,7 +580,7 @@ def test_fast_derives_the_rest():
     asked for."""
     config, _ = read_command(["--fast", "--dpo-steps", "77"])
     for f in fields(Config):
-        small = f.metadata["fast"]
+        small = f.metadata.get("fast")
         assert small is None or small < f.default
         expected = 77 if f.name == "dpo_steps" else f.default if small is None else small
         assert getattr(config, f.name) == expected
@@ -587,7 +594,7 @@ def test_help_tells_every_option(module, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0 and module.__doc__.splitlines()[0][:40] in text
     for f in fields(Config) if module is train else ():
-        assert train.flag(f.name) in text and f.metadata["help"] in text
+        assert flag(f.name) in text and f.metadata["help"] in text
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -621,7 +628,7 @@ def test_bad_options_are_refused(argv, message, capsys, tmp_path, monkeypatch):
 def test_a_taken_name_gets_the_next_number(tmp_path, monkeypatch):
     """Prevents: a new run that overwrites an old one; a comma in a directory's name; a directory
     that is there without its config.json."""
-    monkeypatch.setattr(train, "check_inputs", lambda config: None)
+    monkeypatch.setattr(train, "check_new", lambda config: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run-2").write_text("a file is taken, too")

@@ -15,11 +15,12 @@ import evaluate
 import train
 from conftest import NAMES
 from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World
+from evaluate import Turn
 from mah_dpo import Pair, pair_logps
 from model import load_hf, load_safetensors, read_metadata, save_hf
 from prm import PRM, STEP, Labelled, load_prm, pair_scores, step_scores
 from test_templates import TALK, THINKING, chat
-from train import Config, Run, Source, Turn
+from train import Config, Run, Source
 
 pytestmark = pytest.mark.usefixtures("small_worlds")
 SUM = Problem("4 + 5 - 2 = ?")
@@ -126,7 +127,7 @@ def source(run, gpt):
 
 def turn_of(tokenizer, text):
     """A policy's answer to that problem."""
-    return Turn(SUM, HELLO, tokenizer.encode_chat(HELLO), ids_of(tokenizer, text))
+    return Turn(SUM, tokenizer.encode_chat(HELLO), HELLO, ids_of(tokenizer, text))
 
 
 def test_hindsight_by_hand(source, tokenizer):
@@ -136,9 +137,9 @@ def test_hindsight_by_hand(source, tokenizer):
     short = ids_of(tokenizer, "4 + 5 = 9\n9 - 2 = 7\nanswer 7")
     long = ids_of(tokenizer, "4 + 5 = 9\n9 - 2 = 8\n8 - 1 = 7\n7 + 0 = 7\nanswer 7")
     same = turn.response
-    found = train.hindsight(source, turn, [[same, short], [same, long], [same, same]])
+    found = train.hindsight(source, turn, [same, short, same, long, same, same], 2)
     assert found == pytest.approx([1 + 0.9 ** 2 / 2, 0 + 0.9 ** 3 / 2, 0.0], abs=1e-6)
-    found = train.labels_of(source, turn, [[same]] * 3, ["math_accuracy"], {}, RNG(0))
+    found = train.labels_of(source, turn, [same] * 3, 1, ["math_accuracy"], {}, RNG(0))
     assert found[STEP] == [1.0, 0.0]
 
 
@@ -147,9 +148,9 @@ def test_a_question_has_no_verdicts_on_its_steps(source, tokenizer, monkeypatch)
     the final answer of a real question is known."""
     monkeypatch.setattr(OneSum, "verify", lambda self, problem, steps: (1.0, [None] * len(steps)))
     turn = turn_of(tokenizer, "4 + 5 = 9\nanswer 7")
-    assert train.hindsight(source, turn, [[turn.response]] * 2) == pytest.approx([0.9, 1.0])
-    rollouts = [[turn.response]] * 2
-    assert train.labels_of(source, turn, rollouts, ["math_accuracy"], {}, RNG(0))[STEP] == []
+    rollouts = [turn.response] * 2
+    assert train.hindsight(source, turn, rollouts, 1) == pytest.approx([0.9, 1.0])
+    assert train.labels_of(source, turn, rollouts, 1, ["math_accuracy"], {}, RNG(0))[STEP] == []
 
 
 def test_verdicts_by_hand(source, tokenizer, monkeypatch):
@@ -159,13 +160,13 @@ def test_verdicts_by_hand(source, tokenizer, monkeypatch):
     texts = ["4 + 5 = 9\nanswer 7", "4 + 5 = 9 . now it gets fun !\nanswer 7",
              "4 + 5 = 9 . now it gets fun !\n9 - 2 = 7 . you can do this !\nanswer 7"]
     none, half, full = (ids_of(tokenizer, text) for text in texts)       # scores 0, 0.5, 1
-    turn, sets = turn_of(tokenizer, texts[0]), [[half, half], [full, none], [none, none]]
+    turn, sets = turn_of(tokenizer, texts[0]), [half, half, full, none, none, none]
     for threshold, expected in [(0.4, [1, 0, 0]), (0.6, [0, 0, 0]), (-0.1, [1, 1, 1])]:
         judges = {"math_engagement": {"threshold": threshold}}
-        found = train.labels_of(source, turn, sets, ["math_engagement"], judges, RNG(0))
+        found = train.labels_of(source, turn, sets, 2, ["math_engagement"], judges, RNG(0))
         assert found["math_engagement"] == expected
-    judges, sets = {"another": {"threshold": 0.9}}, [[full], [half]]
-    found = train.labels_of(source, turn, sets, ["math_engagement"], judges, RNG(0))
+    judges, sets = {"another": {"threshold": 0.9}}, [full, half]
+    found = train.labels_of(source, turn, sets, 1, ["math_engagement"], judges, RNG(0))
     assert found["math_engagement"] == [1.0, 0.0]
 
 
@@ -467,7 +468,7 @@ def test_train_policy_sends_each_pair_through_its_own_head(run, gpt, tokenizer, 
         calls.append(head)
         return plain(model, pairs, head)
     monkeypatch.setattr(train, "policy_logps", policy_logps)
-    monkeypatch.setattr(train, "dealt_batches", lambda lengths: batches(lengths, tokens=150))
+    monkeypatch.setattr(train, "dealt_batches", lambda lengths, _: batches(lengths, 150))
     train.train_policy(run, "mah_dpo")
     assert len(calls) > 2 and collections.Counter(counts) == {o: 2 * 3 for o in run.names}
     for o in run.names:
@@ -497,12 +498,11 @@ def test_policies_see_the_same_pairs(method, run, gpt, tokenizer, monkeypatch):
         setattr(pair, "margin", 0.5) for pair in pairs])
     seen = []
 
-    def fit(run, stage, model, optimizer, steps, epoch, batches, backward, *args, **options):
+    def fit(run, stage, model, optimizer, steps, epoch, batches, loss_of, *args, **options):
         batch = next(batches)
-        loss = backward(batch)["loss"]
+        loss = loss_of(batch, batch)[1]["loss"]
         kept = loss[~loss.isnan()].tolist()          # of objectives that have pairs here
         seen.append(((steps, epoch), [(p.objective, p.prompt) for p in batch], kept))
-        return []
     monkeypatch.setattr(train, "fit", fit)
     train.train_policy(run, "mah_dpo")
     train.train_policy(run, method)
@@ -673,7 +673,7 @@ def test_no_more_prompts_are_asked_of_a_world_than_it_must_give(monkeypatch):
     asked = []
     monkeypatch.setattr(World, "problems",
                         lambda self, split, n, rng: asked.append((self.name, split, n)))
-    train.check_inputs(Config(objective="math_engagement,tutoring", n_prompts=90,
+    train.check_new(Config(objective="math_engagement,tutoring", n_prompts=90,
                               n_rollout_prompts=7000, n_test=5))
     assert asked == [("math", "test", 5), ("math", "train", 7000),
                      ("tutoring", "test", 5), ("tutoring", "train", 30)]
