@@ -46,9 +46,9 @@ from data import (CASES, DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Tokeniz
 from decode import domain_mix, generate, parse_weights
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
-from interop.datasets import (DATA_HELP, data_files, describe_data, load_base, real_labels,
-                              real_pairs, worlds_of)
-from interop.options import check_options, flag, option, read_options
+from interop.datasets import (data_files, describe_data, load_base, real_labels, real_pairs,
+                              worlds_of)
+from interop.options import HARMLESS, METHODS, Config, check_config, read_command
 from interop.parallel import (even, gather, head_norm, join_processes, local_items, parameters_of,
                               placed, rank, ranks, reaching, shard, total, whole)
 from interop.resume import (at_work, clear, copy_stages, fingerprint, finished, free_name,
@@ -59,80 +59,6 @@ from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_lo
 from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
 from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight_targets,
                  majority_labels, pair_scores, save_prm, step_loss, step_scores)
-
-
-# -- options
-
-# The names under which --dpo-lr-factor knows the preference-trained policies.
-METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]
-
-
-@dataclass
-class Config:
-    """All that a run depends on, and its command line: one flag per field. Saved in config.json."""
-    objective: str = option("all", "all, math, values, tutoring, or objectives, with commas")
-    out: str = option("", "run directory (default runs/<objective>; a taken name gets a number)")
-    from_: str = option("", "start from copies of what this run has finished under these options")
-    init: str = option("", "Hugging Face directory that serves as the base model")
-    data: str = option("", "directory of real pairs and questions, see below (needs --init)")
-    seed: int = option(0, "every random draw of the run derives from it", low=0)
-    seeds: int = option(1, "train so often, with seed, seed + 1, ..., for intervals over trainings")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    # bf16 is torch's autocast; weights and losses stay in fp32.
-    dtype: str = option("fp32", "fp32, or bf16 for training", choices=["fp32", "bf16"])
-    # Less memory for a third more time.
-    grad_checkpoint: bool = option(False, "training recomputes each block in backward")
-    # A unified PRM has an output per objective.
-    prm: str = option("unified", "one PRM, or one per objective", choices=["unified", "each"])
-    # The paper's is 1.0.
-    temperature: float = option(0.7, "of samples, rollouts, candidates and tables", low=1e-6)
-    beta: float = option(0.1, "strength of the tie to the reference policy in DPO", low=1e-9)
-    alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 if not named)")
-    gamma: float = option(0.9, "discount per step in hindsight targets")
-    perturbation: float = option(1e-3, "standard deviation of the noise on a head's copy of SFT's")
-    base_steps: int = option(1200, "pre-training steps of 64 conversations", fast=300)
-    base_lr: float = option(3e-3, "peak learning rate of pre-training")
-    sft_steps: int = option(120, "SFT steps", fast=10)
-    sft_batch: int = option(64, "conversations per SFT step")
-    sft_lr: float = option(3e-4, "SFT learning rate")
-    # A training ends there, or at its number of steps.
-    epochs: int = option(8, "most passes of a training over its largest source of data")
-    n_prompts: int = option(1000, "prompts per domain whose samples become pairs", fast=60)
-    n_samples: int = option(6, "responses sampled per prompt", fast=4, low=2)
-    # For the value model three times the problems are worth more than a second rollout of each,
-    # which costs as much.
-    n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts", fast=40)
-    rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
-    prm_steps: int = option(1200, "PRM training steps", fast=10)
-    # Shared by the domains as they have labels, but at least prm_pairs of each.
-    prm_batch: int = option(64, "labelled sequences per PRM step")
-    prm_pairs: int = option(4, "pairs per objective and PRM step")
-    # Where the auxiliary output of the next line has no labels, as with --data, a larger weight is
-    # better: the value model alone drowns in the noise of the other outputs' gradients.
-    prm_value_weight: float = option(5.0, "weight of the value model's squared error in the loss")
-    prm_step_weight: float = option(60.0, "weight in it of the auxiliary output: is a step right?")
-    prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
-    prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
-    dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
-    dpo_pairs: int = option(8, "pairs per objective and step")
-    dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
-    dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
-    # With these factors all four methods end about as far from SFT: .052 to .057 nats per token on
-    # development prompts, mean of the domains. Names: METHODS; 1 where not named.
-    dpo_lr_factor: str = option("single_head_dpo=0.55,modpo=0.55", "factors on the heads' rate, "
-                                "NAME=NUMBER,... of mah_dpo, single_head_dpo, modpo, soup")
-    n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
-    # dev while settings are still being chosen.
-    split: str = option("test", "prompts of the tables: test or dev", choices=["test", "dev"])
-    weight_steps: int = option(10, "steps from one head to another in the sweep of weights, or 0",
-                               fast=2, low=0)
-    k: int = option(5, "K, candidates per step of guided decoding, and whole answers of its rivals")
-    max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
-    checkpoint_every: int = option(100, "steps of a training between checkpoints for --resume")
-
-
-# Options that change no figure: a run may go on, or be started from, under other values.
-HARMLESS = ["out", "from_", "seeds", "device", "checkpoint_every"]
 
 
 # -- what the stages share
@@ -475,16 +401,15 @@ def make_pairs(run, name):
         sampled += sample_pairs(source, source.objectives(*CASES))
     pairs, _ = real_pairs(run.config.data, run.objectives, model)
     pairs += gather(sampled)
+    n = Counter((pair.objective, pair.split) for pair in pairs)
+    for o in run.names:
+        tqdm.write(f"  {o}: {n[o, 'train']} pairs to train on, {n[o, 'dev']} held out")
     # Every objective needs pairs, or its head would stay a copy.
-    empty = [o for o in run.names if not choose(pairs, [o], "train")]
+    empty = [o for o in run.names if not n[o, "train"]]
     if empty:
         raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled "
                          "answers of different scores (all wrong, or all right); raise --n-samples "
                          "or --n-prompts, or give a better --init")
-    for o in run.names:
-        n_train = len(choose(pairs, [o], "train"))
-        n_dev = len(choose(pairs, [o], "dev"))
-        tqdm.write(f"  {o}: {n_train} pairs to train on, {n_dev} held out")
     # The reference never changes: its log-probabilities are computed once, for all policies.
     logps = score_pairs(run, run.load("sft"), pairs, "sft").tolist()
     for pair, reference in zip(pairs, logps):
@@ -655,10 +580,9 @@ def calibrate_judge(source, name):
         # Gold labels come from noise-free scores, as a person would rate a few examples by hand.
         gold.append(exact >= ENGAGING)
     half = len(gold) // 2
-    threshold, fitted = fit_threshold(ratings[:half], gold[:half])
-    row = {"threshold": threshold, "agreement_fitted": fitted,
-           "agreement": agreement(threshold, ratings[half:], gold[half:]),
-           "positive": sum(gold[half:]) / half}
+    threshold, _ = fit_threshold(ratings[:half], gold[:half])
+    row = {"threshold": threshold, "positive": sum(gold[half:]) / half,
+           "agreement": agreement(threshold, ratings[half:], gold[half:])}
     tqdm.write(f"  judge of {name}, fitted on {half} examples, measured on others: {shown(row)}")
     return {"objective": name} | row
 
@@ -1067,13 +991,15 @@ def carry_out(run):
         for i, path in enumerate(trainings):
             print(f"{path}: training {i + 1} of {len(trainings)}")
             one = replace(run.config, seed=run.config.seed + i, seeds=1)
-            run_stages(open_run(path, one.device) if os.path.isdir(path) else begin(path, one))
+            run_stages(begin(path, one))
         if len(trainings) > 1:
             publish(run.path, load_rows(run.path))
 
 
 def begin(path, config):
-    """Make the directory of a run, with copies of what --from offers -> Run."""
+    """Make the directory of a run, with copies of what --from offers, if it is not there yet -> Run."""
+    if os.path.isdir(path):
+        return open_run(path, config.device)
     # Resumed from another directory, the run must still find what it was given in this one.
     for name in ("init", "data", "from_"):
         given = getattr(config, name)
@@ -1113,20 +1039,6 @@ def open_run(path, device="auto"):
     return run
 
 
-def check_config(config):
-    """InputError for an option out of its range."""
-    check_options(config)
-    parse_weights(config.alpha, select_objectives(config.objective), "--alpha", 1.0)
-    parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
-    for name in ("sft_batch", "dpo_pairs"):
-        size = getattr(config, name)
-        if size % ranks():
-            raise InputError(f"{ranks()} processes cannot share {flag(name)} {size} evenly; choose "
-                             "a multiple, or another number of processes")
-    if config.data and not config.init:
-        raise InputError("--data needs --init: the embedded model knows only its own small worlds")
-
-
 def check_new(config):
     """check_config, and read what the stages of a new run will read, so that a mistake shows before
     anything is written."""
@@ -1160,7 +1072,7 @@ def new_run(config):
 def main(argv=None):
     """The command line: a new run, or an unfinished one."""
     join_processes()
-    config, resume = read_options(Config, argv, __doc__, DATA_HELP)
+    config, resume = read_command(argv, __doc__)
     carry_out(open_run(resume, config.device) if resume else new_run(config))
 
 

@@ -18,14 +18,15 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from data import InputError, run_command  # noqa: E402
+from interop.options import HARMLESS, Config  # noqa: E402
 
 
 def read_values(text):
-    """'FIELD=a,b,c' -> the field of train.Config, list of its values. InputError for another text."""
+    """'FIELD=a,b,c' -> the field of Config, list of its values. InputError for another text."""
     name, _, values = text.partition("=")
     name = name.strip().replace("-", "_")
-    fixed = [*train.HARMLESS, "objective", "init", "data", "seed", "grad_checkpoint"]
-    types = {f.name: f.type for f in fields(train.Config) if f.name not in fixed}
+    fixed = [*HARMLESS, "objective", "init", "data", "seed", "grad_checkpoint"]
+    types = {f.name: f.type for f in fields(Config) if f.name not in fixed}
     if name not in types or not values:
         raise InputError(f"{text}: write FIELD=a,b,c with one of the fields {', '.join(types)}")
     found = []
@@ -65,11 +66,7 @@ def main(argv=None):
     configs = variants(run, name, values)       # a mistake in any value shows before the first run
     for config in configs:
         print(f"\n{config.out}: {name} varied")
-        if os.path.isdir(config.out):
-            variant = train.open_run(config.out)
-        else:
-            variant = train.begin(config.out, config)
-        train.carry_out(variant)
+        train.carry_out(train.begin(config.out, config))
     evaluate.main([args.run, *[config.out for config in configs]])
 
 

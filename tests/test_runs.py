@@ -22,14 +22,14 @@ import evaluate
 import train
 from conftest import NAMES, TINY
 from data import InputError, Objective, read_json, run_command, split_of, write_json
+from interop import options
 from interop.answers import final_answer, same_answer
-from interop.options import flag, read_options
+from interop.options import HARMLESS, Config, flag, read_command
 from interop.parallel import alone
 from mah_dpo import Pair
 from model import load_safetensors, save_hf
 from prm import Labelled, load_prm
 from test_train import rows_of
-from train import Config
 
 pytestmark = pytest.mark.usefixtures("small_worlds")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -76,11 +76,6 @@ def refused(argv, capsys, main=train.main):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
     return error
-
-
-def read_command(argv):
-    """Command line -> Config, directory to resume or None."""
-    return read_options(Config, argv, "", "")
 
 
 # -- a whole run
@@ -309,7 +304,7 @@ def test_resume_takes_no_options(capsys, whole):
     for option in (["--seed", "1"], ["--fast"], ["--grad-checkpoint"]):
         assert "no option with it but --device" in refused(["--resume", whole, *option], capsys)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "ranks", lambda: 3)
+        patch.setattr(options, "ranks", lambda: 3)
         assert "3 processes cannot share --sft-batch 64" in refused(["--resume", whole], capsys)
 
 
@@ -393,7 +388,7 @@ def test_a_run_from_another_pairs_its_seeds(together, tmp_path, capsys):
 
 def test_every_option_belongs_to_a_stage_or_changes_nothing(tmp_path):
     """Prevents: a new option for which --from takes over files that depend on it."""
-    named = list(train.HARMLESS)
+    named = list(HARMLESS)
     for stage in train.stages(train.Run(str(tmp_path), Config(objective="honesty"))):
         named += stage.options.split()
     assert set(named) == {f.name for f in fields(Config)}
@@ -568,7 +563,7 @@ def test_one_flag_per_field():
     for f in fields(Config):
         value = {"objective": "math", "prm": "each"}.get(f.name, f.type(3))
         argv = [flag(f.name)] + ([] if f.type is bool else [str(value)])
-        config, resume = read_command(argv)
+        config, resume = read_command(argv, "")
         assert getattr(config, f.name) == value and resume is None
         assert type(getattr(config, f.name)) is f.type
         others = [g.name for g in fields(Config) if g is not f]
@@ -578,7 +573,7 @@ def test_one_flag_per_field():
 def test_fast_derives_the_rest():
     """Prevents: --fast that is slow because a setting was forgotten, or that overrules what was
     asked for."""
-    config, _ = read_command(["--fast", "--dpo-steps", "77"])
+    config, _ = read_command(["--fast", "--dpo-steps", "77"], "")
     for f in fields(Config):
         small = f.metadata.get("fast")
         assert small is None or small < f.default
@@ -634,7 +629,7 @@ def test_a_taken_name_gets_the_next_number(tmp_path, monkeypatch):
     (tmp_path / "run-2").write_text("a file is taken, too")
     for argv, path in (("--out run/", "run-3"), ("--objective honesty,math", "runs/honesty+math"),
                        ("", "runs/all"), ("", "runs/all-2")):
-        run = train.new_run(read_command(argv.split())[0])
+        run = train.new_run(read_command(argv.split(), "")[0])
         assert run.path == path and read_json(f"{path}/config.json")["out"] == path
     assert os.listdir("run") == [] and sorted(os.listdir()) == ["run", "run-2", "run-3", "runs"]
 
@@ -669,5 +664,5 @@ def test_documented_commands_are_accepted(capsys):
         if name != "train.py":
             assert all(f"{a} " in known[name] for a in argv if a.startswith("--")), argv
         elif "--help" not in argv:
-            train.check_config(read_command(argv)[0])
+            train.check_config(read_command(argv, "")[0])
     assert len(found) > 8

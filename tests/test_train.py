@@ -16,11 +16,12 @@ import train
 from conftest import NAMES
 from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World
 from evaluate import Turn
+from interop.options import Config
 from mah_dpo import Pair, pair_logps
 from model import load_hf, load_safetensors, read_metadata, save_hf
 from prm import PRM, STEP, Labelled, load_prm, pair_scores, step_scores
 from test_templates import TALK, THINKING, chat
-from train import Config, Run, Source
+from train import Run, Source
 
 pytestmark = pytest.mark.usefixtures("small_worlds")
 SUM = Problem("4 + 5 - 2 = ?")
