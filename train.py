@@ -23,8 +23,8 @@ files of earlier stages; its last file says that it has finished.
     --fast         makes everything small, to see that it works.
 
 Read in this order: the stages from `train_base` to `measure_prm`; their table `stages`; the
-training loop `fit`; then runs in directories, and the command line. How files survive a kill is in
-interop/resume.py.
+training loop `fit`; then runs in directories. All options stand in interop/options.py; how files
+survive a kill is in interop/resume.py.
 """
 import math
 import os
@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (CASES, DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Tokenizer, World,
-                  agreement, batches_by_length, dealt_batches, domain_objectives, fit_threshold,
-                  judge, pad, read_json, run_command, select_objectives, write_json)
+                  agreement, batches_by_length, dealt_batches, fit_threshold, judge, pad,
+                  read_json, run_command, select_objectives, write_json)
 from decode import domain_mix, generate, parse_weights
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
@@ -70,7 +70,9 @@ class Run:
         """objectives: the records in an old run's config.json; a new run looks them up."""
         if objectives is None:
             objectives = [OBJECTIVES[name] for name in select_objectives(config.objective)]
-        self.path, self.config, self.objectives = path, config, objectives
+        self.path = path
+        self.config = config
+        self.objectives = objectives
         self.names = [o.name for o in objectives]
         self.domains = {}                       # {domain: names of its objectives}
         for o in objectives:
@@ -102,13 +104,15 @@ class Run:
     def worlds(self, model):
         """The worlds to sample and measure in: the embedded ones, or the questions of --data."""
         config = self.config
-        return list(worlds_of(self.objectives, config.data, config.max_new_tokens, model).values())
+        found = worlds_of(self.objectives, config.data, config.max_new_tokens, model)
+        return list(found.values())
 
     def autocast(self):
         """The context in which training computes: bfloat16 where --dtype says so."""
         # autocast's cache of weights in bfloat16 would undo the sharding over several processes.
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16,
-                              enabled=self.config.dtype == "bf16", cache_enabled=ranks() == 1)
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.config.dtype == "bf16",
+                              cache_enabled=ranks() == 1)
 
     def log(self, stage, rows, name="log.jsonl"):
         """Put a stage's rows into log.jsonl; what an interrupted attempt left of it is replaced.
@@ -125,7 +129,8 @@ def shown(row):
 
 def shuffled(items, generator):
     """A list in random order."""
-    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+    order = torch.randperm(len(items), generator=generator).tolist()
+    return [items[i] for i in order]
 
 
 def endless(items, generator):
@@ -153,6 +158,9 @@ def mixed_batches(streams, sizes):
 
 
 # -- stages base and sft: language models
+#
+# Both learn to predict the next token of conversations. The base model reads those of careless
+# people; SFT then learns from careful ones, and only what the assistant says.
 
 @dataclass
 class Example:
@@ -248,8 +256,9 @@ def language_model(run, name, model, examples, steps, lr, size):
             logits = model.logits(model(ids)[b, t]).float()                         # (N, V)
             loss = F.cross_entropy(logits, ids[b, t + 1], reduction="sum")
         # The mean over the tokens of the whole batch.
-        loss = loss / sum([sum(e.mask[1:]) for e in batch])
-        return loss, {"loss": loss}
+        n_learnt = sum([sum(e.mask[1:]) for e in batch])
+        loss = loss / n_learnt
+        return loss, {"loss": loss.detach()}
 
     batches = length_batches(examples, size, run.generator(name))
     fit(run, name, model, optimizer, steps, len(examples) / size, batches, loss_of, warm_up=40,
@@ -263,17 +272,22 @@ def length_batches(items, size, generator):
     if len(items) < ranks():
         raise InputError(f"{len(items)} examples are too few for {ranks()} processes")
     while True:
-        order, batches = shuffled(items, generator), []
+        order = shuffled(items, generator)
+        batches = []
         for start in range(0, len(items), 16 * size):
             # Neighbours in a sorted window are of similar length, so that little is padded.
             window = sorted(order[start:start + 16 * size], key=len)
             batches += [window[i:i + size] for i in range(0, len(window), size)]
+        # Long and short batches take turns at random.
         for batch in reversed(shuffled(batches, generator)):
             if even(batch):
                 yield even(batch)
 
 
 # -- stage pairs: a policy's samples, judged
+#
+# A policy answers every prompt several times. Each answer gets a rating for every objective, and
+# the best and the worst become a pair: what is good for one objective may be bad for another.
 
 class Source(NamedTuple):
     """Where samples come from: a policy of the run that answers problems of a world and split."""
@@ -320,10 +334,12 @@ def roll_out(source, purpose, n):
     seed = purpose, source.policy, world.name, source.split
     # One split is one purpose: the draws of development do not depend on those of training.
     n = n if source.split == "train" else int(0.15 * n)
-    problems = world.problems(source.split, max(8, n) // world.turns, run.rng(*seed))
+    n_problems = max(8, n) // world.turns
+    problems = world.problems(source.split, n_problems, run.rng(*seed))
     # All processes have drawn the same problems. From here on each draws for itself.
     own = [rank()] if ranks() > 1 else []
-    rng, generator = run.rng(*seed, "judge", *own), run.generator(*seed, *own)
+    rng = run.rng(*seed, "judge", *own)
+    generator = run.generator(*seed, *own)
     student = seed_of(run.config.seed, *seed, "student", *own)
     return answer(source, local_items(problems), generator, student), rng, generator
 
@@ -377,16 +393,20 @@ def sample_pairs(source, names):
     # What is answered: the problem itself, or every turn of a dialogue that the policy has led.
     turns, rng, generator = roll_out(source, "samples", source.run.config.n_prompts)
     # New answers: nothing of the first is kept.
-    n, pairs = source.run.config.n_samples, []
+    n = source.run.config.n_samples
     samples = continuations(source, turns, [[-1]] * len(turns), n, generator)
+    pairs = []
     for turn in turns:
-        responses, ratings = list(islice(samples, n)), []
+        responses = list(islice(samples, n))
+        # A row for every response, a column for every objective.
+        ratings = []
         for response in responses:
             ratings.append([rate(source, turn, response, name, rng) for name in names])
         # An objective has its own best and worst. Ratings that are nearly equal say nothing.
         for name, rated in zip(names, zip(*ratings)):
             high, low = max(rated), min(rated)
-            best, worst = responses[rated.index(high)], responses[rated.index(low)]
+            best = responses[rated.index(high)]
+            worst = responses[rated.index(low)]
             if high - low > 0.1 and best != worst:
                 pairs.append(Pair(name, turn.before, best, worst, source.split))
     return pairs
@@ -418,6 +438,9 @@ def make_pairs(run, name):
 
 
 # -- stages of the policies: one preference step for DPO, MAH-DPO and MODPO
+#
+# The methods differ in their heads, their pairs and their loss, and in nothing else. All of them
+# start from SFT, and SFT is what their loss compares them with.
 
 def score_pairs(run, model, pairs, name):
     """Log-probabilities (N, 2) of chosen and rejected under a policy, each pair under its own head,
@@ -540,6 +563,10 @@ def measure_pairs(run, name):
 
 
 # -- stage labels: what the PRM learns from
+#
+# A step is as good as what comes after it. From every step the policy goes on M times to the end of
+# its answer (rollouts); a verifier or a judge looks at these ends, and that labels the step. The
+# four cases are in prm.py.
 
 def make_labels(run, name):
     """Stage labels: labels.jsonl and mah_dpo_pairs.jsonl. The PRM will guide the SFT policy and
@@ -570,15 +597,17 @@ def make_labels(run, name):
 def calibrate_judge(source, name):
     """Case A: the judge's threshold, fitted on 200 rated development examples of the SFT policy,
     and the agreement on another 200 -> a row for the log."""
-    run, world = source.run, source.world
+    run = source.run
     rng, generator = run.rng("judge", name), run.generator("judge", name)
-    problems = world.problems("dev", 400, rng)
+    problems = source.world.problems("dev", 400, rng)
+    student = seed_of(run.config.seed, "judge", name)
     ratings, gold = [], []
-    for turn in answer(source, problems, generator, seed_of(run.config.seed, "judge", name)):
+    for turn in answer(source, problems, generator, student):
         exact = score(source, turn, turn.response, name)
         ratings.append(judge(exact, rng))
         # Gold labels come from noise-free scores, as a person would rate a few examples by hand.
         gold.append(exact >= ENGAGING)
+    # One half to choose the threshold, the other to see how good it is.
     half = len(gold) // 2
     threshold, _ = fit_threshold(ratings[:half], gold[:half])
     row = {"threshold": threshold, "positive": sum(gold[half:]) / half,
@@ -628,9 +657,9 @@ def labels_of(source, turn, rollouts, M, names, judges, rng):
         verdicts = torch.tensor([rating > threshold for rating in ratings])
         found[name] = majority_labels(verdicts.view(-1, M)).tolist()
     if verifiable:
-        # What follows the first wrong step is judged by that, not by what it says.
         _, rewards = verify(source, turn, turn.response)
         known = [reward for reward in rewards if reward is not None]
+        # What follows the first wrong step is judged by that, not by what it says.
         found[STEP] = known[:known.index(0.0) + 1] if 0.0 in known else known
     return found
 
@@ -649,6 +678,7 @@ def verify(source, turn, response):
 def hindsight(source, turn, rollouts, M):
     """The verifiable case: V_t for each of S steps, which have M rollouts each."""
     verified = [verify(source, turn, response) for response in rollouts]
+    # Of every rollout: is its end right, and how many steps does it have?
     correct = torch.tensor([z for z, _ in verified]).view(-1, M)                    # (S, M)
     lengths = torch.tensor([len(steps) for _, steps in verified]).view(-1, M)       # (S, M)
     # The first rollout is the response itself. Nobody verifies the single steps of an answer to a
@@ -659,6 +689,9 @@ def hindsight(source, turn, rollouts, M):
 
 
 # -- stage prm: the process reward model
+#
+# Labelled steps come in lists, one for each domain, and pairs in lists, one for each objective that
+# has no labels. A batch takes some items of every list; what an item has no label for costs nothing.
 
 # Pairs of samples of SFT, on which the policies train too, and of MAH-DPO.
 PAIR_FILES = ["pairs.jsonl", "mah_dpo_pairs.jsonl"]
@@ -676,9 +709,14 @@ def prm_data(run, names, split):
             groups.setdefault(frozenset(about), []).append(row)
     for file in PAIR_FILES:
         pairs += read_rows(run.file(file), Pair)
-    unlabelled = [name for name in names if name not in set().union(*groups)]
-    found = [*groups.values(), *[choose(pairs, [name], split) for name in unlabelled]]
-    return [items for items in found if items]
+    # Labels say more than pairs do: pairs serve objectives that have none.
+    labelled = set().union(*groups)
+    found = list(groups.values())
+    for name in names:
+        own = choose(pairs, [name], split)
+        if own and name not in labelled:
+            found.append(own)
+    return found
 
 
 def labels_in(items):
@@ -735,7 +773,8 @@ def train_prm(run, name):
     """Stage prm: one PRM on labelled sequences and pairs, from the SFT backbone."""
     config, generator = run.config, run.generator(name)
     outputs = [o for o in run.objectives if name in ("prm", f"prm_{o.name}")]
-    names, cases = [o.name for o in outputs], [o.case for o in outputs]
+    names = [o.name for o in outputs]
+    cases = [o.case for o in outputs]
     data = prm_data(run, names, "train")
     # A model without heads is a backbone.
     backbone = run.load("sft").with_heads(())
@@ -743,7 +782,8 @@ def train_prm(run, name):
     weights = [config.prm_value_weight if case == "verifiable" else 1.0 for case in cases]
     # Where it is known which steps are right, a value model is taught that too. A single block has
     # no layer below it to read it from.
-    if "verifiable" in cases and STEP in labels_in(sum(data, [])) and len(backbone.layers) > 1:
+    labels = labels_in(chain.from_iterable(data))
+    if "verifiable" in cases and STEP in labels and len(backbone.layers) > 1:
         outputs.append(STEP_OUTPUT)
         weights.append(config.prm_step_weight)
     weight = torch.tensor(weights, device=run.device)                               # (P,)
@@ -758,14 +798,17 @@ def train_prm(run, name):
         in_batch = torch.tensor([count[output] for output in prm.names], device=run.device)
         with run.autocast():
             losses, labels = prm_loss(prm, part, in_batch)                          # (P,) each
-        return (losses * weight).sum(), {"loss": losses, "labels": labels}
+        return (losses * weight).sum(), {"loss": losses.detach(), "labels": labels}
 
+    # Every list of items is gone through at its own pace; the slowest one counts the epochs.
     sizes = step_sizes(data, config)
-    batches = mixed_batches([endless(items, generator) for items in data], sizes)
+    streams = [endless(items, generator) for items in data]
+    batches = mixed_batches(streams, sizes)
     epoch = max(len(items) / size for items, size in zip(data, sizes))
     log = fit(run, name, prm, optimizer, config.prm_steps, epoch, batches, loss_of, prm.names,
               parts_of=own_parts, warm_up=100, decay="linear")
-    run.log(name, [*log, measure_prm(prm, prm_data(run, names, "dev"))])
+    log.append(measure_prm(prm, prm_data(run, names, "dev")))
+    run.log(name, log)
     save_prm(prm, run.file(name))
 
 
@@ -780,19 +823,19 @@ def measure_prm(prm, data):
             found[items[0].objective] = torch.stack((chosen, rejected)), None
             continue
         scores, targets = all_scores(step_scores, prm, items)                       # (N, P)
+        # Not every step has a label of every output.
         for p, name in enumerate(prm.names):
             has = ~targets[:, p].isnan()
             if has.any():
                 found[name] = scores[has, p], targets[has, p]
     quality = {}
-    for p, output in enumerate(prm.outputs):
-        if output.name in found:
-            scores, targets = found[output.name]
-            quality[output.name] = quality_of(output, scores, targets)
-            # Scores of different outputs are brought to one unit by their spread.
-            if scores.numel() > 1 and scores.std() > 0:
-                prm.scale[p] = scores.std()
-            tqdm.write(f"  {output.name:17s} held-out {shown(quality[output.name])}")
+    for name, (scores, targets) in found.items():
+        p = prm.names.index(name)
+        quality[name] = quality_of(prm.outputs[p], scores, targets)
+        tqdm.write(f"  {name:17s} held-out {shown(quality[name])}")
+        # Scores of different outputs are brought to one unit by their spread.
+        if scores.numel() > 1 and scores.std() > 0:
+            prm.scale[p] = scores.std()
     return {"held_out": quality}
 
 
@@ -810,18 +853,22 @@ def quality_of(output, scores, targets):
     predict their mean gives 0."""
     n = scores.shape[-1]
     if targets is None:
-        return {"pair_accuracy": (scores[0] > scores[1]).float().mean().item(), "n": n}
+        right = scores[0] > scores[1]
+        return {"pair_accuracy": right.float().mean().item(), "n": n}
     if output.case == "verifiable":
         error = ((scores - targets) ** 2).mean()
         variance = targets.var(correction=0).clamp(min=1e-9)
         return {"r2": 1 - float(error / variance), "n": n}
     right = (scores > 0) == (targets > 0.5)
     positive = float(targets.mean())
-    return {"accuracy": right.float().mean().item(), "commoner_label": max(positive, 1 - positive),
-            "n": n}
+    return {"accuracy": right.float().mean().item(),
+            "commoner_label": max(positive, 1 - positive), "n": n}
 
 
 # -- the table of stages
+#
+# What is in the table decides what a run may skip: a stage whose last file is there, and what a run
+# may copy from another one: stages before the first that reads an option that differs.
 
 class Stage(NamedTuple):
     """A stage, and what tells whether its files may be kept."""
@@ -877,6 +924,9 @@ def run_stages(run):
 
 
 # -- the training loop of all stages
+#
+# A stage brings its batches and the loss of a part of a batch. The loop does the rest: rates,
+# gradients, checkpoints, the log.
 
 def fit(run, stage, model, optimizer, steps, epoch, batches, loss_of, names=(), develop=None, *,
         parts_of=dealt_parts, heads=(), clip=1.0, warm_up=20, decay="constant"):
@@ -894,7 +944,9 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, loss_of, names=(), 
     top = [group["lr"] for group in optimizer.param_groups]
     backward = partial(gradient, optimizer, parts_of, loss_of, heads, clip)
     start, log = load_checkpoint(run, stage, model, optimizer)
-    seconds, tokens, batches = 0.0, 0, islice(batches, start, steps)
+    seconds, tokens = 0.0, 0
+    # The batches of the steps that a checkpoint holds are drawn again, and not used.
+    batches = islice(batches, start, steps)
     with (stops_wait() as stops,
           tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar):
         # The last round takes no step: it measures what the last step has left.
@@ -905,11 +957,13 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, loss_of, names=(), 
                 save_checkpoint(run, stage, model, optimizer, step, log)
             if stopping:
                 raise KeyboardInterrupt
-            if develop and (step % math.ceil(steps / 3) == 0 or step == steps):
+            third = math.ceil(steps / 3)
+            if develop and (step % third == 0 or step == steps):
                 log.append({"step": step, "split": "dev"} | log_row(develop(), names))
             if step == steps:
                 break
-            batch, begun = next(batches), time.perf_counter()
+            batch = next(batches)
+            begun = time.perf_counter()
             # One step: the rates, the gradient, and if it is a number, the update.
             for group, lr in zip(optimizer.param_groups, top):
                 group["lr"] = lr * rate_factor(step, steps, warm_up, decay)
@@ -948,22 +1002,27 @@ def gradient(optimizer, parts_of, loss_of, heads, clip, batch):
         loss, metrics = loss_of(part, batch)
         # FSDP takes the mean of the processes' gradients, so each is made larger by their number.
         (loss * ranks()).backward()
-        found.update({metric: value.detach() for metric, value in metrics.items()})
+        found.update(metrics)
     if heads:                   # a head's gradient comes from its own objective alone
         found["gradient_norm"] = torch.stack([head_norm(head) for head in heads])
     found = {metric: total(value) for metric, value in found.items()}
     norm = whole(torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip))
     # The loss of an objective without pairs is NaN.
-    return found, norm, bool(norm.isfinite() and found["loss"].nansum().isfinite())
+    loss = found["loss"].nansum()
+    return found, norm, bool(norm.isfinite() and loss.isfinite())
 
 
 def refuse_step(where, batch, backward):
     """InputError that names the examples which alone give no finite gradient, or else all."""
-    bad = [item.where for item in batch if not backward([item] * ranks())[2]]
+    bad = []
+    for item in batch:
+        *_, finite = backward([item] * ranks())
+        if not finite:
+            bad.append(item.where)
     bad = bad or [item.where for item in batch]
     raise InputError(f"{where}: the loss or its gradient is not finite for {', '.join(bad[:5])}; "
-                     "this step was not taken, and earlier checkpoints are kept. Lower the learning "
-                     "rate, or look at these")
+                     "this step was not taken, and earlier checkpoints are kept. Lower the "
+                     "learning rate, or look at these")
 
 
 def log_row(found, names):
@@ -997,7 +1056,8 @@ def carry_out(run):
 
 
 def begin(path, config):
-    """Make the directory of a run, with copies of what --from offers, if it is not there yet -> Run."""
+    """The run in a directory; one that is not there yet is made, with copies of what --from offers
+    -> Run."""
     if os.path.isdir(path):
         return open_run(path, config.device)
     # Resumed from another directory, the run must still find what it was given in this one.
@@ -1052,12 +1112,14 @@ def check_new(config):
         describe_data(config.data, run.objectives, config.max_new_tokens, model)
     if model:
         sft_examples(run, model)                # a short context, a chat template that is not read
+    # A world may be too small for what is asked of it.
     for world in [] if config.data else run.worlds(model):
-        # A world may be too small for what is asked of it.
-        cases = {o.case for o in domain_objectives(world.name, run.objectives)}
-        rolled = config.n_rollout_prompts if cases & {"verifiable", "A"} else 0
         world.problems(config.split, config.n_test, RNG(0))
-        world.problems("train", max(config.n_prompts, rolled) // world.turns, RNG(0))
+        n = config.n_prompts
+        source = Source(run, "", model, world, "train")
+        if source.objectives("verifiable", "A"):
+            n = max(n, config.n_rollout_prompts)
+        world.problems("train", n // world.turns, RNG(0))
 
 
 def new_run(config):
