@@ -112,6 +112,7 @@ def with_a_value_model(run):
         row.targets[-1] |= {"math_accuracy": len(row) / 20, STEP: len(row) % 2}
     train.write_rows(run.file("labels.jsonl"), rows)
     run.objectives = [*run.objectives, OBJECTIVES["math_accuracy"]]
+    run.domains["math"] = ["math_accuracy"]
     return run
 
 
@@ -125,7 +126,7 @@ def test_two_processes_compute_what_one_computes(whole, tmp_path):
 
     def work():
         two = the_run(paths[1])
-        two.objectives = one.objectives
+        two.objectives, two.domains = one.objectives, one.domains
         record_gradients(two, str(tmp_path / "g2"))
     record_gradients(one, str(tmp_path / "g1"))
     in_processes(2, work)

@@ -172,15 +172,15 @@ def test_the_log_is_written_before_the_file_that_says_finished(whole, tmp_path, 
     come."""
     last = {"base": "base/config.json", "sft": "sft/config.json", "labels": "labels.jsonl",
             "prm": "prm/config.json"}
-    copied, late, plain = copy_of(whole, tmp_path, *last.values()), [], train.Run.log
+    copied, late, plain = copy_of(whole, tmp_path, *last.values()), {}, train.Run.log
 
     def watch(run, stage, rows, *name):
-        if not name and os.path.exists(run.file(last.pop(stage))):
-            late.append(stage)
+        if not name:
+            late[stage] = os.path.exists(run.file(last[stage]))
         plain(run, stage, rows, *name)
     monkeypatch.setattr(train.Run, "log", watch)
     train.main(["--resume", copied])
-    assert not last and not late
+    assert late == dict.fromkeys(last, False)
 
 
 def train_in_child(argv, renames=None, seconds=None):
@@ -499,61 +499,65 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     assert {r["metrics"]["math_accuracy"]["n"] for r in tables} == {2}
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([preference(1), "{not json"], "honesty.jsonl:2: not JSON"),
-    ([preference(1), {"prompt": "a", "chosen": "b"}], "honesty.jsonl:2"),
-    ([preference(1, "same", "same")], "honesty.jsonl:1: 'chosen' equals 'rejected'"),
-    ([], "no rows"), (None, "no such file"),
-    ([preference(i, "red " * 200) for i in range(20)], "0 fit the context of 128"),
-    ([preference(1)], "1 fit the context")])
-def test_broken_data_leaves_nothing_behind(rows, message, capsys, checkpoint, tmp_path):
-    """Prevents: a run directory that has to be deleted by hand after a mistake in the data; the
-    message names the line."""
-    if rows is not None:
-        write_lines(tmp_path / "honesty.jsonl", rows)
-    out = str(tmp_path / "out")
-    argv = ["--objective", "honesty", "--init", checkpoint, "--data", str(tmp_path), "--out", out]
+@pytest.mark.parametrize("file, rows, message", [
+    ("honesty", [preference(1), "{not json"], "honesty.jsonl:2: not JSON"),
+    ("honesty", [preference(1), {"prompt": "a", "chosen": "b"}], "honesty.jsonl:2"),
+    ("honesty", [preference(1, "same", "same")], "honesty.jsonl:1: 'chosen' equals 'rejected'"),
+    ("honesty", [], "no rows"), ("honesty", None, "no such file"),
+    ("honesty", [preference(i, "red " * 200) for i in range(20)], "0 fit the context of 128"),
+    ("honesty", [preference(1)], "1 fit the context"),
+    ("honesty.steps", [{"prompt": "a", "steps": ["x"], "labels": [1, 0]}],
+     "honesty.steps.jsonl:1: 1 steps but 2 labels")])
+def test_broken_data_leaves_nothing_behind(file, rows, message, capsys, checkpoint, pairs_dir,
+                                           tmp_path):
+    """Prevents: a run directory that has to be deleted by hand after a mistake in the data, which
+    may show after minutes of training; the message names the line."""
+    path, out = os.path.join(pairs_dir, f"{file}.jsonl"), str(tmp_path / "out")
+    if rows is None:
+        os.remove(path)
+    else:
+        write_lines(path, rows)
+    argv = ["--objective", "honesty", "--init", checkpoint, "--data", pairs_dir, "--out", out]
     assert message in refused(argv, capsys) and not os.path.exists(out)
 
 
-def test_broken_step_labels_leave_nothing_behind(capsys, checkpoint, pairs_dir, tmp_path):
-    """Prevents: step labels that are read for the first time after minutes of training."""
-    steps = os.path.join(pairs_dir, "honesty.steps.jsonl")
-    write_lines(steps, [{"prompt": "a", "steps": ["x"], "labels": [1, 0]}])
-    out = str(tmp_path / "out")
-    with pytest.raises(SystemExit):
-        run_command(lambda: train.main(["--objective", "honesty", "--init", checkpoint, "--data",
-                                        pairs_dir, "--out", out]))
-    assert "honesty.steps.jsonl:1: 1 steps but 2 labels" in capsys.readouterr().err
-    assert not os.path.exists(out)
-
-
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
-@pytest.mark.parametrize("with_data", [True, False])
-def test_incomplete_checkpoints_leave_nothing_behind(missing, with_data, capsys, checkpoint,
-                                                     pairs_dir, tmp_path):
-    """Prevents: a traceback, or a run directory, for an --init that lacks a file; the message names
-    the file."""
-    broken, out = str(tmp_path / "broken"), str(tmp_path / "out")
-    shutil.copytree(checkpoint, broken)
-    os.remove(os.path.join(broken, missing))
-    data = ["--data", pairs_dir] if with_data else []
-    argv = ["--objective", "honesty", "--init", broken, *data, "--out", out]
-    assert missing in refused(argv, capsys) and not os.path.exists(out)
-
-
-@pytest.mark.parametrize("name, change, words", [
-    ("config.json", {"max_position_embeddings": 40}, "a context of 40 tokens is too short"),
-    ("tokenizer_config.json", {"chat_template": "{{ odd }}"}, "chat_template")])
-def test_unfit_checkpoints_leave_nothing_behind(name, change, words, capsys, checkpoint, tmp_path):
-    """Prevents: an --init without --data that is refused in stage 2, with a run directory left that
-    never can go on."""
+@pytest.mark.parametrize("name, change, words, with_data", [
+    *[(name, None, name, with_data) for with_data in (True, False)
+      for name in ("config.json", "model.safetensors", "tokenizer.json")],
+    ("config.json", {"max_position_embeddings": 40}, "a context of 40 tokens is too short", False),
+    ("tokenizer_config.json", {"chat_template": "{{ odd }}"}, "chat_template", False)])
+def test_unfit_checkpoints_leave_nothing_behind(name, change, words, with_data, capsys, checkpoint,
+                                                pairs_dir, tmp_path):
+    """Prevents: a traceback, or a run directory that never can go on, for an --init that lacks a
+    file, or that stage 2 would refuse; the message names what is wrong."""
     unfit, out = str(tmp_path / "unfit"), str(tmp_path / "out")
     shutil.copytree(checkpoint, unfit)
     path = os.path.join(unfit, name)
-    write_json(path, read_json(path) | change)
-    argv = ["--objective", "honesty", "--init", unfit, "--fast", "--out", out]
+    if change:
+        write_json(path, read_json(path) | change)
+    else:
+        os.remove(path)
+    data = ["--data", pairs_dir] if with_data else []
+    argv = ["--objective", "honesty", "--init", unfit, "--fast", *data, "--out", out]
     assert words in refused(argv, capsys) and not os.path.exists(out)
+
+
+def test_a_run_goes_on_from_another_directory(pairs_dir, checkpoint, tmp_path, capsys, monkeypatch):
+    """Prevents: a run that was given relative paths, and that --resume, --from or evaluate.py can
+    only use in the directory where it began; data that has moved and is taken for none."""
+    monkeypatch.chdir(tmp_path)
+    init, data, common = os.path.relpath(checkpoint), os.path.relpath(pairs_dir), [
+        "--objective", "honesty", "--dpo-steps", "2", "--n-test", "2"]
+    first = train.new_run(read_command([*common, "--init", init, "--data", data, "--out", "a"], "")[0])
+    second = ["--init", checkpoint, "--data", pairs_dir + "/", "--from", "a", "--out", "b"]
+    train.new_run(read_command([*common, *second], "")[0])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    runs = [train.open_run(str(tmp_path / name)) for name in "ab"]
+    assert [(r.config.init, r.config.data) for r in runs] == [(checkpoint, pairs_dir)] * 2
+    assert runs[1].config.from_ == str(tmp_path / "a") and runs[1].key == runs[0].key == first.key
+    os.rename(pairs_dir, str(tmp_path / "moved"))
+    assert f"the files in --data ({pairs_dir})" in refused(["--resume", str(tmp_path / "a")], capsys)
 
 
 # -- the command line

@@ -19,7 +19,7 @@ from evaluate import Turn
 from interop.options import Config
 from mah_dpo import Pair, pair_logps
 from model import load_hf, load_safetensors, read_metadata, save_hf
-from prm import PRM, STEP, Labelled, load_prm, pair_scores, step_scores
+from prm import PRM, STEP, Labelled, load_prm, pair_scores
 from test_templates import TALK, THINKING, chat
 from train import Run, Source
 
@@ -268,57 +268,6 @@ def test_rows_of_another_kind_are_refused(tmp_path):
 
 # -- the PRM
 
-def outputs_of(*names):
-    """Objective records."""
-    return [OBJECTIVES[name] for name in names]
-
-
-@pytest.fixture
-def prm(gpt):
-    """A PRM whose outputs are not those of the run, nor in their order."""
-    generator = torch.Generator().manual_seed(0)
-    return PRM(gpt.with_heads(()), outputs_of("honesty", "math_accuracy"), generator)
-
-
-def test_step_scores_read_the_labelled_tokens(prm):
-    """Prevents: a score read one token early, from a neighbour's row, or a target under another
-    objective's output."""
-    targets = [{"math_accuracy": 0.5, "honesty": 1.0}, {"math_engagement": 1.0}]
-    rows = [Labelled([5, 6, 7, 8, 9], [1, 4], targets, "train"),
-            Labelled([50, 60, 70], [2], [{"math_accuracy": 2.0, "math_engagement": 0.0}], "train")]
-    scores, targets = step_scores(prm, rows)
-    prefixes = [rows[0].ids[:2], rows[0].ids, rows[1].ids]
-    expected = torch.stack([prm(torch.tensor([ids]))[0, -1] for ids in prefixes])
-    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
-    assert str(targets.tolist()) == str([[1.0, 0.5], [math.nan, math.nan], [math.nan, 2.0]])
-
-
-@torch.no_grad()
-def test_pair_scores_compare_matching_steps(prm, tokenizer):
-    """Prevents: comparisons of case C at the wrong tokens or between different pairs, or full
-    responses left out."""
-    prompt = tokenizer.encode_chat(HELLO)
-    texts = [("the color is red . the size is tall .",
-              "the color is red . the size remains unknown . ok ."),
-             ("no idea .", "the job is pilot . the food is rice .")]
-    pairs = []
-    for i, (chosen, rejected) in enumerate(texts):
-        chosen, rejected = ids_of(tokenizer, chosen), ids_of(tokenizer, rejected)
-        pairs.append(Pair("honesty", prompt[i:], chosen, rejected, "train"))
-    # Lengths of the steps' ends. Pair 0: step 1 is equal and skipped, steps 2 and 3, then full
-    # against full. Pair 1: steps 1 and 2, then full.
-    steps = [(0, 10, 10), (0, 11, 12), (0, 11, 13), (1, 3, 5), (1, 4, 10), (1, 4, 11)]
-    expected = []
-    for i, c, r in steps:
-        pair = pairs[i]
-        ends = [pair.prompt + pair.chosen[:c], pair.prompt + pair.rejected[:r]]
-        expected.append([prm(torch.tensor([ids]))[0, -1, 0] for ids in ends])
-    chosen, rejected, output = pair_scores(prm, pairs)
-    found = torch.stack([chosen, rejected], 1)
-    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-5)
-    assert output.tolist() == [0] * 6
-
-
 def prm_run(run, gpt, labels, pairs=(), **settings):
     """Give `run` an SFT model, labels and pairs, and change its configuration."""
     save_hf(gpt, run.file("sft"), weights=0)
@@ -402,8 +351,9 @@ def test_train_prm_gives_every_objective_the_loss_of_its_own_pairs(run, gpt, tok
     assert len(counts) > 1
 
 
-def test_measure_prm_by_hand(prm, monkeypatch):
+def test_measure_prm_by_hand(gpt, monkeypatch):
     """Prevents: R^2 on targets of another output, a scale that is not the spread of the scores."""
+    prm = PRM(gpt.with_heads(()), [OBJECTIVES["honesty"], OBJECTIVES["math_accuracy"]])
     scores = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [3.0, 5.0]])
     targets = torch.tensor([[1.0, 1.0], [0.0, math.nan], [0.0, 3.0]])
     monkeypatch.setattr(train, "step_scores", lambda prm, rows: (scores, targets))
