@@ -691,7 +691,7 @@ def hindsight(source, turn, rollouts, M):
 # -- stage prm: the process reward model
 #
 # Labelled steps come in lists, one for each domain, and pairs in lists, one for each objective that
-# has no labels. A batch takes some items of every list; what an item has no label for costs nothing.
+# has no labels. A batch takes some items of every list; an output without a label loses nothing.
 
 # Pairs of samples of SFT, on which the policies train too, and of MAH-DPO.
 PAIR_FILES = ["pairs.jsonl", "mah_dpo_pairs.jsonl"]

@@ -18,7 +18,7 @@ METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]
 
 def option(default, text, **about):
     """A field of Config: its default, its line in --help; perhaps `fast`, its value under --fast,
-    and what it may be: at least `low` (if not said 0, or 1 for a whole number), one of `choices`."""
+    and what it may be: at least `low` (if not said: 0, of a whole number 1), one of `choices`."""
     return field(default=default, metadata={"help": text} | about)
 
 

@@ -128,8 +128,9 @@ def test_bf16_starts_at_ln2(tmp_path, monkeypatch):
     """Prevents: a reference in another precision than the policy's, whose rounding looks like a
     margin before training; a loss that is itself rounded to bfloat16."""
     out, stages = str(tmp_path / "run"), train.stages
+    kept = ("base", "sft", "pairs.jsonl", "mah_dpo")
     monkeypatch.setattr(train, "stages", lambda run: [
-        stage for stage in stages(run) if stage.files[-1] in ("base", "sft", "pairs.jsonl", "mah_dpo")])
+        stage for stage in stages(run) if stage.files[-1] in kept])
     train.main(["--objective", "helpfulness,honesty", "--out", out, *TINY, "--dtype", "bf16",
                 "--perturbation", "0"])
     held_out, batch = [row for row in rows_of(f"{out}/log.jsonl")
@@ -214,7 +215,8 @@ def test_kill_9_loses_nothing(tmp_path):
     optimiser without its past, half a file, a row of the log twice."""
     options = ["--objective", "honesty", *TINY, "--checkpoint-every", "1", "--base-steps", "5",
                "--prm-steps", "4"]
-    calm, killed, rng, codes = str(tmp_path / "calm"), str(tmp_path / "killed"), random.Random(0), []
+    calm, killed = str(tmp_path / "calm"), str(tmp_path / "killed")
+    rng, codes = random.Random(0), []
     train.main([*options, "--out", calm])
     while codes[-1:] != [0]:
         how = {"renames": rng.randint(1, 12)}
@@ -546,18 +548,19 @@ def test_a_run_goes_on_from_another_directory(pairs_dir, checkpoint, tmp_path, c
     """Prevents: a run that was given relative paths, and that --resume, --from or evaluate.py can
     only use in the directory where it began; data that has moved and is taken for none."""
     monkeypatch.chdir(tmp_path)
-    init, data, common = os.path.relpath(checkpoint), os.path.relpath(pairs_dir), [
-        "--objective", "honesty", "--dpo-steps", "2", "--n-test", "2"]
-    first = train.new_run(read_command([*common, "--init", init, "--data", data, "--out", "a"], "")[0])
-    second = ["--init", checkpoint, "--data", pairs_dir + "/", "--from", "a", "--out", "b"]
-    train.new_run(read_command([*common, *second], "")[0])
+    init, data = os.path.relpath(checkpoint), os.path.relpath(pairs_dir)
+    relative = ["--objective", "honesty", "--init", init, "--data", data, "--out", "a"]
+    first = train.new_run(read_command(relative, "")[0])
+    absolute = ["--objective", "honesty", "--init", checkpoint, "--data", pairs_dir + "/"]
+    train.new_run(read_command([*absolute, "--from", "a", "--out", "b"], "")[0])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     runs = [train.open_run(str(tmp_path / name)) for name in "ab"]
     assert [(r.config.init, r.config.data) for r in runs] == [(checkpoint, pairs_dir)] * 2
     assert runs[1].config.from_ == str(tmp_path / "a") and runs[1].key == runs[0].key == first.key
     os.rename(pairs_dir, str(tmp_path / "moved"))
-    assert f"the files in --data ({pairs_dir})" in refused(["--resume", str(tmp_path / "a")], capsys)
+    error = refused(["--resume", str(tmp_path / "a")], capsys)
+    assert f"the files in --data ({pairs_dir})" in error
 
 
 # -- the command line

@@ -94,7 +94,8 @@ def test_language_model_loss_is_the_masked_next_token_loss(run, gpt, tokenizer):
 def test_endless_draws_each_item_once_per_epoch():
     """Prevents: items drawn twice before others are drawn at all, also where a batch spans two
     epochs."""
-    batches = train.mixed_batches([train.endless("abcde", torch.Generator().manual_seed(0))], [5 * 5])
+    stream = train.endless("abcde", torch.Generator().manual_seed(0))
+    batches = train.mixed_batches([stream], [5 * 5])
     taken = next(batches)
     epochs = [taken[i:i + 5] for i in range(0, 25, 5)]
     assert len(taken) == 25 and all(sorted(epoch) == list("abcde") for epoch in epochs)
@@ -187,7 +188,8 @@ def test_label_steps_by_hand(source, run, tokenizer, monkeypatch):
     prompt = tokenizer.encode_chat(HELLO)
     first, second = (len(tokenizer.encode("".join(text[:n]))) for n in (1, 2))
     prefixes = [prompt + response[:first], prompt + response[:second]]
-    assert calls[1] == (prefixes, [60 - first, 60 - second], 2)
+    room = [60 - first, 60 - second]
+    assert calls[1] == (prefixes, room, 2)
     assert row.ids == prompt + response and row.split == "train"
     assert row.ends == [len(prompt) + first - 1, len(prompt) + second - 1, len(row.ids) - 1]
     # M = 3, the response itself first.
@@ -479,7 +481,9 @@ def test_margins_by_hand(run, tokenizer, monkeypatch):
         [values[model][pair.objective] for pair in part]))
     train.set_margins(run, pairs)
     # w = 1/2 and beta = 0.1 times (log-ratio of chosen - log-ratio of rejected).
-    expected = [0.05 * ((-4 + 5) - (-6 + 4)), 0.05 * ((-2 + 3) - (-9 + 7)), 0.0]
+    accuracy = 0.05 * ((-4 + 5) - (-6 + 4))
+    engagement = 0.05 * ((-2 + 3) - (-9 + 7))
+    expected = [accuracy, engagement, 0.0]
     assert [pair.margin for pair in pairs] == pytest.approx(expected, abs=1e-6)
 
 
@@ -501,7 +505,8 @@ def test_the_log_shows_every_objective_in_training_and_development(run, gpt, tok
     for o in run.names:
         held_out = train.choose(pairs, [o], "dev")
         logps = pair_logps(model, held_out)
-        moved = logps - torch.tensor([pair.reference for pair in held_out])
+        reference = torch.tensor([pair.reference for pair in held_out])
+        moved = logps - reference
         assert dev[-1][o]["chosen"] == pytest.approx(float(moved[:, 0].mean()), abs=1e-5)
         assert dev[-1][o]["kl"] == pytest.approx(float((moved ** 2).mean() / 2), abs=1e-5)
 
