@@ -24,11 +24,14 @@ from interop.options import HARMLESS, Config  # noqa: E402
 def read_values(text):
     """'FIELD=a,b,c' -> the field of Config, list of its values. InputError for another text."""
     name, _, values = text.partition("=")
+    # prm-pairs, as on the command line of train.py, or prm_pairs, as in config.json.
     name = name.strip().replace("-", "_")
+    # With these a run would be another one, not the same with one thing changed.
     fixed = [*HARMLESS, "objective", "init", "data", "seed", "grad_checkpoint"]
     types = {f.name: f.type for f in fields(Config) if f.name not in fixed}
     if name not in types or not values:
         raise InputError(f"{text}: write FIELD=a,b,c with one of the fields {', '.join(types)}")
+    # Text -> what the field holds: a number, or the text itself.
     found = []
     for value in values.split(";" if ";" in values else ","):
         try:
@@ -48,6 +51,7 @@ def variants(run, name, values):
             steps = value if name == "weight_steps" else 0
             config = replace(run.config, out=out, from_=run.path, weight_steps=steps)
             setattr(config, name, value)
+            # All that can be wrong shows here, before anything is trained.
             train.check_new(config)
             found.append(config)
     return found
@@ -63,10 +67,12 @@ def main(argv=None):
     train.join_processes()
     run = train.open_run(args.run)
     name, values = read_values(args.values)
-    configs = variants(run, name, values)       # a mistake in any value shows before the first run
+    configs = variants(run, name, values)
+    # A variant that is there already goes on, or has finished.
     for config in configs:
         print(f"\n{config.out}: {name} varied")
         train.carry_out(train.begin(config.out, config))
+    # The tables of the run itself and of all variants, side by side.
     evaluate.main([args.run, *[config.out for config in configs]])
 
 

@@ -45,6 +45,7 @@ class Config:
     alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 if not named)")
     gamma: float = option(0.9, "discount per step in hindsight targets")
     perturbation: float = option(1e-3, "standard deviation of the noise on a head's copy of SFT's")
+    # Language models.
     base_steps: int = option(1200, "pre-training steps of 64 conversations", fast=300)
     base_lr: float = option(3e-3, "peak learning rate of pre-training")
     sft_steps: int = option(120, "SFT steps", fast=10)
@@ -52,12 +53,14 @@ class Config:
     sft_lr: float = option(3e-4, "SFT learning rate")
     # A training ends there, or at its number of steps.
     epochs: int = option(8, "most passes of a training over its largest source of data")
+    # Samples, which become pairs, and rollouts, which become labels.
     n_prompts: int = option(1000, "prompts per domain whose samples become pairs", fast=60)
     n_samples: int = option(6, "responses sampled per prompt", fast=4, low=2)
     # For the value model three times the problems are worth more than a second rollout of each,
     # which costs as much.
     n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts", fast=40)
     rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
+    # The process reward model.
     prm_steps: int = option(1200, "PRM training steps", fast=10)
     # Shared by the domains as they have labels, but at least prm_pairs of each.
     prm_batch: int = option(64, "labelled sequences per PRM step")
@@ -68,6 +71,7 @@ class Config:
     prm_step_weight: float = option(60.0, "weight in it of the auxiliary output: is a step right?")
     prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
     prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
+    # The policies.
     dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
     dpo_pairs: int = option(8, "pairs per objective and step")
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
@@ -76,6 +80,7 @@ class Config:
     # development prompts, mean of the domains. Names: METHODS; 1 where not named.
     dpo_lr_factor: str = option("single_head_dpo=0.55,modpo=0.55", "factors on the heads' rate, "
                                 "NAME=NUMBER,... of mah_dpo, single_head_dpo, modpo, soup")
+    # The tables.
     n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
     # dev while settings are still being chosen.
     split: str = option("test", "prompts of the tables: test or dev", choices=["test", "dev"])
