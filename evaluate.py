@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (RNG, InputError, batches_by_length, domain_objectives, pad, read_json,
+from data import (RNG, InputError, Problem, batches_by_length, domain_objectives, pad, read_json,
                   read_jsonl, response_mask, run_command, write_json, write_text)
 from decode import find_model, generate, guided_decode, next_turn, read_run
 from interop.answers import majority
@@ -50,6 +50,7 @@ def seed_of(seed, *what):
 
 class Turn(NamedTuple):
     """One answer of the assistant, and what came before it."""
+    problem: Problem
     before: list       # ids of the conversation so far, as the policy read it
     messages: list     # the same as messages, as the judges read it
     response: list     # ids of the answer
@@ -69,7 +70,7 @@ class Conversation:
 
     def answer(self, response, world, tokenizer, rng):
         """Record the assistant's response (ids) and play the user's reply, if there is one."""
-        self.turns.append(Turn(self.ids, list(self.messages), response))
+        self.turns.append(Turn(self.problem, self.ids, list(self.messages), response))
         # The user and the judges read text.
         said = {"role": "assistant", "content": tokenizer.decode(response)}
         self.messages.append(said)
@@ -83,9 +84,9 @@ class Conversation:
     def scores(self, world, tokenizer):
         """{objective: noise-free score}, the mean of the assistant's turns."""
         each = []
-        for _, messages, response in self.turns:
-            text = tokenizer.decode(response)
-            each.append(world.scores(self.problem, messages, text))
+        for turn in self.turns:
+            text = tokenizer.decode(turn.response)
+            each.append(world.scores(self.problem, turn.messages, text))
         return {name: statistics.fmean(values) for name, values in columns(each).items()}
 
 
@@ -194,8 +195,8 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
     device = head.device
     # A turn is read as the policy read it: all that came before, then its answer.
     turns = list(itertools.chain.from_iterable(c.turns for c in conversations))
-    texts = [before + response for before, _, response in turns]
-    starts = torch.tensor([len(before) for before, _, _ in turns], device=device)
+    texts = [turn.before + turn.response for turn in turns]
+    starts = torch.tensor([len(turn.before) for turn in turns], device=device)
     sums = torch.zeros(len(turns), dtype=torch.float64)
     # Few enough tokens at a time for their logits over a large vocabulary.
     size = min(4096, LOGITS // len(head))
@@ -213,7 +214,7 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
         # Every turn's tokens are added up.
         found = torch.zeros(len(index), device=device).index_add(0, row, kl)
         sums[index] = found.double().cpu()
-    n_tokens = torch.tensor([len(response) for _, _, response in turns])
+    n_tokens = torch.tensor([len(turn.response) for turn in turns])
     both = torch.stack((sums / n_tokens, sums))                           # (2, turns of all)
     # Every conversation has equally many turns, one after the other.
     return both.view(2, len(conversations), -1).mean(-1).tolist()
