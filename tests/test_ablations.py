@@ -51,7 +51,7 @@ def test_a_stopped_ablation_goes_on(varied, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("values, message", [
-    ("gamma", "write FIELD=a,b,c"), ("seed=1,2", "with one of the fields dtype"),
+    ("gamma", "write FIELD=a,b,c"), ("seed=1,2", "with one of the fields template_args, dtype"),
     ("gamma=a,b", "'a' is no float"), ("alpha=helpfulness=2;honesty=1", "no 'helpfulness' here"),
     ("k=3,0", "--k 0 is out of range"), ("n_test=9,9999999", "fewer than 9999999 distinct")])
 def test_a_mistake_leaves_nothing_behind(values, message, varied, capsys, monkeypatch):
