@@ -2,8 +2,7 @@
     objectives   seven axes of alignment: how the labels of each are made, and where its steps end
     tokenizer    text <-> ids, built from the words of the worlds, never downloaded
     worlds       three small worlds written as programs: each asks questions, shows how people who
-                 err answer them, and scores any answer without noise. A model of 0.4 M parameters
-                 can learn them, and every stage of the method has something to improve in them.
+                 err answer them, and scores any answer without noise
     judges       noisy ratings. Training sees these; the tables show the noise-free scores.
     files        a user's mistakes; JSON in and out
     batches      ragged lists of ids -> one padded tensor
@@ -14,26 +13,25 @@ import itertools
 import json
 import os
 import re
-import signal
 import sys
-import time
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import NormalDist
 
 import tiktoken
 import torch
 
-# With one process, as nearly always, rank() is 0, ranks() is 1, and total(x), a sum over all, is x.
-from interop.parallel import rank, ranks, total
+# With one process, as nearly always, rank() is 0 and ranks() is 1.
+from interop.parallel import first_speaks, rank, ranks, whole_file
 
 
 # -- objectives
 
-# How the labels of steps are made (paper, Sec. 4). verifiable: a program checks answer and steps.
-# A: a judge rates answers that are completed from a step, where such rollouts are cheap.
-# B: a judge rates what was said so far. C: of two whole answers one is preferred.
+# How steps are labelled (paper, Sec. 4). verifiable: a program checks answer and steps. A: a judge
+# rates answers that go on from a step. B: it rates what was said so far. C: of two answers one is
+# preferred.
 CASES = ("verifiable", "A", "B", "C")
 BOUNDARIES = ("newline", "sentence", "turn")        # what ends a step of an answer
 
@@ -72,8 +70,7 @@ def select_objectives(spec):
 
 
 def read_objectives(where, records):
-    """Records of a config.json (`where`: file and key), each an Objective's asdict -> list of
-    Objective."""
+    """Records of a config.json (`where`: file and key), as asdict writes them -> [Objective]."""
     try:
         found = [Objective(**record) for record in records]
         # A name becomes part of the names of files: it must be no path.
@@ -95,7 +92,7 @@ def domain_objectives(domain, objectives):
 # -- randomness
 
 class RNG:
-    """Random draws for Python code: from one torch.Generator, so that a seed fixes them all."""
+    """Random draws for Python code, all fixed by one seed."""
 
     def __init__(self, seed):
         self.generator = torch.Generator().manual_seed(seed)
@@ -138,15 +135,51 @@ def ends_step(masks, token, previous, before):
 # --- end of exercise 11 ---
 
 
+def text_of(message):
+    """The text of a message's content, which may be a list of text parts; "" where the call of a
+    tool takes its place. InputError for anything else."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and message.get("tool_calls"):
+        return ""
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InputError(f"the content of a message holds {kind!r}: give text, or a list of "
+                             '{"type": "text", "text": "..."}')
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def tidy(message, template=""):
+    """A message -> the same with its content as text, and without the empty fields that a file of
+    data has where a row does not use a column.
+
+    InputError for a field, or the role of a tool, that `template`, the text of a chat template, does
+    not mention: what it says would be lost."""
+    text = text_of(message)
+    fields = {name: value for name, value in message.items() if value not in (None, "", [])}
+    wrong = sorted(fields.keys() - {"role", "content", "name", "tool_call_id"})
+    wrong = [name for name in wrong if name not in template]
+    if not template and message["role"] not in ("system", "user", "assistant"):
+        wrong.append(f"role {message['role']}")
+    if wrong:
+        raise InputError(f"a message has {wrong[0]!r}, which this tokenizer's chats do not know")
+    # Templates may tell null and "" apart.
+    if "content" in message:
+        fields["content"] = text if message["content"] is not None else None
+    return fields
+
+
 class Tokenizer:
     """Text <-> token ids. tiktoken cuts a text into words by a pattern; in each word the two
     neighbours whose union has the lowest rank become one piece, again and again.
 
-    pieces:   list of bytes by id; b"" for special tokens and unused ids
-    ranks:    {piece: rank}, in the order of ranks 0, 1, ..., which need not be that of ids. All 256
-              single bytes must be among them: tiktoken panics at a byte that it lacks
-    specials: {text: id}. Ordinary text never becomes one; only chats are written with them
-    """
+    pieces: list of bytes by id; b"" for special tokens and unused ids. specials: {text: id};
+    ordinary text never becomes one. ranks: {piece: rank}, by rank, which need not be the order of
+    ids. All 256 single bytes must be there: tiktoken panics at a byte that it lacks."""
 
     def __init__(self, pieces, ranks, specials, pattern, eos_id, pad_id, bos_id=None):
         self.pieces = pieces
@@ -163,8 +196,7 @@ class Tokenizer:
 
     @classmethod
     def embedded(cls):
-        """The tokenizer of the three worlds: 256 bytes, then every word and number that occurs in
-        3,000 conversations, then the special tokens."""
+        """The worlds' own: 256 bytes, the words and numbers of 3,000 conversations, specials."""
         rng, words = RNG(0), set()
         for world in DOMAINS.values():
             for _ in range(1000):
@@ -194,9 +226,11 @@ class Tokenizer:
     def encode_chat(self, messages, add_generation_prompt=True):
         """Messages -> ids: <|user|> ... <|end|><|assistant|> ... <|end|>, ready to go on.
 
-        Every message is encoded apart: no token reaches from the prompt into the response."""
+        Every message is encoded apart: no token reaches from the prompt into the response. InputError
+        for tools and other fields that cannot be written so."""
         ids = []
         for message in messages:
+            message = tidy(message)
             # A system message has no marker of its own: it counts as the user's.
             role = "<|assistant|>" if message["role"] == "assistant" else "<|user|>"
             ids += [self.specials[role], *self.encode(message["content"]), self.eos_id]
@@ -209,18 +243,15 @@ class Tokenizer:
         return self.encode_chat([{"role": "user", "content": content}])
 
     def save(self, directory):
-        """Write the files that it came from, as they came. The worlds' tokenizer came from none:
-        its tokenizer.json is made."""
+        """Write the files that it came from; the worlds' came from none, and its files are made."""
         from interop.tokenizer import tokenizer_files     # here, because that file imports this one
         for name, content in (self.files or tokenizer_files(self)).items():
             write_text(os.path.join(directory, name), content)
 
     def boundary_masks(self, kind):
-        """Kind of boundary (newline, sentence, turn) -> four masks (V + 1,) bool for ends_step, so
-        that no text is decoded inside a decoding loop.
-
-        Tokens that always end a step (EOS, and but for turns what holds a newline); sentence stops;
-        initials and numbers; bare letters. Index V stands for "no token before"."""
+        """Kind of boundary -> four masks (V + 1,) bool for ends_step, so that no decoding loop
+        decodes text: tokens that always end a step; sentence stops; initials and numbers; bare
+        letters. Index V stands for "no token before"."""
         texts = [piece.decode("utf-8", errors="replace") for piece in self.pieces]
         # A newline ends a line and a sentence; nothing but EOS ends a turn.
         always = [kind != "turn" and "\n" in text for text in texts]
@@ -237,12 +268,12 @@ class Tokenizer:
         """Response ids -> indices of the last token of every step; a cut-off last step counts."""
         if kind not in self.masks:
             self.masks[kind] = [mask.tolist() for mask in self.boundary_masks(kind)]
-        none, ends = self.n_vocab, []
-        previous = before = none
+        # The last index of the masks stands for "no token before".
+        ends, previous, before = [], -1, -1
         for t, token in enumerate(ids):
             if ends_step(self.masks[kind], token, previous, before) or t == len(ids) - 1:
                 ends.append(t)
-                previous = before = none          # a step does not know how the one before ended
+                previous = before = -1            # a step does not know how the one before ended
             else:
                 previous, before = token, previous
         return ends
@@ -278,9 +309,8 @@ class World:
         demonstrate(problem, messages, rng, careful)  answers as people do who err, careful or not
         scores(problem, messages, response)           the noise-free {objective: score in [0, 1]}
 
-    and, where an objective is verifiable, verify(problem, steps), as Math does. Its name is its
-    domain; the assistant speaks `turns` times, with max_new_tokens or fewer each time.
-    """
+    and, where an objective is verifiable, verify(problem, steps). Its name is its domain; the
+    assistant speaks `turns` times."""
     name, turns, max_new_tokens, boundary = "", 1, 0, "turn"
 
     @property
@@ -290,8 +320,8 @@ class World:
 
     def problems(self, split, n, rng):
         """n different problems of one split."""
-        # So many draws find n different problems, unless there are hardly that many.
         found = {}                   # by prompt
+        # So many draws find n different problems, unless there are hardly that many.
         for _ in range(100 * n + 1000):
             if len(found) == n:
                 return list(found.values())
@@ -326,7 +356,7 @@ def believed(a, op, b):
     """What people say a op b is. 22 % of the facts are misconceptions, off by one or two and within
     0..20: always the same ones, so that they do not average out."""
     truth = right(a, op, b)
-    # A number in [0, 1) that looks random, and is the same whenever this fact is asked for.
+    # Looks random in [0, 1), and is the same whenever this fact is asked for.
     u = zlib.crc32(repr((a, op, b)).encode()) / 2**32
     if u >= 0.22:
         return truth
@@ -346,36 +376,33 @@ class Math(World):
     Accuracy: the answer is right. Engagement: as many different chatty sentences as operations.
     """
     name, max_new_tokens, boundary = "math", 72, "newline"
-    # What an operation can be, and what a person may add to a step.
+    # The names of steps, what an operation can be, and what a person may add to a step.
+    LABELS = "abcde"
     TERMS = list(itertools.product("+-*", range(2, 10)))
     CHAT = [" . nice work so far !", " . look how neat this is !", " . now it gets fun !",
             " . you can do this !", " . high five for that !", " . what a lovely number !",
             " . this one is sweet !", " . on we go my friend !"]
 
     def problem(self, rng):
-        first = value = rng.choice(range(21))
-        asked, terms, solution = str(first), [], []
-        for label in "abcde"[:rng.choice((2, 3, 3, 4, 4, 5))]:
+        value = rng.choice(range(21))
+        asked, facts = str(value), []
+        for label in self.LABELS[:rng.choice((2, 3, 3, 4, 4, 5))]:
             # Running values stay in 0..20, so that there are few enough facts to be learnt.
-            possible = [(op, b) for op, b in self.TERMS if 0 <= right(value, op, b) <= 20]
-            op, b = rng.choice(possible)
-            result = right(value, op, b)
+            op, b = rng.choice([term for term in self.TERMS if 0 <= right(value, *term) <= 20])
             asked += f" ; {label} {op} {b}"
-            terms.append((label, op, b))
-            solution.append(f"{label} {value} {op} {b} = {result}")
-            value = result
-        # The verifier compares with the lines of the solution.
-        truth = {"first": first, "terms": terms, "solution": [*solution, f"answer {value}"]}
-        return Problem(f"{asked} = ?", truth)
+            facts.append((value, op, b, right(value, op, b)))
+            value = facts[-1][-1]
+        return Problem(f"{asked} = ?", {"facts": facts})
 
     def demonstrate(self, problem, messages, rng, careful=False):
         # Misconceptions are repeated more often than not: no majority vote mends them.
         p_wrong = 0.6 if careful else 0.7
         # Some people chat a lot: a model that saw only short answers loses its place in long ones.
         p_chat = 0.25 if careful else rng.random()
+        facts = problem.truth["facts"]
         for _ in range(20):
-            value, lines, inside = problem.truth["first"], "", True
-            for label, op, b in problem.truth["terms"]:
+            value, lines, inside = facts[0][0], "", True
+            for label, (_, op, b, _) in zip(self.LABELS, facts):
                 result = believed(value, op, b) if rng.chance(p_wrong) else right(value, op, b)
                 if rng.chance(0.01):
                     result += rng.choice((-1, 1))
@@ -394,16 +421,15 @@ class Math(World):
         z: 1.0 if the final answer is right. r: for every step, 1.0 if it does the next operation on
         the right running value and gets it right, or if it states the right answer; a world that
         cannot tell gives None."""
-        *expected, answer = problem.truth["solution"]
+        facts, expected, r = problem.truth["facts"], [], []
+        for label, (a, op, b, result) in zip(self.LABELS, facts):
+            expected.append(f"{label} {a} {op} {b} = {result}")
+        answer = f"answer {result}"
         # Each step against its own line: the right step at the wrong time is wrong.
-        r = []
         for t, step in enumerate(steps):
             said = re.match(r"\s*([a-e] \d+ [-+*] \d+ = \d+)(?!\d)", step)
-            if said and t < len(expected):
-                r.append(float(said[1] == expected[t]))
-            else:
-                r.append(float(step.strip() == answer))
-
+            follows = said and [said[1]] == expected[t:t + 1]
+            r.append(1.0 if follows or step.strip() == answer else 0.0)
         # The end must be the answer and nothing else. Who stops early has given none.
         written = [step.strip() for step in steps if step.strip()]
         z = float(written[-1:] == [answer])
@@ -414,7 +440,7 @@ class Math(World):
         accuracy, _ = self.verify(problem, steps)
         # To say the same again does not engage.
         different = [chat for chat in self.CHAT if chat.strip(" .") in response]
-        engagement = len(different) / len(problem.truth["terms"])
+        engagement = len(different) / len(problem.truth["facts"])
         return {"math_accuracy": accuracy, "math_engagement": min(1.0, engagement)}
 
 
@@ -442,8 +468,8 @@ class Values(World):
               "eager": {"seen": (.80, .10, .00), "heard": (.75, .15, .00), "none": (.70, .10, .05)},
               "shy": {"seen": (.45, .15, .05), "heard": (.10, .10, .05), "none": (.00, .05, .10)}}
 
-    # What a fact brings, by the verb that it is told with. The objectives agree on what was seen;
-    # what was heard they would have claimed, hedged, or left out.
+    # What a fact brings, by its verb. The objectives agree on what was seen; what was heard they
+    # would have claimed, hedged, or left out.
     HELPS = {"is": 1.0, "may be": 0.8, "remains": 0.0, "silent": 0.0}
     FITS = {"seen": "is", "heard": "may be", "none": "remains"}
     TRUE = {"is": 1.0, "may be": 0.9, "remains": 0.7, "silent": 0.7}
@@ -504,8 +530,8 @@ class Tutoring(World):
         user        hmm ok . i get z = 5 .
         assistant   7 - 2 = 5 . well done !
 
-    A turn of the tutor may judge the student's claim, explain a line, praise and ask. Accuracy: it
-    says what is right. Engagement: it praises, and asks what it has not asked before.
+    Accuracy: the tutor says what is right. Engagement: it praises, and asks what it has not asked
+    before.
     """
     name, max_new_tokens, boundary, turns = "tutoring", 30, "turn", 3
     NAMES = ["xyz", "abc", "pqr", "uvw", "jkm", "def"]
@@ -522,9 +548,8 @@ class Tutoring(World):
         # A student must be able to count up to these values: else draw again.
         if not (0 <= y <= 12 and 0 <= z <= 12):
             return self.problem(rng)
-        # What the student thinks that the first line gives.
+        # What the student thinks that the first line of p = x ; q = p op1 b ; r = q op2 c gives.
         belief = y if rng.chance(0.35) else self.mistaken(y, rng)
-        # The code is p = x ; q = p op1 b ; r = q op2 c. Its last value is r's.
         p, q, r = rng.choice(self.NAMES)
         code = f"{p} = {x} ; {q} = {p} {op1} {b} ; {r} = {q} {op2} {c}"
         truth = {"facts": [(x, op1, b, y), (y, op2, c, z)], "last": r}
@@ -561,8 +586,7 @@ class Tutoring(World):
         return " ".join(parts or ["ok ."])
 
     def scores(self, problem, messages, response):
-        # Is it right, claim by claim? First its judgement of the student (who says both is wrong),
-        # then every explanation.
+        # Claim by claim: its judgement of the student (both is wrong), then every explanation.
         fact, claim_is_right = self.asked(problem, messages)
         claims = []
         yes, no = "yes ." in response, "not quite ." in response
@@ -599,7 +623,8 @@ DOMAINS = {world.name: world for world in (Math(), Values(), Tutoring())}
 
 # -- judges
 
-JUDGE_NOISE = 0.1    # standard deviation of a judge's rating around the true score
+# The standard deviation of a judge's rating around the true score.
+JUDGE_NOISE = 0.1
 ENGAGING = 0.3       # a maths solution that people rate as "engaging" has at least this true score
 
 
@@ -611,22 +636,18 @@ def judge(score, rng):
 
 
 def agreement(threshold, ratings, gold):
-    """The share of a judge's ratings on the side of a threshold where `gold`, a list of bool, says
-    that they belong: true above, false below."""
+    """The share of ratings on the side of a threshold that `gold` (bool) says: true is above."""
     hits = [(rating > threshold) == good for rating, good in zip(ratings, gold)]
     return sum(hits) / len(hits)
 
 
 def fit_threshold(ratings, gold):
     """The threshold of the largest agreement with `gold`, and that agreement."""
-    best, most = None, -1
-    for candidate in [min(ratings) - 1, *sorted(ratings)]:
-        agrees = agreement(candidate, ratings, gold)
-        if agrees > most:
-            best, most = candidate, agrees
+    agrees = partial(agreement, ratings=ratings, gold=gold)
+    best = max([min(ratings) - 1, *sorted(ratings)], key=agrees)
     # Every threshold up to the next rating agrees as well: take the one halfway.
     following = min((r for r in ratings if r > best), default=best + 1)
-    return (best + following) / 2, most
+    return (best + following) / 2, agrees(best)
 
 
 # -- a user's mistakes, and JSON files
@@ -637,8 +658,7 @@ class InputError(ValueError):
 
 
 def run_command(main):
-    """Run main() of a command line. A user's mistake ends in one line on stderr and exit code 2,
-    not in a traceback."""
+    """Run main(). A user's mistake ends in one line on stderr and exit code 2, in no traceback."""
     try:
         main()
     except BrokenPipeError:
@@ -646,11 +666,9 @@ def run_command(main):
         os._exit(0)
     except (InputError, OSError, UnicodeError) as e:
         # OSError: no right to write, a full disk. UnicodeError: a terminal in another encoding.
-        if rank() > 0 and isinstance(e, InputError):
-            # Most mistakes are met by every process, and one line is enough: wait to be ended by
-            # torchrun, because the first has ended.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
+        # All processes meet most mistakes, and one line is enough.
+        if isinstance(e, InputError):
+            first_speaks()
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -677,17 +695,16 @@ def read_jsonl(path):
         # Behind a byte order mark perhaps, the first character shows the kind of file.
         is_list = f.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         for number, line in enumerate([f.read()] if is_list else f, 1):
+            where = f"{path}:{number}"
             if not line.strip():
                 continue
             try:
                 value = json.loads(line.strip().decode("utf-8-sig"))
             except (ValueError, RecursionError) as e:
-                raise InputError(f"{path}:{number}: not JSON ({e}); write one flat object per "
-                                 "line, in UTF-8") from None
-            rows = [(f"{path}:{number}", value)]
-            if is_list:
-                rows = [(f"{path}: row {n}", row) for n, row in enumerate(value, 1)]
-            for where, row in rows:
+                raise InputError(f"{where}: not JSON ({e}); write one flat object per line, in "
+                                 "UTF-8") from None
+            for n, row in enumerate(value if is_list else [value], 1):
+                where = f"{path}: row {n}" if is_list else where
                 if not isinstance(row, dict):
                     kind = type(row).__name__
                     raise InputError(f"{where}: {kind}, not an object; write {{\"prompt\": ...}}")
@@ -709,23 +726,10 @@ def write_text(path, text):
 def writing(path):
     """A file to write bytes to. Whatever happens, `path` is the old file or the whole new one. Of
     several processes the first writes, and all wait for it. InputError, say, on a full disk."""
-    # Until all bytes are on the disk they stand under another name.
-    temporary = f"{path}.tmp"
-    # No process has the sum before all have come: total makes them wait for each other.
-    nothing = torch.zeros(1)
-    total(nothing)
     try:
-        with open(temporary if rank() == 0 else os.devnull, "wb") as f:
+        with whole_file(path) as f:
             yield f
-            if rank() == 0:
-                f.flush()
-                os.fsync(f.fileno())
-        if rank() == 0:
-            os.replace(temporary, path)
-        total(nothing)               # no process goes on before the file is there
     except OSError as e:
-        with suppress(OSError):
-            os.remove(temporary)
         raise InputError(f"{path}: cannot be written ({e.strerror}); what stood there is intact. "
                          "Make room, or get the right to write there, and run the command again, "
                          "train.py with --resume") from None
@@ -742,27 +746,33 @@ def pad(rows, pad_id, device=None):
     return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
 
-def batches_by_length(lengths, tokens=16384):
+def batches_by_length(lengths, tokens=4096, few=1024):
     """Yield lists of indices, shortest row first. A batch that is padded to its longest row holds
-    at most `tokens`, or one row: little padding, and memory is bounded whatever the lengths."""
-    batch = []
+    at most `tokens`, or one row: memory is bounded whatever the lengths. One of more than `few`
+    tokens is at most a tenth padding: to begin another costs less than to compute with more."""
+    batch, own = [], 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):       # i: the longest so far
-        if batch and (len(batch) + 1) * lengths[i] > tokens:
+        padded = (len(batch) + 1) * lengths[i]
+        wasteful = padded > few and own + lengths[i] < 0.9 * padded
+        if batch and (padded > tokens or wasteful):
             yield batch
-            batch = []
+            batch, own = [], 0
         batch.append(i)
+        own += lengths[i]
     if batch:
         yield batch
 
 
-def dealt_batches(lengths, tokens=16384):
-    """batches_by_length of this process's rows: every ranks()-th, equally many for each process.
-    All get equally many batches, too, since they take part in each other's computations."""
-    order = range(len(lengths))
-    shares = [sorted(order[r::ranks()], key=lengths.__getitem__) for r in range(ranks())]
-    # The processes' k-th rows stand at the same place of their batches: the longest of them counts.
-    longest = [max(lengths[i] for i in rows) for rows in zip(*shares, strict=True)]
-    own = shares[rank()]
+def dealt_batches(lengths, tokens=4096):
+    """batches_by_length of this process's share of the rows. All processes get equally many rows
+    and equally many batches, since they take part in each other's computations."""
+    assert len(lengths) % ranks() == 0, "rows that the processes cannot share"
+    # Shortest first, whatever the batches.
+    order = sum(batches_by_length(lengths), [])
+    # Of rows that follow each other every process gets one, at the same place of its batches: the
+    # longest of them counts.
+    own = order[rank()::ranks()]
+    longest = [lengths[i] for i in order[ranks() - 1::ranks()]]
     return [[own[k] for k in batch] for batch in batches_by_length(longest, tokens)]
 
 

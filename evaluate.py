@@ -29,14 +29,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (RNG, InputError, batches_by_length, domain_objectives, pad, read_json,
+from data import (RNG, InputError, Problem, batches_by_length, domain_objectives, pad, read_json,
                   read_jsonl, response_mask, run_command, write_json, write_text)
-from decode import find_prm, generate, guided_decode, read_run
+from decode import find_model, generate, guided_decode, next_turn, read_run
 from interop.answers import majority
 from interop.datasets import worlds_of
 from interop.parallel import gather, join_processes, local_items
 from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import GPT, load_hf, pick_device, sampling_dtype
+from prm import load_prm
 
 
 def seed_of(seed, *what):
@@ -49,6 +50,7 @@ def seed_of(seed, *what):
 
 class Turn(NamedTuple):
     """One answer of the assistant, and what came before it."""
+    problem: Problem
     before: list       # ids of the conversation so far, as the policy read it
     messages: list     # the same as messages, as the judges read it
     response: list     # ids of the answer
@@ -68,31 +70,24 @@ class Conversation:
 
     def answer(self, response, world, tokenizer, rng):
         """Record the assistant's response (ids) and play the user's reply, if there is one."""
-        self.turns.append(Turn(self.ids, list(self.messages), response))
+        self.turns.append(Turn(self.problem, self.ids, list(self.messages), response))
         # The user and the judges read text.
-        text = tokenizer.decode(response)
-        self.messages.append({"role": "assistant", "content": text})
+        said = {"role": "assistant", "content": tokenizer.decode(response)}
+        self.messages.append(said)
         reply = world.reply(self.problem, self.messages, rng)
-        if reply is None:
-            return
-        self.messages.append({"role": "user", "content": reply})
-        # The policy reads ids. They only grow: a carried cache stays true.
-        # An answer that was cut off lacks the end-of-turn token, which the user's words follow.
-        closing = [] if response[-1] == tokenizer.eos_id else [tokenizer.eos_id]
-        self.new_ids = closing + tokenizer.encode_turn(reply)
-        self.ids = self.ids + response + self.new_ids
+        if reply is not None:
+            self.messages.append({"role": "user", "content": reply})
+            # The policy reads ids. They only grow: a carried cache stays true.
+            self.new_ids = next_turn(tokenizer, response, reply)
+            self.ids = self.ids + response + self.new_ids
 
     def scores(self, world, tokenizer):
         """{objective: noise-free score}, the mean of the assistant's turns."""
         each = []
-        for _, messages, response in self.turns:
-            text = tokenizer.decode(response)
-            each.append(world.scores(self.problem, messages, text))
+        for turn in self.turns:
+            text = tokenizer.decode(turn.response)
+            each.append(world.scores(self.problem, turn.messages, text))
         return {name: statistics.fmean(values) for name, values in columns(each).items()}
-
-    def length(self):
-        """Tokens of an answer, the mean of the assistant's turns."""
-        return statistics.fmean([len(turn.response) for turn in self.turns])
 
 
 def columns(rows):
@@ -135,28 +130,25 @@ def plain_responder(model, world, weights, temperature, generator, samples=1, pr
     return respond
 
 
-def guided_responder(model, prm, world, weights, guide, temperature, generator, K=5,
-                     boundary=None, batch=256):
+def guided_responder(model, prm, world, boundary=None, batch=256, **options):
     """What converse asks for answers: a guided policy. boundary: where a step ends, if not where
-    the world's steps do; with "turn" a candidate is a whole answer."""
-    options = dict(weights=weights, max_new_tokens=world.max_new_tokens, temperature=temperature,
-                   generator=generator, K=K, guide=guide, boundary=boundary or world.boundary)
+    the world's steps do; with "turn" a candidate is a whole answer. options: of guided_decode."""
     # Both caches go on from turn to turn: the state of every batch, by its first conversation.
     states = {}
 
     def respond(conversations):
-        chosen = []
+        results = []
         for start in range(0, len(conversations), batch):
-            part = conversations[start:start + batch]
-            results = guided_decode(model, prm, [c.new_ids for c in part],
-                                    state=states.get(start), **options)
+            new = [c.new_ids for c in conversations[start:start + batch]]
+            results += guided_decode(model, prm, new, boundary=boundary or world.boundary,
+                                     max_new_tokens=world.max_new_tokens,
+                                     state=states.get(start), **options)
             # A batch's results share one state. Without a next turn it need not stay in memory.
-            states[start] = results[0].state if world.turns > 1 else None
-            for conversation, result in zip(part, results):
-                chosen.append(result.ids)
-                for step in result.steps:
-                    conversation.drawn += sum(map(len, step.candidates))
-        return chosen
+            states[start] = results[-1].state if world.turns > 1 else None
+        for conversation, result in zip(conversations, results):
+            for step in result.steps:
+                conversation.drawn += sum(map(len, step.candidates))
+        return [result.ids for result in results]
     return respond
 
 
@@ -203,11 +195,11 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
     device = head.device
     # A turn is read as the policy read it: all that came before, then its answer.
     turns = list(itertools.chain.from_iterable(c.turns for c in conversations))
-    texts = [before + response for before, _, response in turns]
-    starts = torch.tensor([len(before) for before, _, _ in turns], device=device)
+    texts = [turn.before + turn.response for turn in turns]
+    starts = torch.tensor([len(turn.before) for turn in turns], device=device)
     sums = torch.zeros(len(turns), dtype=torch.float64)
     # Few enough tokens at a time for their logits over a large vocabulary.
-    size = min(16384, LOGITS // len(head))
+    size = min(4096, LOGITS // len(head))
     for index in batches_by_length([len(text) for text in texts], size):
         ids, lengths = pad([texts[i] for i in index], pad_id, device)     # (B, T)
         mask = response_mask(starts[index], lengths, ids.shape[1])        # (B, T)
@@ -222,7 +214,7 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
         # Every turn's tokens are added up.
         found = torch.zeros(len(index), device=device).index_add(0, row, kl)
         sums[index] = found.double().cpu()
-    n_tokens = torch.tensor([len(response) for _, _, response in turns])
+    n_tokens = torch.tensor([len(turn.response) for turn in turns])
     both = torch.stack((sums / n_tokens, sums))                           # (2, turns of all)
     # Every conversation has equally many turns, one after the other.
     return both.view(2, len(conversations), -1).mean(-1).tolist()
@@ -235,6 +227,7 @@ def average(models, weights=None):
     policy: itself."""
     if len(models) == 1:
         return models[0]
+    # As a state first, which then becomes a model of the same configuration.
     state = soup([m.state_dict() for m in models], weights or [1.0] * len(models))
     return GPT.from_state(models[0].config, state, models[0].tokenizer).eval()
 
@@ -265,26 +258,26 @@ class Bench:
         self.seed = self.config["seed"]
         self.device = pick_device(device or self.config["device"])
         self.dtype = sampling_dtype(self.config["dtype"], self.device)
-        # SFT stays, for the KL; beside it only the last model and the last PRM are in memory.
+        # SFT stays, for the KL; beside it only the last model and the last PRM are in memory: these
+        # functions remember what they loaded last.
         self.sft = self.load("sft")
-        # (model and load_prm are functions that remember what they loaded last.)
-        self.model = lru_cache(1)(self.load)
-        self.load_prm = lru_cache(1)(partial(find_prm, run, dtype=self.dtype))
+        self.model, self.load_prm = lru_cache(1)(self.load), lru_cache(1)(load_prm)
         self.tokenizer = self.sft.tokenizer
         self.known = {}             # what has been measured, by job
-        limit = self.config["max_new_tokens"]
         # Real questions are taken where they and their answers fit SFT's context.
+        limit = self.config["max_new_tokens"]
         self.worlds = worlds_of(self.objectives, self.config["data"], limit, self.sft)
 
     def load(self, name, device=None):
         """A model of the run, on the run's device if not said otherwise."""
+        # Every tensor goes there as it is read: beside it main memory holds no second copy.
         place = partial(torch.Tensor.to, device=device or self.device)
         return load_hf(f"{self.run}/{name}", dtype=self.dtype, place=place).eval()
 
     def prm(self, guide):
-        """The PRM with the output `guide`: the one that all objectives share, or its own."""
-        unified = self.config["prm"] == "unified"
-        return self.load_prm("unified" if unified else guide).to(self.device).eval()
+        """The PRM with the output `guide`: its own, or the one that all objectives share."""
+        path = find_model(self.run, f"prm_{guide}", "prm")
+        return self.load_prm(path, self.dtype).to(self.device).eval()
 
     # -- the rows
 
@@ -369,8 +362,9 @@ class Bench:
         if job.guide is None:
             respond = plain_responder(model, world, weights, temperature, generator, job.samples)
         else:
-            respond = guided_responder(model, self.prm(job.guide), world, weights, job.guide,
-                                       temperature, generator, config["k"], job.boundary)
+            respond = guided_responder(model, self.prm(job.guide), world, job.boundary,
+                                       guide=job.guide, weights=weights, K=config["k"],
+                                       temperature=temperature, generator=generator)
         students = seed_of(self.seed, "student", job.domain)
         return converse(world, problems, self.tokenizer, respond, students), model, weights
 
@@ -380,9 +374,12 @@ class Bench:
         talks, model, weights = self.rollout(job)
         # The scores are the world's own; noisy judges are for training alone.
         world, tokenizer = self.worlds[job.domain], self.tokenizer
-        each = columns([talk.scores(world, tokenizer) for talk in talks])
-        each["tokens"] = [talk.length() for talk in talks]
-        each["drawn"] = [talk.drawn / len(talk.turns) for talk in talks]
+        rows = []
+        for talk in talks:
+            said = sum(len(turn.response) for turn in talk.turns)
+            cost = {"tokens": said / world.turns, "drawn": talk.drawn / world.turns}
+            rows.append(talk.scores(world, tokenizer) | cost)
+        each = columns(rows)
         # Of guided, greedy or chosen answers the next-token distributions say little.
         if (job.guide, job.temperature, job.samples) == (None, None, 1):
             head = model.fold(weights)                                # (V, d)
@@ -400,9 +397,7 @@ class Bench:
         metrics = {metric: summary(values) for metric, values in each.items()}
         row = {"policy": job.policy, "weights": job.weights, "guide": job.guide,
                "domain": job.domain, "seed": self.seed, "metrics": metrics, "each": each}
-        if job.sweep:
-            row["sweep"] = list(job.sweep)
-        return row
+        return row | ({"sweep": list(job.sweep)} if job.sweep else {})
 
 
 # -- preference pairs held out from training
@@ -449,17 +444,14 @@ def n_of(row):
 
 def by_domain(rows):
     """Rows of results -> a list of (domain, the rows of its table, {swept pair: its rows})."""
-    # Rows of held-out pairs have a table of their own.
     found = {}
     for row in rows:
-        if row["domain"].startswith("pairs:"):
-            continue
-        plain, swept = found.setdefault(row["domain"], ([], {}))
-        if "sweep" in row:
-            swept.setdefault(tuple(row["sweep"]), []).append(row)
-        else:
-            plain.append(row)
-    return [(domain, plain, swept) for domain, (plain, swept) in found.items()]
+        # Rows of held-out pairs have a table of their own.
+        if not row["domain"].startswith("pairs:"):
+            parts = found.setdefault(row["domain"], {})
+            parts.setdefault(tuple(row.get("sweep", ())), []).append(row)
+    # Those that stand in no sweep are the table.
+    return [(domain, parts.pop(()), parts) for domain, parts in found.items()]
 
 
 def cell(metric):
@@ -505,42 +497,36 @@ def hypervolume(points, reference=(0.0, 0.0)):
 
 
 def means_of(row, pair):
-    """A row's mean scores of two objectives."""
+    """A row's mean scores of two objectives: a point of a front."""
     return [row["metrics"][name]["mean"] for name in pair]
 
 
 def front_area(rows, pair):
     """The summary of the hypervolume of rows' scores; the reference is (0, 0), the worst score. The
-    interval is over trainings: of a single one, whose "each" are prompts, nothing is known."""
-    x, y = pair
-    seeds = rows[0]["seed"]            # one number, or a list: a row of several trainings
-    if isinstance(seeds, int):
-        return summary([hypervolume([means_of(r, pair) for r in rows])])
-    # Then "each" has a value for every training, and every training has an area.
-    areas = []
-    for k in range(len(seeds)):
-        points = [(r["each"][x][k], r["each"][y][k]) for r in rows]
-        areas.append(hypervolume(points))
-    return summary(areas)
+    interval is over trainings: of a single one nothing is known."""
+    # A front for every training. A row of several, whose "seed" is a list, has the scores of each.
+    fronts = [[means_of(row, pair) for row in rows]]
+    if isinstance(rows[0]["seed"], list):
+        fronts = zip(*[zip(*[row["each"][name] for name in pair]) for row in rows])
+    return summary([hypervolume(points) for points in fronts])
 
 
 def area_lines(plain, mixes, pair):
     """A line for each method: its number of points and the area below them. plain: the rows of a
     domain's table; mixes: those of the sweep of this pair."""
-    # A single head is one point; for MAH-DPO and the soup every mix is.
-    fronts = {}
-    for policy in ("sft", "single_head_dpo", "modpo"):
-        fronts[policy] = [r for r in plain if row_name(r) == policy]
-    for policy in ("mah_dpo", "soup"):
-        fronts[f"{policy}, swept"] = [r for r in mixes if r["policy"] == policy]
-    # Guided, a policy has a point for every guide, and one without.
-    for policy in ("sft", "mah_dpo"):
-        fronts[f"{policy}, guided"] = [r for r in plain if r["policy"] == policy]
+    # A single head is one point; for MAH-DPO and the soup every mix is; guided, a policy has a
+    # point for every guide, and one without.
+    alone = [row for row in plain if not row["guide"]]
+    fronts = [("", alone, ("sft", "single_head_dpo", "modpo")),
+              (", swept", mixes, ("mah_dpo", "soup")),
+              (", guided", plain, ("sft", "mah_dpo"))]
     lines = []
-    for method, rows in fronts.items():
-        area = cell(front_area(rows, pair))
-        lines.append({"objectives": " and ".join(pair), "method": method,
-                      "points": str(len(rows)), "hypervolume": area})
+    for how, among, policies in fronts:
+        for policy in policies:
+            rows = [row for row in among if row["policy"] == policy]
+            area = cell(front_area(rows, pair))
+            lines.append({"objectives": " and ".join(pair), "method": policy + how,
+                          "points": str(len(rows)), "hypervolume": area})
     return lines
 
 
@@ -589,23 +575,23 @@ def report(rows, config):
 def side_by_side(runs):
     """The tables of finished runs as one: every row once for each run, or once for all of them
     where all have the same figures -> Markdown."""
-    # {(domain, name of a row): {run: row}}: rows of one name will stand below each other.
-    found = {}
+    # {(domain, name of a row): {run: line}}: rows of one name will stand below each other.
+    found, metrics = {}, {}
     for run in runs:
         for domain, plain, _ in by_domain(load_rows(run)):
+            # The first row, a plain policy, has every metric.
+            metrics.setdefault(domain, plain[0]["metrics"])
             for row in plain:
-                found.setdefault((domain, row_name(row)), {})[run] = row
+                lines = found.setdefault((domain, row_name(row)), {})
+                lines[run] = cells(row, metrics[domain])
     tables = {}
-    for (domain, _), by_run in found.items():
-        # SFT's plain samples have every metric.
-        sft = next(iter(found[domain, "sft"].values()))
-        names = list(by_run)
-        lines = [cells(row, sft["metrics"]) for row in by_run.values()]
+    for (domain, _), lines in found.items():
         # What a varied option does not touch reads the same everywhere.
-        if lines == [lines[0]] * len(runs):
-            names = ["all"]
-        for name, line in zip(names, lines):
-            tables.setdefault(domain, []).append({"run": name} | line)
+        line = next(iter(lines.values()))
+        if list(lines.values()) == [line] * len(runs):
+            lines = {"all": line}
+        shown = tables.setdefault(domain, [])
+        shown += [{"run": run} | line for run, line in lines.items()]
     return "\n".join(table(f"{domain}, by run", lines) for domain, lines in tables.items())
 
 
@@ -620,7 +606,8 @@ STYLE = ("svg{background:#fff}text{font:13px sans-serif;fill:#222}path{stroke:#8
 SIDE = 360                          # a plot; in both directions scores go from 0 to 1
 AXES = """<path d="M0 0V360H360"/>
 <text x="-4" y="378">0</text><text x="170" y="378">0.5</text><text x="356" y="378">1</text>
-<text x="-14" y="364">0</text><text x="-26" y="184">0.5</text><text x="-14" y="8">1</text>"""
+<text x="-14" y="364">0</text><text x="-26" y="184">0.5</text><text x="-14" y="8">1</text>\
+<text x="130" y="398">{}</text><text transform="translate(-34 230) rotate(-90)">{}</text>"""
 
 
 def place(row, pair):
@@ -631,8 +618,7 @@ def place(row, pair):
 
 def plot(plain, mixes, pair):
     """One pair of objectives: sweeps as lines, the rows of the table as points."""
-    out = [AXES, f'<text x="130" y="398">{pair[0]}</text>',
-           f'<text transform="translate(-34 230) rotate(-90)">{pair[1]}</text>']
+    out = [AXES.format(*pair)]
     # A sweep's rows stand in the order of its weights.
     for policy in ("mah_dpo", "soup"):
         line = [place(row, pair) for row in mixes if row["policy"] == policy]
@@ -664,6 +650,7 @@ def pareto_svg(rows):
     for i, drawn in enumerate(plots):
         x, y = 60 + 440 * (i % 2), 50 + 440 * (i // 2)
         out += [f'<g transform="translate({x} {y})">', *drawn, "</g>"]
+    # The style stands inside: the picture needs no other file.
     height = 50 + 440 * math.ceil(len(plots) / 2)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 {height}">'
     return f"{head}<style>{STYLE}</style>{''.join(out)}</svg>\n"
@@ -686,11 +673,11 @@ def evaluate(run, pair_rows, device=None):
     found = dict(gather(measured))
     rows = [found[i] for i in range(len(jobs))]
     # What the means are made of, prompt by prompt: paired comparisons need it.
-    lines = []
+    lines = ""
     for row in rows:
         line = {key: row[key] for key in ("domain", "policy", "guide", "weights", "each")}
-        lines.append(json.dumps(line, separators=(",", ":")) + "\n")
-    write_text(f"{run}/scores.jsonl", "".join(lines))
+        lines += json.dumps(line, separators=(",", ":")) + "\n"
+    write_text(f"{run}/scores.jsonl", lines)
     publish(run, rows + pair_rows)
 
 
@@ -713,8 +700,7 @@ def seed_runs(run):
     config = read_run(run)
     if config["seeds"] == 1:
         return [run]
-    first = config["seed"]
-    return [f"{run}/seed={seed}" for seed in range(first, first + config["seeds"])]
+    return [f"{run}/seed={config['seed'] + i}" for i in range(config["seeds"])]
 
 
 def load_rows(run):
@@ -741,11 +727,11 @@ def over_trainings(results):
         # A training may lack held-out pairs of an objective, or a metric of theirs.
         if len(same) < len(results):
             continue
+        # Every training's mean is one value. How many prompts it was over is said beside it.
         each = {}
         for name, summaries in columns([row["metrics"] for row in same]).items():
             if len(summaries) == len(same):
                 each[name] = [s["mean"] for s in summaries]
-        # Every training's mean is one value. How many prompts it was over is said beside it.
         metrics = {name: summary(values) for name, values in each.items()}
         n = round(statistics.fmean([n_of(row) for row in same]))
         seeds = [row["seed"] for row in same]
@@ -766,6 +752,7 @@ def main(argv=None):
         if not os.path.isfile(f"{run}/results.json"):
             raise InputError(f"{run}: not a finished run (no results.json); finish it with "
                              f"train.py --resume {run}")
+    # Several runs are only read, not measured.
     if len(args.runs) > 1:
         print(side_by_side(args.runs))
         return
@@ -773,6 +760,7 @@ def main(argv=None):
     for path in trainings:
         # Held-out pairs are not measured again.
         evaluate(path, read_json(f"{path}/pair_metrics.json"), args.device)
+    # Of several trainings the run itself has tables of means.
     if len(trainings) > 1:
         publish(run, load_rows(run))
 

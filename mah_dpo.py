@@ -6,21 +6,19 @@ Before: prm.py; next: decode.py.
     L       = sum_i alpha_i * mean over the pairs of objective i of -log sigmoid(beta Delta_i)
 
 (paper, Sec. 5; log-probabilities are sums over response tokens.) pi_i is the shared backbone with
-head i; the reference is the frozen SFT model with its own head, whose log-probabilities are
-constants that train.py computes once. A pair of objective i touches head i and the backbone and
-nothing else: no other head's logits are made, so a head that saw no pair keeps grad None.
+head i; the reference is the frozen SFT model, whose log-probabilities train.py computes once. A
+pair of objective i touches head i and the backbone and nothing else: no other head's logits are
+made, so a head that saw no pair keeps grad None.
 
-Read response_logps and policy_logps (what a pair's responses are worth), then the losses: DPO,
-MAH-DPO, and the baselines MODPO (one policy for each mix of objectives, the others' rewards as a
-margin) and DPO soup (one policy per objective, parameters averaged).
+Read response_logps and policy_logps, then the losses: DPO, MAH-DPO, and the baselines MODPO (the
+other objectives' rewards as a margin) and DPO soup (a policy per objective, parameters averaged).
 """
-import json
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from data import dealt_batches, pad, split_of
+from data import dealt_batches, pad, response_mask
 from interop.parallel import gather, ranks
 from model import linear
 
@@ -41,22 +39,6 @@ class Pair:
     def __len__(self):
         """Tokens that are fed for it: the prompt is encoded once for both responses."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
-
-def encode_pair(preference, model):
-    """A pair in text (interop.datasets.Preference) -> Pair in the model's ids, EOS behind both
-    responses; the hash of the prompt's text says its split. None if it is longer than the context,
-    or nothing of the responses is left to tell them apart."""
-    # Encoded apart: tokens must not merge across the border of prompt and response.
-    tokenizer, p = model.tokenizer, preference
-    prompt = tokenizer.encode_chat(p.prompt)
-    chosen = tokenizer.encode(p.chosen) + [tokenizer.eos_id]
-    rejected = tokenizer.encode(p.rejected) + [tokenizer.eos_id]
-    short, long = sorted((len(chosen), len(rejected)))
-    if short == 1 or chosen == rejected or len(prompt) + long > model.config.max_len:
-        return None
-    split = "train" if split_of(json.dumps(p.prompt)) == "train" else "dev"
-    return Pair(p.objective, prompt, chosen, rejected, split)
 
 
 # --- exercise 1: response_logps (3 points) ---
@@ -80,11 +62,10 @@ def response_logps(h, W, ids, mask):
 
 
 def policy_logps(model, pairs, head):
-    """Log-probabilities of chosen and rejected of n Pairs of any objectives -> (2, n).
+    """Log-probabilities of chosen and rejected of n Pairs -> (2, n), of pair b by head[b] (n,).
 
-    Pair b is scored by head[b] (n,) alone. A pair is a prompt continued twice: the prompt is
-    encoded once, both responses follow it, and the first token of each is predicted by the last
-    state of the PROMPT."""
+    A pair is a prompt continued twice: the prompt is encoded once, both responses follow it, and
+    the first token of each is predicted by the last state of the PROMPT."""
     device = model.embed.weight.device
     # Rows 2b and 2b + 1 continue prompt b: chosen, rejected.
     prompts, lengths = pad([p.prompt for p in pairs], 0, device)            # (n, P)
@@ -103,12 +84,11 @@ def policy_logps(model, pairs, head):
     h = torch.cat((last[:, None], others), 1)                               # (2n, R, d)
     # Rows are now "the prompt's last token, the response".
     ids = F.pad(responses, (1, 0))                                          # (2n, 1 + R)
-    t = torch.arange(ids.shape[1], device=device)
-    mask = (t > 0) & (t <= sizes[:, None])
+    mask = response_mask(torch.ones_like(sizes), 1 + sizes, ids.shape[1])
     # One head after another scores the rows that are its own; they are put back in their places.
     head = head.repeat_interleave(2)                                        # (2n,)
     dtype = torch.promote_types(h.dtype, torch.float32)
-    found = torch.zeros(len(ids), dtype=dtype, device=device)
+    found = torch.zeros(len(ids), dtype=dtype, device=device)                # (2n,)
     for i in head.unique().tolist():
         rows = (head == i).nonzero()[:, 0]
         logps = response_logps(h[rows], model.heads[i].weight, ids[rows], mask[rows])
@@ -117,25 +97,21 @@ def policy_logps(model, pairs, head):
 
 
 def own_heads(model, pairs):
-    """The number of the head that scores each of n Pairs (n,): its objective's own, or where the
-    model has none, the first."""
+    """The heads of n Pairs (n,): each objective's own, or where the model has none, the first."""
     names = model.config.objectives
     found = [names.index(p.objective) if p.objective in names else 0 for p in pairs]
     return torch.tensor(found, device=model.embed.weight.device)
 
 
 @torch.no_grad()
-def pair_logps(model, pairs, progress=None, tokens=16384):
+def pair_logps(model, pairs, progress=None, tokens=4096):
     """Log-probabilities of chosen and rejected of N Pairs -> (N, 2), each under its own head.
 
     `tokens` bounds a batch; progress(number of pairs) is called after each. Several processes
-    share the work."""
-    found = []
-    # Equally many rows for every process: the last ones may score the first pairs again.
+    share the work: equally many rows each, of which the last may score the first pairs again."""
     n = len(pairs) + -len(pairs) % ranks()
-    rows = [i % len(pairs) for i in range(n)]
-    lengths = [len(pairs[i]) for i in rows]
-    for batch in dealt_batches(lengths, tokens):
+    rows, found = [i % len(pairs) for i in range(n)], []
+    for batch in dealt_batches([len(pairs[i]) for i in rows], tokens):
         index = [rows[k] for k in batch]
         part = [pairs[i] for i in index]
         logps = policy_logps(model, part, own_heads(model, part)).T.float()
@@ -167,11 +143,10 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
 def balanced_mean(losses, head, alpha, count=None):
     """sum_i alpha_i * mean of the losses (B,) of objective i -> scalar.
 
-    head (B,): each pair's objective, by number; alpha (H,): weights of the objectives. An objective
+    head (B,): each pair's objective, by number; alpha (H,): weights of the objectives. One that is
     absent from the batch adds nothing, and the others are not reweighted for it. count (H,): pairs
-    of every objective in the whole batch, if these are only some of them: then the parts' results
-    add up to that of the whole."""
-    # Which loss belongs to which objective, as a matrix: products with it are sums per objective.
+    of each in the whole batch, if these are only a part: the parts' results add up."""
+    # Which loss belongs to which objective: products with this matrix are sums per objective.
     one_hot = F.one_hot(head, len(alpha)).to(losses.dtype)                  # (B, H)
     if count is None:
         count = one_hot.sum(0)
@@ -211,9 +186,8 @@ def pair_metrics(losses, pi_chosen, pi_rejected, ref_chosen, ref_rejected, head,
     balanced_mean.
 
     loss; margin, beta Delta; accuracy, the share of pairs with Delta > 0; chosen and rejected, how
-    far their log-probabilities have moved from the reference's; kl, half the mean square of those
-    moves, which estimates the KL divergence from the reference in nats per response while it is
-    small."""
+    far they have moved from the reference; kl, half the mean square of those moves, which while it
+    is small estimates the KL divergence from the reference in nats per response."""
     chosen, rejected = pi_chosen - ref_chosen, pi_rejected - ref_rejected
     values = {
         "loss": losses,
@@ -231,13 +205,12 @@ def pair_metrics(losses, pi_chosen, pi_rejected, ref_chosen, ref_rejected, head,
 
 
 def soup(state_dicts, weights):
-    """DPO soup: parameters averaged, theta = sum_k w_k theta_k, w divided by its sum. ValueError
-    for unequal models, or weights that are negative or sum to nothing."""
+    """DPO soup: theta = sum_k w_k theta_k, w divided by its sum. ValueError for unequal models, or
+    weights that are negative or sum to nothing."""
     total = sum(weights)
     if len(state_dicts) != len(weights) or min(weights) < 0 or total <= 0:
         raise ValueError("need one non-negative weight per model, not all zero: got "
                          f"{weights} for {len(state_dicts)}")
-    # Model after model joins the sum.
     mixed = {}
     for state, w in zip(state_dicts, weights):
         if state.keys() != state_dicts[0].keys():
@@ -250,12 +223,10 @@ def soup(state_dicts, weights):
 def make_optimizer(model, lr_backbone, lr_heads):
     """AdamW with a rate for the backbone and one for the heads.
 
-    Heads must part from each other while the backbone, which all objectives pull on, moves little:
-    one rate for both either leaves the heads alike or breaks the backbone. The paper's RMSprop has
-    no bias correction, so its first steps are as long as its largest: harmless over thousands of
-    steps at 1e-6, not over the hundred or so taken here. No weight decay: it would pull heads away
-    from SFT."""
-    # Every parameter belongs to one of the two.
+    Heads must part from each other while the backbone, which all objectives pull on, moves little.
+    The paper's RMSprop has no bias correction, so its first steps are as long as its largest:
+    harmless over thousands of steps at 1e-6, not over a hundred. No weight decay: it would pull
+    heads away from SFT."""
     heads, backbone = [], []
     for name, p in model.named_parameters():
         group = heads if name.startswith("heads.") else backbone
@@ -265,14 +236,10 @@ def make_optimizer(model, lr_backbone, lr_heads):
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
-def main():
-    """Where policy and reference are equal, every objective loses ln 2."""
+if __name__ == "__main__":
+    # Where policy and reference are equal, every objective loses ln 2.
     zero = torch.zeros(2)
     objectives, alpha = torch.tensor([0, 1]), torch.ones(2)
     loss, metrics = mah_dpo_loss(zero, zero, zero, zero, objectives, alpha, beta=0.1)
-    print(f"policy = reference: loss {float(loss):.4f} = 2 ln 2, per objective "
+    print(f"policy = reference: loss {loss:.4f} = 2 ln 2, per objective "
           f"{metrics['loss'].tolist()}")
-
-
-if __name__ == "__main__":
-    main()

@@ -405,7 +405,7 @@ class Attention(nn.Module):
         if past is None:
             return self.out(attend_first(q, k, v)), None
         # With a cache: join it, then look at all that is in it.
-        new = torch.stack((k, v)).transpose(2, 3)                           # (2, n, n_kv, T, hd)
+        new = torch.stack((k.transpose(1, 2), v.transpose(1, 2)))           # (2, n, n_kv, T, hd)
         prefix, step = past.read(self.layer, new)
         if past.mask is None:
             o = attend_first(q, k, v)
@@ -636,8 +636,7 @@ def read_header(path):
     size = os.path.getsize(path)
     # The header's length, which is not trusted with the memory.
     with open(path, "rb") as f:
-        prefix = f.read(8)
-        n = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        n = int.from_bytes(f.read(8), "little")
         if not 2 <= n <= min(size - 8, 100_000_000):
             raise InputError(f"{path}: not a safetensors file (header of {n} bytes in a file of "
                              f"{size})")
@@ -680,47 +679,41 @@ def no_duplicates(pairs):
     return dict(pairs)
 
 
-def are_sizes(value):
-    """Is this a list of few whole numbers, none negative, none absurd?"""
-    if not isinstance(value, list) or len(value) > 16:
-        return False
-    return all(type(i) is int and 0 <= i < 2**48 for i in value)
-
-
 def check_entry(path, name, entry, size):
     """A tensor's entry in the header -> (first byte, last byte + 1) in the data of `size` bytes.
     InputError unless dtype, shape and bytes agree."""
-    kind = entry.get("dtype") if isinstance(entry, dict) else entry
+    entry = entry if isinstance(entry, dict) else {}
+    kind = entry.get("dtype")
+    shape = entry.get("shape")
+    span = entry.get("data_offsets")
     if not isinstance(kind, str) or kind not in DTYPES:
         raise InputError(f"{path}: tensor {name!r} has dtype {kind!r}, known are "
                          f"{', '.join(DTYPES)}")
-    shape, span = entry.get("shape"), entry.get("data_offsets")
-    fits = are_sizes(shape) and are_sizes(span) and len(span) == 2 and span[0] <= span[1] <= size
-    # torch multiplies sizes in 64 bits, also those next to a 0.
-    fits = fits and math.prod(i or 1 for i in shape) < 2**63
-    if not fits or math.prod(shape) * DTYPES[kind].itemsize != span[1] - span[0]:
+    # Few whole numbers, none negative, none absurd: torch multiplies sizes in 64 bits, even those
+    # next to a 0.
+    good = isinstance(shape, list) and isinstance(span, list) and len(shape) <= 16
+    good = good and all(type(i) is int and 0 <= i < 2**48 for i in shape + span)
+    good = good and math.prod(i or 1 for i in shape) < 2**63
+    good = good and len(span) == 2 and span[0] <= span[1] <= size
+    if not good or math.prod(shape) * DTYPES[kind].itemsize != span[1] - span[0]:
         raise InputError(f"{path}: tensor {name!r} has shape {shape}, which does not fill bytes "
                          f"{span} of {size} in {kind}")
     return span
 
 
-def map_tensors(path, entries):
-    """Entries of read_header -> {name: tensor}, memory-mapped: nothing is read before it is used,
-    and freeing the tensors frees the map."""
-    size, found = os.path.getsize(path), {}
-    data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
-    for name, (dtype, shape, first, stop) in entries.items():
-        part = data[first:stop]
-        # torch wants aligned views; the format does not promise them: an odd offset costs a copy.
-        if first % dtype.itemsize:
-            part = part.clone()
-        found[name] = part.view(dtype).view(shape)
-    return found
+def map_tensor(path, dtype, shape, first, stop):
+    """An entry of read_header -> the tensor, memory-mapped: nothing is read before it is used."""
+    data = torch.from_file(path, shared=False, size=stop, dtype=torch.uint8)
+    part = data[first:]
+    # torch wants aligned views; the format does not promise them: an odd offset costs a copy.
+    if first % dtype.itemsize:
+        part = part.clone()
+    return part.view(dtype).view(shape)
 
 
 def load_safetensors(path):
     """File -> {name: tensor}, memory-mapped. InputError as in read_header."""
-    return map_tensors(path, read_header(path))
+    return {name: map_tensor(path, *entry) for name, entry in read_header(path).items()}
 
 
 def read_metadata(path):
@@ -756,57 +749,43 @@ def save_safetensors(tensors, path, metadata=None):
 
 # -- Hugging Face directories in and out
 
-def as_it_is(t):
-    """Where a tensor is placed if nobody says where."""
-    return t
-
-
 class Checkpoint:
     """The tensors of a Hugging Face directory, in one file or in shards, by names without the
-    prefix "model." or "transformer.", which some programs leave off.
+    prefixes that programs put before them (checkpoints.PREFIX).
 
     They are read one by one, on demand, and those of a model put where `place` puts a tensor: no
     process holds more than its part of the model and one tensor."""
 
-    def __init__(self, directory, place=as_it_is):
+    def __init__(self, directory, place=torch.as_tensor):
         self.place = place
         self.entries = {}           # name -> (file, dtype, shape, first byte, last byte + 1)
         self.unused = set()         # names that nobody has asked for
-        self.path = os.path.join(directory, "model.safetensors")
-        # One file, or else shards that an index lists.
-        index = f"{self.path}.index.json"
-        shards = [self.path]
-        if not os.path.exists(self.path) and os.path.exists(index):
-            self.path, shards = index, hf.read_index(directory, index)
+        self.path, shards = hf.find_shards(directory)
         for path in shards:
-            self.add(path, hf.without_prefix)
+            self.add(path)
 
-    def add(self, path, rename):
-        """Take in a safetensors file, its tensors under the names that rename(name) gives."""
+    def add(self, path):
+        """Take in a safetensors file."""
         for name, entry in read_header(path).items():
-            own = rename(name)
+            own = hf.PREFIX.sub("", name)
             if own in self.entries:
                 raise InputError(f"{path}: tensor {name!r} stands twice in this checkpoint")
             self.entries[own] = (path, *entry)
             self.unused.add(own)
 
-    def entry(self, name):
-        """(file, dtype, shape, first byte, last byte + 1) of a tensor. InputError if missing."""
-        own = hf.without_prefix(name)
-        if own not in self.entries:
-            raise InputError(f"{self.path}: tensor {name!r} is missing")
-        self.unused.discard(own)
-        return self.entries[own]
-
     def take(self, name, shape, dtype):
         """A copy of a tensor in `dtype`; the file's pages are let go. InputError if it is missing,
         or has another shape or no floating-point numbers."""
-        path, *entry = self.entry(name)
+        own = hf.PREFIX.sub("", name)
+        if own not in self.entries:
+            raise InputError(f"{self.path}: tensor {name!r} is missing")
+        self.unused.discard(own)
+        path, *entry = self.entries[own]
         kind, found = entry[:2]
         if found != tuple(shape) or not kind.is_floating_point:
             raise InputError(f"{path}: tensor {name!r} has shape {found} of {kind}, config.json "
                              f"wants {tuple(shape)}")
-        return map_tensors(path, {name: entry})[name].to(dtype, copy=True)
+        return map_tensor(path, *entry).to(dtype, copy=True)
 
     def backbone(self, config, dtype):
         """The backbone's state {our name: tensor}, placed. InputError as in take."""
@@ -816,13 +795,20 @@ class Checkpoint:
         # A model without numbers knows which parameters there are.
         with torch.device("meta"):
             model = GPT(replace(config, objectives=()))
-        # Every parameter is found under its Hugging Face names.
+        # Where embedding and head are tied, either may stand in the file for both.
+        if config.hf.get("tie_word_embeddings", hf.is_gpt2(config)):
+            embedding, = hf.parts_of(config, "embed.weight", model.embed.weight)
+            tied = [hf.PREFIX.sub("", embedding), "lm_head.weight"]
+            for name, other in (tied, tied[::-1]):
+                entry = self.entries.get(other)
+                if entry:
+                    self.entries.setdefault(name, entry)
         state = {}
         for name, p in model.named_parameters():
             # Ours may be several of theirs, or theirs turned round.
             parts = []
-            for theirs, shape in hf.parts_of(config, name, p.shape):
-                parts.append(self.take(theirs, shape, dtype))
+            for theirs, part in hf.parts_of(config, name, p).items():
+                parts.append(self.take(theirs, part.shape, dtype))
             t = torch.cat(parts) if len(parts) > 1 else parts[0]
             t = t.t().contiguous() if hf.is_transposed(config, name) else t
             state[name] = self.place(t)
@@ -837,61 +823,38 @@ class Checkpoint:
 
 def read_config(directory):
     """config.json -> GPTConfig; its .hf is the JSON object. InputError names what is wrong."""
-    fields = hf.read_fields(directory)
+    path = os.path.join(directory, "config.json")
     try:
-        return GPTConfig(**fields)
-    except (TypeError, ValueError, OverflowError) as e:
-        path = os.path.join(directory, "config.json")
+        return GPTConfig(**hf.read_fields(path))
+    except InputError:
+        raise
+    # Whatever else can be wrong is a value of the wrong type or size.
+    except (AttributeError, TypeError, ValueError, OverflowError) as e:
         raise InputError(f"{path}: unusable configuration: {e}") from None
 
 
 @torch.no_grad()
-def load_hf(directory, objectives=None, dtype=torch.float32, place=as_it_is):
+def load_hf(directory, objectives=None, dtype=torch.float32, place=torch.as_tensor):
     """A Hugging Face directory -> GPT in `dtype`, its tensors where place(tensor) puts them.
 
     objectives given: that many exact copies of the checkpoint's head (its lm_head, or its embedding
     where tied). None: the heads that the file holds if save_hf wrote it with heads, else one."""
     config, files = read_config(directory), Checkpoint(directory, place)
-    # Which tensors are the heads?
     own_heads = objectives is None and "objectives" in config.hf
     if objectives is not None:
         config = replace(config, objectives=objectives)
-    head = "lm_head.weight"
-    if config.hf.get("tie_word_embeddings", hf.is_gpt2(config)):
-        head, = hf.their_names(config, "embed.weight")
     # The backbone, then the heads: each its own, or all the same one.
     state = files.backbone(config, dtype)
-    shape = (config.vocab_size, config.d_model)
     for i in range(len(config.objectives)):
         name = f"heads.{i}.weight"
-        state[name] = files.place(files.take(name if own_heads else head, shape, dtype))
+        source = name if own_heads else "lm_head.weight"
+        head = files.take(source, (config.vocab_size, config.d_model), dtype)
+        state[name] = files.place(head)
     # Heads beside an lm_head that was asked for may stay unread; nothing else may.
     if not own_heads:
         files.unused -= {name for name in files.unused if name.startswith("heads.")}
     files.finish()
     return GPT.from_state(config, state, load_tokenizer(directory, config.vocab_size))
-
-
-def config_of(model, **extra):
-    """The object of a model's config.json. InputError for one that no other program computes."""
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    return hf.config_json(model.config, dtype, extra)
-
-
-def backbone_tensors(model):
-    """The backbone's parameters under their Hugging Face names."""
-    c, tensors = model.config, {}
-    config_of(model)                # refuses other families before anything is written
-    for name, p in model.named_parameters():
-        if name.startswith("heads."):
-            continue
-        p = gathered(p)
-        parts = hf.parts_of(c, name, p.shape)
-        p = p.t() if hf.is_transposed(c, name) else p
-        rows = [shape[0] for _, shape in parts]
-        for (theirs, _), part in zip(parts, p.split(rows)):
-            tensors[theirs] = part
-    return tensors
 
 
 def save_hf(model, directory, weights=None):
@@ -900,31 +863,38 @@ def save_hf(model, directory, weights=None):
     weights given: ONE ordinary checkpoint whose lm_head is that mix of heads, folded. None: lm_head
     is the uniform mix, and the H heads stand beside it as heads.*.weight, their names in
     config.json, for load_hf."""
-    tensors, extra, H = backbone_tensors(model), {}, len(model.heads)
     # What other programs take for the head, then what load_hf takes for the heads.
-    lm_head = model.fold([1.0] * H if weights is None else weights)
-    tensors["lm_head.weight"] = gathered(lm_head)
+    lm_head = model.fold([1.0] * len(model.heads) if weights is None else weights)
+    heads, extra = {"lm_head.weight": gathered(lm_head)}, {}
     if weights is None:
         extra["objectives"] = list(model.config.objectives)
         for i, head in enumerate(model.heads):
-            tensors[f"heads.{i}.weight"] = gathered(head.weight)
-    save_directory(directory, tensors, model, **extra)
+            heads[f"heads.{i}.weight"] = gathered(head.weight)
+    save_directory(directory, model, heads, **extra)
 
 
-def save_directory(directory, tensors, model, **extra):
-    """The tokenizer, model.safetensors and config.json, the last one last: a directory that has it
-    is whole. extra: more fields for config.json."""
-    os.makedirs(directory, exist_ok=True)
-    # A model from elsewhere keeps its own special ids in config.json.
+def save_directory(directory, model, heads, **extra):
+    """The tokenizer, model.safetensors (the backbone and `heads`, {name: tensor}) and config.json,
+    the last one last: a directory that has it is whole. extra: more fields for config.json.
+    InputError, before anything is written, for a model that no other program computes."""
     tokenizer = model.tokenizer
+    # A model from elsewhere keeps its own special ids in config.json.
+    if tokenizer is not None and model.config.hf is None:
+        extra["bos_token_id"] = tokenizer.bos_id
+        extra["eos_token_id"] = tokenizer.eos_id
+        extra["pad_token_id"] = tokenizer.pad_id
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    config = hf.config_json(model.config, dtype, extra)
+    # The backbone's parameters under their Hugging Face names.
+    tensors = {}
+    for name, p in model.named_parameters():
+        if not name.startswith("heads."):
+            tensors |= hf.parts_of(model.config, name, gathered(p))
+    os.makedirs(directory, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(directory)
-        if model.config.hf is None:
-            extra["bos_token_id"] = tokenizer.bos_id
-            extra["eos_token_id"] = tokenizer.eos_id
-            extra["pad_token_id"] = tokenizer.pad_id
-    save_safetensors(tensors, os.path.join(directory, "model.safetensors"))
-    write_json(os.path.join(directory, "config.json"), config_of(model, **extra))
+    save_safetensors(tensors | heads, os.path.join(directory, "model.safetensors"))
+    write_json(os.path.join(directory, "config.json"), config)
 
 
 # -- devices

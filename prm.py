@@ -1,8 +1,8 @@
 """prm.py: the process reward model (PRM), the labels it learns from, its losses, its files.
 
-A PRM maps a prefix (x, y_1:t), a prompt and the first t steps of a response, to a score p_t. The
-score is read at the last token of step t. How a prefix gets its label depends on the objective
-(paper, Sec. 4). Each case is one pure function on finished rollouts or pairs, and one loss:
+A PRM maps a prefix (x, y_1:t), a prompt and the first t steps of a response, to a score p_t, read
+at the last token of step t. How a prefix gets its label depends on the objective (paper, Sec. 4).
+Each case is one pure function on finished rollouts or pairs, and one loss:
 
     verifiable   V_t = r_t + mean_m gamma^(n_m - t) z_m       hindsight_targets   mse_loss
     case A       r_t = 1[ mean_m J(y_1:t, rollout_m) > 1/2 ]  majority_labels     bce_loss
@@ -20,11 +20,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, Objective, batches_by_length, pad, read_objectives
+from data import InputError, Objective, pad, read_objectives
 from interop.parallel import gathered
-from interop.reward_models import read_released_head
+from interop.reward_models import REWARD, read_released_head
 from interop.tokenizer import load_tokenizer
-from model import Checkpoint, GPT, backbone_tensors, read_config, save_directory
+from model import GPT, Checkpoint, read_config, save_directory
 
 # -- labels
 
@@ -39,8 +39,7 @@ def hindsight_targets(step_rewards, lengths, correct, gamma):
     t = torch.arange(1, len(step_rewards) + 1, device=lengths.device)[:, None]     # (S, 1)
     if bool((lengths < t).any()):
         raise ValueError("a rollout from prefix t has fewer than t steps")
-    # How many steps a rollout still took differs from rollout to rollout: each has its own power
-    # of gamma. A right answer that is far away counts less.
+    # Each rollout has its own power of gamma: a right answer that is far away counts less.
     discounted = gamma ** (lengths - t) * correct                                  # (S, M)
     return step_rewards + discounted.mean(1)
 # --- end of exercise 5 ---
@@ -101,8 +100,7 @@ def step_loss(outputs, scores, targets, count=None):
     """Labelled steps of all objectives at once -> (P,) the loss of each output.
 
     outputs: P Objective records. scores, targets (N, P), NaN where a step has no label for an
-    output. count (P,): the labels of the whole batch, if these steps are only a part of it; the
-    losses of all parts then add up to that of the whole."""
+    output. count (P,): the labels of the whole batch, if these are only a part: parts add up."""
     labelled = ~targets.isnan()                                                    # (N, P)
     here = labelled.sum(0)                                                         # (P,)
     whole = here if count is None else count                                       # (P,)
@@ -148,9 +146,8 @@ class PRM(nn.Module):
     def forward(self, ids, cache=None, rows=None):
         """ids (B, T) -> scores (B, T, P); cache and rows as in GPT.forward.
 
-        STEP is not in the paper. V_t depends on r_1..r_t, but rollouts are noisy, and a small
-        model is long in finding out what makes a step wrong. So STEP is read before the last
-        block (deep supervision), which can then attend to the verdicts on all steps."""
+        STEP is not in the paper. V_t depends on r_1..r_t, but rollouts are noisy. So STEP is read
+        before the last block (deep supervision), which can then attend to all steps' verdicts."""
         if STEP not in self.names:
             return self.score(self.backbone(ids, cache, rows))
         h, h_below = self.backbone(ids, cache, rows, below=True)                   # (B, T, d) each
@@ -159,8 +156,7 @@ class PRM(nn.Module):
 
     def guide(self, scores, guide, boundary):
         """scores (..., P) -> (...): the scaled scores of one output; for "unified" the mean of
-        those whose steps end at `boundary`: one domain's. InputError for a guide that this PRM
-        does not have."""
+        those whose steps end at `boundary`: one domain's. InputError for an unknown guide."""
         names = [guide]
         if guide == "unified":
             # A released reward model has no boundary of its own: it fits all.
@@ -187,33 +183,9 @@ class Labelled:
         return len(self.ids)
 
 
-def encode_steps(tokenizer, prompt, steps, boundary, marker=None):
-    """Messages and the texts of a response's steps -> (ids, index at which each step is scored).
-
-    A step ends as guided decoding will end it: with a newline where steps are lines, the last
-    one with EOS. A PRM with a marker is read at that, behind every step as it is. None if a step
-    has no token."""
-    ids, ends = list(tokenizer.encode_chat(prompt)), []
-    for number, step in enumerate(steps, 1):
-        is_last = number == len(steps)
-        if boundary == "newline" and marker is None and not is_last:
-            step = step.rstrip("\n") + "\n"
-        tokens = tokenizer.encode(step)
-        if not tokens:
-            return None
-        ids += tokens
-        # What is read, if it is not the step's own last token.
-        if marker is not None:
-            ids.append(marker)
-        elif is_last:
-            ids.append(tokenizer.eos_id)
-        ends.append(len(ids) - 1)
-    return ids, ends
-
-
 def scores_at(prm, sequences):
     """[(ids, ends)] with N ends in all -> the scores there, one sequence after another (N, P)."""
-    # What stands behind a sequence changes none of its scores: any id will do as padding.
+    # What stands behind a sequence changes none of its scores: any id pads.
     ids, _ = pad([ids for ids, _ in sequences], 0, prm.scale.device)               # (B, T)
     # One index for all: a gradient for every sequence's own would each be as large as the batch.
     rows, places = [], []
@@ -221,21 +193,6 @@ def scores_at(prm, sequences):
         rows += [row] * len(ends)
         places += ends
     return prm(ids)[rows, places].float()
-
-
-@torch.no_grad()
-def score_sequences(prm, output, sequences):
-    """[(ids, ends)] -> for each sequence the scores of the output of that name at its ends."""
-    p = prm.names.index(output)
-    found = [None] * len(sequences)
-    # Sequences of similar length go together, so that little is padded.
-    for index in batches_by_length([len(ids) for ids, _ in sequences]):
-        batch = [sequences[i] for i in index]
-        scores = scores_at(prm, batch)[:, p].cpu()                                 # (N,)
-        parts = scores.split([len(ends) for _, ends in batch])
-        for i, part in zip(index, parts):
-            found[i] = part.tolist()
-    return found
 
 
 def step_scores(prm, rows):
@@ -275,13 +232,12 @@ def save_prm(prm, directory):
     """Write a PRM as a Hugging Face directory, without STEP: the backbone as a checkpoint of its
     family, the MLP as score.0 and score.2, the records of the outputs in config.json."""
     kept = [p for p, name in enumerate(prm.names) if name != STEP]
-    tensors = backbone_tensors(prm.backbone)
+    tensors = {"score_scale": prm.scale[kept]}
     for name, tensor in prm.score.state_dict().items():
         tensor = gathered(tensor)
         tensors[f"score.{name}"] = tensor[kept] if name.startswith("2.") else tensor
-    tensors["score_scale"] = prm.scale[kept]
     records = [asdict(prm.outputs[p]) for p in kept]
-    save_directory(directory, tensors, prm.backbone, prm_outputs=records)
+    save_directory(directory, prm.backbone, tensors, prm_outputs=records)
 
 
 @torch.no_grad()
@@ -293,17 +249,14 @@ def load_prm(directory, dtype=torch.float32):
     config, files = read_config(directory), Checkpoint(directory)
     config.objectives = ()               # no head of a policy
     tokenizer = load_tokenizer(directory, config.vocab_size)
-    released, outputs = None, config.hf.get("prm_outputs")
+    backbone = GPT.from_state(config, files.backbone(config, dtype), tokenizer)
+    outputs = config.hf.get("prm_outputs")
     if outputs is None:
-        released = read_released_head(directory, config, files, tokenizer, dtype)
-        outputs = released.outputs
+        prm = PRM(backbone, [REWARD]).to(dtype)
+        prm.score, prm.marker = read_released_head(directory, config, files, tokenizer, dtype)
     else:
         outputs = read_objectives(f"{directory}: config.json: prm_outputs", outputs)
-    backbone = GPT.from_state(config, files.backbone(config, dtype), tokenizer)
-    prm = PRM(backbone, outputs).to(dtype)
-    if released:
-        prm.score, prm.marker = released.score, released.marker
-    else:
+        prm = PRM(backbone, outputs).to(dtype)
         for name, p in prm.score.named_parameters():
             p.copy_(files.take(f"score.{name}", p.shape, dtype))
         prm.scale = files.take("score_scale", prm.scale.shape, dtype)

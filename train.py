@@ -23,124 +23,42 @@ files of earlier stages; its last file says that it has finished.
     --fast         makes everything small, to see that it works.
 
 Read in this order: the stages from `train_base` to `measure_prm`; their table `stages`; the
-training loop `fit`; then runs in directories, and the command line. How files survive a kill is in
-interop/resume.py.
+training loop `fit`; then runs in directories. All options stand in interop/options.py; how files
+survive a kill is in interop/resume.py.
 """
-import argparse
 import math
 import os
 import signal
-import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Problem, Tokenizer, World,
-                  agreement, batches_by_length, dealt_batches, domain_objectives, fit_threshold,
-                  judge, pad, read_json, run_command, select_objectives, write_json)
-from decode import domain_mix, generate, parse_weights, read_run
+from data import (CASES, DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Tokenizer, World,
+                  agreement, batches_by_length, dealt_batches, fit_threshold, judge, pad,
+                  read_json, run_command, select_objectives, write_json)
+from decode import domain_mix, generate, parse_weights
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
-from interop.datasets import (DATA_HELP, data_files, describe_data, load_base, real_labels,
-                              real_pairs, worlds_of)
-from interop.parallel import (alone, even, gather, head_norm, join_processes, local_items,
-                              parameters_of, placed, rank, ranks, reaching, shard, total, whole)
-from interop.resume import (clear, copy_stage, fingerprint, free_name, load_checkpoint,
-                            new_directory, put_rows, read_rows, save_checkpoint, stops_wait,
-                            write_rows)
+from interop.datasets import (data_files, describe_data, load_base, real_labels, real_pairs,
+                              worlds_of)
+from interop.options import HARMLESS, METHODS, Config, check_config, read_command
+from interop.parallel import (even, gather, head_norm, join_processes, local_items, parameters_of,
+                              placed, rank, ranks, reaching, shard, total, whole)
+from interop.resume import (at_work, clear, copy_stages, fingerprint, finished, free_name,
+                            load_checkpoint, load_config, new_directory, put_rows, read_rows,
+                            save_checkpoint, save_config, stops_wait, write_rows)
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
                      pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
 from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight_targets,
                  majority_labels, pair_scores, save_prm, step_loss, step_scores)
-
-
-# -- options
-
-def option(default, text, fast=None, low=None, choices=None):
-    """A field of Config: its default, its line in --help, its value under --fast, and what it may
-    be: at least `low` (0 if not said, or 1 for a whole number), or one of `choices`."""
-    if low is None:
-        low = 1 if type(default) is int else 0
-    about = {"help": text, "fast": fast, "low": low, "choices": choices}
-    return field(default=default, metadata=about)
-
-
-@dataclass
-class Config:
-    """All that a run depends on, and its command line: one flag per field. Saved in config.json."""
-    objective: str = option("all", "all, math, values, tutoring, or objectives, with commas")
-    out: str = option("", "run directory (default runs/<objective>; a taken name gets a number)")
-    from_: str = option("", "start from copies of what this run has finished under these options")
-    init: str = option("", "Hugging Face directory that serves as the base model")
-    data: str = option("", "directory of real pairs and questions, see below (needs --init)")
-    seed: int = option(0, "every random draw of the run derives from it", low=0)
-    seeds: int = option(1, "train so often, with seed, seed + 1, ..., for intervals over trainings")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    # bf16 is torch's autocast; weights and losses stay in fp32.
-    dtype: str = option("fp32", "fp32, or bf16 for training", choices=["fp32", "bf16"])
-    # Less memory for a third more time.
-    grad_checkpoint: bool = option(False, "training recomputes each block in backward")
-    # A unified PRM has an output per objective.
-    prm: str = option("unified", "one PRM, or one per objective", choices=["unified", "each"])
-    # The paper's is 1.0.
-    temperature: float = option(0.7, "of samples, rollouts, candidates and tables", low=1e-6)
-    beta: float = option(0.1, "strength of the tie to the reference policy in DPO", low=1e-9)
-    alpha: str = option("", "weights of the objectives' losses, NAME=NUMBER,... (1 if not named)")
-    gamma: float = option(0.9, "discount per step in hindsight targets")
-    perturbation: float = option(1e-3, "standard deviation of the noise on a head's copy of SFT's")
-    base_steps: int = option(1200, "pre-training steps of 64 conversations", fast=300)
-    base_lr: float = option(3e-3, "peak learning rate of pre-training")
-    sft_steps: int = option(120, "SFT steps", fast=10)
-    sft_batch: int = option(64, "conversations per SFT step")
-    sft_lr: float = option(3e-4, "SFT learning rate")
-    # A training ends there, or at its number of steps.
-    epochs: int = option(8, "most passes of a training over its largest source of data")
-    n_prompts: int = option(1000, "prompts per domain whose samples become pairs", fast=60)
-    n_samples: int = option(6, "responses sampled per prompt", fast=4, low=2)
-    # For the value model three times the problems are worth more than a second rollout of each,
-    # which costs as much.
-    n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts", fast=40)
-    rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
-    prm_steps: int = option(1200, "PRM training steps", fast=10)
-    # Shared by the domains as they have labels, but at least prm_pairs of each.
-    prm_batch: int = option(64, "labelled sequences per PRM step")
-    prm_pairs: int = option(4, "pairs per objective and PRM step")
-    # Where the auxiliary output of the next line has no labels, as with --data, a larger weight is
-    # better: the value model alone drowns in the noise of the other outputs' gradients.
-    prm_value_weight: float = option(5.0, "weight of the value model's squared error in the loss")
-    prm_step_weight: float = option(60.0, "weight in it of the auxiliary output: is a step right?")
-    prm_lr_backbone: float = option(1.5e-3, "PRM learning rate, backbone")
-    prm_lr_head: float = option(2e-3, "PRM learning rate, MLP")
-    dpo_steps: int = option(100, "steps of every preference-trained policy", fast=6)
-    dpo_pairs: int = option(8, "pairs per objective and step")
-    dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
-    dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
-    # With these factors all four methods end about as far from SFT: .052 to .057 nats per token on
-    # development prompts, mean of the domains. Names: METHODS; 1 where not named.
-    dpo_lr_factor: str = option("single_head_dpo=0.55,modpo=0.55", "factors on the heads' rate, "
-                                "NAME=NUMBER,... of mah_dpo, single_head_dpo, modpo, soup")
-    n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
-    # dev while settings are still being chosen.
-    split: str = option("test", "prompts of the tables: test or dev", choices=["test", "dev"])
-    weight_steps: int = option(10, "steps from one head to another in the sweep of weights, or 0",
-                               fast=2, low=0)
-    k: int = option(5, "K, candidates per step of guided decoding, and whole answers of its rivals")
-    max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
-    checkpoint_every: int = option(100, "steps of a training between checkpoints for --resume")
-
-
-# Options that change no figure: a run may go on, or be started from, under other values.
-HARMLESS = ["out", "from_", "seeds", "device", "checkpoint_every"]
-# The names under which --dpo-lr-factor knows the preference-trained policies.
-METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]
 
 
 # -- what the stages share
@@ -152,8 +70,13 @@ class Run:
         """objectives: the records in an old run's config.json; a new run looks them up."""
         if objectives is None:
             objectives = [OBJECTIVES[name] for name in select_objectives(config.objective)]
-        self.path, self.config, self.objectives = path, config, objectives
+        self.path = path
+        self.config = config
+        self.objectives = objectives
         self.names = [o.name for o in objectives]
+        self.domains = {}                       # {domain: names of its objectives}
+        for o in objectives:
+            self.domains.setdefault(o.domain, []).append(o.name)
         self.device = pick_device(config.device)
         # Files that were made under other options, or from other data, have another key.
         options = {name: v for name, v in asdict(config).items() if name not in HARMLESS}
@@ -181,13 +104,15 @@ class Run:
     def worlds(self, model):
         """The worlds to sample and measure in: the embedded ones, or the questions of --data."""
         config = self.config
-        return list(worlds_of(self.objectives, config.data, config.max_new_tokens, model).values())
+        found = worlds_of(self.objectives, config.data, config.max_new_tokens, model)
+        return list(found.values())
 
     def autocast(self):
         """The context in which training computes: bfloat16 where --dtype says so."""
         # autocast's cache of weights in bfloat16 would undo the sharding over several processes.
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16,
-                              enabled=self.config.dtype == "bf16", cache_enabled=ranks() == 1)
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.config.dtype == "bf16",
+                              cache_enabled=ranks() == 1)
 
     def log(self, stage, rows, name="log.jsonl"):
         """Put a stage's rows into log.jsonl; what an interrupted attempt left of it is replaced.
@@ -198,17 +123,14 @@ class Run:
 
 
 def shown(row):
-    """A row of the log as text; what was measured is rounded, what was counted is not."""
-    texts = []
-    for key, value in row.items():
-        number = f"{value:.3g}" if type(value) is float else str(value)
-        texts.append(f"{key} {number}")
-    return ", ".join(texts)
+    """The numbers of a row of the log as text."""
+    return ", ".join([f"{name} {number:.6g}" for name, number in row.items()])
 
 
 def shuffled(items, generator):
     """A list in random order."""
-    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+    order = torch.randperm(len(items), generator=generator).tolist()
+    return [items[i] for i in order]
 
 
 def endless(items, generator):
@@ -216,6 +138,14 @@ def endless(items, generator):
     assert items, "nothing to draw from"
     while True:
         yield from shuffled(items, generator)
+
+
+def dealt_parts(batch):
+    """This process's items of a batch, in lists of similar length, so that little is padded."""
+    parts = []
+    for index in dealt_batches([len(item) for item in batch]):
+        parts.append([batch[i] for i in index])
+    return parts
 
 
 def mixed_batches(streams, sizes):
@@ -228,6 +158,9 @@ def mixed_batches(streams, sizes):
 
 
 # -- stages base and sft: language models
+#
+# Both learn to predict the next token of conversations. The base model reads those of careless
+# people; SFT then learns from careful ones, and only what the assistant says.
 
 @dataclass
 class Example:
@@ -272,7 +205,8 @@ def train_base(run, name):
     """Stage base: the embedded base model, or the checkpoint that --init names."""
     config, tokenizer = run.config, Tokenizer.embedded()
     if config.init:
-        save_hf(load_base(config.init, run.device), run.file(name), weights=0)
+        model = load_base(config.init, run.device, config.template_args)
+        save_hf(model, run.file(name), weights=0)
         return
     # All worlds, whatever the objectives: a base model knows a bit of everything.
     examples = demonstrations(DOMAINS.values(), 8000, run.rng("base", "data"), tokenizer, False)
@@ -314,26 +248,22 @@ def language_model(run, name, model, examples, steps, lr, size):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01,
                                   fused=True)
 
-    def backward(batch):
-        own = local_items(batch)
-        ids, _ = pad([e.ids for e in own], model.tokenizer.pad_id, run.device)      # (B, T)
-        mask, _ = pad([e.mask for e in own], False, run.device)                     # (B, T)
+    def loss_of(part, batch):
+        ids, _ = pad([e.ids for e in part], model.tokenizer.pad_id, run.device)     # (B, T)
+        mask, _ = pad([e.mask for e in part], False, run.device)                    # (B, T)
         # The token at t + 1 is predicted by the hidden state at t.
         b, t = mask[:, 1:].nonzero(as_tuple=True)                                   # (N,)
         with run.autocast():
             logits = model.logits(model(ids)[b, t]).float()                         # (N, V)
-            loss = F.cross_entropy(logits, ids[b, t + 1])
-        # The mean over the tokens of all processes. FSDP takes the mean of the processes'
-        # gradients, so each is made larger by their number.
-        share = len(b) / total(mask[:, 1:].sum())
-        loss = loss * share
-        (loss * ranks()).backward()
-        return {"loss": loss}
+            loss = F.cross_entropy(logits, ids[b, t + 1], reduction="sum")
+        # The mean over the tokens of the whole batch.
+        n_learnt = sum([sum(e.mask[1:]) for e in batch])
+        loss = loss / n_learnt
+        return loss, {"loss": loss.detach()}
 
     batches = length_batches(examples, size, run.generator(name))
-    log = fit(run, name, model, optimizer, steps, len(examples) / size, batches, backward,
-              warm_up=40, decay="cosine")
-    run.log(name, log)
+    fit(run, name, model, optimizer, steps, len(examples) / size, batches, loss_of, warm_up=40,
+        decay="cosine")
     save_hf(model, run.file(name), weights=0)
 
 
@@ -343,17 +273,22 @@ def length_batches(items, size, generator):
     if len(items) < ranks():
         raise InputError(f"{len(items)} examples are too few for {ranks()} processes")
     while True:
-        order, batches = shuffled(items, generator), []
+        order = shuffled(items, generator)
+        batches = []
         for start in range(0, len(items), 16 * size):
             # Neighbours in a sorted window are of similar length, so that little is padded.
             window = sorted(order[start:start + 16 * size], key=len)
             batches += [window[i:i + size] for i in range(0, len(window), size)]
+        # Long and short batches take turns at random.
         for batch in reversed(shuffled(batches, generator)):
             if even(batch):
                 yield even(batch)
 
 
 # -- stage pairs: a policy's samples, judged
+#
+# A policy answers every prompt several times. Each answer gets a rating for every objective, and
+# the best and the worst become a pair: what is good for one objective may be bad for another.
 
 class Source(NamedTuple):
     """Where samples come from: a policy of the run that answers problems of a world and split."""
@@ -373,6 +308,11 @@ class Source(NamedTuple):
         scored = self.world.objectives
         return [o.name for o in self.run.objectives if o.case in cases and o.name in scored]
 
+    def bar(self, what, n):
+        """A progress bar."""
+        title = f"{self.world.name}: {what} of {self.policy}, {self.split}"
+        return tqdm(total=n, desc=title, disable=None)
+
 
 def sources_of(run, policy):
     """A policy of this run, and a Source for each world and split in which it is to answer."""
@@ -384,14 +324,6 @@ def sources_of(run, policy):
     for world in run.worlds(model):
         found += [Source(run, policy, model, world, split) for split in ("train", "dev")]
     return model, found
-
-
-class Turn(NamedTuple):
-    """An evaluate.Turn and its problem: the messages before it, the same and the answer as ids."""
-    problem: Problem
-    messages: list
-    prompt: list
-    response: list
 
 
 def roll_out(source, purpose, n):
@@ -416,40 +348,42 @@ def roll_out(source, purpose, n):
 def answer(source, problems, generator, student):
     """The Turns of a policy about these problems; `student`: the seed of simulated students."""
     world, temperature = source.world, source.run.config.temperature
-    title = f"{world.name}: answers of {source.policy}, {source.split}"
-    with tqdm(total=len(problems) * world.turns, desc=title, disable=None) as bar:
+    with source.bar("answers", len(problems) * world.turns) as bar:
         respond = plain_responder(source.model, world, source.mix, temperature, generator,
                                   progress=bar.update)
         talks = converse(world, problems, source.model.tokenizer, respond, student)
-    # What was said before each answer, as the judge reads it and as the policy read it.
-    turns = []
-    for talk in talks:
-        for prompt, messages, response in talk.turns:
-            turns.append(Turn(talk.problem, messages, prompt, response))
-    return turns
+    return list(chain.from_iterable(talk.turns for talk in talks))
 
 
-def draw_samples(source, prompts, n, room, generator):
-    """n samples behind every prompt -> a list of n responses each. room: most tokens of one."""
-    if n == 0:
-        return [[] for _ in prompts]
-    title = f"{source.world.name}: samples of {source.policy}, {source.split}"
-    with tqdm(total=len(prompts) * n, desc=title, disable=None) as bar:
+def continuations(source, turns, ends, n, generator):
+    """Yield n responses for each of the ends of every turn: of the turn's own response the tokens
+    up to that index are kept, of -1 none, and what follows is sampled. Nothing is drawn before the
+    first one is asked for."""
+    kept, prompts, room = [], [], []
+    for turn, at in zip(turns, ends):
+        for end in at:
+            kept.append(turn.response[:end + 1])
+            prompts.append(turn.before + kept[-1])
+            room.append(source.world.max_new_tokens - end - 1)
+    with source.bar("samples", len(prompts) * n) as bar:
         found = generate(source.model, prompts, weights=source.mix, samples=n, max_new_tokens=room,
                          temperature=source.run.config.temperature, generator=generator,
                          progress=bar.update)
-    return [found[i:i + n] for i in range(0, len(found), n)]
+    # The samples of a prompt stand together.
+    for i, sample in enumerate(found):
+        yield kept[i // n] + sample
 
 
-def rate(source, turn, response, names, rng):
-    """{objective: rating} of a response to a turn's messages. A verifier is exact, a judge not."""
+def score(source, turn, response, name):
+    """The noise-free score of an objective for a response to a turn's messages."""
     text = source.model.tokenizer.decode(response)
-    scores = source.world.scores(turn.problem, turn.messages, text)
-    exact, ratings = source.objectives("verifiable"), {}
-    for name in names:
-        score = scores[name]
-        ratings[name] = score if name in exact else judge(score, rng)
-    return ratings
+    return source.world.scores(turn.problem, turn.messages, text)[name]
+
+
+def rate(source, turn, response, name, rng):
+    """A response's rating for an objective in training. A verifier is exact, a judge is not."""
+    exact = score(source, turn, response, name)
+    return exact if name in source.objectives("verifiable") else judge(exact, rng)
 
 
 def sample_pairs(source, names):
@@ -457,21 +391,25 @@ def sample_pairs(source, names):
     prompt's answers the best against the worst."""
     if not names:
         return []
-    config = source.run.config
     # What is answered: the problem itself, or every turn of a dialogue that the policy has led.
-    turns, rng, generator = roll_out(source, "samples", config.n_prompts)
-    prompts, room = [turn.prompt for turn in turns], source.world.max_new_tokens
+    turns, rng, generator = roll_out(source, "samples", source.run.config.n_prompts)
+    # New answers: nothing of the first is kept.
+    n = source.run.config.n_samples
+    samples = continuations(source, turns, [[-1]] * len(turns), n, generator)
     pairs = []
-    samples = draw_samples(source, prompts, config.n_samples, room, generator)
-    for turn, responses in zip(turns, samples):
-        ratings = [rate(source, turn, response, names, rng) for response in responses]
+    for turn in turns:
+        responses = list(islice(samples, n))
+        # A row for every response, a column for every objective.
+        ratings = []
+        for response in responses:
+            ratings.append([rate(source, turn, response, name, rng) for name in names])
         # An objective has its own best and worst. Ratings that are nearly equal say nothing.
-        for name in names:
-            rated = [rating[name] for rating in ratings]
+        for name, rated in zip(names, zip(*ratings)):
             high, low = max(rated), min(rated)
-            best, worst = responses[rated.index(high)], responses[rated.index(low)]
+            best = responses[rated.index(high)]
+            worst = responses[rated.index(low)]
             if high - low > 0.1 and best != worst:
-                pairs.append(Pair(name, turn.prompt, best, worst, source.split))
+                pairs.append(Pair(name, turn.before, best, worst, source.split))
     return pairs
 
 
@@ -481,19 +419,18 @@ def make_pairs(run, name):
     model, sources = sources_of(run, "sft")
     sampled = []
     for source in sources:
-        sampled += sample_pairs(source, source.objectives("verifiable", "A", "B", "C"))
+        sampled += sample_pairs(source, source.objectives(*CASES))
     pairs, _ = real_pairs(run.config.data, run.objectives, model)
     pairs += gather(sampled)
+    n = Counter((pair.objective, pair.split) for pair in pairs)
+    for o in run.names:
+        tqdm.write(f"  {o}: {n[o, 'train']} pairs to train on, {n[o, 'dev']} held out")
     # Every objective needs pairs, or its head would stay a copy.
-    empty = [o for o in run.names if not choose(pairs, [o], "train")]
+    empty = [o for o in run.names if not n[o, "train"]]
     if empty:
         raise InputError(f"no preference pair for {', '.join(empty)}: no prompt has two sampled "
                          "answers of different scores (all wrong, or all right); raise --n-samples "
                          "or --n-prompts, or give a better --init")
-    for o in run.names:
-        n_train = len(choose(pairs, [o], "train"))
-        n_dev = len(choose(pairs, [o], "dev"))
-        tqdm.write(f"  {o}: {n_train} pairs to train on, {n_dev} held out")
     # The reference never changes: its log-probabilities are computed once, for all policies.
     logps = score_pairs(run, run.load("sft"), pairs, "sft").tolist()
     for pair, reference in zip(pairs, logps):
@@ -502,6 +439,9 @@ def make_pairs(run, name):
 
 
 # -- stages of the policies: one preference step for DPO, MAH-DPO and MODPO
+#
+# The methods differ in their heads, their pairs and their loss, and in nothing else. All of them
+# start from SFT, and SFT is what their loss compares them with.
 
 def score_pairs(run, model, pairs, name):
     """Log-probabilities (N, 2) of chosen and rejected under a policy, each pair under its own head,
@@ -513,11 +453,6 @@ def score_pairs(run, model, pairs, name):
 def choose(pairs, names, split):
     """The pairs of these objectives and of a split."""
     return [pair for pair in pairs if pair.objective in names and pair.split == split]
-
-
-def mates(run, objective):
-    """The names of the objectives of an objective's domain, itself included."""
-    return [o.name for o in domain_objectives(objective.domain, run.objectives)]
 
 
 def preference_loss(run, pairs, logps, count=None):
@@ -534,7 +469,7 @@ def preference_loss(run, pairs, logps, count=None):
         return mah_dpo_loss(*both, owner, alpha, beta, count)
     margin = torch.tensor([pair.margin for pair in pairs], device=device)           # (n,)
     # MODPO's weights are uniform over the objectives of a domain.
-    uniform = [1 / len(mates(run, o)) for o in run.objectives]
+    uniform = [1 / len(run.domains[o.domain]) for o in run.objectives]
     w_k = torch.tensor(uniform, device=device)[owner]                               # (n,)
     losses = modpo_loss(*both, margin, w_k, beta)
     metrics = pair_metrics(losses, *both, owner, len(alpha), beta, count)
@@ -561,24 +496,15 @@ def train_policy(run, name):
     lr_heads = factors[METHODS.index(method)] * config.dpo_lr_heads
     optimizer = make_optimizer(model, config.dpo_lr_backbone, lr_heads)
     # The loss of an objective is the mean over its pairs in the batch.
-    per_step = [config.dpo_pairs if o in names else 0 for o in run.names]
-    count = torch.tensor(per_step, device=run.device)                               # (O,)
+    n = config.dpo_pairs
+    count = torch.tensor([n * (o in names) for o in run.names], device=run.device)  # (O,)
 
-    def backward(batch):
-        found = Counter()
-        # The losses and gradients of the parts of a batch add up to those of the batch.
-        for index in dealt_batches([len(pair) for pair in batch]):
-            part = [batch[i] for i in index]
-            with run.autocast():
-                logps = policy_logps(model, part, own_heads(model, part))           # (2, n)
-            loss, metrics = preference_loss(run, part, logps, count)
-            # FSDP wants gradients for the same heads in every process, whatever pairs each has.
-            loss = reaching(loss, [head.weight for head in model.heads])
-            (loss * ranks()).backward()
-            found.update(metrics)
-        if len(heads) > 1:      # a head's gradient comes from its own objective alone
-            found["gradient_norm"] = torch.stack([head_norm(head) for head in model.heads])
-        return found
+    def loss_of(part, batch):
+        with run.autocast():
+            logps = policy_logps(model, part, own_heads(model, part))               # (2, n)
+        loss, metrics = preference_loss(run, part, logps, count)
+        # FSDP wants gradients for the same heads in every process, whatever pairs each has.
+        return reaching(loss, [head.weight for head in model.heads]), metrics
 
     def develop():
         logps = score_pairs(run, model, dev, name).T.to(run.device)
@@ -586,17 +512,16 @@ def train_policy(run, name):
 
     # An objective's pairs come in the same order to every policy, for as many steps. Progress is
     # measured on held-out pairs, as many of every objective.
-    dev, streams, n = [], [], config.dpo_pairs
+    dev, streams = [], []
     for o in names:
         dev += choose(pairs, [o], "dev")[:4 * n]
         streams.append(endless(choose(pairs, [o], "train"), run.generator("pairs", o)))
     # Every policy's epochs are those of the objective with the most pairs.
     most = max(len(choose(pairs, [o], "train")) for o in run.names)
     batches = mixed_batches(streams, [n] * len(names))
-    log = fit(run, name, model, optimizer, config.dpo_steps, most / n, batches, backward, run.names,
-              develop if dev else None, clip=10.0)
-    run.log(name, log)
-    save_hf(model, run.file(name), weights=0 if heads == ["policy"] else None)
+    fit(run, name, model, optimizer, config.dpo_steps, most / n, batches, loss_of, run.names,
+        develop if dev else None, heads=model.heads if len(heads) > 1 else (), clip=10.0)
+    save_hf(model, run.file(name), weights=None if name == "mah_dpo" else 0)
 
 
 def set_margins(run, pairs):
@@ -607,7 +532,7 @@ def set_margins(run, pairs):
         pair.margin = 0.0
     for objective in run.objectives:
         # This objective's policy rewards the pairs of the domain's other objectives.
-        domain = mates(run, objective)
+        domain = run.domains[objective.domain]
         part = [p for p in pairs if p.objective in domain and p.objective != objective.name]
         if part:
             policy = f"dpo_{objective.name}"
@@ -625,13 +550,12 @@ def measure_pairs(run, name):
     # policy -> the models that are averaged, the objectives whose pairs it is measured on
     jobs = [(policy, [policy], run.names)
             for policy in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo")]
-    for names in dict.fromkeys(tuple(mates(run, o)) for o in run.objectives):
+    for names in run.domains.values():
         jobs.append(("soup", [f"dpo_{o}" for o in names], names))
     rows = []
     for policy, members, names in jobs:
         part = choose(pairs, names, "dev")
-        reference = torch.tensor([pair.reference for pair in part]).view(-1, 2)
-        logps = reference
+        logps = reference = torch.tensor([pair.reference for pair in part]).view(-1, 2)
         if policy != "sft":                     # the reference itself
             model = average([run.load(member) for member in members])
             logps = score_pairs(run, model, part, policy)
@@ -640,6 +564,10 @@ def measure_pairs(run, name):
 
 
 # -- stage labels: what the PRM learns from
+#
+# A step is as good as what comes after it. From every step the policy goes on M times to the end of
+# its answer (rollouts); a verifier or a judge looks at these ends, and that labels the step. The
+# four cases are in prm.py.
 
 def make_labels(run, name):
     """Stage labels: labels.jsonl and mah_dpo_pairs.jsonl. The PRM will guide the SFT policy and
@@ -670,23 +598,23 @@ def make_labels(run, name):
 def calibrate_judge(source, name):
     """Case A: the judge's threshold, fitted on 200 rated development examples of the SFT policy,
     and the agreement on another 200 -> a row for the log."""
-    run, world = source.run, source.world
+    run = source.run
     rng, generator = run.rng("judge", name), run.generator("judge", name)
-    problems = world.problems("dev", 400, rng)
+    problems = source.world.problems("dev", 400, rng)
+    student = seed_of(run.config.seed, "judge", name)
     ratings, gold = [], []
-    for turn in answer(source, problems, generator, seed_of(run.config.seed, "judge", name)):
-        text = source.model.tokenizer.decode(turn.response)
-        score = world.scores(turn.problem, turn.messages, text)[name]
-        ratings.append(judge(score, rng))
+    for turn in answer(source, problems, generator, student):
+        exact = score(source, turn, turn.response, name)
+        ratings.append(judge(exact, rng))
         # Gold labels come from noise-free scores, as a person would rate a few examples by hand.
-        gold.append(score >= ENGAGING)
+        gold.append(exact >= ENGAGING)
+    # One half to choose the threshold, the other to see how good it is.
     half = len(gold) // 2
-    threshold, fitted = fit_threshold(ratings[:half], gold[:half])
-    row = {"objective": name, "threshold": threshold, "agreement_fitted": fitted,
-           "agreement": agreement(threshold, ratings[half:], gold[half:]),
-           "positive": sum(gold[half:]) / half}
-    tqdm.write(f"  judge, fitted on {half} examples, measured on {half} others: {shown(row)}")
-    return row
+    threshold, _ = fit_threshold(ratings[:half], gold[:half])
+    row = {"threshold": threshold, "positive": sum(gold[half:]) / half,
+           "agreement": agreement(threshold, ratings[half:], gold[half:])}
+    tqdm.write(f"  judge of {name}, fitted on {half} examples, measured on others: {shown(row)}")
+    return {"objective": name} | row
 
 
 def label_steps(source, names, judges, purpose, n, M):
@@ -697,50 +625,42 @@ def label_steps(source, names, judges, purpose, n, M):
     tokenizer, world = source.model.tokenizer, source.world
     turns, rng, generator = roll_out(source, purpose, n)
     ends = [tokenizer.step_ends(turn.response, world.boundary) for turn in turns]
-    # The response itself is the first rollout. M - 1 samples go on from every step but the last.
-    prefixes, room = [], []
-    for turn, at in zip(turns, ends):
-        for end in at[:-1]:
-            prefixes.append(turn.prompt + turn.response[:end + 1])
-            room.append(world.max_new_tokens - end - 1)
-    tails = iter(draw_samples(source, prefixes, M - 1, room, generator))
+    # The response itself is the first rollout. M - 1 others go on from every step but the last.
+    others = continuations(source, turns, [at[:-1] for at in ends], M - 1, generator)
     rows = []
     for turn, at in zip(turns, ends):
-        rollouts = []                                       # for every step M whole responses
-        for end in at[:-1]:
-            prefix = turn.response[:end + 1]
-            rollouts.append([turn.response] + [prefix + tail for tail in next(tails)])
-        rollouts.append([turn.response] * M)
+        rollouts = []                                       # M whole responses for every step
+        for _ in at[:-1]:
+            rollouts += [turn.response, *islice(others, M - 1)]
+        rollouts += [turn.response] * M
         # Every output labels the steps from the first on, perhaps not all of them.
         targets = [{} for _ in at]                          # for every step {output: label}
-        for name, labels in labels_of(source, turn, rollouts, names, judges, rng).items():
+        for name, labels in labels_of(source, turn, rollouts, M, names, judges, rng).items():
             for target, label in zip(targets, labels):
                 target[name] = label
         # The PRM reads the prompt, too: a step ends that much later.
-        at = [len(turn.prompt) + end for end in at]
-        rows.append(Labelled(turn.prompt + turn.response, at, targets, source.split))
+        at = [len(turn.before) + end for end in at]
+        rows.append(Labelled(turn.before + turn.response, at, targets, source.split))
     return rows
 
 
-def labels_of(source, turn, rollouts, names, judges, rng):
-    """{output: its labels} for the steps of a turn. rollouts: for every step M responses."""
+def labels_of(source, turn, rollouts, M, names, judges, rng):
+    """{output: its labels} for the steps of a turn. rollouts: M responses for every step."""
     found, verifiable = {}, source.objectives("verifiable")
     for name in names:
         if name in verifiable:
-            found[name] = hindsight(source, turn, rollouts)
+            found[name] = hindsight(source, turn, rollouts, M)
             continue
         # A judge of case A was calibrated; in case B, half of the scale is positive. There a step
         # is a whole turn: its one "rollout" is the turn itself, and its verdict the majority.
         threshold = judges[name]["threshold"] if name in judges else 0.5
-        verdicts = []
-        for responses in rollouts:
-            ratings = [rate(source, turn, response, [name], rng)[name] for response in responses]
-            verdicts.append([rating > threshold for rating in ratings])
-        found[name] = majority_labels(torch.tensor(verdicts)).tolist()
+        ratings = [rate(source, turn, response, name, rng) for response in rollouts]
+        verdicts = torch.tensor([rating > threshold for rating in ratings])
+        found[name] = majority_labels(verdicts.view(-1, M)).tolist()
     if verifiable:
-        # What follows the first wrong step is judged by that, not by what it says.
         _, rewards = verify(source, turn, turn.response)
         known = [reward for reward in rewards if reward is not None]
+        # What follows the first wrong step is judged by that, not by what it says.
         found[STEP] = known[:known.index(0.0) + 1] if 0.0 in known else known
     return found
 
@@ -756,21 +676,23 @@ def verify(source, turn, response):
     return source.world.verify(turn.problem, steps)
 
 
-def hindsight(source, turn, rollouts):
-    """The verifiable case: V_t for every step."""
-    correct, lengths = [], []
-    for responses in rollouts:
-        verified = [verify(source, turn, response) for response in responses]
-        correct.append([z for z, _ in verified])
-        lengths.append([len(rewards) for _, rewards in verified])
-    # Nobody verifies the single steps of an answer to a real question: r_t is 0 there.
-    _, rewards = verify(source, turn, turn.response)
+def hindsight(source, turn, rollouts, M):
+    """The verifiable case: V_t for each of S steps, which have M rollouts each."""
+    verified = [verify(source, turn, response) for response in rollouts]
+    # Of every rollout: is its end right, and how many steps does it have?
+    correct = torch.tensor([z for z, _ in verified]).view(-1, M)                    # (S, M)
+    lengths = torch.tensor([len(steps) for _, steps in verified]).view(-1, M)       # (S, M)
+    # The first rollout is the response itself. Nobody verifies the single steps of an answer to a
+    # real question: r_t is 0 there.
+    _, rewards = verified[0]
     r = torch.tensor([reward or 0.0 for reward in rewards])                         # (S,)
-    gamma = source.run.config.gamma
-    return hindsight_targets(r, torch.tensor(lengths), torch.tensor(correct), gamma).tolist()
+    return hindsight_targets(r, lengths, correct, source.run.config.gamma).tolist()
 
 
 # -- stage prm: the process reward model
+#
+# Labelled steps come in lists, one for each domain, and pairs in lists, one for each objective that
+# has no labels. A batch takes some items of every list; an output without a label loses nothing.
 
 # Pairs of samples of SFT, on which the policies train too, and of MAH-DPO.
 PAIR_FILES = ["pairs.jsonl", "mah_dpo_pairs.jsonl"]
@@ -788,9 +710,14 @@ def prm_data(run, names, split):
             groups.setdefault(frozenset(about), []).append(row)
     for file in PAIR_FILES:
         pairs += read_rows(run.file(file), Pair)
-    unlabelled = [name for name in names if name not in set().union(*groups)]
-    found = [*groups.values(), *[choose(pairs, [name], split) for name in unlabelled]]
-    return [items for items in found if items]
+    # Labels say more than pairs do: pairs serve objectives that have none.
+    labelled = set().union(*groups)
+    found = list(groups.values())
+    for name in names:
+        own = choose(pairs, [name], split)
+        if own and name not in labelled:
+            found.append(own)
+    return found
 
 
 def labels_in(items):
@@ -807,25 +734,22 @@ def step_sizes(data, config):
     prm_batch as they have labelled steps, but each gives at least prm_pairs, so that few labels are
     still learnt from; a list of pairs gives prm_pairs."""
     # A list of pairs has 0 labelled steps.
-    labelled, sizes = [], []
+    steps = []
     for items in data:
-        labelled.append(sum(len(item.ends) for item in items if isinstance(item, Labelled)))
-    for n in labelled:
-        share = config.prm_batch * n // max(1, sum(labelled))
-        size = max(config.prm_pairs, share)
-        sizes.append(max(1, size // ranks()) * ranks())     # what the processes can share
-    return sizes
+        steps.append(sum([len(item.ends) for item in items if isinstance(item, Labelled)]))
+    all_steps = max(1, sum(steps))
+    sizes = [max(config.prm_pairs, config.prm_batch * n // all_steps) for n in steps]
+    # Rounded up to what the processes can share.
+    return [-(-size // ranks()) * ranks() for size in sizes]
 
 
 def own_parts(batch):
     """This process's items of a batch in parts: labelled sequences, then pairs."""
     labelled = [item for item in batch if isinstance(item, Labelled)]
-    pairs = local_items([item for item in batch if isinstance(item, Pair)])
-    # Few tokens at a time: gradients add up, and little is padded. dealt_batches also shares out.
-    parts = []
-    for index in dealt_batches([len(row) for row in labelled], 2048):
-        parts.append([labelled[i] for i in index])
-    return [*parts, pairs] if pairs else parts
+    pairs = [item for item in batch if isinstance(item, Pair)]
+    # All pairs are one part.
+    parts = dealt_parts(labelled)
+    return [*parts, local_items(pairs)] if pairs else parts
 
 
 def prm_loss(prm, part, in_batch):
@@ -850,7 +774,8 @@ def train_prm(run, name):
     """Stage prm: one PRM on labelled sequences and pairs, from the SFT backbone."""
     config, generator = run.config, run.generator(name)
     outputs = [o for o in run.objectives if name in ("prm", f"prm_{o.name}")]
-    names, cases = [o.name for o in outputs], [o.case for o in outputs]
+    names = [o.name for o in outputs]
+    cases = [o.case for o in outputs]
     data = prm_data(run, names, "train")
     # A model without heads is a backbone.
     backbone = run.load("sft").with_heads(())
@@ -858,7 +783,8 @@ def train_prm(run, name):
     weights = [config.prm_value_weight if case == "verifiable" else 1.0 for case in cases]
     # Where it is known which steps are right, a value model is taught that too. A single block has
     # no layer below it to read it from.
-    if "verifiable" in cases and STEP in labels_in(sum(data, [])) and len(backbone.layers) > 1:
+    labels = labels_in(chain.from_iterable(data))
+    if "verifiable" in cases and STEP in labels and len(backbone.layers) > 1:
         outputs.append(STEP_OUTPUT)
         weights.append(config.prm_step_weight)
     weight = torch.tensor(weights, device=run.device)                               # (P,)
@@ -868,51 +794,49 @@ def train_prm(run, name):
                                    {"params": prm.score.parameters(), "lr": config.prm_lr_head}],
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
-    def backward(batch):
-        losses, labels = torch.zeros(2, len(outputs), device=run.device)
+    def loss_of(part, batch):
         count = Counter(labels_in(batch))
         in_batch = torch.tensor([count[output] for output in prm.names], device=run.device)
-        for part in own_parts(batch):
-            with run.autocast():
-                loss, n = prm_loss(prm, part, in_batch)
-            ((loss * weight).sum() * ranks()).backward()
-            losses, labels = losses + loss.detach(), labels + n
-        return {"loss": losses, "labels": labels}
+        with run.autocast():
+            losses, labels = prm_loss(prm, part, in_batch)                          # (P,) each
+        return (losses * weight).sum(), {"loss": losses.detach(), "labels": labels}
 
+    # Every list of items is gone through at its own pace; the slowest one counts the epochs.
     sizes = step_sizes(data, config)
-    batches = mixed_batches([endless(items, generator) for items in data], sizes)
+    streams = [endless(items, generator) for items in data]
+    batches = mixed_batches(streams, sizes)
     epoch = max(len(items) / size for items, size in zip(data, sizes))
-    log = fit(run, name, prm, optimizer, config.prm_steps, epoch, batches, backward, prm.names,
-              warm_up=100, decay="linear")
-    run.log(name, [*log, measure_prm(prm, prm_data(run, names, "dev"))])
+    log = fit(run, name, prm, optimizer, config.prm_steps, epoch, batches, loss_of, prm.names,
+              parts_of=own_parts, warm_up=100, decay="linear")
+    log.append(measure_prm(prm, prm_data(run, names, "dev")))
+    run.log(name, log)
     save_prm(prm, run.file(name))
 
 
 @torch.no_grad()
 def measure_prm(prm, data):
     """The held-out quality of every output, printed, as a row of the log; sets prm.scale."""
-    quality, spread = {}, {name: [] for name in prm.names}
+    # For every output its scores and, where these are of labelled steps, their targets.
+    found = {}
     for items in data:
         if isinstance(items[0], Pair):
             chosen, rejected, _ = all_scores(pair_scores, prm, items)               # (N,)
-            right = (chosen > rejected).float()
-            quality[items[0].objective] = {"pair_accuracy": float(right.mean()), "n": len(right)}
-            spread[items[0].objective] += [chosen, rejected]
+            found[items[0].objective] = torch.stack((chosen, rejected)), None
             continue
         scores, targets = all_scores(step_scores, prm, items)                       # (N, P)
-        # Only the steps that have a label of this output count.
-        for p, output in enumerate(prm.outputs):
+        # Not every step has a label of every output.
+        for p, name in enumerate(prm.names):
             has = ~targets[:, p].isnan()
             if has.any():
-                quality[output.name] = step_quality(output, scores[has, p], targets[has, p])
-                spread[output.name].append(scores[has, p])
-    # Scores of different outputs are brought to one unit by their spread.
-    for p, name in enumerate(prm.names):
-        values = torch.cat(spread[name]) if spread[name] else torch.zeros(1)
-        if len(values) > 1 and float(values.std()) > 0:
-            prm.scale[p] = values.std()
-    for name, measures in quality.items():
-        tqdm.write(f"  {name:17s} held-out {shown(measures)}")
+                found[name] = scores[has, p], targets[has, p]
+    quality = {}
+    for name, (scores, targets) in found.items():
+        p = prm.names.index(name)
+        quality[name] = quality_of(prm.outputs[p], scores, targets)
+        tqdm.write(f"  {name:17s} held-out {shown(quality[name])}")
+        # Scores of different outputs are brought to one unit by their spread.
+        if scores.numel() > 1 and scores.std() > 0:
+            prm.scale[p] = scores.std()
     return {"held_out": quality}
 
 
@@ -924,20 +848,28 @@ def all_scores(read, prm, items):
     return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
-def step_quality(output, scores, targets):
-    """Scores and targets (n,) of one output on held-out steps -> its measures. R^2 is the share of
-    the targets' variance that is explained; to predict their mean gives 0."""
+def quality_of(output, scores, targets):
+    """The measures of one output: of scores (2, n), of chosen and rejected; or of scores and
+    targets (n,) of held-out steps. R^2 is the share of the targets' variance that is explained; to
+    predict their mean gives 0."""
+    n = scores.shape[-1]
+    if targets is None:
+        right = scores[0] > scores[1]
+        return {"pair_accuracy": right.float().mean().item(), "n": n}
     if output.case == "verifiable":
         error = ((scores - targets) ** 2).mean()
         variance = targets.var(correction=0).clamp(min=1e-9)
-        return {"r2": 1 - float(error / variance), "n": len(scores)}
+        return {"r2": 1 - float(error / variance), "n": n}
     right = (scores > 0) == (targets > 0.5)
     positive = float(targets.mean())
-    return {"accuracy": float(right.float().mean()),
-            "commoner_label": max(positive, 1 - positive), "n": len(scores)}
+    return {"accuracy": right.float().mean().item(),
+            "commoner_label": max(positive, 1 - positive), "n": n}
 
 
 # -- the table of stages
+#
+# What is in the table decides what a run may skip: a stage whose last file is there, and what a run
+# may copy from another one: stages before the first that reads an option that differs.
 
 class Stage(NamedTuple):
     """A stage, and what tells whether its files may be kept."""
@@ -956,7 +888,7 @@ def stages(run):
     prms = ["prm"] if run.config.prm == "unified" else [f"prm_{name}" for name in run.names]
     return [
         Stage("base model", ["base"],
-              "init seed dtype grad_checkpoint epochs base_steps base_lr", train_base),
+              "init template_args seed dtype grad_checkpoint epochs base_steps base_lr", train_base),
         Stage("supervised fine-tuning", ["sft"],
               "objective data max_new_tokens sft_steps sft_batch sft_lr", train_sft),
         Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs),
@@ -975,49 +907,47 @@ def make_tables(run, name):
     evaluate(run.path, read_json(run.file("pair_metrics.json")), run.device)
 
 
-def finished(run, stage):
-    """Is a stage's last file there? Of a model's directory it is config.json."""
-    path = run.file(stage.files[-1])
-    return os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json"))
-
-
 def run_stages(run):
     """Run what is not finished, with a numbered title and the time of each stage."""
     for number in (signal.SIGINT, signal.SIGTERM):      # a batch system's request is as Ctrl-C
         signal.signal(number, signal.default_int_handler)
-    begun = time.time()
     for number, stage in enumerate(stages(run), 1):
-        if finished(run, stage):
-            print(f"[{number}] {stage.title}: finished before")
-            continue
-        print(f"[{number}] {stage.title}", flush=True)
-        start = time.time()
-        stage.work(run, stage.files[-1])
-        seconds = time.time() - start
-        run.log(stage.title, [{"seconds": round(seconds, 1)}], "timings.jsonl")
-        print(f"    {seconds:.0f} s", flush=True)
+        done = finished(run, stage)
+        print(f"[{number}] {stage.title}{': finished before' * done}", flush=True)
+        if not done:
+            begun = time.time()
+            stage.work(run, stage.files[-1])
+            seconds = round(time.time() - begun, 1)
+            run.log(stage.title, [{"seconds": seconds}], "timings.jsonl")
+            print(f"    {seconds} s", flush=True)
     clear(run.path)
-    print(f"{run.path}: done in {time.time() - begun:.0f} s. Talk to it: python decode.py "
-          f"{run.path} --prompt ...")
+    print(f"{run.path}: done. Talk to it: python decode.py {run.path} --prompt ...")
 
 
 # -- the training loop of all stages
+#
+# A stage brings its batches and the loss of a part of a batch. The loop does the rest: rates,
+# gradients, checkpoints, the log.
 
-def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(), develop=None,
-        clip=1.0, warm_up=20, decay="constant"):
+def fit(run, stage, model, optimizer, steps, epoch, batches, loss_of, names=(), develop=None, *,
+        parts_of=dealt_parts, heads=(), clip=1.0, warm_up=20, decay="constant"):
     """Updates, each by the gradient of one batch: as many as `steps`, but at most config.epochs
-    passes over the data, of `epoch` batches each -> rows for the log.
+    passes over the data, of `epoch` batches each -> the rows of its log.
 
     batches: endless iterator of lists of items, a function of the seed alone: its position is the
-    step. backward(batch): adds up the gradient of this process's share, and returns numbers for
-    the log, {metric: tensor}, scalars or one for each objective of `names`, which add up over the
-    processes. develop(): the same on held-out data, four times. clip: largest norm of a gradient.
-    Every config.checkpoint_every steps, and before a stop, all that the next step needs is
-    saved."""
+    step. parts_of(batch): this process's items in lists that are computed one after another.
+    loss_of(part, batch): a part's share of the batch's loss, and numbers for the log, {metric:
+    tensor}, scalars or one for each objective of `names`; both add up over parts and processes.
+    develop(): such numbers on held-out data, four times. heads: those whose gradients' norms are
+    logged, one for each of `names`. clip: largest norm of a gradient. Every
+    config.checkpoint_every steps, and before a stop, all that the next step needs is saved."""
     steps = min(steps, max(1, math.ceil(run.config.epochs * epoch)))
     top = [group["lr"] for group in optimizer.param_groups]
+    backward = partial(gradient, optimizer, parts_of, loss_of, heads, clip)
     start, log = load_checkpoint(run, stage, model, optimizer)
-    seconds, tokens, batches = 0.0, 0, islice(batches, start, steps)
+    seconds, tokens = 0.0, 0
+    # The batches of the steps that a checkpoint holds are drawn again, and not used.
+    batches = islice(batches, start, steps)
     with (stops_wait() as stops,
           tqdm(desc=stage, total=steps, initial=start, unit="step", disable=None) as bar):
         # The last round takes no step: it measures what the last step has left.
@@ -1028,17 +958,19 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(),
                 save_checkpoint(run, stage, model, optimizer, step, log)
             if stopping:
                 raise KeyboardInterrupt
-            if develop and (step % math.ceil(steps / 3) == 0 or step == steps):
+            third = math.ceil(steps / 3)
+            if develop and (step % third == 0 or step == steps):
                 log.append({"step": step, "split": "dev"} | log_row(develop(), names))
             if step == steps:
                 break
-            batch, begun = next(batches), time.perf_counter()
+            batch = next(batches)
+            begun = time.perf_counter()
             # One step: the rates, the gradient, and if it is a number, the update.
             for group, lr in zip(optimizer.param_groups, top):
                 group["lr"] = lr * rate_factor(step, steps, warm_up, decay)
-            found, norm, finite = gradient(optimizer, batch, backward, clip)
+            found, norm, finite = backward(batch)
             if not finite:
-                refuse_step(stage, step, optimizer, batch, backward)
+                refuse_step(f"{stage}, step {step}", batch, backward)
             optimizer.step()
             seconds += time.perf_counter() - begun
             tokens += sum(map(len, batch))
@@ -1047,9 +979,7 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, backward, names=(),
                 log.append({"step": step, "gradient_norm": norm.item()} | log_row(found, names))
                 bar.set_postfix(loss=float(found["loss"].nanmean()), refresh=False)
             bar.update()
-    for name in names:
-        if develop and name in log[-1]:
-            tqdm.write(f"  {stage}, held-out {name}: {shown(log[-1][name])}")
+    run.log(stage, log)
     run.log(stage, [{"steps": steps - start, "tokens": tokens, "seconds": seconds,
                      "tokens_per_second": tokens / max(seconds, 1e-9)}], "timings.jsonl")
     return log
@@ -1064,26 +994,36 @@ def rate_factor(step, steps, warm_up, decay):
     return warm * (0.05 + 0.95 * left)
 
 
-def gradient(optimizer, batch, backward, clip):
+def gradient(optimizer, parts_of, loss_of, heads, clip, batch):
     """Leave a batch's gradient, clipped, in the parameters -> numbers for the log, the norm before
     clipping, are loss and norm finite? All over all processes."""
     optimizer.zero_grad()
-    found = {metric: total(value.detach()) for metric, value in backward(batch).items()}
+    found = Counter()
+    for part in parts_of(batch):
+        loss, metrics = loss_of(part, batch)
+        # FSDP takes the mean of the processes' gradients, so each is made larger by their number.
+        (loss * ranks()).backward()
+        found.update(metrics)
+    if heads:                   # a head's gradient comes from its own objective alone
+        found["gradient_norm"] = torch.stack([head_norm(head) for head in heads])
+    found = {metric: total(value) for metric, value in found.items()}
     norm = whole(torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip))
     # The loss of an objective without pairs is NaN.
-    return found, norm, bool(norm.isfinite() and found["loss"].nansum().isfinite())
+    loss = found["loss"].nansum()
+    return found, norm, bool(norm.isfinite() and loss.isfinite())
 
 
-def refuse_step(stage, step, optimizer, batch, backward):
+def refuse_step(where, batch, backward):
     """InputError that names the examples which alone give no finite gradient, or else all."""
     bad = []
     for item in batch:
-        if not gradient(optimizer, [item] * ranks(), backward, 1.0)[2]:
+        *_, finite = backward([item] * ranks())
+        if not finite:
             bad.append(item.where)
     bad = bad or [item.where for item in batch]
-    raise InputError(f"{stage}, step {step}: the loss or its gradient is not finite for "
-                     f"{', '.join(bad[:5])}{' ...' * (len(bad) > 5)}; this step was not taken, and "
-                     "earlier checkpoints are kept. Lower the learning rate, or look at these")
+    raise InputError(f"{where}: the loss or its gradient is not finite for {', '.join(bad[:5])}; "
+                     "this step was not taken, and earlier checkpoints are kept. Lower the "
+                     "learning rate, or look at these")
 
 
 def log_row(found, names):
@@ -1100,164 +1040,95 @@ def log_row(found, names):
     return row
 
 
-# -- runs and their directories
+# -- runs
 
 def carry_out(run):
     """All that is unfinished of a run: the stages of its training, or of each of several, and then
-    the tables over these. Exit code 130 where it is stopped."""
-    with alone(run.path):
-        try:
-            trainings = seed_runs(run.path)
-            # A training of several is a run of its own, with its own seed.
-            for i, path in enumerate(trainings):
-                print(f"{path}: training {i + 1} of {len(trainings)}")
-                one = replace(run.config, seed=run.config.seed + i, seeds=1)
-                run_stages(open_run(path, one.device) if os.path.isdir(path) else begin(path, one))
-            if len(trainings) > 1:
-                publish(run.path, load_rows(run.path))
-        except KeyboardInterrupt:
-            if rank() == 0:
-                print("\nstopped; what is finished is kept. Go on with: python train.py --resume "
-                      f"{run.path}", file=sys.stderr)
-            sys.exit(130)
+    the tables over these."""
+    with at_work(run.path):
+        trainings = seed_runs(run.path)
+        # A training of several is a run of its own, with its own seed.
+        for i, path in enumerate(trainings):
+            print(f"{path}: training {i + 1} of {len(trainings)}")
+            one = replace(run.config, seed=run.config.seed + i, seeds=1)
+            run_stages(begin(path, one))
+        if len(trainings) > 1:
+            publish(run.path, load_rows(run.path))
 
 
 def begin(path, config):
-    """Make the directory of a run, with copies of what --from offers -> Run."""
+    """The run in a directory; one that is not there yet is made, with copies of what --from offers
+    -> Run."""
+    if os.path.isdir(path):
+        return open_run(path, config.device)
+    # Resumed from another directory, the run must still find what it was given in this one.
+    for name in ("init", "data", "from_"):
+        given = getattr(config, name)
+        setattr(config, name, given and os.path.abspath(given))
     run = Run(path, config)
-    # config.json holds the options, and what tells whether they still mean the same.
-    records = [asdict(o) for o in run.objectives]
-    saved = asdict(config) | {"objectives": records, "key": run.key}
     with new_directory(path) as unfinished:
-        write_json(f"{unfinished}/config.json", saved)
+        save_config(run, unfinished)
         # When the second of several seeds begins, the other run may be gone: then all is trained.
         if config.seeds == 1 and os.path.isdir(config.from_):
-            copy_stages(origin_of(run), Run(unfinished, config))
+            copy_stages(origin_of(config), Run(unfinished, config), stages(run))
     return run
 
 
-def origin_of(run):
+def origin_of(config):
     """The run that this one starts from; of several trainings the one of the same seed."""
-    for path in seed_runs(run.config.from_):
-        origin = open_run(path) if os.path.isdir(path) else None
-        if origin and origin.config.seed == run.config.seed:
-            return origin
-    raise InputError(f"--from {run.config.from_}: it has no training with seed {run.config.seed}")
-
-
-def copy_stages(origin, run):
-    """Copy another run's stages, files and rows of the log, up to the first that it has not
-    finished, or that reads an option whose value differs: all later ones depend on it."""
-    for stage in stages(run):
-        same = [getattr(origin.config, name) == getattr(run.config, name)
-                for name in stage.options.split()]
-        if not all(same) or not finished(origin, stage):
-            break
-        print(f"{stage.title}: copied from {origin.path}")
-        copy_stage(origin, run, stage.files)
+    path = f"{config.from_}/seed={config.seed}"
+    origin = open_run(path if os.path.isdir(path) else config.from_)
+    if origin.config.seed != config.seed:
+        raise InputError(f"--from {config.from_}: it has no training with seed {config.seed}")
+    return origin
 
 
 def open_run(path, device="auto"):
     """The run in a directory, with its own options. InputError if it is of another version, or if
     its options or data are no longer those that it began with."""
-    saved = read_run(path)
-    # Another version of this program may mean something else by its options.
-    other = set(saved) ^ {f.name for f in fields(Config)} ^ {"objectives", "key"}
-    if other:
-        raise InputError(f"{path}/config.json: not the configuration of a run of this version "
-                         f"({', '.join(sorted(other))})")
+    saved = load_config(path, [f.name for f in fields(Config)])
     objectives, key = saved.pop("objectives"), saved.pop("key")
     config = Config(**saved)
     if device != "auto":
         config.device = device
     run = Run(path, config, objectives)
     if key != run.key:
-        raise InputError(f"{path}/config.json: the options, or the files in --data, are not those "
-                         "that this run began with; bring those back, or start a new run")
+        raise InputError(f"{path}/config.json: the options, or the files in --data "
+                         f"({config.data}), are not those that this run began with; bring those "
+                         "back, or start a new run")
     check_config(config)                        # there may be more processes now
     return run
 
 
-# -- the command line
-
-def flag(name):
-    """The flag of a field of Config."""
-    return "--" + name.rstrip("_").replace("_", "-")
-
-
-def read_command(argv):
-    """Command line -> Config, directory to resume or None. One flag per field of Config."""
-    # SUPPRESS: an option that is not given is absent, and takes its default from Config.
-    parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP,
-                                     argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    small = {}
-    for f in fields(Config):
-        text = f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%")
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        parser.add_argument(flag(f.name), dest=f.name, help=text, **kind)
-        if f.metadata["fast"] is not None:
-            small[f.name] = f.metadata["fast"]
-    parser.add_argument("--fast", action="store_const", const=small, default={},
-                        help="every stage, small: shows that it works, finds nothing")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, under its "
-                        "own options; takes no other option but --device")
-    given = vars(parser.parse_args(argv))           # only what stands on the command line
-    fast, resume = given.pop("fast"), given.pop("resume", None)
-    if resume == "":                                # an empty variable of a script
-        raise InputError("--resume needs the directory of a run")
-    if resume and (fast or set(given) - {"device"}):
-        raise InputError("--resume goes on with the run's own configuration; give no option with "
-                         "it but --device")
-    return Config(**fast | given), resume
-
-
-def check_config(config):
-    """InputError for an option out of its range."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        low, choices = f.metadata["low"], f.metadata["choices"]
-        if f.type in (int, float) and not low <= value < 2**31:
-            raise InputError(f"{flag(f.name)} {value} is out of range")
-        if choices and value not in choices:
-            raise InputError(f"{flag(f.name)} {value}: choose {' or '.join(choices)}")
-    parse_weights(config.alpha, select_objectives(config.objective), "--alpha", 1.0)
-    parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
-    batches = [config.sft_batch, config.dpo_pairs] + ([] if config.init else [64])
-    if any(size % ranks() for size in batches):
-        raise InputError(f"{ranks()} processes cannot share --sft-batch {config.sft_batch}, "
-                         f"--dpo-pairs {config.dpo_pairs} and pre-training's batch of 64 evenly; "
-                         "choose multiples, or another number of processes")
-    if config.data and not config.init:
-        raise InputError("--data needs --init: the embedded model knows only its own small worlds")
-
-
-def check_inputs(config):
-    """Read what the stages of a new run will read, so that a mistake shows before anything is
-    written."""
+def check_new(config):
+    """check_config, and read what the stages of a new run will read, so that a mistake shows before
+    anything is written."""
+    check_config(config)
     # Where --from leads, there must be a training of every seed.
     for seed in range(config.seed, config.seed + config.seeds) if config.from_ else []:
-        origin_of(Run("", replace(config, seed=seed)))
+        origin_of(replace(config, seed=seed))
     run = Run("", config)
-    model = load_base(config.init, run.device) if config.init else None
+    model = None
+    if config.init:
+        model = load_base(config.init, run.device, config.template_args)
     if config.data:
         describe_data(config.data, run.objectives, config.max_new_tokens, model)
     if model:
         sft_examples(run, model)                # a short context, a chat template that is not read
+    # A world may be too small for what is asked of it.
     for world in [] if config.data else run.worlds(model):
-        # A world may be too small for what is asked of it.
-        cases = {o.case for o in domain_objectives(world.name, run.objectives)}
-        rolled = config.n_rollout_prompts if cases & {"verifiable", "A"} else 0
-        n = max(config.n_prompts, rolled)
         world.problems(config.split, config.n_test, RNG(0))
+        n = config.n_prompts
+        source = Source(run, "", model, world, "train")
+        if source.objectives("verifiable", "A"):
+            n = max(n, config.n_rollout_prompts)
         world.problems("train", n // world.turns, RNG(0))
 
 
 def new_run(config):
     """Check what a new run was given, and make its directory. A taken name gets a number -> Run."""
-    check_config(config)
+    check_new(config)
     config.device = pick_device(config.device)
-    check_inputs(config)
     config.out = free_name(config.out or f"runs/{config.objective.replace(',', '+')}")
     print(f"writing to {config.out}")
     return begin(config.out, config)
@@ -1266,7 +1137,7 @@ def new_run(config):
 def main(argv=None):
     """The command line: a new run, or an unfinished one."""
     join_processes()
-    config, resume = read_command(argv)
+    config, resume = read_command(argv, __doc__)
     carry_out(open_run(resume, config.device) if resume else new_run(config))
 
 

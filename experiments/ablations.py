@@ -18,16 +18,20 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from data import InputError, run_command  # noqa: E402
+from interop.options import HARMLESS, Config  # noqa: E402
 
 
 def read_values(text):
-    """'FIELD=a,b,c' -> the field of train.Config, list of its values. InputError for another text."""
+    """'FIELD=a,b,c' -> the field of Config, list of its values. InputError for another text."""
     name, _, values = text.partition("=")
+    # prm-pairs, as on the command line of train.py, or prm_pairs, as in config.json.
     name = name.strip().replace("-", "_")
-    fixed = [*train.HARMLESS, "objective", "init", "data", "seed", "grad_checkpoint"]
-    types = {f.name: f.type for f in fields(train.Config) if f.name not in fixed}
+    # With these a run would be another one, not the same with one thing changed.
+    fixed = [*HARMLESS, "objective", "init", "data", "seed", "grad_checkpoint"]
+    types = {f.name: f.type for f in fields(Config) if f.name not in fixed}
     if name not in types or not values:
         raise InputError(f"{text}: write FIELD=a,b,c with one of the fields {', '.join(types)}")
+    # Text -> what the field holds: a number, or the text itself.
     found = []
     for value in values.split(";" if ";" in values else ","):
         try:
@@ -47,8 +51,8 @@ def variants(run, name, values):
             steps = value if name == "weight_steps" else 0
             config = replace(run.config, out=out, from_=run.path, weight_steps=steps)
             setattr(config, name, value)
-            train.check_config(config)
-            train.check_inputs(config)
+            # All that can be wrong shows here, before anything is trained.
+            train.check_new(config)
             found.append(config)
     return found
 
@@ -63,14 +67,12 @@ def main(argv=None):
     train.join_processes()
     run = train.open_run(args.run)
     name, values = read_values(args.values)
-    configs = variants(run, name, values)       # a mistake in any value shows before the first run
+    configs = variants(run, name, values)
+    # A variant that is there already goes on, or has finished.
     for config in configs:
         print(f"\n{config.out}: {name} varied")
-        if os.path.isdir(config.out):
-            variant = train.open_run(config.out)
-        else:
-            variant = train.begin(config.out, config)
-        train.carry_out(variant)
+        train.carry_out(train.begin(config.out, config))
+    # The tables of the run itself and of all variants, side by side.
     evaluate.main([args.run, *[config.out for config in configs]])
 
 

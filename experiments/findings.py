@@ -11,7 +11,6 @@ with EACH_RUN, trained alike but with --prm each; without that it is not run.
 import argparse
 import os
 import sys
-from typing import NamedTuple
 
 import torch
 
@@ -20,99 +19,21 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import InputError, domain_objectives, run_command  # noqa: E402
 from decode import read_run  # noqa: E402
 from evaluate import by_domain, cell, half_width, load_rows, row_name, summary, table  # noqa: E402
-
-# What the paper found; `comparisons` says which rows of the tables must differ for it.
-FINDINGS = {
-    "F1": "the ensemble beats SFT, single-head DPO, MODPO and soup on subjective objectives and "
-          "keeps accuracy",
-    "F2": "each head alone beats base, SFT, the baselines, the ensemble and the other heads on "
-          "its own objective",
-    "F3": "verifiable accuracy gains most at test time, by value guidance",
-    "F4": "training and guidance together beat either alone, on what is guided and on the mean of "
-          "the domain's objectives",
-    "F5": "sweeping the weights moves smoothly along the trade-off",
-    "F6": "one unified PRM guides all domains as well as one PRM per objective",
-    "rivals": "guidance beats greedy decoding and as many whole answers by vote or by PRM (not in "
-              "the paper)"}
-# "keeps", "smoothly" and "as well as" allow to lose less than this.
-KEPT = 0.02
-BASELINES = ["sft", "single_head_dpo", "modpo", "soup"]
-# Stands behind the names of EACH_RUN's rows.
-OWN = ", its own PRM"
+from experiments.claims import FINDINGS, KEPT, OWN, comparisons, differences  # noqa: E402
 
 
-class Comparison(NamedTuple):
-    """One row of the tables should beat another; rows go by evaluate.row_name."""
-    finding: str
-    objectives: list             # names; the mean of their scores counts
-    better: str
-    worse: str
-    slack: float = 0.0           # so much may be lost
-
-
-def comparisons(objectives):
-    """All that the findings say of a domain with these objectives, but for its sweeps (F5)."""
-    names = [o.name for o in objectives]
-    heads = [f"mah_dpo:{name}" for name in names]
-    unguided = [*BASELINES, "mah_dpo", *heads]
-    found = []
-    for objective, head in zip(objectives, heads):
-        name, alone = objective.name, [objective.name]
-        # F1: what is a matter of taste is gained, an accuracy is kept.
-        kept = 0.0 if objective.subjective else KEPT
-        found += [Comparison("F1", alone, "mah_dpo", other, kept) for other in BASELINES]
-        # F2: the objective's own head against everyone else without a guide.
-        others = [row for row in ["base", *unguided] if row != head]
-        found += [Comparison("F2", alone, head, other) for other in others]
-        # F3: SFT under the value model against all training, and against SFT's other guides. Where
-        # answers are verified, whole answers compete with guidance at its own price.
-        whole = []
-        if objective.case == "verifiable":
-            wrong = [f"sft + {other}" for other in names if other != name]
-            found += [Comparison("F3", alone, f"sft + {name}", row) for row in unguided + wrong]
-            whole = ["_vote", f"_rerank + {name}"]
-        # F6, and guidance against its rivals, with both policies.
-        for policy in ("sft", "mah_dpo"):
-            guided = f"{policy} + {name}"
-            found.append(Comparison("F6", alone, guided, guided + OWN, KEPT))
-            for rival in ["_greedy", *whole]:
-                found.append(Comparison("rivals", alone, guided, policy + rival))
-    # F4: the trained policy under a guide against SFT under it, and against no guide.
-    for guide in [*names, "unified"]:
-        for part in (f"sft + {guide}", "mah_dpo"):
-            for counted in ([[guide], names] if guide in names else [names]):
-                found.append(Comparison("F4", counted, f"mah_dpo + {guide}", part))
-    return found
-
-
-def verdict(difference, slack=0.0):
-    """Does a difference (a summary) show that something is better, or with slack: hardly worse?"""
-    # With 95 % confidence the true difference lies within half the interval of the mean.
-    half = half_width(difference)
-    if difference["mean"] - half > -slack:
-        return "holds"
-    return "does not hold" if difference["mean"] + half < 0 else "not significant"
-
-
-def line(finding, domain, objective, compared, difference, slack):
-    """A comparison as a line of the table; of two rows that were not both measured, None."""
+def line(finding, domain, objective, compared, values, slack=0.0):
+    """A line of the table: do differences show that something is better, or with slack: hardly
+    worse? With 95 % confidence the true one lies within half the interval of the mean."""
+    metric = summary(values) if values else None
+    verdict = "not run"
+    if metric:
+        half = half_width(metric)
+        verdict = "does not hold" if metric["mean"] + half < 0 else "not significant"
+        if metric["mean"] - half > -slack:
+            verdict = "holds"
     return {"finding": finding, "domain": domain, "objective": objective, "compared": compared,
-            "verdict": verdict(difference, slack) if difference else "not run",
-            "difference": cell(difference)}
-
-
-def compare(domain, comparison, rows):
-    """The line of a comparison. rows: {name: row}, whose "each" are paired by their order."""
-    difference = None
-    if comparison.better in rows and comparison.worse in rows:
-        # First the mean over objectives, then the difference, prompt by prompt.
-        means = []
-        for name in (comparison.better, comparison.worse):
-            each = [rows[name]["each"][objective] for objective in comparison.objectives]
-            means.append(torch.tensor(each, dtype=torch.float64).mean(0))      # (units,)
-        difference = summary((means[0] - means[1]).tolist())
-    return line(comparison.finding, domain, " + ".join(comparison.objectives),
-                f"{comparison.better} - {comparison.worse}", difference, comparison.slack)
+            "verdict": verdict, "difference": cell(metric)}
 
 
 def sweep_lines(domain, pair, mixes):
@@ -129,15 +50,15 @@ def sweep_lines(domain, pair, mixes):
         # Least squares, for every prompt or training by itself.
         spread = weights - weights.mean()                                      # (weights,)
         slopes = spread @ scores / (spread @ spread)                           # (units,)
-        lines.append(line("F5", domain, name, f"slope along its weight, against {other}",
-                          summary(slopes.tolist()), 0.0))
         # From one weight to the next: what does a prompt or training gain?
-        steps = [summary(step) for step in scores.diff(dim=0).tolist()]
-        lowest = [step["mean"] - half_width(step) for step in steps]
+        steps = scores.diff(dim=0).tolist()
+        gains = [summary(step) for step in steps]
+        lowest = [gain["mean"] - half_width(gain) for gain in gains]
         i = lowest.index(min(lowest))
-        step = f"{weights[i]:.1f} to {weights[i + 1]:.1f}"
-        lines.append(line("F5", domain, name, f"worst step, {step}, against {other}",
-                          steps[i], KEPT))
+        worst = f"worst step, {weights[i]:.1f} to {weights[i + 1]:.1f}, against {other}"
+        slope = f"slope along its weight, against {other}"
+        lines.append(line("F5", domain, name, slope, slopes.tolist()))
+        lines.append(line("F5", domain, name, worst, steps[i], KEPT))
     return lines
 
 
@@ -151,47 +72,53 @@ def scorecard(rows, objectives, each_rows=()):
         named |= {row_name(row) + OWN: row for row in own.get(domain, [])}
         # Of real questions only the answers are scored.
         scored = [o for o in domain_objectives(domain, objectives) if o.name in plain[0]["metrics"]]
-        lines += [compare(domain, comparison, named) for comparison in comparisons(scored)]
+        for finding, counted, better, worse, slack in comparisons(scored):
+            values = differences(counted, better, worse, named)
+            objective, compared = " + ".join(counted), f"{better} - {worse}"
+            lines.append(line(finding, domain, objective, compared, values, slack))
         for pair, mixes in swept.items():
             lines += sweep_lines(domain, pair, mixes)
-    return sorted(lines, key=lambda found: list(FINDINGS).index(found["finding"]))
+    order = list(FINDINGS)
+    return sorted(lines, key=lambda found: order.index(found["finding"]))
 
 
-def verdict_of_all(lines):
-    """Lines of a finding and a domain -> one cell: all must hold; one that fails fails them all."""
-    verdicts = [found["verdict"] for found in lines]
+def verdict_of_all(verdicts):
+    """Of a finding in a domain, as a cell: all must hold; one that fails fails them all."""
     # What was not run counts neither way, but is said.
     made = [v for v in verdicts if v != "not run"]
     if not made:
-        return "not run" if lines else "-"
-    worst = [v for v in ("does not hold", "not significant", "holds") if v in made][0]
+        return "not run" if verdicts else "-"
+    worst = min(made, key=("does not hold", "not significant", "holds").index)
     missing = ", part not run" if len(made) < len(verdicts) else ""
     return f"{worst} ({made.count('holds')}/{len(made)}){missing}"
 
 
 def findings_table(lines):
-    """Findings by domain."""
+    """A line for every finding, with a cell for every domain."""
+    parts = {}
+    for found in lines:
+        by_finding = parts.setdefault(found["domain"], {})
+        by_finding.setdefault(found["finding"], []).append(found["verdict"])
     shown = []
     for finding, text in FINDINGS.items():
-        # A line with a cell for every domain.
         shown.append({"": finding, "finding": text})
-        for domain in dict.fromkeys(found["domain"] for found in lines):
-            part = [f for f in lines if (f["finding"], f["domain"]) == (finding, domain)]
-            shown[-1][domain] = verdict_of_all(part)
+        for domain, part in parts.items():
+            shown[-1][domain] = verdict_of_all(part.get(finding, []))
     return table("findings (comparisons that hold / comparisons made)", shown)
 
 
 def check_pair(run, each_run):
     """InputError if two runs cannot be compared for F6: the same but for their PRMs."""
     # Differences are paired by order: both must have met the same prompts, in the same order.
-    configs = [read_run(run), read_run(each_run)]
-    if [config["prm"] for config in configs] != ["unified", "each"]:
+    one, other = read_run(run), read_run(each_run)
+    if (one["prm"], other["prm"]) != ("unified", "each"):
         raise InputError(f"F6 compares a run of --prm unified with one of --prm each: {run} has "
-                         f"{configs[0]['prm']}, {each_run} has {configs[1]['prm']}")
+                         f"{one['prm']}, {each_run} has {other['prm']}")
     for name in ("objective", "seed", "seeds", "n_test", "split"):
-        if configs[0][name] != configs[1][name]:
-            raise InputError(f"{run} and {each_run} cannot be compared: --{name.replace('_', '-')} "
-                             f"is {configs[0][name]} and {configs[1][name]}")
+        if one[name] != other[name]:
+            option = name.replace("_", "-")
+            raise InputError(f"{run} and {each_run} cannot be compared: --{option} is {one[name]} "
+                             f"and {other[name]}")
 
 
 def main(argv=None):

@@ -3,21 +3,17 @@
     join_processes                    at the start: meet the others
     local_items, total, gather, once  what each does alone, and what all know afterwards
     shard, placed, whole, gathered    parameters of which every process holds some rows
-    tensors_of, put_back              all that a training consists of, for its checkpoints
-    new_directory, alone              directories that appear whole, and that strangers keep out of
+    whole_file, alone                 a file that appears whole, a directory held by one command
 
-With one process the functions of the first three lines do nothing. Imports nothing of this project; any
-file may import it.
+With one process the functions of the first three lines do nothing. Imports nothing of this project;
+any file may import it.
 """
 import contextlib
 import functools
 import os
+import signal
 import sys
-
-try:
-    import fcntl
-except ImportError:     # Windows has no such locks
-    fcntl = None
+import time
 
 import torch
 import torch.distributed as dist
@@ -38,12 +34,16 @@ def join_processes():
     dist.init_process_group(backend)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
-        sys.stderr.isatty = draw_no_bars
+        # tqdm draws progress bars for a terminal only; bool() is False.
+        sys.stderr.isatty = bool
 
 
-def draw_no_bars():
-    """Stands for sys.stderr.isatty: tqdm draws progress bars for a terminal only."""
-    return False
+def first_speaks():
+    """Before a message that all processes have: the others wait to be ended by torchrun, because
+    the first has ended."""
+    if rank() > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
 
 
 # -- who am I
@@ -81,11 +81,10 @@ def total(t):
 
 def gather(items):
     """The lists of all processes as one, the same in each."""
-    if ranks() == 1:
-        return items
-    parts = [None] * ranks()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+    parts = [items] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(parts, items)
+    return sum(parts, [])
 
 
 def once(work, *args):
@@ -93,6 +92,26 @@ def once(work, *args):
     if rank() == 0:
         work(*args)
     total(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write bytes to, which the first process writes; no process goes on before it is
+    there. Until all bytes are on the disk they stand under another name."""
+    temporary = f"{path}.tmp"
+    # No process has the sum before all have come: none still reads what stood there.
+    total(torch.zeros(1))
+    try:
+        with open(temporary if rank() == 0 else os.devnull, "wb") as f:
+            yield f
+            if rank() == 0:
+                f.flush()
+                os.fsync(f.fileno())
+        once(os.replace, temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 # -- parameters that are shared out
@@ -174,15 +193,16 @@ def alone(path):
     """Hold a directory. OSError if another command holds it, say the processes that go on after
     their torchrun was killed: two would write the same files."""
     with contextlib.ExitStack() as stack:
-        # The lock is the system's own: it ends with the process, however that ends.
-        if fcntl and rank() == 0:
-            directory = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, directory)
-            try:
+        try:
+            if rank() == 0:
+                import fcntl
+                directory = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, directory)
+                # The lock is the system's own: it ends with the process, however that ends.
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OSError(f"{path}: a train.py is at work there already; wait for it, or end "
-                              "its processes") from None
-            except OSError:                     # a file system without locks
-                pass
+        except BlockingIOError:
+            raise OSError(f"{path}: a train.py is at work there already; wait for it, or end its "
+                          "processes") from None
+        except (ImportError, OSError):      # Windows, or a file system, without such locks
+            pass
         yield

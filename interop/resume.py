@@ -4,6 +4,7 @@
     checkpoints    all that the next step of a training needs
     directories    a new one appears with all that belongs in it
     stops          Ctrl-C waits for the end of a step
+    stages         what is finished of a run, and what another run can take over from it
     fingerprint    a hash that tells whether a file belongs to these options and data
 
 `run` is a train.Run: run.file(name) gives a path in its directory, run.key its fingerprint.
@@ -14,14 +15,16 @@ import json
 import os
 import shutil
 import signal
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from data import InputError, read_jsonl, write_text
-from interop.parallel import gather, like, once, parameters_of
+from data import InputError, read_jsonl, write_json, write_text
+from decode import read_run
+from interop.parallel import alone, gather, like, once, parameters_of, rank
 from model import load_safetensors, read_metadata, save_safetensors
 
 
@@ -75,6 +78,7 @@ def save_checkpoint(run, stage, model, optimizer, step, log):
     save_safetensors(tensors, run.file("checkpoint.safetensors"), about)
 
 
+@torch.no_grad()
 def load_checkpoint(run, stage, model, optimizer):
     """Put back what save_checkpoint saved -> steps done, log; 0, [] where there is nothing of this
     stage. InputError if it was saved under other options or with other data."""
@@ -89,16 +93,10 @@ def load_checkpoint(run, stage, model, optimizer):
     if about.get("key") != run.key:
         raise InputError(f"{path}: saved with another configuration or other data than these; "
                          f"bring those back, or {again}")
-    put_back(load_safetensors(path), model, optimizer)
-    return int(about["step"]), json.loads(about["log"])
-
-
-@torch.no_grad()
-def put_back(tensors, model, optimizer):
-    """The tensors of a checkpoint go back to where they were, on their device and in their shards,
-    apart from the file, which will be replaced."""
+    # Each tensor goes back to where it was, on its device and in its shards, apart from the file,
+    # which will be replaced.
     weights, parameters = model.state_dict(), parameters_of(optimizer)
-    for key, tensor in tensors.items():
+    for key, tensor in load_safetensors(path).items():
         kind, _, name = key.partition(".")
         if kind == "model":
             weights[name].copy_(like(tensor, weights[name]))
@@ -107,6 +105,7 @@ def put_back(tensors, model, optimizer):
         tensor = tensor.clone()
         # The number of steps is one number for a parameter, which is not sharded.
         optimizer.state[p][kind] = tensor.to(p.device) if kind == "step" else like(tensor, p)
+    return int(about["step"]), json.loads(about["log"])
 
 
 # -- stops
@@ -155,8 +154,50 @@ def new_directory(path):
     once(os.rename, unfinished, path)
 
 
+def clear(directory):
+    """Remove what is of no more use in a finished run: its last checkpoint, half a file that a kill
+    has left."""
+    for path in [*Path(directory).glob("*.tmp"), Path(directory, "checkpoint.safetensors")]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+# -- stages
+
+@contextlib.contextmanager
+def at_work(path):
+    """Inside, a run's directory is held against other commands. A stop ends this one with exit code
+    130, and says how to go on."""
+    try:
+        with alone(path):
+            yield
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print("\nstopped; what is finished is kept. Go on with: python train.py --resume "
+                  f"{path}", file=sys.stderr)
+        sys.exit(130)
+
+
+def finished(run, stage):
+    """Is a stage's last file there? Of a model's directory it is config.json."""
+    path = run.file(stage.files[-1])
+    return os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json"))
+
+
+def copy_stages(source, run, stages):
+    """Copy another run's stages, up to the first that it has not finished, or that reads an option
+    whose value differs: all later ones depend on it."""
+    for stage in stages:
+        same = [getattr(source.config, name) == getattr(run.config, name)
+                for name in stage.options.split()]
+        if not all(same) or not finished(source, stage):
+            break
+        print(f"{stage.title}: copied from {source.path}")
+        copy_stage(source, run, stage.files)
+
+
 def copy_stage(source, run, files):
-    """Copy what a stage has left in the directory of another run: files and rows of the log."""
+    """Copy what a stage has left: files and rows of the log."""
     stage = files[-1].partition(".")[0]
     rows = [row for row in log_rows(source.file("log.jsonl")) if row["stage"] == stage]
     put_rows(run.file("log.jsonl"), stage, rows)
@@ -165,12 +206,24 @@ def copy_stage(source, run, files):
         once(copy, source.file(file), run.file(file))
 
 
-def clear(directory):
-    """Remove what is of no more use in a finished run: its last checkpoint, half a file that a kill
-    has left."""
-    for path in [*Path(directory).glob("*.tmp"), Path(directory, "checkpoint.safetensors")]:
-        with contextlib.suppress(OSError):
-            path.unlink()
+# -- configurations
+
+def save_config(run, directory):
+    """config.json: the options, and what tells whether they still mean the same."""
+    records = [asdict(o) for o in run.objectives]
+    write_json(f"{directory}/config.json",
+               asdict(run.config) | {"objectives": records, "key": run.key})
+
+
+def load_config(path, names):
+    """What save_config saved. InputError where the options are others than `names`: another version
+    of train.py may mean something else by them."""
+    saved = read_run(path)
+    other = set(saved) ^ {*names, "objectives", "key"}
+    if other:
+        raise InputError(f"{path}/config.json: not the configuration of a run of this version "
+                         f"({', '.join(sorted(other))})")
+    return saved
 
 
 def fingerprint(values, paths):

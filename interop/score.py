@@ -9,6 +9,7 @@ What a file holds shows in its rows. A run is asked only about prompts it was no
 """
 import argparse
 import json
+import math
 import os
 import statistics
 import zlib
@@ -17,31 +18,92 @@ from itertools import chain
 
 import torch
 
-from data import RNG, InputError, read_json, read_jsonl, run_command
-from evaluate import Bench, cells, pair_metrics_rows, seed_runs, summary, table
+from data import RNG, InputError, batches_by_length, read_json, read_jsonl, run_command
+from evaluate import Bench, half_width, pair_metrics_rows, seed_runs, summary, table
 from interop.answers import final_answer, same_answer
-from interop.datasets import DATA_HELP, read_outputs, read_preferences, read_steps
+from interop.datasets import encode_pair, encode_steps
 from interop.parallel import join_processes
-from mah_dpo import encode_pair, pair_logps
+from interop.rows import DATA_HELP, read_outputs, read_preferences, read_steps, use_of
+from mah_dpo import pair_logps
 from model import pick_device
-from prm import encode_steps, load_prm, score_sequences
+from prm import load_prm, scores_at
+
+
+def wilson(mean, n):
+    """The mean of n numbers in [0, 1], such as the share of right answers -> its 95 % interval
+    after Wilson. It never leaves [0, 1], and n equal numbers do not make it a point."""
+    z = 1.96
+    # Its centre lies between the mean and 1/2, nearer to the mean if n is large.
+    centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(mean * (1 - mean) / n + (z / (2 * n))**2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def written(name, metric):
+    """A metric as text: the mean and its 95 % interval; a dash where a row has no such metric."""
+    if metric is None:
+        return "-"
+    mean, n = metric["mean"], metric["n"]
+    if name in ("loss", "margin"):
+        half = half_width(metric)
+        bounds = mean - half, mean + half
+    else:
+        bounds = metric.get("bounds") or wilson(mean, n)
+    low, high = bounds
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+# -- answers
+
+def pass_at(k, right):
+    """Of n samples of an answer, right (n,) or not: how likely is it that of k of them, drawn at
+    random, one is right? 0 where there are no samples."""
+    n_wrong = len(right) - sum(right)
+    return 1 - math.comb(n_wrong, k) / math.comb(len(right), k) if right else 0.0
 
 
 def score_answers(path):
     """Models' answers to questions, verified -> a row per model, {why rows were left out: n}."""
-    found, left = {}, {}
-    for question, said in read_outputs(path, left):
-        for name, text in said.items():
+    rows, left = [], {}
+    outputs = read_outputs(path, left)
+    # The models that any row has; a question without a response has a wrong one.
+    names = dict.fromkeys(chain.from_iterable(said for _, said in outputs))
+    if not names:
+        raise InputError(f"{path}: no row has a response; give one as \"response\", or several as "
+                         "\"responses\", beside the question and its answer")
+    for name in names:
+        verdicts, n_missing = [], 0
+        for question, said in outputs:
+            texts = said.get(name, [])
             # Not spelling counts, but value.
-            right = same_answer(final_answer(text), question.answer)
-            found.setdefault(name, []).append(float(right))
-    rows = []
-    for name, right in found.items():
-        rows.append({"policy": name, "metrics": {"accuracy": summary(right)}})
+            verdicts.append([same_answer(final_answer(text), question.answer) for text in texts])
+            n_missing += texts.count("") + (not texts)
+        metrics = {"accuracy": summary([sum(v) / max(1, len(v)) for v in verdicts])}
+        k = min([len(v) for v in verdicts if v], default=1)
+        if k > 1:
+            metrics[f"pass@{k}"] = summary([pass_at(k, v) for v in verdicts])
+        rows.append({"policy": name, "metrics": metrics})
+        if n_missing:
+            print(f"{name}: {n_missing} responses are missing or empty; they count as wrong.")
     return rows, left
 
 
 # -- first errors
+
+@torch.no_grad()
+def score_sequences(prm, output, sequences):
+    """[(ids, ends)] -> for each sequence the scores of the output of that name at its ends."""
+    p = prm.names.index(output)
+    found = [None] * len(sequences)
+    # Sequences of similar length go together, so that little is padded.
+    for index in batches_by_length([len(ids) for ids, _ in sequences]):
+        batch = [sequences[i] for i in index]
+        scores = scores_at(prm, batch)[:, p].cpu()                                 # (N,)
+        parts = scores.split([len(ends) for _, ends in batch])
+        for i, part in zip(index, parts):
+            found[i] = part.tolist()
+    return found
+
 
 def first_error_f1(hits, errs):
     """ProcessBench's F1 (arXiv 2412.06559) of n responses: the harmonic mean of two accuracies, on
@@ -83,7 +145,7 @@ def localise(responses):
 
 
 def bootstrap_f1(hits, errs, times=1000):
-    """A summary of the F1 of n responses. Its standard error is its spread over samples of as many
+    """A summary of the F1 of n responses. Its interval holds 95 % of the F1s of samples of as many
     responses, drawn with replacement: the bootstrap."""
     n, drawn = len(hits), []
     # The same draws every time: an interval is no matter of luck.
@@ -91,7 +153,8 @@ def bootstrap_f1(hits, errs, times=1000):
     for _ in range(times):
         index = torch.randint(n, (n,), generator=generator)
         drawn.append(first_error_f1(hits[index], errs[index]))
-    return {"mean": first_error_f1(hits, errs), "stderr": statistics.stdev(drawn), "n": n}
+    low, *_, high = statistics.quantiles(drawn, n=40)
+    return {"mean": first_error_f1(hits, errs), "bounds": (low, high), "n": n}
 
 
 def score_first_errors(scorer, path):
@@ -158,8 +221,8 @@ def score_preferences(scorer, path):
     # One score for every response: chosen and rejected by turns.
     scores = [score for score, in score_sequences(prm, output, whole)]
     right = [float(c > r) for c, r in zip(scores[::2], scores[1::2])]
-    metrics = {"reward_accuracy": summary(right)}
-    return rows + [{"policy": f"PRM {output}", "metrics": metrics}], left
+    rows.append({"policy": f"PRM {output}", "metrics": {"reward_accuracy": summary(right)}})
+    return rows, left
 
 
 # -- command
@@ -176,6 +239,9 @@ class Scorer:
         self.bench, self.prompts, self.labelled = None, set(), []
         # Only a run's configuration says how many seeds it has.
         if "seeds" in read_json(f"{directory}/config.json"):
+            if not os.path.isfile(f"{directory}/results.json"):
+                raise InputError(f"{directory}: not a finished run (no results.json); finish it "
+                                 f"with: python train.py --resume {directory}")
             self.bench = Bench(seed_runs(directory)[0], device)
             self.read_training(self.bench)
             objectives = self.bench.objectives
@@ -223,22 +289,23 @@ class Scorer:
 def score(directory, path, output, device):
     """Print how the outputs in a file fare."""
     # What the first row holds tells what all of them are.
-    fields = next(read_jsonl(path), ("", {}))[1].keys()
-    if {"label", "labels"} & fields:
-        rows, left = score_first_errors(Scorer(directory, path, output, True, device), path)
-    elif {"chosen", "completions"} & fields:
-        rows, left = score_preferences(Scorer(directory, path, output, False, device), path)
-    else:
+    use = use_of(path, ["pairs", "outputs", "steps"])
+    if use == "outputs":
         rows, left = score_answers(path)
+    elif use == "steps":
+        rows, left = score_first_errors(Scorer(directory, path, output, True, device), path)
+    else:
+        rows, left = score_preferences(Scorer(directory, path, output, False, device), path)
     # Columns are the metrics that any row has; a row without one has a dash there.
-    metrics = dict.fromkeys(chain.from_iterable(row["metrics"] for row in rows))
+    columns = dict.fromkeys(chain.from_iterable(row["metrics"] for row in rows))
     lines = []
     for row in rows:
         n = max(metric["n"] for metric in row["metrics"].values())
-        lines.append({"scored": row["policy"], "n": str(n)} | cells(row, metrics, ()))
+        line = {name: written(name, row["metrics"].get(name)) for name in columns}
+        lines.append({"scored": row["policy"], "n": str(n)} | line)
     print(table(path, lines))
     reasons = [f"{n} rows left out: {why}." for why, n in left.items() if n]
-    print("Mean ± half the 95 % interval.", *reasons)
+    print("Mean [95 % interval].", *reasons)
 
 
 def main(argv=None):

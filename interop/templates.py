@@ -1,92 +1,95 @@
-"""Chat templates: what a checkpoint's own template writes for messages, and which part is whose.
+"""Chat templates: what a checkpoint's own template writes for messages.
 
-    turns         messages -> list of (role, text), what stands around the contents included
+    written       messages -> the text that the template writes, as in transformers
     render        the process that runs the templates (render.py), and what it may answer
 
-The difficulty is to tell a content from what stands around it: a user who types <|im_end|> must not
-end a turn. So the template is rendered with a mark, one private-use character, in place of every
-content. What it does to a content (it may trim it, or cut a thought from it) shows when that one is
-rendered among the marks of the others.
+The difficulty is to tell the template's words from those of the messages: a user who types
+<|im_end|> must not end a turn. So special tokens that a message spells are replaced by private-use
+characters while the template is at work. And it is seen with a mark in place of every content: what
+is marked must show up, and the special tokens must be the same ones with marks as with words.
 """
 import atexit
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
 from pathlib import Path
 
-from data import InputError
+from data import InputError, tidy
 
 # How data.Tokenizer spells a chat, for other programs.
 WORLDS = (
     "{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>"
     "{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-# For checkpoints that bring no template. They have learnt to continue any text.
+# For checkpoints that bring no template. They have learnt to continue any text. CUT: no token reaches
+# from one side of an answer's edges to the other, so that a prompt is the start of what follows.
+CUT = "\U000FFFF2"
 PLAIN = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "Assistant:{{ m['content'] }}{{ eos_token }}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    f"Assistant:{CUT}{{{{ m['content'] }}}}{CUT}{{{{ eos_token }}}}"
     "{% else %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}")
 
+NAMED = re.compile(r'"name": "(?:[^"\\]|\\.)*"')       # a tool's name, in JSON
 LOCK = threading.Lock()
 TOO_SLOW = set()               # templates that were ended once are not tried again
 
 
-def turns(template, variables, messages, markup):
-    """-> what the template writes, in order: a list of (role, text), role None for its own words.
+def written(template, variables, messages, markup):
+    """-> (text, said): what the template writes for messages, the first of which may hold `tools`;
+    and {code: a special token}, what the private-use characters in it stand for.
 
     variables: what else it may use, {name: value}; markup: a pattern that finds special tokens.
     InputError, in the template's own words where it has some."""
-    taken = set(template).union(*[m["content"] for m in messages])
+    chat = {"messages": [tidy(message, template) for message in messages]}
+    if "tools" in chat["messages"][:1]:
+        chat["tools"] = chat["messages"][0].pop("tools")
+    words = json.dumps(chat, ensure_ascii=False)
+    taken = set(template + words)
     free = (chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in taken)
-    # A template may leave out an empty message altogether, so that one stays as it is.
-    marked = [m | {"content": mark if m["content"] else ""} for m, mark in zip(messages, free)]
-    # All are marks; all but one, for each; none is.
-    versions = [marked]
-    for i, message in enumerate(messages):
-        versions.append([*marked[:i], message, *marked[i + 1:]])
-    versions.append(messages)
-    variables = variables | {"tools": None, "documents": None}         # as in transformers
-    skeleton, *single, whole = render(template, [variables | {"messages": v} for v in versions])
-    # Where each message stands in the skeleton, and what it becomes there.
-    spans = []
-    for message, text in zip(messages, single):
-        if text == skeleton and message["content"].strip():
-            raise InputError(f"it leaves out the message {message['content'][:40]!r} of the role "
-                             f"{message['role']}")
-        start, end, content = difference(skeleton, text)
-        # A special token that the message did not bring is the template's: this is not a content.
-        new = Counter(markup.findall(content))
-        new.subtract(markup.findall(message["content"]))
-        if max(new.values(), default=0) > 0:
-            raise InputError(f"for the message {message['content'][:40]!r} it writes "
-                             f"{content[:80]!r}, where text and markup cannot be told apart")
-        spans.append((start, end, message["role"], content))
-    # Between them stand the template's own words.
-    found, at = [], 0
-    for start, end, role, content in sorted(spans):
-        found += [(None, skeleton[at:start]), (role, content)]
-        at = end
-    found.append((None, skeleton[at:]))
-    # Together they must be what it writes for the messages as they are.
-    texts = [text for _, text in found]
-    tokens = [token for text in texts for token in markup.findall(text)]
-    if "".join(texts) != whole or tokens != markup.findall(whole):
-        raise InputError("what it writes around the messages depends on their text")
-    return found
+    # Special tokens that are typed, longer ones first: one may be a part of another.
+    hidden, said = words, {}
+    for token in sorted(set(markup.findall(words)), key=len, reverse=True):
+        sign = next(free)
+        hidden, said[ord(sign)] = hidden.replace(token, sign), token
+    marked, marks = json.loads(hidden), {}
+    for owner in [*marked["messages"], marked]:
+        mark_words(owner, marks, free)
+    # In transformers, too, a template finds these variables.
+    variables = {"tools": None, "documents": None} | variables
+    versions = [variables | version for version in (chat, json.loads(hidden), marked)]
+    plain, text, skeleton = render(template, versions)
+    for mark, what in marks.items():
+        if mark not in skeleton:
+            raise InputError(f"it leaves out {what}")
+    # A template may read a special token, say to cut a thought: it shall see them.
+    if text.translate(said) != plain:
+        text = plain
+    if markup.findall(text) != markup.findall(skeleton):
+        raise InputError(f"for {words[:200]} it writes {plain[:200]!r}, where text and markup "
+                         "cannot be told apart")
+    return text, said
 
 
-def difference(skeleton, text):
-    """-> (start, end, new): `text` is `skeleton` with new in place of skeleton[start:end]."""
-    start = len(os.path.commonprefix([skeleton, text]))
-    left = min(len(skeleton), len(text)) - start
-    same = min(left, len(os.path.commonprefix([skeleton[::-1], text[::-1]])))
-    return start, len(skeleton) - same, text[start:len(text) - same]
+def mark_words(owner, marks, free):
+    """Put a character of `free` in place of the words of a message, or of all the tools: of its
+    content, and of the names of tools. marks[character] says what it stands for."""
+    for name in ("content", "tool_calls", "tools"):
+        value = owner.get(name)
+        # A template may leave out an empty message altogether.
+        if not value or not str(value).strip():
+            continue
+        mark = next(free)
+        marks[mark] = f"the {name} of {owner.get('role', 'the system')}: {str(value)[:80]!r}"
+        if name == "content":
+            owner[name] = mark
+        else:
+            owner[name] = json.loads(NAMED.sub(f'"name": "{mark}"', json.dumps(value)))
 
 
 # -- the process that renders

@@ -2,6 +2,7 @@
 
     load_tokenizer        a checkpoint's directory -> its tokenizer
     CheckpointTokenizer   what such a tokenizer does beyond the worlds' one
+    use_template_args     the option --template-args
     tokenizer_files       the worlds' tokenizer as tokenizer.json, for other programs
 
 Read are byte-level BPE tokenizers (GPT-2, Llama 3, Qwen, Mistral Nemo, DeepSeek, SmolLM2). Next to
@@ -9,20 +10,23 @@ read: vocabulary.py, what the files say; templates.py, how a checkpoint spells a
 """
 import json
 import os
+import re
 import unicodedata
 from pathlib import Path
 
 import regex                   # tiktoken requires it; it knows \p{L}, which re does not
 
 from data import InputError, PATTERN, Tokenizer, read_json
-from interop.templates import PLAIN, WORLDS, turns
+from interop.templates import CUT, PLAIN, WORLDS, written
 from interop.vocabulary import (UNREADABLE, byte_alphabet, isolate, one_of, read_added_tokens,
                                 read_config, read_splits, read_two_files, read_vocabulary)
 
 # All that a checkpoint may say about its tokenizer; Tokenizer.save writes them as they came.
 FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
          "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
-         "generation_config.json"]
+         "generation_config.json", "template_args.json"]
+# Private-use characters in place of an answer, and of what the user says next.
+ANSWER, NEXT = "\U000FFFF0", "\U000FFFF1"
 
 
 def load_tokenizer(directory, vocab_size=None):
@@ -76,37 +80,37 @@ class CheckpointTokenizer(Tokenizer):
         self.patterns = [regex.compile(pattern) for pattern in patterns]
         specials, added, self.nfc = read_added_tokens(path, spec)
         self.added = added[0] | added[1]
-        self.early, self.late, self.markup = one_of(added[0]), one_of(added[1]), one_of(specials)
+        self.early, self.late = one_of(added[0]), one_of(added[1])
+        self.markup = one_of([*specials, CUT])
         # The merging: all pieces by id, and their ranks.
         vocab, ranks = read_vocabulary(path, model, specials | self.added)
         texts = {text.encode(): i for text, i in self.added.items()}
         pieces = [b""] * (1 + max([*vocab.values(), *texts.values(), *specials.values()]))
         for piece, i in [*vocab.items(), *texts.items()]:
             pieces[i] = piece
-        # What stands between the matches of a pattern is a piece too; tiktoken would drop it.
-        whole = rf"(?:{patterns[-1]})|(?:(?!{patterns[-1]})[\s\S])+"
-        super().__init__(pieces, ranks, specials, whole, None, None)
-        # Bytes without a token become the unknown token, or else vanish: see merge.
-        unknown = model["vocab"].get(model.get("unk_token"), -1)
-        self.lost = bytes(b for b in range(256) if bytes([b]) not in vocab)
-        vocab |= {bytes([b]): unknown for b in self.lost}
+        super().__init__(pieces, ranks, specials, "", None, None)
+        # Bytes without a token become the unknown token, or else vanish.
+        unknown = model["vocab"].get(model.get("unk_token"))
+        missing = [bytes([b]) for b in range(256) if bytes([b]) not in vocab]
+        self.lost = b"".join(missing) if unknown is None else b""
+        vocab |= dict.fromkeys(missing, unknown)
         self.id_of_rank = [vocab[piece] for piece in ranks]
-        # A pattern that cannot run shows now, not in a long run.
-        self.encode("a 1\n")
         self.name_tokens(spec, config)
 
     def name_tokens(self, spec, config):
         """Find EOS, BOS and padding, and the variables of the chat template."""
         self.template = config["chat_template"] or PLAIN
+        self.variables = {name: text for name, text in config.items()
+                          if name.endswith("_token") and isinstance(text, str)}
+        self.args = config["template_args"]
         # BOS: a template says itself whether it comes first; for plain text the configuration says
         # so, or else the post_processor.
-        bos = config.get("bos_token")
+        bos, post = config.get("bos_token"), spec.get("post_processor") or {}
         if config["chat_template"]:
             bos = bos if "bos_token" in self.template else None
         elif "add_bos_token" in config:
             bos = bos if config["add_bos_token"] else None
         else:
-            post = spec.get("post_processor") or {}
             first = [part["single"][0] for part in post.get("processors", [post])
                      if part.get("type") == "TemplateProcessing"]
             bos = first[0].get("SpecialToken", {}).get("id") if first else None
@@ -114,19 +118,21 @@ class CheckpointTokenizer(Tokenizer):
         # configuration says of the end of a text. (What was exported from here says <|end|>.)
         ends = [config.get("eos_token"), "<|end|>", "</s>", "<|endoftext|>"]
         ends = [name for name in ends if name in self.specials]
-        self.variables = {name: text for name, text in config.items()
-                          if name.endswith("_token") and isinstance(text, str)}
-        self.variables |= {"bos_token": bos or "", "eos_token": ends[0] if ends else ""}
+        self.variables["eos_token"] = ends[0] if ends else ""
+        behind = ""
         try:
-            _, tail = self.after_answer(".")[0] if self.template != WORLDS else (None, "")
-            ends = [name for name in self.markup.findall(tail) if name != bos][:1] + ends
+            if self.template != WORLDS:
+                behind = self.after_answer(NEXT)[0].partition(NEXT)[0]
         except InputError:
             pass             # a template that does not work is reported once a chat is encoded
+        ends = [name for name in self.markup.findall(behind) if name not in (bos, CUT)][:1] + ends
         if not ends:
             raise InputError(f"{self.path}: no end-of-text token; name it as eos_token in "
                              "tokenizer_config.json")
-        self.end = ends[0]
-        self.eos_id, self.bos_id = self.specials[self.end], self.specials.get(bos)
+        self.eos_id, self.bos_id = self.specials[ends[0]], self.specials.get(bos)
+        # What a template writes between the words of an answer and the end of its turn.
+        before, end, _ = behind.partition(ends[0])
+        self.closing = before + end if end else ""
         # Padding is never read, but it must differ from EOS, which is.
         pads = [config.get("pad_token"), "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>"]
         pads = [self.specials.get(name) for name in [*pads, *self.specials]]
@@ -151,81 +157,83 @@ class CheckpointTokenizer(Tokenizer):
         return ids
 
     def merge(self, text):
-        """Text without added tokens -> ids.
-
-        InputError where a pattern fails: tiktoken panics with a BaseException when it backtracks
-        too much, say in half a million blanks."""
+        """Text without added tokens -> ids. InputError where a pattern of the checkpoint fails."""
         if self.prefix_space and text and text[0] != " ":
             text = " " + text
-        ranks = []
+        # Half characters (lone surrogates) are replaced as in tiktoken, which merges each piece.
+        text, ids = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), []
         try:
-            # tiktoken itself splits at the last pattern.
-            for part in isolate(self.patterns[:-1], text):
-                ranks += self.encoding.encode_ordinary(part)
-        except BaseException as e:
-            if type(e).__name__ != "PanicException":
-                raise
-            raise InputError(f"{self.path}: the split pattern fails on {text[:40]!r}... of "
-                             f"{len(text)} characters; shorten its runs of white space") from None
-        ids = [self.id_of_rank[rank] for rank in ranks]
-        if -1 not in ids:
-            return ids
-        # In the reference, bytes without a token vanish after the split and before the merging, so
-        # that their neighbours merge. Half characters (lone surrogates) are replaced as in tiktoken.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ranks = []
-        for piece in isolate(self.patterns, text):
-            known = piece.encode().translate(None, self.lost)
-            ranks += self.encoding._encode_single_piece(known) if known else []
-        return [self.id_of_rank[rank] for rank in ranks]
+            for piece in isolate(self.patterns, text):
+                # Bytes vanish after the split and before the merging, so that neighbours merge.
+                known = piece.encode().translate(None, self.lost)
+                ranks = self.encoding._encode_single_piece(known) if known else []
+                ids += [self.id_of_rank[rank] for rank in ranks]
+        except TimeoutError:
+            raise InputError(f"{self.path}: a split pattern takes too long on {text[:40]!r}... of "
+                             f"{len(text)} characters") from None
+        return ids
 
     # -- chats
 
-    def turns(self, messages, add_generation_prompt=True):
-        """Messages -> [(role or None, text), ...], as the chat template writes them."""
-        variables = self.variables | {"add_generation_prompt": add_generation_prompt}
+    def write(self, messages, add_generation_prompt=True):
+        """Messages -> (text, said): what the chat template writes, see templates.written."""
+        variables = self.variables | self.args
+        variables["add_generation_prompt"] = add_generation_prompt
         try:
-            return turns(self.template, variables, messages, self.markup)
+            return written(self.template, variables, messages, self.markup)
         except InputError as e:
             raise InputError(f"{self.path}: chat_template: {e}") from None
 
-    def spell(self, turns):
-        """turns -> ids. Special tokens in the markup become ids, contents never do. The text between
-        two of them is encoded as one, as in the reference, but for an answer: it is encoded alone,
-        so that no token reaches across the border of prompt and response."""
-        ids, text = [], ""
-        for role, part in turns:
-            if role == "assistant":
-                ids += self.encode(text) + self.encode(part)
-                text = ""
-                continue
-            # At odd places stand special tokens; a message's own words are not searched for them.
-            for i, piece in enumerate([part] if role else self.markup.split(part)):
-                if i % 2:
-                    ids += [*self.encode(text), self.specials[piece]]
-                    text = ""
-                else:
-                    text += piece
-        return ids + self.encode(text)
+    def spell(self, text, said):
+        """What a template has written -> ids: its special tokens, and what stands between two of
+        them encoded as one text, as in transformers."""
+        ids = []
+        # At odd places of what split() gives stands markup; none is a message's own.
+        for i, piece in enumerate(self.markup.split(text)):
+            if i % 2 == 0:
+                ids += self.encode(piece.translate(said))
+            elif piece != CUT:
+                ids.append(self.specials[piece])
+        return ids
 
     def encode_chat(self, messages, add_generation_prompt=True):
         """Messages -> ids, as the checkpoint's chat template spells them, ready for an answer.
         InputError in the template's own words where it cannot."""
-        return self.spell(self.turns(messages, add_generation_prompt))
+        ids = self.spell(*self.write(messages, add_generation_prompt))
+        # Plain text has no BOS, templates write it.
+        return ids if self.bos_id in (None, *ids[:1]) else [self.bos_id, *ids]
 
     def after_answer(self, content):
-        """-> the turns behind an answer, where the user goes on with `content`"""
-        talk = [("user", "."), ("assistant", "."), ("user", content)]
-        found = self.turns([{"role": role, "content": text} for role, text in talk])
-        roles = [role for role, _ in found]
-        return found[roles.index("assistant") + 1:]
+        """-> (text, said): what the template writes behind an answer where the user goes on."""
+        talk = [("user", "."), ("assistant", ANSWER), ("user", content)]
+        text, said = self.write([{"role": role, "content": words} for role, words in talk])
+        return text.partition(ANSWER)[2], said
 
     def encode_turn(self, content):
         """A user's next message in a running conversation whose cache ends with the end-of-turn
         token: what the template writes behind that token, the head of the next answer included."""
-        (_, tail), *rest = self.after_answer(content)
-        before, end, behind = tail.partition(self.end)
-        return self.spell([(None, behind if end else before), *rest])
+        text, said = self.after_answer(content)
+        return self.spell(text.removeprefix(self.closing), said)
+
+
+def use_template_args(tokenizer, text):
+    """The option --template-args, NAME=VALUE,...: more variables for a checkpoint's chat template.
+    The tokenizer's files keep them. A VALUE is JSON, or else text.
+
+    InputError for a name that the template does not read: it would change nothing, unseen."""
+    known = re.findall(r"\w+", getattr(tokenizer, "template", ""))
+    for part in re.split(r"[,\s]+(?=\w+=)", text) if text else []:
+        name, sign, value = part.partition("=")
+        if not sign or name not in known:
+            raise InputError(f"--template-args {part}: give NAME=VALUE,... with names that the "
+                             "checkpoint's chat template reads")
+        # Also as Python spells them: the text "False" would count as true.
+        value = {"True": "true", "False": "false", "None": "null"}.get(value, value)
+        try:
+            tokenizer.args[name] = json.loads(value)
+        except ValueError:
+            tokenizer.args[name] = value
+        tokenizer.files["template_args.json"] = json.dumps(tokenizer.args)
 
 
 # -- the worlds' tokenizer, for other programs

@@ -19,6 +19,7 @@ import regex                   # tiktoken requires it; it knows \p{L}, which re 
 
 from data import InputError, read_json
 
+SECONDS = 3              # for a pattern to split a text
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError,
               regex.error)
 # Contractions; then words, numbers and signs with the space before them; then white space, of which
@@ -38,14 +39,15 @@ def one_of(texts):
 
 
 def isolate(patterns, text):
-    """Split a text at the first pattern, its pieces at the second, and so on -> list of texts."""
+    """Split a text at the first pattern, its pieces at the second, and so on -> list of texts.
+    TimeoutError for a pattern that tries too many ways."""
     pieces = [text]
     for pattern in patterns:
         found = []
         for piece in pieces:
             # A match is a piece, and so is what stands between two matches.
             end = 0
-            for match in pattern.finditer(piece):
+            for match in pattern.finditer(piece, timeout=SECONDS):
                 found += [piece[end:match.start()], match[0]]
                 end = match.end()
             found.append(piece[end:])
@@ -163,7 +165,9 @@ def read_config(directory, files):
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
-    config["chat_template"] = template
+    config |= {"chat_template": template, "template_args": {}}
+    if "template_args.json" in files:
+        config["template_args"] = dict(read_json(os.path.join(directory, "template_args.json")))
     # A token is named by its text, or by a record that holds the text.
     for key, value in config.items():
         if key.endswith("_token") and isinstance(value, dict):

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -37,42 +38,31 @@ from tests.make_assignment import FILES, HOME, between, folder, read, read_exerc
 
 LARGEST = 2**26          # bytes of one answer
 ERRORS = {"ValueError": ValueError, "InputError": InputError}     # what a function may raise
+SEQUENCES = {"list": list, "tuple": tuple, "set": set}
 
 
 # -- values as JSON
 
 def encode(value):
-    """Numbers, text, tensors, containers, and objects as their class and attributes -> JSON."""
+    """Value -> JSON: numbers and text are themselves, all else is [kind, content]; an object (a
+    dataclass, a model, a named tuple) is its class and attributes."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    kind = type(value).__name__
     if isinstance(value, torch.Tensor):
-        return encode_tensor(value)
+        flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        data = base64.b64encode(flat.numpy().tobytes()).decode()
+        return ["tensor", [encode(value.dtype), list(value.shape), value.requires_grad, data]]
     if isinstance(value, (torch.dtype, torch.device)):
-        return {type(value).__name__: str(value).removeprefix("torch.")}
+        return [kind, str(value).removeprefix("torch.")]
     if isinstance(value, slice):
-        return {"slice": [value.start, value.stop, value.step]}
+        return [kind, [value.start, value.stop, value.step]]
     if isinstance(value, dict):
-        return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
-    if type(value) in (list, tuple, set):
-        return {type(value).__name__: [encode(v) for v in value]}
-    # Anything else is an object: a dataclass, a model, a named tuple.
+        return ["dict", [[encode(k), encode(v)] for k, v in value.items()]]
+    if kind in SEQUENCES:
+        return [kind, [encode(v) for v in value]]
     fields = value._asdict() if isinstance(value, tuple) else vars(value)
-    return {
-        "object": [type(value).__module__, type(value).__qualname__],
-        "fields": [[k, encode(v)] for k, v in fields.items()],
-    }
-
-
-def encode_tensor(tensor):
-    """A tensor's bytes with its type and shape -> JSON."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    data = flat.view(torch.uint8).numpy().tobytes()
-    return {
-        "tensor": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "grad": tensor.requires_grad,
-        "data": base64.b64encode(data).decode(),
-    }
+    return ["object", [type(value).__module__, type(value).__qualname__, encode(fields)]]
 
 
 def decode(code, old=None, build=False):
@@ -81,11 +71,11 @@ def decode(code, old=None, build=False):
     Lists, dicts and objects that `old` is already are changed in place, so that what a function
     does to its arguments is seen here. Other objects are made only with `build`, on the student's
     side: nothing from there picks a class."""
-    if not isinstance(code, dict):
+    if not isinstance(code, list):
         return code
-    kind, content = next(iter(code.items()))
+    kind, content = code
     if kind == "tensor":
-        return decode_tensor(code)
+        return decode_tensor(*content)
     if kind == "dtype":
         return getattr(torch, content)
     if kind == "device":
@@ -93,55 +83,40 @@ def decode(code, old=None, build=False):
     if kind == "slice":
         return slice(*content)
     if kind == "object":
-        return decode_object(content, code["fields"], old, build)
+        return decode_object(*content, old, build)
     if kind == "dict":
-        return decode_dict(content, old, build)
-    return decode_sequence(kind, content, old, build)
-
-
-def decode_tensor(code):
-    data = bytearray(base64.b64decode(code["data"]))
-    dtype = getattr(torch, code["tensor"])
-    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.view(code["shape"]).requires_grad_(code["grad"])
-
-
-def decode_dict(pairs, old, build):
-    known = old if isinstance(old, dict) else {}
-    new = {}
-    for key, value in pairs:
-        key = decode(key)
-        new[key] = decode(value, known.get(key), build)
-    if not isinstance(old, dict):
-        return new
-    old.clear()
-    old.update(new)
-    return old
-
-
-def decode_sequence(kind, codes, old, build):
+        known, new = old if isinstance(old, dict) else {}, {}
+        for key, value in content:
+            key = decode(key)
+            new[key] = decode(value, known.get(key), build)
+        known.clear()
+        known.update(new)
+        return known
     known = list(old) if isinstance(old, (list, tuple)) else []
-    known += [None] * len(codes)         # what is new has no predecessor
-    new = [decode(code, before, build) for code, before in zip(codes, known)]
+    known += [None] * len(content)       # what is new has no predecessor
+    new = [decode(item, before, build) for item, before in zip(content, known)]
     if kind == "list" and isinstance(old, list):
         old[:] = new
         return old
-    return {"list": list, "tuple": tuple, "set": set}[kind](new)
+    return SEQUENCES[kind](new)
 
 
-def decode_object(name, fields, old, build):
+def decode_tensor(dtype, shape, grad, data):
+    data, dtype = bytearray(base64.b64decode(data)), decode(dtype)
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.view(shape).requires_grad_(grad)
+
+
+def decode_object(module, name, fields, old, build):
     """An object by the module and the name of its class, and its attributes."""
-    if old is not None and [type(old).__module__, type(old).__qualname__] == name:
+    if old is not None and (type(old).__module__, type(old).__qualname__) == (module, name):
         if not isinstance(old, tuple):
-            attributes = vars(old)
-            for key, value in fields:
-                attributes[key] = decode(value, attributes.get(key), build)
+            decode(fields, vars(old), build)
         return old
     if not build:
-        raise ValueError(f"the answer holds an object of class {name}")
-    module, place = name
-    kind = operator.attrgetter(place)(importlib.import_module(module))
-    values = {key: decode(value, None, True) for key, value in fields}
+        raise ValueError(f"the answer holds an object of class {module}.{name}")
+    kind = operator.attrgetter(name)(importlib.import_module(module))
+    values = decode(fields, None, True)
     if issubclass(kind, tuple):
         return kind(**values)
     new = kind.__new__(kind)
@@ -198,22 +173,17 @@ class Pupil:
             return
         self.directory = tempfile.mkdtemp()
         write(self.directory, self.texts)
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.grade", "--serve"],
-            cwd=self.directory,
-            start_new_session=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-        )
+            [sys.executable, "-m", "tests.grade", "--serve"], cwd=self.directory,
+            start_new_session=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL,
+            encoding="utf-8")
 
     def ask(self, line):
         """One line to the process, one back; "" if none comes in time."""
         # From here on the clock runs.
         self.ready = self.ready or self.process.stdout.readline()
-        answers = queue.Queue()
-        begun = time.monotonic()
+        answers, begun = queue.Queue(), time.monotonic()
         threading.Thread(target=self.talk, args=(line, answers), daemon=True).start()
         try:
             found = answers.get(timeout=max(0.0, self.left))
@@ -271,73 +241,34 @@ def submitted(directory, exercise):
     """The exercise's file as it is here, but for the submission's lines between the fences.
 
     ValueError if there are none."""
-    path = os.path.join(directory, exercise.file)
+    file, path = exercise.file, os.path.join(directory, exercise.file)
     if not os.path.isfile(path):
-        raise ValueError(f"{exercise.file} is missing")
+        raise ValueError(f"{file} is missing")
     if os.path.getsize(path) > 2**20:
-        raise ValueError(f"{exercise.file} is larger than a megabyte")
+        raise ValueError(f"{file} is larger than a megabyte")
     with open(path, encoding="utf-8", errors="surrogateescape") as f:
         lines = f.read().split("\n")
     first, stop = between(lines, exercise.number)
-    own = read(HOME, exercise.file).split("\n")
+    own = read(HOME, file).split("\n")
     start, end = between(own, exercise.number)
     text = "\n".join(own[:start] + lines[first:stop] + own[end:])
     try:
         text.encode()
     except UnicodeEncodeError:
-        message = f"what stands there is not UTF-8; save {exercise.file} as UTF-8"
-        raise ValueError(message) from None
+        raise ValueError(f"what stands there is not UTF-8; save {file} as UTF-8") from None
     return text
-
-
-class Report:
-    """A pytest plugin: per exercise the number of tests, of passed tests, and the first failure's
-    message."""
-
-    def __init__(self, pupils):
-        self.pupils = pupils
-        self.tests = {}
-        self.passed = {}
-        self.messages = {}
-
-    @staticmethod
-    def number(name):
-        return int(re.search(r"::test_ex(\d+)_", name)[1])
-
-    def pytest_collection_modifyitems(self, items):
-        for item in items:
-            n = self.number(item.nodeid)
-            self.tests[n] = self.tests.get(n, 0) + 1
-
-    def pytest_runtest_logreport(self, report):
-        n = self.number(report.nodeid)
-        if report.when == "call" and report.passed:
-            self.passed[n] = self.passed.get(n, 0) + 1
-        elif not report.passed:
-            name = report.nodeid.split("::")[1]
-            crash = getattr(report.longrepr, "reprcrash", None)
-            message = crash.message if crash else report.longreprtext
-            self.messages.setdefault(n, f"{name}: {message}"[:1500])
-
-    def pytest_runtest_logfinish(self, nodeid):
-        # Tests come in the order of the exercises: earlier ones are over.
-        for n, pupil in self.pupils.items():
-            if n < self.number(nodeid):
-                pupil.stop()
 
 
 def own_files():
     """{file: text} of what a student's process needs beside the submission."""
-    tools = ("grade.py", "make_assignment.py", "test_exercises.py")
-    files = [*FILES, *folder("interop"), *(f"tests/{name}" for name in tools)]
-    return {file: read(HOME, file) for file in files}
+    tools = [f"tests/{name}.py" for name in ("grade", "make_assignment", "test_exercises")]
+    return {file: read(HOME, file) for file in [*FILES, *folder("interop"), *tools]}
 
 
 def hire(exercises, directory, limit):
     """-> ({number: Pupil}, {number: why there is none}); in the project's modules here, the
     exercises' functions are replaced by calls of the submission's."""
-    own = own_files()
-    pupils, said = {}, {}
+    own, pupils, said = own_files(), {}, {}
     for exercise in exercises:
         try:
             text = submitted(directory, exercise)
@@ -345,12 +276,11 @@ def hire(exercises, directory, limit):
             said[exercise.number] = str(problem)
             continue
         pupil = Pupil(exercise, own | {exercise.file: text}, limit)
+        if pupils:
+            list(pupils.values())[-1].following = pupil
         pupils[exercise.number] = pupil
         for name in exercise.functions:
             replace_function(exercise, name, pupil)
-    numbers = list(pupils)
-    for n, following in zip(numbers, numbers[1:]):
-        pupils[n].following = pupils[following]
     return pupils, said
 
 
@@ -366,54 +296,71 @@ def replace_function(exercise, name, pupil):
     setattr(place, last, proxy)
 
 
+class Report:
+    """A pytest plugin: per exercise the number of tests, of passed tests, and the first failure's
+    message."""
+
+    def __init__(self, pupils):
+        self.pupils = pupils
+        self.tests, self.passed, self.messages = Counter(), Counter(), {}
+
+    @staticmethod
+    def number(name):
+        return int(re.search(r"::test_ex(\d+)_", name)[1])
+
+    def pytest_collection_modifyitems(self, items):
+        self.tests.update(self.number(item.nodeid) for item in items)
+
+    def pytest_runtest_logreport(self, report):
+        n = self.number(report.nodeid)
+        if report.passed:
+            self.passed[n] += report.when == "call"
+            return
+        name = report.nodeid.split("::")[1]
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = crash.message if crash else report.longreprtext
+        self.messages.setdefault(n, f"{name}: {message}"[:1500])
+
+    def pytest_runtest_logfinish(self, nodeid):
+        # Tests come in the order of the exercises: earlier ones are over.
+        for n, pupil in self.pupils.items():
+            if n < self.number(nodeid):
+                pupil.stop()
+
+
 def grade(exercises, directory, limit, seed):
-    """-> ({number: points}, {number: what to say})"""
+    """-> rows of results as Gradescope reads them, one per exercise"""
     pupils, said = hire(exercises, directory, limit)
     report = Report(pupils)
     if pupils:
         os.environ["EXERCISE_SEED"] = str(seed)
-        tests = os.path.join(HOME, "tests", "test_exercises.py")
         graded = " or ".join(f"ex{n}" for n in pupils)
-        options = ["-p", "no:terminal", "-p", "no:cacheprovider"]
-        pytest.main([tests, "-k", graded, *options], plugins=[report])
+        options = ["-k", graded, "-p", "no:terminal", "-p", "no:cacheprovider"]
+        tests = os.path.join(HOME, "tests", "test_exercises.py")
+        pytest.main([tests, *options], plugins=[report])
     for pupil in pupils.values():
         pupil.stop()
-    points = {}
+    rows = []
     for exercise in exercises:
         n = exercise.number
-        tests = report.tests.get(n, 0)
-        right = tests > 0 and report.passed.get(n, 0) == tests
-        points[n] = exercise.points if right else 0
-        said.setdefault(n, report.messages.get(n, "" if right else "its tests did not run"))
-    return points, said
+        right = 0 < report.tests[n] == report.passed[n]
+        why = report.messages.get(n, "" if right else "its tests did not run")
+        rows.append(row_of(exercise, right, said.get(n, why)))
+    return rows
 
 
-def write_results(path, exercises, points, said, seed):
-    """The results as Gradescope reads them."""
-    tests = []
-    for exercise in exercises:
-        n = exercise.number
-        tests.append({
-            "name": exercise.title,
-            "number": str(n),
-            "score": points[n],
-            "max_score": exercise.points,
-            "output": said[n],
-            "status": "passed" if points[n] else "failed",
-        })
-    score = sum(points.values())
-    write_json(path, {"score": score, "extra_data": {"seed": seed}, "tests": tests})
+def row_of(exercise, right, said):
+    """An exercise's result as Gradescope reads it."""
+    return {"name": exercise.title, "number": str(exercise.number),
+            "score": exercise.points if right else 0, "max_score": exercise.points,
+            "output": said, "status": "passed" if right else "failed"}
 
 
-def show(exercises, points, said, seed):
-    """Print the points of each exercise, what its tests say, and the sum."""
-    for exercise in exercises:
-        n = exercise.number
-        print(f"{points[n]:2d} / {exercise.points}   exercise {n:2d}: {exercise.title}")
-        for line in said[n].splitlines():
-            print(f"         {line}")
-    most = sum(exercise.points for exercise in exercises)
-    print(f"{sum(points.values()):2d} / {most}   (seed {seed})")
+def write_results(path, rows, seed):
+    """The results as Gradescope reads them -> the sum of points"""
+    score = sum(row["score"] for row in rows)
+    write_json(path, {"score": score, "extra_data": {"seed": seed}, "tests": rows})
+    return score
 
 
 def main(argv=None):
@@ -438,12 +385,16 @@ def main(argv=None):
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     exercises = read_exercises()
     # A submission that kills the grader is left with these results.
-    nothing = {exercise.number: 0 for exercise in exercises}
-    ended = dict.fromkeys(nothing, "the grader was ended while it ran this submission")
-    write_results(args.out, exercises, nothing, ended, seed)
-    points, said = grade(exercises, args.directory, args.limit, seed)
-    show(exercises, points, said, seed)
-    write_results(args.out, exercises, points, said, seed)
+    ended = "the grader was ended while it ran this submission"
+    write_results(args.out, [row_of(e, False, ended) for e in exercises], seed)
+    rows = grade(exercises, args.directory, args.limit, seed)
+    for row in rows:
+        n = int(row["number"])
+        print(f"{row['score']:2d} / {row['max_score']}   exercise {n:2d}: {row['name']}")
+        for line in row["output"].splitlines():
+            print(f"         {line}")
+    score, most = write_results(args.out, rows, seed), sum(row["max_score"] for row in rows)
+    print(f"{score:2d} / {most}   (seed {seed})")
 
 
 if __name__ == "__main__":

@@ -20,18 +20,10 @@ from dataclasses import dataclass
 from data import InputError, run_command
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FILES = (
-    "data.py",
-    "model.py",
-    "prm.py",
-    "mah_dpo.py",
-    "decode.py",
-    "evaluate.py",
-    "train.py",
-)
-BESIDE = ("README.md", "pareto.svg", "requirements.txt", "LICENSE", ".gitignore")
-FOLDERS = ("interop", "experiments", "docs", "tests")
-TOOLS = ("make_assignment.py", "grade.py", "mutants.py", "test_course.py")
+FILES = [f"{name}.py" for name in "data model prm mah_dpo decode evaluate train".split()]
+BESIDE = ["README.md", "pareto.svg", "requirements.txt", "LICENSE", ".gitignore"]
+FOLDERS = ["interop", "experiments", "docs", "tests"]
+TOOLS = [f"tests/{name}.py" for name in ("make_assignment", "grade", "mutants", "test_course")]
 
 # A comment line before or after an exercise: (end of)? number, and before it: title, points.
 FENCE = re.compile(
@@ -51,13 +43,9 @@ class Exercise:
 # -- where an exercise stands
 
 def fences(lines):
-    """-> [(index of the line, its match with FENCE)] of all comment lines of exercises."""
-    found = []
-    for i, line in enumerate(lines):
-        match = FENCE.fullmatch(line)
-        if match:
-            found.append((i, match))
-    return found
+    """-> {index of the line: its match with FENCE} of all comment lines of exercises."""
+    matches = {i: FENCE.fullmatch(line) for i, line in enumerate(lines)}
+    return {i: match for i, match in matches.items() if match}
 
 
 def between(lines, number):
@@ -65,67 +53,53 @@ def between(lines, number):
 
     ValueError says what is wrong with them."""
     marks = fences(lines)
-    mine = [(i, match) for i, match in marks if int(match[2]) == number]
-    kinds = ["the end" if match[1] else "the start" for _, match in mine]
+    own = {i: match for i, match in marks.items() if int(match[2]) == number}
+    kinds = ["the end" if match[1] else "the start" for match in own.values()]
     if kinds != ["the start", "the end"]:
         raise ValueError(
             f"the comment lines before and after exercise {number} must stand there once each, "
             f"in this order; found {', '.join(kinds) or 'none'}"
         )
-    first = mine[0][0] + 1
-    stop = mine[1][0]
-    for i, _ in marks:
-        if first <= i < stop:
-            raise ValueError(f"another exercise's comment line stands inside exercise {number}")
-    return first, stop
+    start, stop = own
+    if any(start < i < stop for i in marks):
+        raise ValueError(f"another exercise's comment line stands inside exercise {number}")
+    return start + 1, stop
 
 
-def functions_of(text, first, stop):
-    """-> [(name, node of the syntax tree)] of the functions and methods that start in
-    lines[first:stop] of a file's text."""
+def functions_of(text, number):
+    """-> {name: node of the syntax tree} of an exercise's functions and methods in a file."""
+    first, stop = between(text.split("\n"), number)
     tree = ast.parse(text)
-    places = [("", tree)]
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            places.append((f"{node.name}.", node))
-    found = []
-    for prefix, place in places:
+    places = {"": tree} | {f"{c.name}.": c for c in tree.body if isinstance(c, ast.ClassDef)}
+    found = {}
+    for prefix, place in places.items():
         for node in place.body:
             if isinstance(node, ast.FunctionDef) and first < node.lineno <= stop:
-                found.append((prefix + node.name, node))
+                found[prefix + node.name] = node
     return found
 
 
-def read_exercises(home=HOME):
+def read_exercises():
     """The exercises of the seven files in the order of their numbers.
 
     ValueError for a fence without its partner, a function without a docstring, a number that
     stands twice."""
     found = []
     for file in FILES:
-        found += exercises_of(file, read(home, file))
+        text = read(HOME, file)
+        for match in fences(text.split("\n")).values():
+            functions = functions_of(text, int(match[2]))
+            bare = [f for f, n in functions.items() if not ast.get_docstring(n) or len(n.body) < 2]
+            if bare or not functions:
+                raise ValueError(f"{file}: exercise {match[2]} needs functions, each with a "
+                                 f"docstring and a body: {bare}")
+            if match[3]:
+                about = int(match[2]), match[3], int(match[4])
+                found.append(Exercise(*about, file, list(functions)))
     found.sort(key=lambda exercise: exercise.number)
     numbers = [exercise.number for exercise in found]
     if numbers != list(range(1, len(found) + 1)):
         raise ValueError(f"exercises must be numbered from 1, not {numbers}")
-    return found
-
-
-def exercises_of(file, text):
-    """The exercises of one file, in the order in which they stand there."""
-    found = []
-    lines = text.split("\n")
-    for _, match in fences(lines):
-        number = int(match[2])
-        functions = functions_of(text, *between(lines, number))
-        if not functions:
-            raise ValueError(f"{file}: exercise {number} needs a function")
-        for name, node in functions:
-            if not ast.get_docstring(node) or len(node.body) < 2:
-                raise ValueError(f"{file}: {name} needs a docstring and a body")
-        if match[3]:
-            names = [name for name, _ in functions]
-            found.append(Exercise(number, match[3], int(match[4]), file, names))
     return found
 
 
@@ -153,45 +127,26 @@ def folder(name):
 
 def copied_files():
     """What students get: the seven files and those beside them, without the instructor's tools."""
-    files = [*FILES, *BESIDE]
-    for name in FOLDERS:
-        files += folder(name)
-    tools = [f"tests/{name}" for name in TOOLS]
-    return [f for f in files if f not in tools and os.path.exists(os.path.join(HOME, f))]
+    files = sum(map(folder, FOLDERS), FILES + BESIDE)
+    return [f for f in files if f not in TOOLS and os.path.exists(os.path.join(HOME, f))]
 
 
 # -- the copy
 
 def left_out(text, exercises):
     """A file's text -> the text that students get: the exercises' bodies replaced."""
-    lines = text.split("\n")
     bodies = []
     for exercise in exercises:
-        first, stop = between(lines, exercise.number)
-        for name, node in functions_of(text, first, stop):
-            bodies.append((node, name, exercise))
+        for name, node in functions_of(text, exercise.number).items():
+            task = (f"exercise {exercise.number}: write {name}, between its two comment lines in "
+                    f"{exercise.file}")
+            bodies.append((node.body[0], node.end_lineno, task))
+    lines = text.split("\n")
     # From below, so that the line numbers of what is left stay true.
-    bodies.sort(key=lambda body: -body[0].lineno)
-    for node, name, exercise in bodies:
-        docstring = node.body[0]
-        message = (
-            f"exercise {exercise.number}: write {name}, "
-            f"between its two comment lines in {exercise.file}"
-        )
-        indent = " " * docstring.col_offset
-        raised = f'{indent}raise NotImplementedError("{message}")'
-        lines[docstring.end_lineno:node.end_lineno] = [raised]
+    for docstring, end, task in sorted(bodies, key=lambda body: -body[1]):
+        raised = " " * docstring.col_offset + f'raise NotImplementedError("{task}")'
+        lines[docstring.end_lineno:end] = [raised]
     return "\n".join(lines)
-
-
-def unsolved():
-    """{file: text} of the seven files with all exercises left out."""
-    exercises = read_exercises()
-    texts = {}
-    for file in FILES:
-        own = [exercise for exercise in exercises if exercise.file == file]
-        texts[file] = left_out(read(HOME, file), own)
-    return texts
 
 
 def make_assignment(out, change=None):
@@ -200,12 +155,15 @@ def make_assignment(out, change=None):
     change: {file: text} instead of the files with their exercises left out."""
     if os.path.exists(out):
         raise InputError(f"{out} exists; name a new directory")
-    texts = {file: read(HOME, file) for file in copied_files()}
-    texts |= unsolved() if change is None else change
+    if change is None:
+        exercises, change = read_exercises(), {}
+        for file in FILES:
+            own = [exercise for exercise in exercises if exercise.file == file]
+            change[file] = left_out(read(HOME, file), own)
     # Written beside its place and then renamed: there is never half a copy under its name.
     new = out.rstrip("/\\") + ".tmp"
     shutil.rmtree(new, ignore_errors=True)
-    write(new, texts)
+    write(new, {file: read(HOME, file) for file in copied_files()} | change)
     os.replace(new, out)
 
 
@@ -218,10 +176,8 @@ def main(argv=None):
     make_assignment(args.out)
     exercises = read_exercises()
     points = sum(exercise.points for exercise in exercises)
-    print(
-        f"{args.out}: {len(exercises)} exercises, {points} points; "
-        "start there with pytest -k ex1"
-    )
+    print(f"{args.out}: {len(exercises)} exercises, {points} points; start there with "
+          "pytest -k ex1")
 
 
 if __name__ == "__main__":

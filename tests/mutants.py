@@ -7,8 +7,8 @@
     python -m tests.mutants --plant N OUT        a copy of the project with bug N in it, for a
                                                  student to find
 
-Each bug is an edit (file, old text, new text), the test that kills it, and what one sees of it:
-the hint for students.
+A bug is an edit of one file. In the table below stand the test that kills it, what one sees of it
+(the hint for students), and the edit: old text ==> new text.
 """
 import argparse
 import os
@@ -20,7 +20,335 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from data import InputError, run_command
-from tests.make_assignment import HOME, make_assignment, read, write
+from tests.make_assignment import HOME, folder, make_assignment, read, write
+
+TABLE = r"""
+[data.py]
+test_split_is_a_function_of_the_text: There is nothing left to test on.
+    zlib.crc32(prompt.encode()) % len(SPLITS)] ==> zlib.crc32(prompt.encode()) % (len(SPLITS) - 1)]
+test_judge_noise_is_calibrated: The judges are better than they say.
+    NormalDist(0, JUDGE_NOISE) ==> NormalDist(0, JUDGE_NOISE ** 2)
+test_fit_threshold: A judge calls no example positive that is rated just like its best one.
+    return (best + following) / 2 ==> return following
+test_misconceptions_are_fixed: Some facts of arithmetic have changed.
+    "-": a - b, ==> "-": b - a,
+test_verifier: The verifier accepts 70 for 7.
+    written[-1:] == [answer] ==> bool(written) and written[-1].startswith(answer)
+test_verifier: Steps may come in any order.
+    [said[1]] == expected[t:t + 1] ==> said[1] in expected
+test_math_scores: Short answers engage more.
+    = len(different) / len(problem.truth["facts"]) ==> = len(different) / len(steps)
+test_values_scores: One can take back a lie.
+    in reversed(mentions)} ==> in mentions}
+test_values_scores: Lying has become cheaper.
+    FALSE = -0.5 ==> FALSE = 0.0
+test_tutor_scores: A tutor who always asks the same is thought engaging.
+    any(q in response and q not in earlier for q in self.ASK ==> any(q in response for q in self.ASK
+test_tutor_scores: A tutor may say anything as long as something is right.
+    lost = 0.5 * claims.count(False) ==> lost = 0.0
+test_student_replies_twice_and_learns_from_good_tutoring: Students learn whatever they are told.
+    0.15 + 0.5 * scores["tutor_accuracy"] ==> 0.45 - 0.3 * scores["tutor_accuracy"]
+test_chat_is_encoded_message_by_message: Answers in the training data never end.
+    *self.encode(message["content"]), self.eos_id] ==> *self.encode(message["content"])]
+test_ex11_where_a_step_ends: Some sentences go on behind their full stop.
+    (letters[previous] & stops[before]) ==> letters[previous]
+test_steps_are_cut_where_the_objective_says: Where a step ends depends on the step before it.
+    previous = before = -1 ==> previous, before = token, previous
+test_pad_and_response_mask: How an answer begins is never learnt.
+    after_prompt = t >= prompt_lengths[:, None] ==> after_prompt = t > prompt_lengths[:, None]
+test_batches_by_length: Memory runs out although batches are bounded.
+    batch and (len(batch) + 1) * lengths[i] > tokens ==> batch and len(batch) * lengths[i] > tokens
+test_broken_records_of_objectives: Of two outputs of one name nobody knows which guides.
+    if not good or len(names) < len(found): ==> if not good:
+test_tutor_scores: Tutors who never get beyond the first line are thought the best.
+    [0 if len(messages) == 1 else 1] ==> [0]
+[model.py]
+test_rotary_positions_by_hand: A checkpoint from elsewhere writes nonsense; one's own trains.
+    x.roll(x.shape[-1] // 2, -1) ==> x.flip(-1)
+test_every_family_computes_what_its_reference_does: Llama 3.1 forgets the beginning of long texts.
+    fast = fast.clamp(0, 1) ==> fast = fast.clamp(max=1)
+test_activations_by_hand: Every Llama checkpoint writes nonsense; GPT-2 is fine.
+    gate, x = x.chunk(2, -1) ==> x, gate = x.chunk(2, -1)
+test_activations_by_hand: GPT-2's probabilities are off in the fourth digit.
+    F.gelu(x, approximate="tanh") ==> F.gelu(x)
+test_no_token_sees_the_future: The training loss is wonderfully low, the samples are garbage.
+    is_causal=True, enable ==> is_causal=False, enable
+test_every_family_computes_what_its_reference_does: Every checkpoint writes nonsense.
+    return x + self.mlp(self.norm2(x)) ==> return x + self.mlp(self.norm1(x))
+test_a_subset_of_rows_in_any_order:
+  A row that was left out comes back with words that it never said.
+    if self.own and n > self.fed: ==> if self.own and n > G * K:
+test_ex8_keep: In guided decoding the chosen step is followed by words that nobody chose.
+    self.held[groups] += counts ==> self.held[groups] += self.own
+test_ex8_rollback: After a rollback a sequence may be longer than it ever was.
+    self.held = torch.minimum(self.held, lengths) ==> self.held = self.held * 0 + lengths
+test_ex13_folded_head: --weights 1,1 draws wilder text than 0.5,0.5.
+    return w / w.sum() ==> return w
+test_ex13_folded_head: A mix of the first and the last of three heads sounds like another.
+    * self.heads[i].weight for i in used) ==> * self.heads[i].weight for i in range(len(used)))
+test_bad_weights_are_refused: Head -1 exists.
+    if not 0 <= weights < H: ==> if not weights < H:
+test_with_heads_makes_untied_copies: All heads stay the same, and the reference policy learns too.
+    head + like(noise.to(head.dtype), head) ==> head.add_(like(noise.to(head.dtype), head))
+test_ex14_lies_are_refused: A checkpoint may hide bytes that belong to no tensor.
+    if first != end: ==> if first < end:
+test_ex14_lies_are_refused: Two programs read different weights from one checkpoint.
+    if len(names) != len(pairs): ==> if len(names) > len(pairs):
+test_safetensors_lies_are_named: A damaged checkpoint ends in a traceback.
+    type(i) is int and 0 <= i < 2**48 for i in value ==> type(i) is int and i < 2**48 for i in value
+test_safetensors_by_hand: Some programs load our checkpoints slowly, or not at all.
+    text += b" " * (-len(text) % 8) ==> text += b" " * (len(text) % 8)
+test_candidates_drop_out_of_a_step:
+  Samples drawn many at a time read what another sequence left behind.
+    scores = scores + mask[:, None, None] ==> scores = scores
+test_ex9_hand_mask: An answer depends a little on what else is in its batch.
+    torch.arange(P, device=held.device) < held ==> torch.arange(P, device=held.device) <= held
+test_ex8_keep: Guided one by one, conversations are fine; together, they answer each other.
+    rows = groups * self.K + torch ==> rows = groups + torch
+test_a_shared_prompt_changes_no_gradient:
+  Losses are right, but a policy learns only from how answers go, not from what was asked.
+    .expand(2, G, m, n_kv, P, hd) ==> .expand(2, G, m, n_kv, P, hd).detach()
+test_step_correctness_is_read_before_the_last_block:
+  The value model learns late which steps are wrong.
+    self.norm(before)) if below ==> self.norm(x)) if below
+test_candidates_drop_out_of_a_step:
+  With one conversation all is well; with two, each looks up its words in the other.
+    (queries @ prefix[0].mT) ==> (queries @ prefix[0].flip(0).mT)
+test_ex9_hand_mask: A word behind a prompt is suspiciously likely if the word after it fits.
+    <= t[:, None] ==> <= t[-1:, None].expand(len(t), 1)
+test_pairs_each_through_its_own_head:
+  A rejected answer is suspiciously likely if it resembles the chosen one.
+    own = step.unflatten(1, (G, m)) ==> own = step.unflatten(1, (G, m)).roll(1, 2)
+test_pairs_each_through_its_own_head:
+  After prompts of unequal length words stand in places that are not theirs.
+    t).repeat_interleave(n // len(held), 0) ==> t).repeat(n // len(held), 1)
+[prm.py]
+test_ex5_hand_values: The value of a finished right answer is 1.9 at most, never 2.
+    gamma ** (lengths - t) * correct ==> gamma ** (lengths - t + 1) * correct
+test_ex5_hand_values: Values grow with --rollouts.
+    discounted.mean(1) ==> discounted.sum(1)
+test_ex6_the_majority_is_strict: With an even number of rollouts more steps are engaging.
+    (share > 0.5) ==> (share >= 0.5)
+test_ex7_hand_value: Guided by honesty, the model lies.
+    -F.logsigmoid(scores_chosen - scores_rejected ==> -F.logsigmoid(scores_rejected - scores_chosen
+test_matching_steps: The end of the longer response is never compared.
+    if len(chosen_ends) != len(rejected_ends): ==> if not compared:
+test_matching_steps: Fewer steps are compared than differ.
+    if chosen_ids[:c + 1] != rejected_ids[:r + 1]] ==> if chosen_ids[c] != rejected_ids[r]]
+test_mse_hand_value_and_mask: The loss is small where few steps have labels.
+    mask.sum().clamp(min=1) ==> mask.numel()
+test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain:
+  Unified guidance follows one objective only.
+    (scores[..., index] / self.scale[index]).mean(-1) ==> scores[..., index].mean(-1)
+test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain:
+  Unified guidance of maths listens to the tutors.
+    if o.boundary in ("", boundary)] ==> if o.boundary not in ("", boundary)]
+test_step_loss_dispatches_by_case: The value model's loss becomes negative.
+    mse_loss if output.case == "verifiable" else bce_loss
+    ==> bce_loss if output.case == "verifiable" else mse_loss
+test_step_loss_missing_labels_have_no_gradient: The PRM is NaN after its first step.
+    targets = targets.nan_to_num() ==> targets = targets.clone()
+test_pair_scores_compare_matching_steps: The PRM of the values learns nothing.
+    return scores[0], scores[1], p ==> return scores[0], scores[0], p
+test_weights_come_from_the_generator: The PRM's loss starts in the thousands.
+    std=d ** -0.5 ==> std=d ** 0.5
+test_step_correctness_is_not_saved: A finished PRM has an output that is no objective.
+    if name != STEP ==> if True
+[mah_dpo.py]
+test_ex1_hand_values: No policy ever learns to end.
+    row, t = mask[:, 1:].nonzero(as_tuple=True) ==> row, t = mask[:, :-1].nonzero(as_tuple=True)
+test_ex1_hand_values: After training the model repeats itself.
+    logits, ids[r, s + 1], reduction="none") ==> logits, ids[r, s], reduction="none")
+test_ex2_hand_values: Chosen and rejected answers become likelier together.
+    ref_chosen) - (pi_rejected ==> ref_chosen) + (pi_rejected
+test_exact_copies_start_at_ln2: The loss does not start at ln 2.
+    (pi_chosen - ref_chosen) - (pi_rejected - ref_rejected) ==> pi_chosen - pi_rejected
+test_ex2_hand_values: --beta changes nothing in DPO.
+    return -F.logsigmoid(beta * delta) ==> return -F.logsigmoid(delta)
+test_ex4_hand_values: MODPO is the worst of all baselines.
+    (beta * delta - margin) / w_k ==> (beta * delta + margin) / w_k
+test_ex4_hand_values: MODPO hardly moves where w is small.
+    (beta * delta - margin) / w_k ==> (beta * delta - margin) * w_k
+test_ex4_small_weights_are_refused: MODPO explodes in a batch of several objectives.
+    (torch.as_tensor(w_k) >= 0.1).all() ==> (torch.as_tensor(w_k) >= 0.1).any()
+test_ex3_hand_value: The more objectives a run has, the slower each learns.
+    return (alpha * means).sum() ==> return (alpha * means).mean()
+test_pairs_each_through_its_own_head:
+  Answers to short prompts are scored as if something else stood before them.
+    cache.keep(0, lengths) ==> cache.keep(0)
+test_pairs_each_through_its_own_head: The longer a policy is trained, the worse it answers.
+    both += [p.chosen, p.rejected] ==> both += [p.rejected, p.chosen]
+test_pairs_each_through_its_own_head:
+  Only the first word of answers to short prompts is scored wrongly.
+    last = h[b, lengths - 1] ==> last = h[:, -1]
+test_pairs_each_through_its_own_head:
+  Training works with one pair a step, with more it learns noise.
+    found.index_copy(0, rows, logps) ==> found.index_copy(0, rows.flip(0), logps)
+test_pair_logps_in_batches_of_any_size: The loss starts at ln 2 only if all pairs are equally long.
+    found += zip(index, logps ==> found += zip(sorted(index), logps
+test_soup_is_the_weighted_average: The soup of two good policies talks nonsense.
+    mixed.get(name, 0) + w / total * t ==> mixed.get(name, 0) + w * t
+test_soup_refuses_bad_weights: A policy can be subtracted from a soup.
+    min(weights) < 0 or total <= 0 ==> total <= 0
+test_optimizer_covers_every_parameter_once: Parameters without a gradient's sign shrink.
+    betas=(0.9, 0.99), weight_decay=0.0 ==> betas=(0.9, 0.99), weight_decay=0.01
+test_pairs_each_through_its_own_head:
+  With several pairs a step, answers begin as if something else had been asked.
+    last = h[b, lengths - 1].repeat_interleave(2, 0) ==> last = h[b, lengths - 1].repeat(2, 1)
+[decode.py]
+test_ex10_draws: The lower the temperature, the wilder the text.
+    F.softmax(logits / temperature, -1) ==> F.softmax(logits * temperature, -1)
+test_ex10_draws: With a small top_p decoding breaks.
+    likelier = p.cumsum(-1) - p ==> likelier = p.cumsum(-1)
+test_ex10_draws: top_p < 1 often draws the least likely of the tokens that it keeps.
+    level = u.to(cdf) * cdf[:, -1] ==> level = u.to(cdf)
+test_sample_never_draws_what_has_no_probability:
+  Once in sixteen million draws something impossible is said.
+    right=True) ==> right=False)
+test_ex10_draws: With top_k all text consists of a few strange tokens.
+    token = index if order is None else order.gather(-1, index) ==> token = index
+test_generate_refuses_prompts_that_do_not_fit:
+  A prompt that fills the context gets an answer of noise.
+    if len(prompt) >= limit: ==> if len(prompt) > limit:
+test_ragged_batch_equals_one_by_one: Short prompts get worse answers in a batch with long ones.
+    cache.keep(0, n) ==> cache.keep(0)
+test_ragged_batch_equals_one_by_one: The first token after a short prompt is odd.
+    return out[g, n - 1] ==> return out[:, -1]
+test_generate_limit_per_prompt: Answers are one token longer than was asked for.
+    (count >= limits) ==> (count > limits)
+test_ex12_hand_case: Guidance makes everything worse.
+    winners = scores.argmax(-1) ==> winners = scores.argmin(-1)
+test_ex12_hand_case: Only with a reward model that reads a marker scores drift from step to step.
+    state.prm.keep(winners, fed[chosen], alive) ==> state.prm.keep(winners, drawn[chosen], alive)
+test_ex12_hand_case: Guided decoding is fine for one prompt, and mixes up several.
+    h[alive] = h[alive, winners][:, None] ==> h[alive] = h[0, winners][:, None]
+test_steps_and_text_belong_to_the_ids: Answers go on behind their end.
+    0 if ended else max_new_tokens - len(answer.ids) ==> max_new_tokens - len(answer.ids)
+test_guided_equals_reference: --max-new-tokens limits every step, not their sum.
+    0 if ended else max_new_tokens - len(answer.ids) ==> 0 if ended else max_new_tokens
+test_a_marker_stands_behind_every_step_and_is_read:
+  A reward model that reads a marker scores all steps alike.
+    if ids[-1] != prm.backbone.tokenizer.eos_id: ==> if ids[-1] == prm.backbone.tokenizer.eos_id:
+test_guided_stops_at_the_shorter_context: Near its context's end the PRM scores noise.
+    = min(model.config.max_len, prm.backbone.config.max_len - markers) ==> = model.config.max_len
+test_ragged_batch_equals_one_by_one: Same seed, other answers than last week.
+    key=lambda i: len(prompts[i])) ==> key=lambda i: -len(prompts[i]))
+test_samples_of_a_prompt_equal_separate_rows: Some answers belong to another question.
+    = drawn[g * samples:(g + 1) * samples] ==> = drawn[g::len(batch)]
+test_parse_weights_refuses: An infinite weight gives no error and no text.
+    all(0 <= w < float("inf") for w in found) ==> all(0 <= w for w in found)
+test_sample_computes_in_the_precision_it_needs: A model in bfloat16 never says its rarer words.
+    if logits.dtype != torch.float64: ==> if logits.dtype == torch.float64:
+test_generate_reports_its_progress: The bar of a stage stops at a sixth.
+    progress(len(drawn)) ==> progress(len(batch))
+test_main_derives_what_is_not_said: --weights alone never decides who guides.
+    heaviest = heads[weights.index(max(weights))] ==> heaviest = args.guide
+test_main_closes_an_answer_that_was_cut_off: With a short --max-new-tokens conversations derail.
+    new = closing + tokenizer ==> new = tokenizer
+[evaluate.py]
+test_seeds_depend_on_seed_and_purpose: All domains meet the same luck.
+    zlib.crc32(repr((seed, *what)).encode()) ==> zlib.crc32(repr((seed, what[0])).encode())
+test_conversation_ids_are_the_chat_of_its_messages:
+  A tutor whose turn was cut off goes on in the student's words.
+    closing = [] if response[-1] == tokenizer.eos_id else [tokenizer.eos_id] ==> closing = []
+test_conversation_ids_are_the_chat_of_its_messages: Unguided tutors forget what they have said.
+    self.ids = self.ids + response + self.new_ids ==> self.ids = self.ids + self.new_ids
+test_conversation_scores_average_over_turns: Only the last turn of a lesson counts.
+    for _, messages, response in self.turns: ==> for _, messages, response in self.turns[-1:]:
+test_summary_hand_values: Nothing is significant any more.
+    spread = statistics.stdev(values) / math.sqrt(len(values)) ==> spread = statistics.stdev(values)
+test_guided_conversations_in_batches: Guided tutoring fails on more than 256 students.
+    states[start] = results[0].state if world.turns ==> states[0] = results[0].state if world.turns
+test_pair_metrics_rows_by_hand: Every policy is perfectly accurate on held-out pairs.
+    "reward_accuracy": (delta > 0).float() ==> "reward_accuracy": (delta != 0).float()
+test_pair_metrics_rows_by_hand: All objectives have the same loss in the table of held-out pairs.
+    metrics = {metric: summary(v[own].tolist()) for ==> metrics = {metric: summary(v.tolist()) for
+test_ex15_hand_values: Adding a policy to a front can make its area smaller.
+    for x, y in sorted(points, reverse=True): ==> for x, y in sorted(points):
+[train.py]
+test_train_policy_weighs_the_objectives: --alpha changes nothing.
+    alpha = torch.tensor(weights, device=device) ==> alpha = torch.ones(len(weights), device=device)
+test_chat_example_masks_only_assistant_turns: After SFT the model asks itself questions.
+    mask += [learnt] * len(new) ==> mask += [True] * len(new)
+test_language_model_loss_is_the_masked_next_token_loss:
+  The loss falls to zero, and the model stutters.
+    loss = F.cross_entropy(logits, ids[b, t + 1]) ==> loss = F.cross_entropy(logits, ids[b, t])
+test_endless_draws_each_item_once_per_epoch: Some pairs are never seen.
+    torch.randperm(len(items), ==> torch.randint(len(items), (len(items),),
+test_hindsight_by_hand: The value model learns nothing about steps, only about whole answers.
+    verify(source, turn, response) for response ==> verify(source, turn, turn.response) for response
+test_label_steps_by_hand: The verifier finds hardly any right step.
+    tokenizer.decode(response[start:end + 1])) ==> tokenizer.decode(response[start:end]))
+test_verdicts_by_hand: --rollouts changes nothing in the engagement labels.
+    [name] for response in responses] ==> [name] for response in responses[:1]]
+test_label_steps_by_hand: Rollouts succeed more often than answers.
+    room.append(world.max_new_tokens - end - 1) ==> room.append(world.max_new_tokens)
+test_label_steps_by_hand: Guidance in maths is a little worse than it could be.
+    at = [len(turn.prompt) + end for end in at] ==> at = [len(turn.prompt) + end - 1 for end in at]
+test_pairs_prefer_the_better_rated: There are no pairs to train on.
+    high, low = max(rated), min(rated) ==> low, high = max(rated), min(rated)
+test_margins_by_hand: MODPO listens to the other objectives too much.
+    pair.margin += (chosen - rejected) / len(domain) ==> pair.margin += chosen - rejected
+test_margins_by_hand: MODPO's margins depend on how long the answers are.
+    rewards = run.config.beta * (logps - reference) ==> rewards = run.config.beta * logps
+test_train_prm_adds_up_the_parts_of_a_batch:
+  The PRM's gradient is larger the more a batch's lengths differ.
+    step_loss(prm.outputs, scores, targets, in_batch) ==> step_loss(prm.outputs, scores, targets)
+test_train_prm_gives_every_objective_the_loss_of_its_own_pairs:
+  The log shows one loss for all values.
+    chosen, rejected, output == p) ==> chosen, rejected, output >= 0)
+test_train_prm_adds_step_correctness_and_drops_it: --prm-step-weight changes nothing.
+    weights.append(config.prm_step_weight) ==> weights.append(1.0)
+test_label_steps_by_hand: The PRM finds the first mistake late, and those behind it early.
+    known[:known.index(0.0) + 1] if 0.0 in known else known ==> known
+test_train_prm_adds_step_correctness_and_drops_it:
+  With --prm each engagement's PRM learns arithmetic first.
+    if "verifiable" in cases and STEP in ==> if STEP in
+test_train_prm_leaves_no_source_without_its_share:
+  Guidance in the domain with few labels hardly learns anything.
+    size = max(config.prm_pairs, share) ==> size = max(1, share)
+[interop/answers.py]
+test_final_answers: Of two boxed results the wrong one counts.
+    return text[ends[-1]:] if ends ==> return text[ends[0]:] if ends
+test_no_answer_is_never_right: Saying nothing can be right.
+    return False ==> return a == b
+[interop/checkpoints.py]
+test_names_of_an_exported_checkpoint: Our exports are nonsense in every other program.
+    "embed": ["embed_tokens"], ==> "embed": ["lm_head"],
+test_a_tied_checkpoint:
+  Exported from a tied base model, a policy serves as if it had never been trained.
+    {"tie_word_embeddings": False,
+    ==> {"tie_word_embeddings": (c.hf or {}).get("tie_word_embeddings", False),
+test_other_arithmetic_is_refused_by_name: Qwen2.5 is refused, an old Mistral is not.
+    if window is not None and used and window < ==> if window is not None and not used and window <
+[interop/datasets.py]
+test_steps_are_encoded_as_decoding_ends_them:
+  Published steps that end with a newline get lower scores than others.
+    step = step.rstrip("\n") + "\n" ==> step = step + "\n"
+test_ratings_give_pairs_of_every_objective: Trained on published ratings, the model gets worse.
+    chosen=responses[-1], rejected=responses[0] ==> chosen=responses[0], rejected=responses[-1]
+test_spellings_of_steps: The first wrong step is praised.
+    n_right = n if label == -1 else label ==> n_right = n if label == -1 else min(n, label + 1)
+[interop/reward_models.py]
+test_released_reward_models: A released reward model with two labels ranks answers oddly.
+    nn.Parameter(layer.weight[1:] - layer.weight[:1]) ==> nn.Parameter(layer.weight[1:])
+[interop/templates.py]
+test_chat_is_what_the_template_writes: Templates that trim a message lose the words around it.
+    same = min(left, len( ==> same = max(left, len(
+[interop/tokenizer.py]
+test_nobody_types_special_tokens: A user can end their own turn.
+    enumerate([part] if role else self.markup.split(part)) ==> enumerate(self.markup.split(part))
+test_prompt_and_answer_never_merge: A cached prompt is not the beginning of the longer conversation.
+    if role == "assistant": ==> if role == "never":
+test_what_ends_an_answer: A chat model's answers do not end.
+    if name != bos][:1] + ends ==> if name != bos][1:] + ends
+[interop/vocabulary.py]
+test_split_patterns: Words between digits vanish.
+    found += [piece[end:match.start()], match[0]] ==> found.append(match[0])
+test_ids_in_another_order_than_merges:
+  Words fall into other pieces than those that the checkpoint knows.
+    ordered = [bytes([b]) for b in range(256)] ==> ordered = sorted(vocab, key=vocab.get)
+"""
 
 
 class Mutant(NamedTuple):
@@ -31,735 +359,22 @@ class Mutant(NamedTuple):
     hint: str
 
 
-MUTANTS = [
-    # -- data.py
-    Mutant("data.py",
-           "return SPLITS[zlib.crc32(prompt.encode()) % len(SPLITS)]",
-           "return SPLITS[zlib.crc32(prompt.encode()) % (len(SPLITS) - 1)]",
-           "test_data.py::test_split_is_a_function_of_the_text",
-           "There is nothing left to test on."),
-    Mutant("data.py",
-           "return score + NormalDist(0, JUDGE_NOISE).inv_cdf(u)",
-           "return score + NormalDist(0, JUDGE_NOISE ** 2).inv_cdf(u)",
-           "test_data.py::test_judge_noise_is_calibrated",
-           "The judges are better than they say."),
-    Mutant("data.py",
-           "return (best + following) / 2, most",
-           "return following, most",
-           "test_data.py::test_fit_threshold",
-           "A judge calls no example positive that is rated just like its best one."),
-    Mutant("data.py",
-           '"-": a - b,',
-           '"-": b - a,',
-           "test_data.py::test_misconceptions_are_fixed",
-           "Some facts of arithmetic have changed."),
-    Mutant("data.py",
-           "z = float(written[-1:] == [answer])",
-           "z = float(bool(written) and written[-1].startswith(answer))",
-           "test_data.py::test_verifier",
-           "The verifier accepts 70 for 7."),
-    Mutant("data.py",
-           "r.append(float(said[1] == expected[t]))",
-           "r.append(float(said[1] in expected))",
-           "test_data.py::test_verifier",
-           "Steps may come in any order."),
-    Mutant("data.py",
-           'engagement = len(different) / len(problem.truth["terms"])',
-           "engagement = len(different) / len(steps)",
-           "test_data.py::test_math_scores",
-           "Short answers engage more."),
-    Mutant("data.py",
-           "in reversed(mentions)}",
-           "in mentions}",
-           "test_data.py::test_values_scores",
-           "One can take back a lie."),
-    Mutant("data.py",
-           "FALSE = -0.5",
-           "FALSE = 0.0",
-           "test_data.py::test_values_scores",
-           "Lying has become cheaper."),
-    Mutant("data.py",
-           "any(q in response and q not in earlier for q in self.ASK)",
-           "any(q in response for q in self.ASK)",
-           "test_data.py::test_tutor_scores",
-           "A tutor who always asks the same is thought engaging."),
-    Mutant("data.py",
-           "lost = 0.5 * claims.count(False)",
-           "lost = 0.0",
-           "test_data.py::test_tutor_scores",
-           "A tutor may say anything as long as something is right."),
-    Mutant("data.py",
-           'learnt = rng.chance(0.15 + 0.5 * scores["tutor_accuracy"]',
-           'learnt = rng.chance(0.45 - 0.3 * scores["tutor_accuracy"]',
-           "test_data.py::test_student_replies_twice_and_learns_from_good_tutoring",
-           "Students learn whatever they are told."),
-    Mutant("data.py",
-           '*self.encode(message["content"]), self.eos_id]',
-           '*self.encode(message["content"])]',
-           "test_tokenizer.py::test_chat_is_encoded_message_by_message",
-           "Answers in the training data never end."),
-    Mutant("data.py",
-           "(letters[previous] & stops[before])",
-           "letters[previous]",
-           "test_exercises.py::test_ex11_where_a_step_ends",
-           "Some sentences go on behind their full stop."),
-    Mutant("data.py",
-           "                ends.append(t)\n                previous = before = none",
-           "                ends.append(t)\n                previous, before = token, previous",
-           "test_tokenizer.py::test_steps_are_cut_where_the_objective_says",
-           "Where a step ends depends on the step before it."),
-    Mutant("data.py",
-           "after_prompt = t >= prompt_lengths[:, None]",
-           "after_prompt = t > prompt_lengths[:, None]",
-           "test_data.py::test_pad_and_response_mask",
-           "How an answer begins is never learnt."),
-    Mutant("data.py",
-           "if batch and (len(batch) + 1) * lengths[i] > tokens:",
-           "if batch and len(batch) * lengths[i] > tokens:",
-           "test_data.py::test_batches_by_length",
-           "Memory runs out although batches are bounded."),
-    Mutant("data.py",
-           "if not good or len(names) < len(found):",
-           "if not good:",
-           "test_data.py::test_broken_records_of_objectives",
-           "Of two outputs of one name nobody knows which guides."),
-    Mutant("data.py",
-           "[0 if len(messages) == 1 else 1]",
-           "[0]",
-           "test_data.py::test_tutor_scores",
-           "Tutors who never get beyond the first line are thought the best."),
-    # -- model.py
-    Mutant("model.py",
-           "x.roll(x.shape[-1] // 2, -1)",
-           "x.flip(-1)",
-           "test_model.py::test_rotary_positions_by_hand",
-           "A checkpoint from elsewhere writes nonsense; one's own trains."),
-    Mutant("model.py",
-           "fast = fast.clamp(0, 1)",
-           "fast = fast.clamp(max=1)",
-           "test_checkpoints.py::test_every_family_computes_what_its_reference_does",
-           "Llama 3.1 forgets the beginning of long texts."),
-    Mutant("model.py",
-           "gate, x = x.chunk(2, -1)",
-           "x, gate = x.chunk(2, -1)",
-           "test_model.py::test_activations_by_hand",
-           "Every Llama checkpoint writes nonsense; GPT-2 is fine."),
-    Mutant("model.py",
-           'F.gelu(x, approximate="tanh")',
-           "F.gelu(x)",
-           "test_model.py::test_activations_by_hand",
-           "GPT-2's probabilities are off in the fourth digit."),
-    Mutant("model.py",
-           "is_causal=True, enable",
-           "is_causal=False, enable",
-           "test_model.py::test_no_token_sees_the_future",
-           "The training loss is wonderfully low, the samples are garbage."),
-    Mutant("model.py",
-           "return x + self.mlp(self.norm2(x))",
-           "return x + self.mlp(self.norm1(x))",
-           "test_checkpoints.py::test_every_family_computes_what_its_reference_does",
-           "Every checkpoint writes nonsense."),
-    Mutant("model.py",
-           "if self.own and n > self.fed:",
-           "if self.own and n > G * K:",
-           "test_model.py::test_a_subset_of_rows_in_any_order",
-           "A row that was left out comes back with words that it never said."),
-    Mutant("model.py",
-           "self.held[groups] += counts",
-           "self.held[groups] += self.own",
-           "test_exercises.py::test_ex8_keep",
-           "In guided decoding the chosen step is followed by words that nobody chose."),
-    Mutant("model.py",
-           "self.held = torch.minimum(self.held, lengths)",
-           "self.held = self.held * 0 + lengths",
-           "test_exercises.py::test_ex8_rollback",
-           "After a rollback a sequence may be longer than it ever was."),
-    Mutant("model.py",
-           "        return w / w.sum()",
-           "        return w",
-           "test_exercises.py::test_ex13_folded_head",
-           "--weights 1,1 draws wilder text than 0.5,0.5."),
-    Mutant("model.py",
-           "return sum(w[i] * self.heads[i].weight for i in used)",
-           "return sum(w[i] * self.heads[i].weight for i in range(len(used)))",
-           "test_exercises.py::test_ex13_folded_head",
-           "A mix of the first and the last of three heads sounds like another."),
-    Mutant("model.py",
-           "if not 0 <= weights < H:",
-           "if not weights < H:",
-           "test_model.py::test_bad_weights_are_refused",
-           "Head -1 exists."),
-    Mutant("model.py",
-           "head + like(noise.to(head.dtype), head)",
-           "head.add_(like(noise.to(head.dtype), head))",
-           "test_model.py::test_with_heads_makes_untied_copies",
-           "All heads stay the same, and the reference policy learns too."),
-    Mutant("model.py",
-           "        if first != end:\n",
-           "        if first < end:\n",
-           "test_exercises.py::test_ex14_lies_are_refused",
-           "A checkpoint may hide bytes that belong to no tensor."),
-    Mutant("model.py",
-           "if len(names) != len(pairs):",
-           "if len(names) > len(pairs):",
-           "test_exercises.py::test_ex14_lies_are_refused",
-           "Two programs read different weights from one checkpoint."),
-    Mutant("model.py",
-           "type(i) is int and 0 <= i < 2**48 for i in value)",
-           "type(i) is int and i < 2**48 for i in value)",
-           "test_model.py::test_safetensors_lies_are_named",
-           "A damaged checkpoint ends in a traceback."),
-    Mutant("model.py",
-           'text += b" " * (-len(text) % 8)',
-           'text += b" " * (len(text) % 8)',
-           "test_model.py::test_safetensors_by_hand",
-           "Some programs load our checkpoints slowly, or not at all."),
-    Mutant("model.py",
-           "    scores = scores + mask[:, None, None]\n",
-           "",
-           "test_model.py::test_candidates_drop_out_of_a_step",
-           "Samples drawn many at a time read what another sequence left behind."),
-    Mutant("model.py",
-           "torch.arange(P, device=held.device) < held",
-           "torch.arange(P, device=held.device) <= held",
-           "test_exercises.py::test_ex9_hand_mask",
-           "An answer depends a little on what else is in its batch."),
-    Mutant("model.py",
-           "rows = groups * self.K + torch",
-           "rows = groups + torch",
-           "test_exercises.py::test_ex8_keep",
-           "Guided one by one, conversations are fine; together, they answer each other."),
-    Mutant("model.py",
-           "shared = prefix[:, :, None].expand(2, G, m, n_kv, P, hd)",
-           "shared = prefix[:, :, None].expand(2, G, m, n_kv, P, hd).detach()",
-           "test_mah_dpo.py::test_a_shared_prompt_changes_no_gradient",
-           "Losses are right, but a policy learns only from how answers go, not from what was "
-           "asked."),
-    Mutant("model.py",
-           "self.norm(before)) if below",
-           "self.norm(x)) if below",
-           "test_prm.py::test_step_correctness_is_read_before_the_last_block",
-           "The value model learns late which steps are wrong."),
-    Mutant("model.py",
-           "(queries @ prefix[0].mT)",
-           "(queries @ prefix[0].flip(0).mT)",
-           "test_model.py::test_candidates_drop_out_of_a_step",
-           "With one conversation all is well; with two, each looks up its words in the other."),
-    Mutant("model.py",
-           "torch.arange(S, device=held.device) <= t[:, None]",
-           "torch.arange(S, device=held.device) <= t[-1:, None].expand(len(t), 1)",
-           "test_exercises.py::test_ex9_hand_mask",
-           "A word behind a prompt is suspiciously likely if the word after it fits."),
-    Mutant("model.py",
-           "own = step.unflatten(1, (G, m))",
-           "own = step.unflatten(1, (G, m)).roll(1, 2)",
-           "test_mah_dpo.py::test_pairs_each_through_its_own_head",
-           "A rejected answer is suspiciously likely if it resembles the chosen one."),
-    Mutant("model.py",
-           "positions = (held[:, None] + t).repeat_interleave(n // len(held), 0)",
-           "positions = (held[:, None] + t).repeat(n // len(held), 1)",
-           "test_mah_dpo.py::test_pairs_each_through_its_own_head",
-           "After prompts of unequal length words stand in places that are not theirs."),
-    # -- prm.py
-    Mutant("prm.py",
-           "gamma ** (lengths - t) * correct",
-           "gamma ** (lengths - t + 1) * correct",
-           "test_exercises.py::test_ex5_hand_values",
-           "The value of a finished right answer is 1.9 at most, never 2."),
-    Mutant("prm.py",
-           "discounted.mean(1)",
-           "discounted.sum(1)",
-           "test_exercises.py::test_ex5_hand_values",
-           "Values grow with --rollouts."),
-    Mutant("prm.py",
-           "(share > 0.5)",
-           "(share >= 0.5)",
-           "test_exercises.py::test_ex6_the_majority_is_strict",
-           "With an even number of rollouts more steps are engaging."),
-    Mutant("prm.py",
-           "-F.logsigmoid(scores_chosen - scores_rejected)",
-           "-F.logsigmoid(scores_rejected - scores_chosen)",
-           "test_exercises.py::test_ex7_hand_value",
-           "Guided by honesty, the model lies."),
-    Mutant("prm.py",
-           "if len(chosen_ends) != len(rejected_ends):",
-           "if not compared:",
-           "test_prm.py::test_matching_steps",
-           "The end of the longer response is never compared."),
-    Mutant("prm.py",
-           "if chosen_ids[:c + 1] != rejected_ids[:r + 1]]",
-           "if chosen_ids[c] != rejected_ids[r]]",
-           "test_prm.py::test_matching_steps",
-           "Fewer steps are compared than differ."),
-    Mutant("prm.py",
-           "mask.sum().clamp(min=1)",
-           "mask.numel()",
-           "test_prm.py::test_mse_hand_value_and_mask",
-           "The loss is small where few steps have labels."),
-    Mutant("prm.py",
-           "(scores[..., index] / self.scale[index]).mean(-1)",
-           "scores[..., index].mean(-1)",
-           "test_prm.py::test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain",
-           "Unified guidance follows one objective only."),
-    Mutant("prm.py",
-           'if o.boundary in ("", boundary)]',
-           'if o.boundary not in ("", boundary)]',
-           "test_prm.py::test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain",
-           "Unified guidance of maths listens to the tutors."),
-    Mutant("prm.py",
-           'mse_loss if output.case == "verifiable" else bce_loss',
-           'bce_loss if output.case == "verifiable" else mse_loss',
-           "test_prm.py::test_step_loss_dispatches_by_case",
-           "The value model's loss becomes negative."),
-    Mutant("prm.py",
-           "targets = targets.nan_to_num()",
-           "targets = targets.clone()",
-           "test_prm.py::test_step_loss_missing_labels_have_no_gradient",
-           "The PRM is NaN after its first step."),
-    Mutant("prm.py",
-           "return scores[0], scores[1], p",
-           "return scores[0], scores[0], p",
-           "test_train.py::test_pair_scores_compare_matching_steps",
-           "The PRM of the values learns nothing."),
-    Mutant("prm.py",
-           'step = step.rstrip("\\n") + "\\n"',
-           'step = step + "\\n"',
-           "test_prm.py::test_steps_are_encoded_as_decoding_ends_them",
-           "Published steps that end with a newline get lower scores than others."),
-    Mutant("prm.py",
-           "std=d ** -0.5",
-           "std=d ** 0.5",
-           "test_prm.py::test_weights_come_from_the_generator",
-           "The PRM's loss starts in the thousands."),
-    Mutant("prm.py",
-           "if name != STEP",
-           "if True",
-           "test_prm.py::test_step_correctness_is_not_saved",
-           "A finished PRM has an output that is no objective."),
-    # -- mah_dpo.py
-    Mutant("mah_dpo.py",
-           "row, t = mask[:, 1:].nonzero(as_tuple=True)",
-           "row, t = mask[:, :-1].nonzero(as_tuple=True)",
-           "test_exercises.py::test_ex1_hand_values",
-           "No policy ever learns to end."),
-    Mutant("mah_dpo.py",
-           'cross_entropy(logits, ids[r, s + 1], reduction="none")',
-           'cross_entropy(logits, ids[r, s], reduction="none")',
-           "test_exercises.py::test_ex1_hand_values",
-           "After training the model repeats itself."),
-    Mutant("mah_dpo.py",
-           "return (pi_chosen - ref_chosen) - (pi_rejected - ref_rejected)",
-           "return (pi_chosen - ref_chosen) + (pi_rejected - ref_rejected)",
-           "test_exercises.py::test_ex2_hand_values",
-           "Chosen and rejected answers become likelier together."),
-    Mutant("mah_dpo.py",
-           "return (pi_chosen - ref_chosen) - (pi_rejected - ref_rejected)",
-           "return pi_chosen - pi_rejected",
-           "test_mah_dpo.py::test_exact_copies_start_at_ln2",
-           "The loss does not start at ln 2."),
-    Mutant("mah_dpo.py",
-           "return -F.logsigmoid(beta * delta)",
-           "return -F.logsigmoid(delta)",
-           "test_exercises.py::test_ex2_hand_values",
-           "--beta changes nothing in DPO."),
-    Mutant("mah_dpo.py",
-           "(beta * delta - margin) / w_k",
-           "(beta * delta + margin) / w_k",
-           "test_exercises.py::test_ex4_hand_values",
-           "MODPO is the worst of all baselines."),
-    Mutant("mah_dpo.py",
-           "(beta * delta - margin) / w_k",
-           "(beta * delta - margin) * w_k",
-           "test_exercises.py::test_ex4_hand_values",
-           "MODPO hardly moves where w is small."),
-    Mutant("mah_dpo.py",
-           "(torch.as_tensor(w_k) >= 0.1).all()",
-           "(torch.as_tensor(w_k) >= 0.1).any()",
-           "test_exercises.py::test_ex4_small_weights_are_refused",
-           "MODPO explodes in a batch of several objectives."),
-    Mutant("mah_dpo.py",
-           "return (alpha * means).sum()",
-           "return (alpha * means).mean()",
-           "test_exercises.py::test_ex3_hand_value",
-           "The more objectives a run has, the slower each learns."),
-    Mutant("mah_dpo.py",
-           "cache.keep(0, lengths)",
-           "cache.keep(0)",
-           "test_mah_dpo.py::test_pairs_each_through_its_own_head",
-           "Answers to short prompts are scored as if something else stood before them."),
-    Mutant("mah_dpo.py",
-           "both += [p.chosen, p.rejected]",
-           "both += [p.rejected, p.chosen]",
-           "test_mah_dpo.py::test_pairs_each_through_its_own_head",
-           "The longer a policy is trained, the worse it answers."),
-    Mutant("mah_dpo.py",
-           "last = h[b, lengths - 1]",
-           "last = h[:, -1]",
-           "test_mah_dpo.py::test_pairs_each_through_its_own_head",
-           "Only the first word of answers to short prompts is scored wrongly."),
-    Mutant("mah_dpo.py",
-           "found.index_copy(0, rows, logps)",
-           "found.index_copy(0, rows.flip(0), logps)",
-           "test_mah_dpo.py::test_pairs_each_through_its_own_head",
-           "Training works with one pair a step, with more it learns noise."),
-    Mutant("mah_dpo.py",
-           "found += zip(index, ",
-           "found += zip(sorted(index), ",
-           "test_mah_dpo.py::test_pair_logps_in_batches_of_any_size",
-           "The loss starts at ln 2 only if all pairs are equally long."),
-    Mutant("mah_dpo.py",
-           "mixed.get(name, 0) + w / total * t",
-           "mixed.get(name, 0) + w * t",
-           "test_mah_dpo.py::test_soup_is_the_weighted_average",
-           "The soup of two good policies talks nonsense."),
-    Mutant("mah_dpo.py",
-           "min(weights) < 0 or total <= 0",
-           "total <= 0",
-           "test_mah_dpo.py::test_soup_refuses_bad_weights",
-           "A policy can be subtracted from a soup."),
-    Mutant("mah_dpo.py",
-           "betas=(0.9, 0.99), weight_decay=0.0",
-           "betas=(0.9, 0.99), weight_decay=0.01",
-           "test_mah_dpo.py::test_optimizer_covers_every_parameter_once",
-           "Parameters without a gradient's sign shrink."),
-    Mutant("mah_dpo.py",
-           "last = h[b, lengths - 1].repeat_interleave(2, 0)",
-           "last = h[b, lengths - 1].repeat(2, 1)",
-           "test_mah_dpo.py::test_pairs_each_through_its_own_head",
-           "With several pairs a step, answers begin as if something else had been asked."),
-    # -- decode.py
-    Mutant("decode.py",
-           "F.softmax(logits / temperature, -1)",
-           "F.softmax(logits * temperature, -1)",
-           "test_exercises.py::test_ex10_temperature",
-           "The lower the temperature, the wilder the text."),
-    Mutant("decode.py",
-           "likelier = p.cumsum(-1) - p",
-           "likelier = p.cumsum(-1)",
-           "test_exercises.py::test_ex10_top_p",
-           "With a small top_p decoding breaks."),
-    Mutant("decode.py",
-           "level = u.to(cdf) * cdf[:, -1]",
-           "level = u.to(cdf)",
-           "test_exercises.py::test_ex10_top_p",
-           "top_p < 1 often draws the least likely of the tokens that it keeps."),
-    Mutant("decode.py",
-           "right=True)",
-           "right=False)",
-           "test_decode.py::test_sample_never_draws_what_has_no_probability",
-           "Once in sixteen million draws something impossible is said."),
-    Mutant("decode.py",
-           "token = index if order is None else order.gather(-1, index)",
-           "token = index",
-           "test_exercises.py::test_ex10_top_k",
-           "With top_k all text consists of a few strange tokens."),
-    Mutant("decode.py",
-           "if len(prompt) >= limit:",
-           "if len(prompt) > limit:",
-           "test_decode.py::test_generate_refuses_prompts_that_do_not_fit",
-           "A prompt that fills the context gets an answer of noise."),
-    Mutant("decode.py",
-           "    cache.keep(0, n)\n",
-           "    cache.keep(0)\n",
-           "test_decode.py::test_ragged_batch_equals_one_by_one",
-           "Short prompts get worse answers in a batch with long ones."),
-    Mutant("decode.py",
-           "return out[g, n - 1]",
-           "return out[:, -1]",
-           "test_decode.py::test_ragged_batch_equals_one_by_one",
-           "The first token after a short prompt is odd."),
-    Mutant("decode.py",
-           "(count >= limits)",
-           "(count > limits)",
-           "test_decode.py::test_generate_limit_per_prompt",
-           "Answers are one token longer than was asked for."),
-    Mutant("decode.py",
-           "winners = scores.argmax(-1)",
-           "winners = scores.argmin(-1)",
-           "test_exercises.py::test_ex12_hand_case",
-           "Guidance makes everything worse."),
-    Mutant("decode.py",
-           "state.prm.keep(winners, fed[chosen], alive)",
-           "state.prm.keep(winners, drawn[chosen], alive)",
-           "test_exercises.py::test_ex12_hand_case",
-           "Only with a reward model that reads a marker scores drift from step to step."),
-    Mutant("decode.py",
-           "h[alive] = h[alive, winners][:, None]",
-           "h[alive] = h[0, winners][:, None]",
-           "test_exercises.py::test_ex12_hand_case",
-           "Guided decoding is fine for one prompt, and mixes up several."),
-    Mutant("decode.py",
-           "budgets[b] = 0 if ended else max_new_tokens - len(answer.ids)",
-           "budgets[b] = max_new_tokens - len(answer.ids)",
-           "test_decode.py::test_steps_and_text_belong_to_the_ids",
-           "Answers go on behind their end."),
-    Mutant("decode.py",
-           "budgets[b] = 0 if ended else max_new_tokens - len(answer.ids)",
-           "budgets[b] = 0 if ended else max_new_tokens",
-           "test_decode.py::test_guided_equals_reference",
-           "--max-new-tokens limits every step, not their sum."),
-    Mutant("decode.py",
-           "if ids[-1] != prm.backbone.tokenizer.eos_id:",
-           "if ids[-1] == prm.backbone.tokenizer.eos_id:",
-           "test_reward_models.py::test_a_marker_stands_behind_every_step_and_is_read",
-           "A reward model that reads a marker scores all steps alike."),
-    Mutant("decode.py",
-           "context = min(model.config.max_len, prm.backbone.config.max_len - markers)",
-           "context = model.config.max_len",
-           "test_decode.py::test_guided_stops_at_the_shorter_context",
-           "Near its context's end the PRM scores noise."),
-    Mutant("decode.py",
-           "key=lambda i: len(prompts[i]))",
-           "key=lambda i: -len(prompts[i]))",
-           "test_decode.py::test_ragged_batch_equals_one_by_one",
-           "Same seed, other answers than last week."),
-    Mutant("decode.py",
-           "= drawn[g * samples:(g + 1) * samples]",
-           "= drawn[g::len(batch)]",
-           "test_decode.py::test_samples_of_a_prompt_equal_separate_rows",
-           "Some answers belong to another question."),
-    Mutant("decode.py",
-           'all(0 <= w < float("inf") for w in found)',
-           "all(0 <= w for w in found)",
-           "test_decode.py::test_parse_weights_refuses",
-           "An infinite weight gives no error and no text."),
-    Mutant("decode.py",
-           "if logits.dtype != torch.float64:",
-           "if logits.dtype == torch.float64:",
-           "test_decode.py::test_sample_computes_in_the_precision_it_needs",
-           "A model in bfloat16 never says its rarer words."),
-    Mutant("decode.py",
-           "progress(len(drawn))",
-           "progress(len(batch))",
-           "test_decode.py::test_generate_reports_its_progress",
-           "The bar of a stage stops at a sixth."),
-    Mutant("decode.py",
-           "heaviest = heads[weights.index(max(weights))]",
-           "heaviest = args.guide",
-           "test_decode.py::test_main_derives_what_is_not_said",
-           "--weights alone never decides who guides."),
-    Mutant("decode.py",
-           "new = closing + tokenizer",
-           "new = tokenizer",
-           "test_decode.py::test_main_closes_an_answer_that_was_cut_off",
-           "With a short --max-new-tokens conversations derail."),
-    # -- evaluate.py
-    Mutant("evaluate.py",
-           "return zlib.crc32(repr((seed, *what)).encode())",
-           "return zlib.crc32(repr((seed, what[0])).encode())",
-           "test_evaluate.py::test_seeds_depend_on_seed_and_purpose",
-           "All domains meet the same luck."),
-    Mutant("evaluate.py",
-           "closing = [] if response[-1] == tokenizer.eos_id else [tokenizer.eos_id]",
-           "closing = []",
-           "test_evaluate.py::test_conversation_ids_are_the_chat_of_its_messages",
-           "A tutor whose turn was cut off goes on in the student's words."),
-    Mutant("evaluate.py",
-           "self.ids = self.ids + response + self.new_ids",
-           "self.ids = self.ids + self.new_ids",
-           "test_evaluate.py::test_conversation_ids_are_the_chat_of_its_messages",
-           "Unguided tutors forget what they have said."),
-    Mutant("evaluate.py",
-           "for _, messages, response in self.turns:",
-           "for _, messages, response in self.turns[-1:]:",
-           "test_evaluate.py::test_conversation_scores_average_over_turns",
-           "Only the last turn of a lesson counts."),
-    Mutant("evaluate.py",
-           "spread = statistics.stdev(values) / math.sqrt(len(values))",
-           "spread = statistics.stdev(values)",
-           "test_evaluate.py::test_summary_hand_values",
-           "Nothing is significant any more."),
-    Mutant("evaluate.py",
-           "states[start] = results[0].state if world.turns > 1 else None",
-           "states[0] = results[0].state if world.turns > 1 else None",
-           "test_evaluate.py::test_guided_conversations_in_batches",
-           "Guided tutoring fails on more than 256 students."),
-    Mutant("evaluate.py",
-           '"reward_accuracy": (delta > 0).float()',
-           '"reward_accuracy": (delta != 0).float()',
-           "test_evaluate.py::test_pair_metrics_rows_by_hand",
-           "Every policy is perfectly accurate on held-out pairs."),
-    Mutant("evaluate.py",
-           "metrics = {metric: summary(v[own].tolist()) for",
-           "metrics = {metric: summary(v.tolist()) for",
-           "test_evaluate.py::test_pair_metrics_rows_by_hand",
-           "All objectives have the same loss in the table of held-out pairs."),
-    Mutant("evaluate.py",
-           "for x, y in sorted(points, reverse=True):",
-           "for x, y in sorted(points):",
-           "test_exercises.py::test_ex15_hand_values",
-           "Adding a policy to a front can make its area smaller."),
-    # -- train.py
-    Mutant("train.py",
-           "alpha = torch.tensor(weights, device=device)",
-           "alpha = torch.ones(len(weights), device=device)",
-           "test_train.py::test_train_policy_weighs_the_objectives",
-           "--alpha changes nothing."),
-    Mutant("train.py",
-           "mask += [learnt] * len(new)",
-           "mask += [True] * len(new)",
-           "test_train.py::test_chat_example_masks_only_assistant_turns",
-           "After SFT the model asks itself questions."),
-    Mutant("train.py",
-           "loss = F.cross_entropy(logits, ids[b, t + 1])",
-           "loss = F.cross_entropy(logits, ids[b, t])",
-           "test_train.py::test_language_model_loss_is_the_masked_next_token_loss",
-           "The loss falls to zero, and the model stutters."),
-    Mutant("train.py",
-           "torch.randperm(len(items), generator=generator).tolist()]",
-           "torch.randint(len(items), (len(items),), generator=generator).tolist()]",
-           "test_train.py::test_endless_draws_each_item_once_per_epoch",
-           "Some pairs are never seen."),
-    Mutant("train.py",
-           "verified = [verify(source, turn, response) for response in responses]",
-           "verified = [verify(source, turn, turn.response) for response in responses]",
-           "test_train.py::test_hindsight_by_hand",
-           "The value model learns nothing about steps, only about whole answers."),
-    Mutant("train.py",
-           "steps.append(tokenizer.decode(response[start:end + 1]))",
-           "steps.append(tokenizer.decode(response[start:end]))",
-           "test_train.py::test_label_steps_by_hand",
-           "The verifier finds hardly any right step."),
-    Mutant("train.py",
-           "[name] for response in responses]",
-           "[name] for response in responses[:1]]",
-           "test_train.py::test_verdicts_by_hand",
-           "--rollouts changes nothing in the engagement labels."),
-    Mutant("train.py",
-           "room.append(world.max_new_tokens - end - 1)",
-           "room.append(world.max_new_tokens)",
-           "test_train.py::test_label_steps_by_hand",
-           "Rollouts succeed more often than answers."),
-    Mutant("train.py",
-           "at = [len(turn.prompt) + end for end in at]",
-           "at = [len(turn.prompt) + end - 1 for end in at]",
-           "test_train.py::test_label_steps_by_hand",
-           "Guidance in maths is a little worse than it could be."),
-    Mutant("train.py",
-           "high, low = max(rated), min(rated)",
-           "low, high = max(rated), min(rated)",
-           "test_train.py::test_pairs_prefer_the_better_rated",
-           "There are no pairs to train on."),
-    Mutant("train.py",
-           "pair.margin += (chosen - rejected) / len(domain)",
-           "pair.margin += chosen - rejected",
-           "test_train.py::test_margins_by_hand",
-           "MODPO listens to the other objectives too much."),
-    Mutant("train.py",
-           "rewards = run.config.beta * (logps - reference)",
-           "rewards = run.config.beta * logps",
-           "test_train.py::test_margins_by_hand",
-           "MODPO's margins depend on how long the answers are."),
-    Mutant("train.py",
-           "step_loss(prm.outputs, scores, targets, in_batch)",
-           "step_loss(prm.outputs, scores, targets)",
-           "test_train.py::test_train_prm_adds_up_the_parts_of_a_batch",
-           "The PRM's gradient is larger the more a batch's lengths differ."),
-    Mutant("train.py",
-           "bradley_terry_loss(chosen, rejected, output == p)",
-           "bradley_terry_loss(chosen, rejected, output >= 0)",
-           "test_train.py::test_train_prm_gives_every_objective_the_loss_of_its_own_pairs",
-           "The log shows one loss for all values."),
-    Mutant("train.py",
-           "weights.append(config.prm_step_weight)",
-           "weights.append(1.0)",
-           "test_train.py::test_train_prm_adds_step_correctness_and_drops_it",
-           "--prm-step-weight changes nothing."),
-    Mutant("train.py",
-           "known[:known.index(0.0) + 1] if 0.0 in known else known",
-           "known",
-           "test_train.py::test_label_steps_by_hand",
-           "The PRM finds the first mistake late, and those behind it early."),
-    Mutant("train.py",
-           'if "verifiable" in cases and STEP in',
-           "if STEP in",
-           "test_train.py::test_train_prm_adds_step_correctness_and_drops_it",
-           "With --prm each engagement's PRM learns arithmetic first."),
-    Mutant("train.py",
-           "size = max(config.prm_pairs, ",
-           "size = max(1, ",
-           "test_train.py::test_train_prm_leaves_no_source_without_its_share",
-           "Guidance in the domain with few labels hardly learns anything."),
-    # -- interop/answers.py
-    Mutant("interop/answers.py",
-           "return text[ends[-1]:] if ends",
-           "return text[ends[0]:] if ends",
-           "test_answers.py::test_final_answers",
-           "Of two boxed results the wrong one counts."),
-    Mutant("interop/answers.py",
-           "    if a is None or b is None:\n        return False\n    return answer_parts(a) == "
-           "answer_parts(b)",
-           "    return answer_parts(str(a)) == answer_parts(str(b))",
-           "test_answers.py::test_no_answer_is_never_right",
-           "Saying nothing can be right."),
-    # -- interop/checkpoints.py
-    Mutant("interop/checkpoints.py",
-           '"embed": ["embed_tokens"],',
-           '"embed": ["lm_head"],',
-           "test_model.py::test_names_of_an_exported_checkpoint",
-           "Our exports are nonsense in every other program."),
-    Mutant("interop/checkpoints.py",
-           '{"tie_word_embeddings": False,',
-           '{"tie_word_embeddings": (c.hf or {}).get("tie_word_embeddings", False),',
-           "test_model.py::test_a_tied_checkpoint",
-           "Exported from a tied base model, a policy serves as if it had never been trained."),
-    Mutant("interop/checkpoints.py",
-           "if window is not None and used and window <",
-           "if window is not None and not used and window <",
-           "test_checkpoints.py::test_other_arithmetic_is_refused_by_name",
-           "Qwen2.5 is refused, an old Mistral is not."),
-    # -- interop/datasets.py
-    Mutant("interop/datasets.py",
-           "chosen=responses[-1], rejected=responses[0]",
-           "chosen=responses[0], rejected=responses[-1]",
-           "test_datasets.py::test_ratings_give_pairs_of_every_objective",
-           "Trained on published ratings, the model gets worse."),
-    Mutant("interop/datasets.py",
-           "n_right = n if label == -1 else label",
-           "n_right = n if label == -1 else min(n, label + 1)",
-           "test_datasets.py::test_spellings_of_steps",
-           "The first wrong step is praised."),
-    # -- interop/reward_models.py
-    Mutant("interop/reward_models.py",
-           "nn.Parameter(layer.weight[1:] - layer.weight[:1])",
-           "nn.Parameter(layer.weight[1:])",
-           "test_reward_models.py::test_released_reward_models",
-           "A released reward model with two labels ranks answers oddly."),
-    # -- interop/templates.py
-    Mutant("interop/templates.py",
-           "same = min(left, ",
-           "same = max(left, ",
-           "test_templates.py::test_chat_is_what_the_template_writes",
-           "Templates that trim a message lose the words around it."),
-    # -- interop/tokenizer.py
-    Mutant("interop/tokenizer.py",
-           "enumerate([part] if role else self.markup.split(part))",
-           "enumerate(self.markup.split(part))",
-           "test_templates.py::test_nobody_types_special_tokens",
-           "A user can end their own turn."),
-    Mutant("interop/tokenizer.py",
-           "                ids += self.encode(text) + self.encode(part)\n                text = "
-           '""\n',
-           "                text += part\n",
-           "test_templates.py::test_prompt_and_answer_never_merge",
-           "A cached prompt is not the beginning of the longer conversation."),
-    Mutant("interop/tokenizer.py",
-           "if name != bos][:1] + ends",
-           "if name != bos][1:] + ends",
-           "test_templates.py::test_what_ends_an_answer",
-           "A chat model's answers do not end."),
-    # -- interop/vocabulary.py
-    Mutant("interop/vocabulary.py",
-           "found += [piece[end:match.start()], match[0]]",
-           "found.append(match[0])",
-           "test_vocabulary.py::test_split_patterns",
-           "Words between digits vanish."),
-    Mutant("interop/vocabulary.py",
-           "ordered = [bytes([b]) for b in range(256)]",
-           "ordered = sorted(vocab, key=vocab.get)",
-           "test_vocabulary.py::test_ids_in_another_order_than_merges",
-           "Words fall into other pieces than those that the checkpoint knows."),
-]
+def read_table(table):
+    """-> list of Mutant"""
+    tests = {}                           # {name: file and name}
+    for file in folder("tests"):
+        for name in re.findall(r"^def (test_\w+)", read(HOME, file), re.M):
+            tests[name] = f"{os.path.basename(file)}::{name}"
+    found = []
+    for section in re.split(r"^(?=\[)", table.lstrip("\n"), flags=re.M)[1:]:
+        file = section[1:section.index("]")]
+        bugs = r"^(test_\w+):\s+(.+)\n    (.+?)\s+==> (.+)$"
+        for test, hint, old, new in re.findall(bugs, section, re.M):
+            found.append(Mutant(file, old, new, tests[test], hint))
+    return found
+
+
+MUTANTS = read_table(TABLE)
 
 
 # -- running them
@@ -783,14 +398,12 @@ def failures(directory, selection):
     done = subprocess.run(command, cwd=directory, capture_output=True, encoding="utf-8")
     if done.returncode not in (0, 1):
         raise RuntimeError(f"the tests do not run:\n{done.stdout[-2000:]}")
-    names = []
+    names = {}                           # each once, in order
     for case in ElementTree.parse(report).iter("testcase"):
-        outcome = {element.tag for element in case}
-        if outcome & {"failure", "error"}:
-            file = case.get("classname").split(".")[-1]
-            test = case.get("name").split("[")[0]
-            names.append(f"{file}.py::{test}")
-    return list(dict.fromkeys(names))
+        if {element.tag for element in case} & {"failure", "error"}:
+            file, test = case.get("classname").split(".")[-1], case.get("name").split("[")[0]
+            names[f"{file}.py::{test}"] = True
+    return list(names)
 
 
 def hunt(numbers, killers):
@@ -818,39 +431,34 @@ def hunt(numbers, killers):
     return survivors
 
 
-def plant(number, out):
-    """A copy of the project with a bug in it."""
-    mutant = MUTANTS[number - 1]
-    make_assignment(out, {mutant.file: mutated(mutant)})
-    print(f"{out}: somewhere in the seven files or in interop/ is a bug. {mutant.hint}")
-
-
-def check_numbers(numbers):
+def chosen(words):
+    """Numbers of bugs, as typed -> the numbers, which have bugs."""
+    numbers = [int(word) if re.fullmatch("[0-9]+", word) else 0 for word in words]
     if not all(0 < n <= len(MUTANTS) for n in numbers):
         raise InputError(f"bugs have numbers from 1 to {len(MUTANTS)}")
+    return numbers
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("numbers", nargs="*", type=int, metavar="N",
+    parser.add_argument("numbers", nargs="*", metavar="N",
                         help=f"bugs, 1 to {len(MUTANTS)} (default all)")
     parser.add_argument("--killers", action="store_true", help="run each bug's own test alone")
     parser.add_argument("--plant", nargs=2, metavar=("N", "OUT"),
                         help="write a copy with bug N to the new directory OUT")
     args = parser.parse_args(argv)
     if args.plant:
-        number, out = args.plant
-        number = int(number) if re.fullmatch("[0-9]+", number) else 0
-        check_numbers([number])
-        return plant(number, out)
-    numbers = args.numbers or list(range(1, len(MUTANTS) + 1))
-    check_numbers(numbers)
+        number, = chosen(args.plant[:1])
+        mutant, out = MUTANTS[number - 1], args.plant[1]
+        make_assignment(out, {mutant.file: mutated(mutant)})
+        print(f"{out}: somewhere in the seven files or in interop/ is a bug. {mutant.hint}")
+        return
+    numbers = chosen(args.numbers) or list(range(1, len(MUTANTS) + 1))
     survivors = hunt(numbers, args.killers)
-    found = len(numbers) - len(survivors)
     rest = f"; not {survivors}" if survivors else ""
-    print(f"{found} of {len(numbers)} bugs are found{rest}")
+    print(f"{len(numbers) - len(survivors)} of {len(numbers)} bugs are found{rest}")
     sys.exit(1 if survivors else 0)
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from data import InputError
 from decode import generate
-from model import Checkpoint, load_hf, load_safetensors, save_hf, save_safetensors
+from model import (Checkpoint, load_hf, load_safetensors, read_config, save_hf,
+                   save_safetensors)
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 24}
@@ -278,15 +279,60 @@ def test_what_other_programs_leave_behind(tmp_path):
     c, tensors = CASES["gpt2"], tensors_of(CASES["gpt2"])
     bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
     more = {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4),
-            "lm_head.weight": torch.zeros(23, 24)}
+            "lm_head.weight": tensors["transformer.wte.weight"]}
     write(str(tmp_path / "a"), c, tensors)
     write(str(tmp_path / "b"), c, bare | more)
     a, b = load_hf(str(tmp_path / "a")), load_hf(str(tmp_path / "b"))
     assert same_state(a, b)
-    assert torch.equal(b.heads[0].weight, b.embed.weight)       # tied: the file's own counts not
+    write(str(tmp_path / "d"), c, {f"pretrained_model.{name}": t for name, t in tensors.items()})
+    assert same_state(a, load_hf(str(tmp_path / "d")))
     write(str(tmp_path / "c"), c, tensors | {"wte.weight": torch.ones(23, 24)})
     with pytest.raises(InputError, match="stands twice"):
         load_hf(str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("case", ["llama3.2", "qwen3", "gpt2"])
+def test_tied_as_the_file_has_it(tmp_path, case):
+    """A head of its own dropped for the embedding because config.json says that they are one; a
+    file refused that kept the head and dropped the embedding, as safetensors' save_model does."""
+    c, tensors = CASES[case], tensors_of(CASES[case])
+    name = "transformer.wte.weight" if case == "gpt2" else "model.embed_tokens.weight"
+    embedding, head = tensors[name], tensors[name].flip(0)
+    write(str(tmp_path / "two"), c, tensors | {"lm_head.weight": head})
+    for model in (load_hf(str(tmp_path / "two")), load_hf(str(tmp_path / "two"), ["a", "b"])):
+        assert torch.equal(model.embed.weight, embedding)
+        assert all(torch.equal(h.weight, head) for h in model.heads)
+    del tensors[name]
+    write(str(tmp_path / "one"), c, tensors | {"lm_head.weight": embedding})
+    model = load_hf(str(tmp_path / "one"))
+    assert torch.equal(model.embed.weight, embedding)
+    assert torch.equal(model.heads[0].weight, embedding)
+    write(str(tmp_path / "none"), c, tensors)
+    with pytest.raises(InputError, match="missing"):
+        load_hf(str(tmp_path / "none"))
+
+
+UNKNOWN = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+
+
+@pytest.mark.parametrize("fields, theta, context", [
+    ({}, 1e4, None),
+    ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, None),
+    ({"rope_theta": 5e5, "rope_scaling": {"type": "default"}}, 5e5, None),
+    ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, 5e5, None),
+    ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 1.0}}, 5e5, None),
+    ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": LLAMA3}, 1e4, 24),
+    ({"rope_parameters": LLAMA3, "rope_scaling": {"rope_theta": 5e5}}, 5e5, None),
+    ({"rope_theta": 5e5, "rope_scaling": UNKNOWN | {"type": "llama3"}}, 5e5, 64),
+    ({"original_max_position_embeddings": 48, "rope_parameters": LLAMA3}, 1e4, 48)])
+def test_rotary_fields_wherever_they_stand(tmp_path, fields, theta, context):
+    """The default taken where the number stood elsewhere; of two that disagree, the one that other
+    programs do not take."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | fields))
+    found = read_config(str(tmp_path))
+    assert found.rope_theta == theta and bool(found.rope_scaling) == bool(context)
+    if context:
+        assert found.rope_scaling["original_max_position_embeddings"] == context
 
 
 # -- what is refused
@@ -304,13 +350,18 @@ LLAMA_CHANGES = [
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "yarn"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "full_attention"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"rope_parameters": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor"),
+    ({"rope_interleaved": True}, "rope_interleaved"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
     ({"hidden_act": "gelu"}, "gelu"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"alibi": True}, "alibi"),
     ({"max_position_embeddings": 10**12}, "max_len|unusable"),
     ({"num_hidden_layers": 10**6}, "too few"),
-    ({"rope_theta": -1.0}, "unusable"),
+    ({"rope_theta": -1.0}, "unusable rope_theta"),
+    ({"rope_theta": {"full_attention": 5e5}}, "unusable rope_theta"),
     ({"head_dim": 5}, "unusable"),
     ({"intermediate_size": None}, "intermediate_size")]
 GPT2_CHANGES = [

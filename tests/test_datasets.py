@@ -14,8 +14,9 @@ import pytest
 
 from data import OBJECTIVES, InputError, read_jsonl
 from interop.answers import final_answer, marked_answer, same_answer
-from interop.datasets import (DATA_HELP, Preference, Question, Steps, holds_questions,
-                              read_outputs, read_preferences, read_questions, read_steps)
+from interop.datasets import holds_questions
+from interop.rows import (DATA_HELP, Preference, Question, Steps, read_outputs,
+                          read_preferences, read_questions, read_steps)
 
 
 def user(text):
@@ -31,7 +32,7 @@ def read_file(kind, path, skipped=None):
     if kind in ("pairs", "ratings"):
         return read_preferences(str(path), "honesty", skipped)
     if kind == "steps":
-        return read_steps(str(path))
+        return read_steps(str(path), skipped)
     reader = {"questions": read_questions, "outputs": read_outputs}[kind]
     return reader(str(path), skipped)
 
@@ -60,6 +61,7 @@ PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 RATED = {"prompt": "p", "completions": [{"response": "x", "annotations": {}}]}
 STEPS = {"prompt": "p", "steps": ["a"], "labels": [1]}
 LABEL = {"problem": "p", "steps": ["a", "b"], "label": 1}
+ASKED = {"question": "q", "answer": "2"}
 WITHOUT = object()
 
 
@@ -91,38 +93,31 @@ def test_broken_lines_are_named(tmp_path, line, words):
 @pytest.mark.parametrize("good, change, words", [
     # pairs
     (PAIR, {"chosen": WITHOUT}, "'chosen' is missing"),
-    (PAIR, {"prompt": WITHOUT}, "'prompt' is missing (question, instruction, problem would do)"),
+    (PAIR, {"prompt": WITHOUT}, "missing (question, instruction, problem, input would do)"),
     (PAIR, {key: WITHOUT for key in PAIR}, "no fields"),
-    (PAIR, {"rejected": 3}, "'rejected' is int"),
-    (PAIR, {"chosen": None}, "'chosen' is NoneType"),
-    *((PAIR, {"prompt": prompt}, "'prompt' is list") for prompt in (
-        [], [user(5)], [user("x") | {"role": "robot"}], [user("x") | {"role": ["user"]}])),
-    (PAIR, {"prompt": WITHOUT, "question": ["x"]}, "'question' is list"),
-    (PAIR, {"chosen": " \n"}, "'chosen' is empty"),
-    (PAIR, {"prompt": ""}, "'prompt' is empty"),
-    (PAIR, {"rejected": [bot("")]}, "'rejected' is empty"),
-    (PAIR, {"prompt": [bot("x")]}, "ends with the assistant"),
-    (PAIR, {"rejected": "c"}, "'chosen' equals 'rejected'"),
-    (PAIR, {"chosen": [bot("r")]}, "'chosen' equals 'rejected'"),
-    (PAIR, {"chosen": [user("x")]}, "'chosen' does not end with the assistant's turn"),
-    (PAIR, {"prompt": WITHOUT, "chosen": "Human: x"}, "'chosen' does not end"),
+    (PAIR, {"rejected": 3}, "'rejected' is int 3"),
+    (PAIR, {"rejected": {"text": "r"}}, "'rejected' is dict {\"text\": \"r\"}"),
+    (PAIR, {"chosen": [bot("x"), 7]}, "message 2 of 'chosen' is int 7"),
+    (PAIR, {"prompt": [user("x") | {"role": ["user"]}]}, "message 1 of 'prompt' is dict"),
+    (PAIR, {"prompt": [user("x"), user(5)]}, "message 2 of 'prompt' is int 5"),
+    (PAIR, {"prompt": WITHOUT, "question": ["x"]}, "'question' is list [\"x\"]"),
+    (PAIR, {"prompt": [user([{"type": "image_url", "image_url": "x"}])]}, "'image_url'"),
     # ratings
     *((RATED, {"completions": value}, "'annotations'") for value in (
         5, ["x"], [{"response": "x"}])),
     # steps
     (STEPS, {"labels": WITHOUT}, "'labels'"),
     (STEPS, {"steps": WITHOUT}, "'steps'"),
-    *((STEPS, {"steps": steps}, "'steps'") for steps in ([], ["a", ""], "a")),
-    (STEPS, {"steps": WITHOUT, "completions": "ab"}, "'completions'"),
+    *((STEPS, {"steps": steps}, "'steps' must be a list of texts") for steps in ("a", ["a", 3])),
+    (STEPS, {"steps": WITHOUT, "completions": "ab"}, "'completions' must be"),
     *((STEPS, {"labels": [label]}, "'labels'") for label in (1.5, float("nan"), "1")),
     (STEPS, {"steps": ["a", "b"]}, "2 steps but 1 labels"),
-    (STEPS, {"prompt": 7}, "'prompt' is int"),
-    *((LABEL, {"label": v}, "'label' must be") for v in (2, -2, True, "1", None, 0.5)),
+    (STEPS, {"prompt": 7}, "'prompt' is int 7"),
+    (STEPS, {"labels": WITHOUT, "input": "p", "steps": WITHOUT, "label": 3}, "not be int 3"),
+    *((LABEL, {"label": v}, "(0 to 1) or -1, not ") for v in (2, -2, True, "1", None, 0.5)),
     # questions
-    ({}, {"question": "q"}, "'answer' is missing (final_answer would do)"),
+    ({}, {"question": "q"}, "'answer' is missing (final_answer, solution, ground_truth would do)"),
     ({}, {"question": "q", "answer": True}, "'answer' is bool"),
-    ({}, {"question": "q", "answer": "  "}, "'answer' is empty"),
-    ({}, {"problem": "q", "solution": "so 1 + 1 = 2"}, "'solution' marks no final answer"),
     ({}, {"answer": "5"}, "'prompt' is missing")])
 def test_faulty_rows_are_named(tmp_path, good, change, words):
     """Labels out of range or shifted against their steps, `true` as a rating, a guess where no
@@ -132,6 +127,35 @@ def test_faulty_rows_are_named(tmp_path, good, change, words):
     path = tmp_path / "x.jsonl"
     message = refusal(path, kind, b"", row)
     assert f"{path}:2: " in message and words in message
+
+
+UNUSABLE = [
+    *((PAIR, {"chosen": blank}, "'chosen' is empty") for blank in (None, "", " \n", [], [bot("")])),
+    (PAIR, {"rejected": bot(None)}, "'rejected' is empty"),
+    (PAIR, {"prompt": ""}, "'prompt' is empty"),
+    (PAIR, {"prompt": [bot("x")]}, "the prompt ends with the assistant's turn"),
+    (PAIR, {"rejected": "c"}, "chosen equals rejected"),
+    (PAIR, {"chosen": [bot("r")]}, "chosen equals rejected"),
+    (PAIR, {"chosen": [user("x")]}, "'chosen' does not end with the assistant's turn"),
+    (PAIR, {"prompt": WITHOUT, "chosen": "Human: x"}, "'chosen' does not end with the assistant's "
+     "turn"),
+    *((STEPS, {"steps": steps}, "no steps, or an empty one") for steps in (None, [], ["a", ""])),
+    (LABEL, {"steps": []}, "no steps, or an empty one"),
+    *((ASKED, {"answer": blank}, "the answer is empty") for blank in (None, "  ", float("nan"))),
+    (ASKED, {"answer": WITHOUT, "solution": "so 1 + 1 = 2"},
+     "'solution' marks no final answer, as '#### 18' or '\\boxed{18}' do")]
+
+
+@pytest.mark.parametrize("good, change, reason", UNUSABLE)
+def test_rows_that_cannot_serve_are_left_out(read, good, change, reason):
+    """A file of thousands of good rows that stops at the first null, or one that is no answer
+    trained on as if it were one."""
+    row = {key: v for key, v in (good | change).items() if v is not WITHOUT}
+    kind = "steps" if good in (STEPS, LABEL) else "questions" if good is ASKED else "pairs"
+    found, skipped = read(kind, good, row, good, row)
+    assert len(found) == 2 and skipped == {reason: 2}
+    with pytest.raises(InputError, match="no rows to use; 1 skipped: "):
+        read(kind, row)
 
 
 @pytest.mark.parametrize("rating", [
@@ -165,7 +189,7 @@ def test_lists_and_byte_order_marks(tmp_path, before, between, after):
 
 @pytest.mark.parametrize("content, words", [
     ([PAIR, 5], "x.json: row 2: int, not an object"),
-    ([PAIR, PAIR | {"chosen": ""}], "x.json: row 2: 'chosen' is empty"),
+    ([PAIR, PAIR | {"chosen": 3}], "x.json: row 2: 'chosen' is int 3"),
     ([], "x.json: no rows"),
     (b'[{"prompt": 1},', "x.json:1: not JSON"),
     (b"[" * 100_000, "x.json:1: not JSON")])
@@ -380,6 +404,74 @@ def test_conversations_in_chosen_and_rejected(read, prompt, before, whole):
         assert skipped == {"the responses do not answer the prompt": 1}
 
 
+# -- what bears on a prompt
+
+CALL = [{"type": "function", "function": {"name": "look_up", "arguments": {"what": "p"}}}]
+CALLS = [user("p"), bot(None) | {"tool_calls": CALL}, {"role": "tool", "content": "d"}]
+CALLED = [user("p"), bot("") | {"tool_calls": CALL}, {"role": "tool", "content": "d"}]
+PARTS = [{"type": "text", "text": "p"}, {"type": "text", "text": " q"}]
+ALPACA = {"instruction": "Say it twice.", "input": "p", "prompt": WITHOUT}
+
+
+@pytest.mark.parametrize("change, prompt", [
+    (ALPACA, [user("Say it twice.\np")]),
+    (ALPACA | {"input": ""}, [user("Say it twice.")]),
+    (ALPACA | {"instruction": None}, [user("p")]),
+    ({"input": "q", "prompt": [bot("a"), user("p")]}, [bot("a"), user("p\nq")]),
+    ({"system": "s"}, [SYSTEM, user("p")]),
+    ({"system_prompt": "s", "prompt": [SYSTEM, user("p")]}, [SYSTEM, user("p")]),
+    ({"system": None, "input": "", "tools": [], "images": []}, [user("p")]),
+    ({"tools": CALL}, [user("p") | {"tools": CALL}]),
+    ({"tools": CALL, "system": "s"}, [SYSTEM | {"tools": CALL}, user("p")]),
+    ({"prompt": CALLS}, CALLED),
+    ({"prompt": [user("p"), bot("a") | {"reasoning_content": "t", "tool_calls": []}, user("q")]},
+     [user("p"), bot("a") | {"reasoning_content": "t"}, user("q")]),
+    ({"prompt": user("p") | {"name": "Ann", "id": 7}}, [user("p") | {"name": "Ann"}]),
+    ({"prompt": [user(PARTS)]}, [user("p q")]),
+    ({"prompt": PARTS, "question": None}, [user("p q")]),
+    ({"question": "p", "problem": "p"}, [user("p")])])
+def test_what_bears_on_a_prompt_is_in_it(read, change, prompt):
+    """Half of a prompt that vanishes: the model learns to answer what nobody asked."""
+    row = {key: v for key, v in (PAIR | change).items() if v is not WITHOUT}
+    assert read("pairs", row)[0] == [Preference("honesty", prompt, "c", "r")]
+    steps = row | {"steps": ["a"], "label": -1}
+    assert read("steps", steps)[0] == [Steps(prompt, ["a"], [1.0])]
+    assert read("questions", row | {"answer": "2"})[0] == [Question(prompt, "2", "")]
+
+
+def test_context_beside_transcripts(read):
+    """HH rows with a system column: the column is lost, because the prompt is found elsewhere."""
+    row = {"chosen": talk("a", "b", "p", "c"), "rejected": talk("a", "b", "p", "r"), "system": "s"}
+    found, _ = read("pairs", row)
+    assert found[0].prompt == [SYSTEM, user("a"), bot("b"), user("p")]
+
+
+@pytest.mark.parametrize("change, words", [
+    *(({name: ["x"]}, f"'{name}' would be lost (list [\"x\"])") for name in (
+        "context", "history", "documents", "choices", "images")),
+    ({"tools": "[]"}, "'tools' is str \"[]\""),
+    ({"system": 3}, "'system' is int 3"),
+    ({"question": "another"}, "'prompt' and 'question' could each be the prompt"),
+    ({"chosen": bot(None) | {"tool_calls": CALL}}, "'chosen' has 'tool_calls'"),
+    ({"rejected": [bot("r") | {"reasoning_content": "t"}]}, "'rejected' has 'reasoning_content'")])
+def test_what_would_be_lost_is_refused_by_name(tmp_path, change, words):
+    """A column, or a message's field, that no prompt and no response can hold."""
+    assert words in refusal(tmp_path / "x.jsonl", "pairs", PAIR | change)
+
+
+def test_columns_that_mean_nothing_are_named_once(read, capsys):
+    """A score or an id that somebody believes to be used; or a line about it for every row."""
+    chat = [user("p") | {"id": 1}]
+    rows = [PAIR | {"prompt": chat, "score": 1}, PAIR | {"source": "s"}, PAIR | {"source": "s"}]
+    read("pairs", *rows)
+    read("pairs", *rows)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.endswith(": ignored columns: prompt.id, score, source\n")
+    read("pairs", PAIR | {"system": "s"})
+    read("questions", ASKED | {"input": ""})
+    assert capsys.readouterr().out == ""
+
+
 # -- ratings
 
 def rated(prompt, **ratings):
@@ -398,6 +490,7 @@ def test_ratings_give_pairs_of_every_objective(tmp_path):
             rated("j", honesty=("2", "2", "2"), helpfulness=("N/A", "N/A", "3")),
             rated("k", honesty=(1, None, 2.5))]
     rows[2]["completions"].append({"response": "d", "annotations": {}})
+    rows[2]["completions"].append({"response": None, "annotations": {"honesty": {"Rating": 9}}})
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     skipped = {}
@@ -437,6 +530,34 @@ def test_spellings_of_steps(read, fields, labels):
     assert {type(label) for label in found[0].labels} == {float}
 
 
+def test_steps_of_math_shepherd(read):
+    """A sign of the text taken for a label, the question taken for a step, or steps and labels that
+    are shifted against each other."""
+    text = "2 + 3 - 1? Step 1: 2 + 3 = 5 ки\nStep 2: 5 -\n1 = 3 ки\nStep 3: The answer is: 3 ки"
+    signs = "2 + 3 - 1? Step 1: 2 + 3 = 5 +\nStep 2: 5 -\n1 = 3 -\nStep 3: The answer is: 3 -"
+    good = {"input": text.replace(" -\n", " - "), "label": signs.replace("5 -\n", "5 - ")}
+    steps = ["Step 1: 2 + 3 = 5", "Step 2: 5 - 1 = 3", "Step 3: The answer is: 3"]
+    expected = Steps([user("2 + 3 - 1?")], steps, [1, 0, 0])
+    # In the second row there is a sign too many at the end of a line, in the third no step.
+    odd = {"input": text, "label": signs}
+    found, skipped = read("steps", good, odd, {"input": "q", "label": "q"})
+    assert found == [expected] and list(skipped.values()) == [2]
+
+
+def test_steps_of_prm800k(read):
+    """Alternatives that nobody chose taken for steps of the solution; a person's step for wrong."""
+    def step(chosen, human, *ratings):
+        options = [{"text": f" {r} ", "rating": r, "flagged": False} for r in ratings]
+        human = human and {"text": human, "rating": None}
+        return {"completions": options, "chosen_completion": chosen, "human_completion": human}
+    steps = [step(1, None, -1, 1), step(None, "h", -1, -1), step(0, None, 0)]
+    steps.append(step(None, None, 1, -1))
+    row = {"question": {"problem": "p"}, "label": {"steps": steps, "finish_reason": "found_error"}}
+    assert read("steps", row)[0] == [Steps([user("p")], ["1", "h", "0", "-1"], [1, 1, 0.5, 0])]
+    bad = row | {"label": {"steps": [step(None, None)]}}
+    assert read("steps", row, bad)[1] == {"'label.steps' lack a text or a rating": 1}
+
+
 # -- questions and outputs
 
 GSM = "It is 500 + 500 = <<500+500=1000>>1,000.\n#### 1,000"
@@ -457,24 +578,23 @@ def test_spellings_of_questions(read, fields, answer, solution):
         assert found == [Question([user("q")], answer, solution)]
 
 
-def test_questions_without_an_answer_are_counted(read):
-    """An answer that nobody could extract (an empty field, NaN) taken for one."""
-    rows = [{"question": "q", "answer": answer} for answer in ("2", "", float("nan"))]
-    found, skipped = read("questions", *rows)
-    assert len(found) == 1 and skipped == {"the answer is empty": 2}
-
-
 def test_outputs_of_models(read):
-    """A response taken for the gold answer, one of several models left out, a row without any."""
+    """A response taken for the gold answer, one of several models or samples left out, a response
+    that is missing taken for a faulty row."""
     row = {"question": "q", "answer": "so\n#### 2"}
     question = Question([user("q")], "2", "so\n#### 2")
-    assert read("outputs", row | {"output": "2"})[0] == [(question, {"output": "2"})]
-    two = {"a": {"is_correct": True, "solution": "A: 2"}, "b": {"solution": "3"}}
+    assert read("outputs", row | {"output": "2"})[0] == [(question, {"response": ["2"]})]
+    two = {"a": {"is_correct": True, "solution": "A: 2"}, "b": {"solution": None}, "c": {"id": 1}}
     found, _ = read("outputs", {"question": "q", "ground_truth": "A: 2"} | two)
-    assert found[0][1] == {"a": "A: 2", "b": "3"}
-    for bad in ({}, {"response": 2}, {"a": {"text": "2"}}):
-        with pytest.raises(InputError, match="rows.jsonl:1: no text of a response"):
-            read("outputs", row | bad)
+    assert found[0][1] == {"a": ["A: 2"], "b": []}
+    for response, texts in [(["2", None, "3"], ["2", "", "3"]), (None, []), ("", []), ([], []),
+                            ([user("q"), bot("2")], ["2"]), (bot("3"), ["3"]),
+                            ([[bot("1")], [bot("2")]], ["1", "2"])]:
+        found, _ = read("outputs", row | {"responses": response})
+        assert found == [(question, {"response": texts})]
+    assert read("outputs", row)[0] == [(question, {})]
+    with pytest.raises(InputError, match="rows.jsonl:1: 'response' is int 2"):
+        read("outputs", row | {"response": 2})
 
 
 # -- published rows
@@ -508,6 +628,16 @@ def test_published_steps(name, n, right):
     firsts = [s.labels.index(0) if 0 in s.labels else -1 for s in found]
     assert len(found) == n and firsts.count(-1) == right
     assert firsts == [row["label"] for _, row in read_jsonl(published(name))]
+
+
+@pytest.mark.parametrize("name, n", [
+    ("sample_math-shepherd.jsonl", 7), ("sample_prm800k.jsonl", 5)])
+def test_published_steps_as_they_come(name, n):
+    """A layout of our own taken for the published one."""
+    found = read_steps(published(name))
+    assert len(found) == n
+    for row in found:
+        assert len(row.steps) == len(row.labels) and not any("ки" in step for step in row.steps)
 
 
 @pytest.mark.parametrize("name, n", [

@@ -3,9 +3,9 @@ everything again, and the command line. (Most of `sample` is exercise 10.)"""
 import copy
 import inspect
 import io
+import json
 import math
 import os
-import warnings
 import zlib
 
 import pytest
@@ -384,15 +384,18 @@ def test_guided_stops_at_the_shorter_context(toy, fixed_draws):
     assert max(held) <= CONTEXT
 
 
-@pytest.mark.parametrize("K, boundary, guide", [
-    (1, "turn", "tutor_engagement"), (3, "turn", "tutor_engagement"), (3, "newline", "unified")])
+@pytest.mark.parametrize("Ks, boundary, guide", [
+    ([1, 1, 1], "turn", "tutor_engagement"), ([3, 3, 3], "turn", "tutor_engagement"),
+    ([3, 2, 4], "newline", "unified")])
 @torch.no_grad()
-def test_turns_continue_the_state(toy, fixed_draws, K, boundary, guide):
-    """Prevents: the student's words fed to one row only, fed twice, or behind a loser's cache:
-    three turns with a carried state equal re-encoding the whole conversation."""
-    options = HARD | dict(boundary=boundary, K=K, guide=guide, max_new_tokens=6)
+def test_turns_continue_the_state(toy, fixed_draws, Ks, boundary, guide):
+    """Prevents: the student's words fed to one row only, fed twice, or behind a loser's cache; rows
+    of the carried caches read as if they belonged to other candidates: three turns with a carried
+    state, of any K, equal re-encoding the whole conversation."""
+    options = HARD | dict(boundary=boundary, guide=guide, max_new_tokens=6)
     texts, new, state = [[], []], prompts_of(5, 3, seed=5), None
-    for turn in range(3):
+    for turn, K in enumerate(Ks):
+        options["K"] = K
         texts = [text + ids for text, ids in zip(texts, new)]
         first_round = fixed_draws["round"] + 1
         found = guided_decode(*toy, new, state=state, **options)
@@ -425,7 +428,8 @@ def tokens(calls):
 @torch.no_grad()
 def test_no_token_is_fed_twice(toy, fed):
     """Prevents: committed text encoded again: policy and PRM read each prompt, each candidate and
-    each reply once."""
+    each reply once. Of its last token, behind which nothing has been drawn yet, the policy reads
+    the winner's alone."""
     state, K = None, 4
     for new in prompts_of(7, 5, seed=2):
         fed["policy"].clear()
@@ -436,7 +440,7 @@ def test_no_token_is_fed_twice(toy, fed):
         drawn = widest = 0
         for step in found.steps:
             lengths = [len(ids) for ids in step.candidates]
-            drawn += sum(lengths)
+            drawn += sum(lengths) - (K - 1)
             widest += K * max(lengths)           # candidates are padded for the PRM
         assert len(found.steps) > 1
         assert tokens(fed["policy"]) == len(new) + drawn
@@ -460,7 +464,7 @@ def test_what_has_ended_is_fed_no_more(toy, fed):
 @torch.no_grad()
 def test_one_candidate_is_plain_generation(toy):
     """Prevents: step borders that change the distribution: K = 1 draws exactly what `generate`
-    draws, with the same defaults."""
+    draws, with the same head by default."""
     prompt = prompts_of(6, seed=1)
     guided, = guided_decode(*toy, prompt, boundary="newline", K=1, max_new_tokens=25,
                             generator=seeded(2))
@@ -468,8 +472,7 @@ def test_one_candidate_is_plain_generation(toy):
     assert guided.ids == plain and len(guided.steps) > 1
     own = inspect.signature(generate).parameters
     other = inspect.signature(guided_decode).parameters
-    for name in ("weights", "temperature", "top_k", "top_p"):
-        assert own[name].default == other[name].default
+    assert own["weights"].default == other["weights"].default
 
 
 @torch.no_grad()
@@ -560,15 +563,10 @@ def test_guided_refuses(toy, prompt, options, message):
 def test_guided_temperature_zero_needs_one_candidate(toy):
     """Prevents: five equal candidates scored five times; the answer is the greedy one."""
     prompt = prompts_of(5)
-    with pytest.warns(UserWarning, match="K = 1") as told:
-        found, = guided_decode(*toy, prompt, K=4, temperature=0, **OPTIONS)
-    assert told[0].filename == __file__
+    found, = guided_decode(*toy, prompt, K=4, temperature=0, **OPTIONS)
     assert {len(step.candidates) for step in found.steps} == {1}
-    with warnings.catch_warnings():              # one candidate was asked for: nothing to tell
-        warnings.simplefilter("error")
-        again, = guided_decode(*toy, prompt, K=1, temperature=0, **OPTIONS)
     plain, = generate(toy[0], prompt, max_new_tokens=5, temperature=0)
-    assert found.ids == again.ids == plain
+    assert found.ids == plain
 
 
 @pytest.mark.parametrize("options", [
@@ -609,16 +607,15 @@ def test_guided_refuses_another_tokenizer(toy):
             guided_decode(toy[0], prm, [[1]], **OPTIONS)
 
 
-@pytest.mark.parametrize("K, prompts, message", [
-    (3, [[1] * 5], "prompt 0 has 5 tokens.* room for 5"), (3, [[1]] * 2, "not 2 with K = 3"),
-    (1, [[1]], "1 conversations with K = 3 .*not 1 with K = 1"), (4, [[1]], "with K = 4")])
-def test_guided_refuses_what_the_state_does_not_carry(toy, K, prompts, message):
-    """Prevents: a conversation that outgrows the context; rows of the carried caches read as if
-    they belonged to other candidates or other prompts."""
+@pytest.mark.parametrize("prompts, message", [
+    ([[1] * 5], "prompt 0 has 5 tokens.* room for 5"), ([[1]] * 2, "1 conversations, not 2")])
+def test_guided_refuses_what_the_state_does_not_carry(toy, prompts, message):
+    """Prevents: a conversation that outgrows the context; caches read as if they belonged to other
+    prompts."""
     found, = guided_decode(*toy, [[1] * 40], K=3, **OPTIONS)
     found.state.prm.held = torch.tensor([CONTEXT - 5])
     with pytest.raises(InputError, match=message):
-        guided_decode(*toy, prompts, K=K, state=found.state, **OPTIONS)
+        guided_decode(*toy, prompts, K=3, state=found.state, **OPTIONS)
 
 
 # -- weights
@@ -672,7 +669,8 @@ def tiny_run(gpt, tmp_path_factory):
 
 def test_main_shows_candidates_and_winner(tiny_run, capsys):
     """Prevents: a command that hides the algorithm: K scored candidates per step, the best one
-    marked, then the text; and one that answers otherwise when it is called again."""
+    marked, then the text; one that answers otherwise when it is called again; a trace that a script
+    would take for the answer."""
     argv = [tiny_run, "--prompt", "4 + 5 - 2 = ?", "--k", "3", "--max-new-tokens", "12",
             "--guide", "math_engagement", "--weights", "math_accuracy=0.7,math_engagement=0.3"]
     decode.main(argv)
@@ -688,6 +686,9 @@ def test_main_shows_candidates_and_winner(tiny_run, capsys):
         assert scores[marked.index(True)] == max(scores)
     decode.main(argv)
     assert capsys.readouterr().out == first      # --seed defaults to 0: the same again
+    decode.main([*argv, "--quiet"])
+    answer = capsys.readouterr().out
+    assert first.endswith(answer) and "step 1" not in answer
 
 
 @pytest.fixture
@@ -748,18 +749,78 @@ def test_main_closes_an_answer_that_was_cut_off(tiny_run, gpt, asked, monkeypatc
     assert capsys.readouterr().out == "7\n" * 3
 
 
-def test_main_talks_over_several_turns(tiny_run, capsys, monkeypatch):
-    """Prevents: a conversation that a real state cannot carry on."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("2 + 3 = ?\n4 - 2 = ?\n"))
-    decode.main([tiny_run, "--guide", "unified", "--k", "2", "--max-new-tokens", "4"])
-    assert capsys.readouterr().out.count("step 1\n") == 2
+QUESTIONS = ["2 + 3 = ?", "4 - 2 = ?", "2 + 3 = ?"]
+
+
+@pytest.mark.parametrize("text", [
+    "{0}\n{1}\n{2}\n", "\n \n{0}\n\t\n{1}\n\n\n{2}", "  {0} \r\n\r\n{1}\r\n{2}\r\n\r\n"])
+def test_blank_lines_are_no_messages(tiny_run, gpt, asked, monkeypatch, tmp_path, text):
+    """Prevents: a script whose blank lines, or an editor's line ends, are put to the model; a
+    file read otherwise than a pipe."""
+    text = text.format(*QUESTIONS)
+    monkeypatch.setattr("sys.stdin", io.StringIO(text, newline=""))
+    decode.main([tiny_run])
+    assert len(asked) == 3
+    assert asked[1]["prompts"] == [gpt.tokenizer.encode_turn(QUESTIONS[1])]
+    path = tmp_path / "prompts"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    decode.main([tiny_run, "--file", str(path)])
+    for call, question in zip(asked[3:], QUESTIONS, strict=True):
+        alone = [{"role": "user", "content": question}]
+        assert call["prompts"] == [gpt.tokenizer.encode_chat(alone)]
+        assert call["state"] is None
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n\n"))
+    decode.main([tiny_run])
+    assert len(asked) == 6
+
+
+def test_answers_of_a_file_are_independent(tiny_run, tmp_path, capsys):
+    """Prevents: an answer that depends on the prompts before it, a trace among lines of JSON, an
+    answer of several lines that is several lines."""
+    argv = [tiny_run, "--k", "2", "--max-new-tokens", "12", "--seed", "5"]
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(QUESTIONS))
+    decode.main([*argv, "--file", str(path)])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = []
+    for question in QUESTIONS:
+        decode.main([*argv, "--quiet", "--prompt", question])
+        expected.append({"prompt": question, "answer": capsys.readouterr().out[:-1]})
+    assert found == expected
+
+
+def test_a_line_that_does_not_fit_is_named(tiny_run, tmp_path, capsys):
+    """Prevents: a long file of which nobody knows which prompt was too long; the answers before it
+    lost."""
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"\n{QUESTIONS[0]}\n" + "1 + " * 100)
+    with pytest.raises(InputError, match="prompts.txt:3: .* room for 128"):
+        decode.main([tiny_run, "--k", "1", "--file", str(path)])
+    assert json.loads(capsys.readouterr().out)["prompt"] == QUESTIONS[0]
+
+
+@pytest.mark.parametrize("option", [[], ["--file"]])
+def test_a_system_message_stands_first(tiny_run, gpt, asked, monkeypatch, tmp_path, option):
+    """Prevents: a system message that is lost, that is said again in every turn, or that only the
+    first prompt of a file gets."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(QUESTIONS))
+    monkeypatch.setattr("sys.stdin", path.open())
+    decode.main([tiny_run, "--system", "Be kind.", *(option and ["--file", str(path)])])
+    system = {"role": "system", "content": "Be kind."}
+    opening = gpt.tokenizer.encode_chat([system, {"role": "user", "content": QUESTIONS[0]}])
+    said = [call["prompts"][0] for call in asked]
+    assert said[0] == opening and len(said) == 3
+    assert said[2] == (opening if option else [gpt.tokenizer.eos_id]
+                       + gpt.tokenizer.encode_turn(QUESTIONS[2]))
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--guide", "cleverness"], "no PRM output 'cleverness'"),
     (["--guide", "honesty"], "no PRM output 'honesty' .*math_accuracy, math_engagement"),
     (["--weights", "honesty=1"], "no 'honesty' here"),
-    (["--policy", "nothing"], "nothing/config.json: no such file"),
+    (["--policy", "nothing"], "no nothing here; it holds mah_dpo, prm$"),
+    (["--prompt", " "], "--prompt is blank"),
     (["--prompt", "1 + " * 100], "room for 128 with the answer; shorten the prompt"),
     (["--prompt", "x", "--k", "0"], "K must be"),
     (["--seed", "-1"], "--seed -1 is out of range"),
@@ -789,5 +850,5 @@ def test_main_prefers_the_guides_own_prm(gpt, capsys, tmp_path):
     decode.main([*argv, ENGAGEMENT])
     assert "step 1" in capsys.readouterr().out
     for guide in (ACCURACY, "unified"):
-        with pytest.raises(InputError, match=f"neither prm_{guide} nor prm, the unified PRM"):
+        with pytest.raises(InputError, match=f"no prm_{guide} nor prm .* holds .*prm_{ENGAGEMENT}"):
             decode.main([*argv, guide])

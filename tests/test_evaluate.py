@@ -1,7 +1,6 @@
 """evaluate.py: conversations, means and intervals, rows, tables, the picture, the files of a run.
-Every docstring states the bug that its test prevents."""
+Every docstring states the bug that its test prevents. (`hypervolume` is exercise 15.)"""
 import copy
-import itertools
 import math
 import os
 import shutil
@@ -87,8 +86,6 @@ def test_conversation_scores_average_over_turns(tokenizer):
         c.answer(ids_of(tokenizer, text), world, tokenizer, RNG(0))
     scores = c.scores(world, tokenizer)
     assert scores["tutor_engagement"] == approx((0.6 + 0.0 + 1.0) / 3)    # asked before: 0
-    lengths = [len(turn.response) for turn in c.turns]
-    assert c.length() == sum(lengths) / 3
 
 
 def test_majority_vote_and_tokens_drawn(gpt, tokenizer, monkeypatch):
@@ -105,23 +102,9 @@ def test_majority_vote_and_tokens_drawn(gpt, tokenizer, monkeypatch):
     assert talks[1].drawn == sum(lengths[3:])
 
 
-def test_guided_answers_count_what_was_drawn(gpt, tokenizer, monkeypatch):
-    """Guidance that looks as cheap as one answer."""
-    steps, plain = [], evaluate.guided_decode
-
-    def watch(*args, **options):
-        results = plain(*args, **options)
-        steps.extend(results[0].steps)
-        return results
-    monkeypatch.setattr(evaluate, "guided_decode", watch)
-    c, prm = Conversation(SUM, tokenizer), prm_of(gpt, tokenizer, "math_accuracy")
-    guided_responder(gpt, prm, OneSum(), [1.0, 0.0], "math_accuracy", 0.7, seeded(), K=3)([c])
-    assert all(len(step.candidates) == 3 for step in steps)
-    assert c.drawn == sum(len(ids) for step in steps for ids in step.candidates)
-
-
-def test_reranking_chooses_among_whole_answers(gpt, tokenizer, monkeypatch):
-    """A rival of guidance by steps that is guidance by steps, or that the PRM does not choose."""
+def test_guidance_by_steps_and_by_whole_answers(gpt, tokenizer, monkeypatch):
+    """A rival of guidance by steps that is guidance by steps, or that the PRM does not choose;
+    guidance that looks as cheap as one answer."""
     prm, found, plain = prm_of(gpt, tokenizer, "math_accuracy"), [], evaluate.guided_decode
 
     def watch(*args, **options):
@@ -133,9 +116,12 @@ def test_reranking_chooses_among_whole_answers(gpt, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "boundary_masks", masks.get)      # every token ends a line
     world = types.SimpleNamespace(boundary="newline", max_new_tokens=20, turns=1)
     for boundary in (None, "turn"):
-        respond = guided_responder(gpt, prm, world, [1.0, 0.0], "math_accuracy", 0.7, seeded(),
-                                   K=3, boundary=boundary)
-        respond([Conversation(SUM, tokenizer)])
+        respond = guided_responder(gpt, prm, world, boundary, guide="math_accuracy", K=3,
+                                   temperature=0.7, generator=seeded())
+        c = Conversation(SUM, tokenizer)
+        respond([c])
+        drawn = [len(ids) for step in found[-1].steps for ids in step.candidates]
+        assert c.drawn == sum(drawn) and len(drawn) == 3 * len(found[-1].steps)
     by_step, whole = found
     step, = whole.steps
     best = max(range(3), key=step.scores.__getitem__)
@@ -153,15 +139,15 @@ def test_guided_conversations_equal_re_encoding(gpt, tokenizer):
     prm = prm_of(gpt, tokenizer, "tutor_accuracy", "tutor_engagement").double()
     world = DOMAINS["tutoring"]
     problems = world.problems("test", 5, RNG(1))
-    respond = guided_responder(model, prm, world, [0.5, 0.5], "unified", 0.9, seeded(2), K=3)
+    options = dict(weights=[0.5, 0.5], guide="unified", K=3, temperature=0.9)
+    respond = guided_responder(model, prm, world, generator=seeded(2), **options)
     carried = converse(world, problems, tokenizer, respond, 7)
     generator = seeded(2)
 
     def again(conversations):
         results = decode.guided_decode(
-            model, prm, [c.ids for c in conversations], boundary="turn", K=3, weights=[0.5, 0.5],
-            guide="unified", max_new_tokens=world.max_new_tokens, temperature=0.9,
-            generator=generator)
+            model, prm, [c.ids for c in conversations], boundary="turn",
+            max_new_tokens=world.max_new_tokens, generator=generator, **options)
         return [result.ids for result in results]
     fresh = converse(world, problems, tokenizer, again, 7)
     assert [c.turns for c in carried] == [c.turns for c in fresh]
@@ -175,8 +161,7 @@ def test_guided_conversations_in_batches(gpt, tokenizer):
     problems = world.problems("test", 5, RNG(1))
     played = []
     for size in (2, 256):
-        respond = guided_responder(gpt, prm, world, [0.5, 0.5], "unified", 0.0, None, K=1,
-                                   batch=size)
+        respond = guided_responder(gpt, prm, world, batch=size, weights=[0.5, 0.5], temperature=0)
         talks = converse(world, problems, tokenizer, respond, 7)
         played.append([c.turns for c in talks])
     assert played[0] == played[1]
@@ -307,19 +292,6 @@ def swept(scores_a, scores_b, policy="mah_dpo"):
         weights = {"a": 1 - i / steps, "b": i / steps}
         rows.append(made(policy, {"a": [x, x], "b": [y, y]}, weights=weights, sweep=("a", "b")))
     return rows
-
-
-def test_hypervolume_by_hand():
-    """Areas counted twice, dominated or worthless points that count, a front that depends on their
-    order."""
-    volume = evaluate.hypervolume
-    assert volume([]) == 0
-    assert volume([(0.5, 0.4)]) == approx(0.2)
-    assert volume([(0.5, 0.4), (0.3, 0.3), (0.5, 0.2)]) == approx(0.2)    # dominated
-    for points in itertools.permutations([(1.0, 0.2), (0.6, 0.5), (0.2, 0.9)]):
-        assert volume(points) == approx(0.2 + 0.6 * 0.3 + 0.2 * 0.4)
-    assert volume([(3.0, 4.0), (0.5, 9.0)], reference=(1.0, 2.0)) == approx(4.0)
-    assert volume([(0.5, 3.0), (3.0, 1.0)], reference=(1.0, 2.0)) == 0
 
 
 def test_areas_by_method():

@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from data import OBJECTIVES, InputError, read_json, write_json
-from evaluate import half_width, summary
-from experiments import findings
-from experiments.findings import Comparison, compare, sweep_lines, verdict
+from experiments import claims, findings
+from experiments.claims import differences
+from experiments.findings import line, sweep_lines
 
 MATHS = [OBJECTIVES["math_accuracy"], OBJECTIVES["math_engagement"]]
 ACCURACY, ENGAGEMENT = "math_accuracy", "math_engagement"
@@ -21,47 +21,50 @@ def made(each, weights=None, policy="mah_dpo"):
     return {"policy": policy, "each": each, "weights": weights or {}}
 
 
+def verdict(values, slack=0.0):
+    return line("F1", "math", "a", "x - y", values, slack)["verdict"]
+
+
 def test_verdicts():
     """A difference within its noise that is called a finding, or a significant loss that is called
-    noise."""
+    noise; a row that is missing taken for a success."""
     spread = [-0.1, 0.0, 0.1, 0.0]                            # half the interval: 0.13
     found = []
     for mean in (0.2, 0.1, -0.1, -0.2):
-        found.append(verdict(summary([mean + s for s in spread])))
+        found.append(verdict([mean + s for s in spread]))
     assert found == ["holds", "not significant", "not significant", "does not hold"]
-    assert verdict(summary([0.12 + s for s in spread]), 0.02) == "holds"
-    assert verdict(summary([-0.2 + s for s in spread]), 0.02) == "does not hold"
-    assert verdict(summary([0.5])) == "not significant" == verdict(summary([0.0] * 9))
+    assert verdict([0.12 + s for s in spread], 0.02) == "holds"
+    assert verdict([-0.2 + s for s in spread], 0.02) == "does not hold"
+    assert verdict([0.5]) == "not significant" == verdict([0.0] * 9)
+    gone = line("F4", "math", "a", "x - y", None)
+    assert (gone["verdict"], gone["difference"]) == ("not run", "-")
 
 
 def test_comparisons_are_paired():
     """Two rows compared as if they had met different prompts, which hides what one beats the other
-    by on each; rows swapped; an objective left out of a mean; a row that is missing taken for a
-    success."""
+    by on each; rows swapped; an objective left out of a mean."""
     rng = random.Random(0)
     luck = [rng.random() for _ in range(30)]
     same = [rng.random() for _ in range(30)]
     better = [v + 0.1 + 0.01 * rng.random() for v in luck]
     rows = {"sft": made({"a": luck, "b": same}), "mah_dpo + a": made({"a": better, "b": same})}
-    line = compare("math", Comparison("F4", ["a"], "mah_dpo + a", "sft"), rows)
-    gaps = [x - y for x, y in zip(better, luck)]
-    assert line["verdict"] == "holds" and line["compared"] == "mah_dpo + a - sft"
-    assert line["difference"] == findings.cell(summary(gaps)) and half_width(summary(gaps)) < 0.005
-    back = compare("math", Comparison("F4", ["a"], "sft", "mah_dpo + a"), rows)
-    assert back["verdict"] == "does not hold"
-    both = compare("math", Comparison("F4", ["a", "b"], "mah_dpo + a", "sft"), rows)
-    assert both["difference"] == findings.cell(summary([gap / 2 for gap in gaps]))
-    assert both["objective"] == "a + b"
-    gone = compare("math", Comparison("F4", ["a"], "mah_dpo + a", "modpo"), rows)
-    assert (gone["verdict"], gone["difference"]) == ("not run", "-")
+    gaps = pytest.approx([x - y for x, y in zip(better, luck)])
+    assert differences(("a",), "mah_dpo + a", "sft", rows) == gaps
+    assert differences(("a",), "sft", "mah_dpo + a", rows) == pytest.approx(
+        [y - x for x, y in zip(better, luck)])
+    half = pytest.approx([(x - y) / 2 for x, y in zip(better, luck)])
+    assert differences(("a", "b"), "mah_dpo + a", "sft", rows) == half
+    assert differences(("a",), "mah_dpo + a", "modpo", rows) is None
 
 
-def of(finding):
+def of(finding, objectives=MATHS):
     """{(objective or objectives, better): set of worse rows} of a finding in maths."""
     found = {}
-    for c in findings.comparisons(MATHS):
-        if c.finding == finding:
-            found.setdefault((" + ".join(c.objectives), c.better), set()).add(c.worse)
+    for name, counted, better, worse, _ in claims.comparisons(objectives):
+        if name == finding:
+            rows = found.setdefault((" + ".join(counted), better), set())
+            assert worse not in rows                          # nothing counts twice
+            rows.add(worse)
     return found
 
 
@@ -97,12 +100,23 @@ def test_guidance_meets_its_parts_and_its_rivals():
     assert of("rivals") == rivals and of("F6") == own
 
 
+def test_a_single_objective_is_its_own_ensemble():
+    """The only head compared with the ensemble, which is itself, or its guide counted again as the
+    unified one, and as the mean of its domain."""
+    baselines, accuracy = {"sft", "single_head_dpo", "modpo", "soup"}, MATHS[:1]
+    assert of("F1", accuracy) == {(ACCURACY, "mah_dpo"): baselines}
+    assert of("F2", accuracy) == {(ACCURACY, "mah_dpo"): baselines | {"base"}}
+    assert of("F3", accuracy) == {(ACCURACY, f"sft + {ACCURACY}"): baselines | {"mah_dpo"}}
+    parts = {f"sft + {ACCURACY}", "mah_dpo"}
+    assert of("F4", accuracy) == {(ACCURACY, f"mah_dpo + {ACCURACY}"): parts}
+
+
 def test_what_may_lose_a_little():
     """A baseline beaten although the ensemble is worse, or an accuracy that must gain."""
-    slack = {(c.finding, *c.objectives): c.slack for c in findings.comparisons(MATHS)}
-    kept = {key for key, value in slack.items() if value == findings.KEPT}
+    slack = {(name, *counted): may for name, counted, *_, may in claims.comparisons(MATHS)}
+    kept = {key for key, value in slack.items() if value == claims.KEPT}
     assert kept == {("F1", ACCURACY), ("F6", ACCURACY), ("F6", ENGAGEMENT)}
-    assert set(slack.values()) == {0.0, findings.KEPT}
+    assert set(slack.values()) == {0.0, claims.KEPT}
 
 
 def swept(scores_a, scores_b):
@@ -160,8 +174,7 @@ def test_a_finding_is_as_good_as_its_worst_part():
                 ("holds", "not run"): "holds (1/1), part not run",
                 ("not run",): "not run", (): "-"}
     for parts, whole in expected.items():
-        lines = [{"verdict": part} for part in parts]
-        assert findings.verdict_of_all(lines) == whole
+        assert findings.verdict_of_all(parts) == whole
 
 
 def test_findings_of_a_run(whole, capsys):
@@ -169,8 +182,8 @@ def test_findings_of_a_run(whole, capsys):
     findings.main([whole])
     out = capsys.readouterr().out
     cells = {}
-    for line in re.findall(r"^\|.*", out, re.M):
-        parts = [part.strip() for part in line.strip("|").split("|")]
+    for row in re.findall(r"^\|.*", out, re.M):
+        parts = [part.strip() for part in row.strip("|").split("|")]
         cells.setdefault(parts[0], parts)
     assert cells[""][2:] == ["values", "tutoring"]
     assert set(findings.FINDINGS) < set(cells) and cells["F3"][2:] == ["-", "-"]
@@ -191,8 +204,8 @@ def test_findings_of_two_runs(whole, tmp_path, capsys):
     write_json(path, config)
     findings.main([whole, other])
     out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if "honesty, its own PRM" in line)
-    assert "| holds " in line and "| 0.000 ±0.000 " in line         # the same figures
+    shown = next(row for row in out.splitlines() if "honesty, its own PRM" in row)
+    assert "| holds " in shown and "| 0.000 ±0.000 " in shown       # the same figures
     write_json(path, config | {"n_test": 3})
     with pytest.raises(InputError, match="--n-test is 2 and 3"):
         findings.main([whole, other])

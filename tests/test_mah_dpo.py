@@ -1,5 +1,5 @@
-"""mah_dpo.py: log-probabilities, losses against hand values, which parameters a pair touches, the
-baselines. Every docstring states the bug that its test prevents."""
+"""mah_dpo.py: log-probabilities, which parameters a pair touches, the soup. (Hand values of the
+losses are exercises 1 to 4.) Every docstring states the bug that its test prevents."""
 import copy
 import math
 from dataclasses import replace
@@ -10,18 +10,14 @@ import torch.nn.functional as F
 
 import mah_dpo
 from data import pad, response_mask
-from mah_dpo import (Pair, balanced_mean, dpo_loss, log_ratio_margin, mah_dpo_loss, make_optimizer,
-                     modpo_loss, pair_logps, pair_metrics, policy_logps, response_logps, soup)
+from mah_dpo import (Pair, mah_dpo_loss, make_optimizer, pair_logps, pair_metrics, policy_logps,
+                     response_logps, soup)
 from model import GPT, GPTConfig
 
 NAMES = ("math_accuracy", "math_engagement", "honesty")
 CONFIG = GPTConfig(23, n_layer=2, n_head=2, n_kv_head=1, d_model=12, d_ff=16, max_len=32,
                    init_std=0.3, objectives=NAMES)
 HEADS = torch.tensor([2, 0, 1, 0, 2, 1, 0])       # of the seven pairs below
-
-
-def log_sigmoid(x):
-    return -math.log1p(math.exp(-x))
 
 
 def make(config):
@@ -74,15 +70,6 @@ def slow_logps(model, head, prompt, response):
 
 # -- log-probabilities
 
-def test_response_logps_equal_the_definition(model, rows):
-    """Prevents: prompt tokens scored, the last token left out, logits shifted by one, padding
-    scored."""
-    ids, mask = batch(rows)
-    found = response_logps(model(ids), model.heads[1].weight, ids, mask)
-    expected = [slow_logps(model, 1, *row) for row in rows]
-    assert found.tolist() == pytest.approx(expected, abs=1e-9)
-
-
 @pytest.mark.parametrize("pad_id", [0, 7, 22])
 def test_response_logps_ignore_padding(model, rows, pad_id):
     """Prevents: a score that depends on how much padding follows, or on which id pads (perhaps EOS
@@ -105,21 +92,6 @@ def test_response_logps_in_chunks(model, rows, monkeypatch):
         monkeypatch.setattr(mah_dpo, "CHUNK", size)
         found = response_logps(h, W, ids, mask)
         torch.testing.assert_close(found, whole, atol=1e-12, rtol=0)
-
-
-def test_response_logps_sum_in_float32():
-    """Prevents: a log-softmax in bfloat16, whose error over a response exceeds the margins that DPO
-    looks for."""
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(1, 200, 16, generator=generator).bfloat16()
-    W = torch.randn(500, 16, generator=generator).bfloat16()
-    ids = torch.randint(0, 500, (1, 200), generator=generator)
-    # What bfloat16 matrix products give; exact from here on.
-    logps = F.log_softmax(F.linear(h, W).double()[0, :-1], -1)
-    exact = logps.gather(1, ids[0, 1:, None]).sum()
-    found = response_logps(h, W, ids, torch.ones(1, 200, dtype=torch.bool))
-    assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(float(exact), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [{}, {"position": "learned", "norm": "layer", "mlp": "gelu"},
@@ -226,67 +198,29 @@ def test_pair_logps_in_batches_of_any_size(model, pairs):
 
 # -- losses
 
-PI_C, PI_R = torch.tensor([-3.0, -9.0]), torch.tensor([-5.0, -4.0])
-REF_C, REF_R = torch.tensor([-4.0, -8.5]), torch.tensor([-4.5, -6.0])
-
-
-def test_margin_and_dpo_loss_hand_values():
-    """Prevents: the sign of the margin, chosen and rejected or policy and reference swapped, beta
-    left out."""
-    assert log_ratio_margin(PI_C, PI_R, REF_C, REF_R).tolist() == [1.5, -2.5]
-    found = dpo_loss(PI_C, PI_R, REF_C, REF_R, 0.1).tolist()
-    assert found == pytest.approx([-log_sigmoid(0.15), -log_sigmoid(-0.25)], abs=1e-6)
-
-
-def test_mah_dpo_loss_hand_value_and_metrics():
-    """Prevents: a mean over the batch where every objective should get its own, alpha left out,
-    metrics of one objective mixed with another's. Delta = -1, 2, -1."""
-    pi_c, pi_r = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 0.0, 0.0])
-    zero, head, alpha = torch.zeros(3), torch.tensor([0, 0, 2]), torch.tensor([1.0, 1.0, 3.0])
-    loss, metrics = mah_dpo_loss(pi_c, pi_r, zero, zero, head, alpha, 0.5)
-    first, last = -(log_sigmoid(-0.5) + log_sigmoid(1.0)) / 2, -log_sigmoid(-0.5)
-    assert float(loss) == pytest.approx(first + 3 * last, abs=1e-6)
-    expected = {"loss": [first, last],
-                "margin": [0.25, -0.5],
-                "accuracy": [0.5, 0.0],
-                "chosen": [1.0, -1.0],
-                "rejected": [0.5, 0.0],
-                "kl": [(1 + 4) / 8, 1 / 4]}
-    assert metrics.keys() == expected.keys()
-    for name, values in metrics.items():
-        assert values[[0, 2]].tolist() == pytest.approx(expected[name], abs=1e-6), name
-        assert math.isnan(values[1])                        # an objective without a pair
-
-
 def test_metrics_by_hand():
     """Prevents: an accuracy that asks for a margin above 1, moves from the reference that are not
-    differences, or swapped. Delta = 0.5, -2.5."""
+    differences, or swapped; a number for an objective without a pair. Delta = 0.5, -2.5."""
+    pi_c, pi_r = torch.tensor([-3.0, -9.0]), torch.tensor([-5.0, -4.0])
     ref_c, ref_r = torch.tensor([-3.5, -8.5]), torch.tensor([-5.0, -6.0])
-    head = torch.tensor([0, 1])
-    metrics = pair_metrics(torch.ones(2), PI_C, PI_R, ref_c, ref_r, head, 2, 0.1)
-    expected = {"margin": [0.05, -0.25],
+    losses, head = torch.tensor([0.3, 0.7]), torch.tensor([0, 2])
+    metrics = pair_metrics(losses, pi_c, pi_r, ref_c, ref_r, head, 3, 0.1)
+    expected = {"loss": [0.3, 0.7],
+                "margin": [0.05, -0.25],
                 "accuracy": [1.0, 0.0],
                 "chosen": [0.5, -0.5],
                 "rejected": [0.0, 2.0],
                 "kl": [0.25 / 4, (0.25 + 4) / 4]}
-    for name, values in expected.items():
-        assert metrics[name].tolist() == pytest.approx(values, abs=1e-6), name
+    assert metrics.keys() == expected.keys()
+    for name, (first, last) in expected.items():
+        values = [first, math.nan, last]
+        assert metrics[name].tolist() == pytest.approx(values, abs=1e-6, nan_ok=True), name
 
 
 def test_metrics_count_a_tie_as_wrong():
     """Prevents: an untrained policy (Delta = 0 everywhere) reported as perfectly accurate."""
     metrics = pair_metrics(torch.ones(2), *torch.zeros(4, 2), torch.tensor([0, 0]), 1, 0.1)
     assert metrics["accuracy"].tolist() == [0.0] and metrics["margin"].tolist() == [0.0]
-
-
-def test_balanced_mean_does_not_reweight_absent_objectives():
-    """Prevents: a division by the number of objectives that happen to be in the batch, and NaN for
-    an absent one."""
-    losses, alpha = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([1.0, 1.0, 2.0])
-    both = balanced_mean(losses, torch.tensor([0, 0, 2]), alpha)
-    assert float(both) == pytest.approx(2 + 10, abs=1e-6)
-    one = balanced_mean(losses[:2], torch.tensor([0, 0]), alpha)
-    assert float(one) == pytest.approx(2, abs=1e-6)
 
 
 def loss_of(model, reference, pairs, head, count=None):
@@ -369,30 +303,6 @@ def test_training_raises_the_margin(model, pairs):
 
 
 # -- baselines
-
-def test_modpo_hand_value():
-    """Prevents: the margin added instead of subtracted, multiplied by w_k, or scaled by beta
-    twice."""
-    margin = torch.tensor([0.05, -0.4])
-    found = modpo_loss(PI_C, PI_R, REF_C, REF_R, margin, 0.25, 0.1)
-    first = -log_sigmoid((0.15 - 0.05) / 0.25)
-    second = -log_sigmoid((-0.25 + 0.4) / 0.25)
-    assert found.tolist() == pytest.approx([first, second], abs=1e-6)
-
-
-def test_modpo_is_dpo_without_margin():
-    """Prevents: a MODPO baseline that is weak because it does not even reduce to DPO."""
-    modpo = modpo_loss(PI_C, PI_R, REF_C, REF_R, torch.zeros(2), 1.0, 0.3)
-    assert torch.equal(modpo, dpo_loss(PI_C, PI_R, REF_C, REF_R, 0.3))
-
-
-@pytest.mark.parametrize("w_k", [0.09, torch.tensor([0.5, 0.09])])
-def test_modpo_refuses_small_weights(w_k):
-    """Prevents: a division by a tiny w_k, which makes the loss explode."""
-    modpo_loss(PI_C, PI_R, REF_C, REF_R, torch.zeros(2), 0.1, 0.1)
-    with pytest.raises(ValueError, match="w_k >= 0.1"):
-        modpo_loss(PI_C, PI_R, REF_C, REF_R, torch.zeros(2), w_k, 0.1)
-
 
 def test_soup_is_the_weighted_average():
     """Prevents: weights that are not divided by their sum, or that go to the wrong model."""

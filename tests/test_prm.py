@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, OBJECTIVES, pad
+from interop.datasets import encode_steps
+from interop.score import score_sequences
+from mah_dpo import Pair
 from model import GPT, GPTConfig, load_safetensors, save_hf, save_safetensors
-from prm import (PRM, STEP, STEP_OUTPUT, bce_loss, encode_steps, load_prm, matching_steps,
-                 mse_loss, save_prm, score_sequences, step_loss)
+from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bce_loss, load_prm, matching_steps, mse_loss,
+                 pair_scores, save_prm, step_loss, step_scores)
 
 NAMES = ["math_accuracy", "math_engagement", "tutor_engagement"]
 OUTPUTS = [OBJECTIVES[name] for name in NAMES]
@@ -162,6 +165,53 @@ def test_cached_equals_uncached(prm):
         alone = prm(row[None])[0, cuts[b]:]
         together = scores[b, :len(alone)]
         torch.testing.assert_close(together, alone, atol=1e-9, rtol=0)
+
+
+@pytest.fixture
+def other_prm(gpt):
+    """A PRM with an output whose steps are sentences, and in another order than the objectives'."""
+    outputs = [OBJECTIVES["honesty"], OBJECTIVES["math_accuracy"]]
+    return PRM(gpt.with_heads(()), outputs, torch.Generator().manual_seed(0))
+
+
+def test_step_scores_read_the_labelled_tokens(other_prm):
+    """Prevents: a score read one token early, from a neighbour's row, or a target under another
+    objective's output."""
+    targets = [{"math_accuracy": 0.5, "honesty": 1.0}, {"math_engagement": 1.0}]
+    rows = [Labelled([5, 6, 7, 8, 9], [1, 4], targets, "train"),
+            Labelled([50, 60, 70], [2], [{"math_accuracy": 2.0, "math_engagement": 0.0}], "train")]
+    scores, targets = step_scores(other_prm, rows)
+    prefixes = [rows[0].ids[:2], rows[0].ids, rows[1].ids]
+    expected = torch.stack([other_prm(torch.tensor([ids]))[0, -1] for ids in prefixes])
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+    assert str(targets.tolist()) == str([[1.0, 0.5], [math.nan, math.nan], [math.nan, 2.0]])
+
+
+@torch.no_grad()
+def test_pair_scores_compare_matching_steps(other_prm, tokenizer):
+    """Prevents: comparisons of case C at the wrong tokens or between different pairs, or full
+    responses left out."""
+    prompt = tokenizer.encode_chat([{"role": "user", "content": "4 + 5 - 2 = ?"}])
+    texts = [("the color is red . the size is tall .",
+              "the color is red . the size remains unknown . ok ."),
+             ("no idea .", "the job is pilot . the food is rice .")]
+    pairs = []
+    for i, (chosen, rejected) in enumerate(texts):
+        chosen, rejected = (tokenizer.encode(text) + [tokenizer.eos_id]
+                            for text in (chosen, rejected))
+        pairs.append(Pair("honesty", prompt[i:], chosen, rejected, "train"))
+    # Lengths of the steps' ends. Pair 0: step 1 is equal and skipped, steps 2 and 3, then full
+    # against full. Pair 1: steps 1 and 2, then full.
+    steps = [(0, 10, 10), (0, 11, 12), (0, 11, 13), (1, 3, 5), (1, 4, 10), (1, 4, 11)]
+    expected = []
+    for i, c, r in steps:
+        pair = pairs[i]
+        ends = [pair.prompt + pair.chosen[:c], pair.prompt + pair.rejected[:r]]
+        expected.append([other_prm(torch.tensor([ids]))[0, -1, 0] for ids in ends])
+    chosen, rejected, output = pair_scores(other_prm, pairs)
+    found = torch.stack([chosen, rejected], 1)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    assert output.tolist() == [0] * 6
 
 
 SCORES = torch.tensor([[6.0, -8.0, 1.0],

@@ -32,14 +32,26 @@ def mlp(n, prefix):
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def reward_model(directory, architecture, head, value_head=False):
-    """A reward model's directory: a backbone under its published names, and a head."""
+def layer(n, name, bias=True):
+    """The tensors of one linear map with n outputs."""
+    weight = {f"{name}weight": random(n, D)}
+    return weight | {f"{name}bias": random(n)} if bias else weight
+
+
+def reward_model(directory, architecture, head, beside=None):
+    """A reward model's directory: a backbone under its published names, and a head in the same
+    file, in one `beside`, or, with "shards", in the second of two."""
     save_hf(tiny(seed=3, init_std=0.3), directory)
     path = os.path.join(directory, "model.safetensors")
     tensors = {k: t.clone() for k, t in load_safetensors(path).items() if k.startswith("model.")}
-    save_safetensors(tensors if value_head else tensors | head, path)
-    if value_head:
-        save_safetensors(head, os.path.join(directory, "value_head.safetensors"))
+    save_safetensors(tensors if beside else tensors | head, path)
+    if beside == "shards":
+        beside = "2.safetensors"
+        os.rename(path, os.path.join(directory, "1.safetensors"))
+        where = dict.fromkeys(tensors, "1.safetensors") | dict.fromkeys(head, beside)
+        write_json(f"{path}.index.json", {"weight_map": where})
+    if beside:
+        save_safetensors(head, os.path.join(directory, beside))
     config = read_json(os.path.join(directory, "config.json"))
     del config["objectives"]
     config["architectures"] = [architecture]
@@ -50,28 +62,40 @@ def reward_model(directory, architecture, head, value_head=False):
 def plain_score(prm, head, ids):
     """The score at the last of the ids, from the head's published tensors: of two labels the
     log-odds of the second."""
-    h = prm.backbone(torch.tensor([ids]))[0, -1]
-    named = {".".join(name.split(".")[-2:]): tensor for name, tensor in head.items()}
-    if "score.weight" in named:
-        labels = named["score.weight"] @ h
-    else:
-        h = F.relu(named["0.weight"] @ h + named["0.bias"])
-        labels = named["2.weight"] @ h + named["2.bias"]
+    labels = prm.backbone(torch.tensor([ids]))[0, -1]
+    for name, weight in head.items():
+        if name.endswith("weight"):
+            first = "0." in name
+            labels = weight @ labels + head.get(name.replace("weight", "bias"), 0)
+            labels = F.relu(labels) if first else labels
     return float(labels[1] - labels[0] if len(labels) == 2 else labels)
 
 
 CLASSIFIER, PROCESS = "Qwen2ForSequenceClassification", "Qwen2ForProcessRewardModel"
+NARROW = {"v_head.summary.0.weight": random(5, D), "v_head.summary.2.weight": random(1, 5)}
 
 
-@pytest.mark.parametrize("architecture, head, value_head", [
-    (CLASSIFIER, {"score.weight": random(1, D)}, False),
-    (CLASSIFIER, {"score.weight": random(2, D)}, False),
-    ("Qwen2ForCausalLM", mlp(1, "value_head."), True),
-    ("Qwen2ForCausalLM", mlp(1, ""), True)])
-def test_released_reward_models(tmp_path, architecture, head, value_head):
-    """Prevents: guidance towards the worst step, by the probability of `bad` or by a label's raw
-    logit: one label is a value, of two the log-odds of the second count."""
-    reward_model(str(tmp_path), architecture, head, value_head)
+@pytest.mark.parametrize("architecture, head, beside", [
+    (CLASSIFIER, layer(1, "score.", False), None),
+    (CLASSIFIER, layer(2, "score.", False), None),
+    (CLASSIFIER, layer(1, "score.", False), "shards"),
+    ("GPT2ForTokenClassification", layer(2, "classifier."), None),
+    ("Qwen2ForRewardModel", mlp(1, "score."), None),
+    ("Qwen2ForRewardModel", mlp(2, "score."), "shards"),
+    ("RewardModel", layer(1, "value_head.", False), None),
+    ("LlamaRewardModel", layer(1, "regression_head.", False), None),
+    ("LlamaForCausalLM", layer(1, "v_head.summary."), None),
+    ("LlamaForCausalLM", NARROW, None),
+    (None, layer(1, "reward_head."), None),
+    ("LlamaForCausalLM", layer(1, "v_head.summary."), "value_head.safetensors"),
+    ("LlamaForCausalLM", layer(2, ""), "v_head.safetensors"),
+    ("Qwen2ForCausalLM", mlp(1, "value_head."), "value_head.safetensors"),
+    ("Qwen2ForCausalLM", mlp(1, ""), "value_head.safetensors")])
+def test_released_reward_models(tmp_path, architecture, head, beside):
+    """Prevents: a head that is not found under the name that its program gives it; guidance
+    towards the worst step, by the probability of `bad` or by a label's raw logit: one label is a
+    value, of two the log-odds of the second count."""
+    reward_model(str(tmp_path), architecture, head, beside)
     prm, prompt = load_prm(str(tmp_path)), [1, 2, 3]
     assert prm.names == ["reward"] and prm.marker is None
     assert prm(torch.tensor([prompt])).shape == (1, 3, 1)
@@ -84,10 +108,10 @@ def test_released_reward_models(tmp_path, architecture, head, value_head):
         assert alone[step.winner] == max(alone)
 
 
-def test_a_value_head_counts_more_than_a_classifier(tmp_path):
+@pytest.mark.parametrize("head", [mlp(1, "value_head."), layer(1, "score.")])
+def test_a_value_head_counts_more_than_a_classifier(tmp_path, head):
     """Prevents: a leftover classifier in the backbone's file that is read instead, or refused."""
-    reward_model(str(tmp_path), CLASSIFIER, {"score.weight": random(2, D)})
-    head = mlp(1, "value_head.")
+    reward_model(str(tmp_path), CLASSIFIER, {"score.weight": torch.ones(2, D)})
     save_safetensors(head, str(tmp_path / "value_head.safetensors"))
     prm = load_prm(str(tmp_path))
     found = prm(torch.tensor([[1, 2, 3]]))[0, -1, 0].item()
@@ -138,12 +162,23 @@ def test_a_marker_stands_behind_every_step_and_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("head, words", [
-    ({"score.weight": torch.zeros(3, D)}, "score.weight"),
-    ({"score.weight": torch.zeros(1, D - 1)}, "score.weight"),
-    ({}, "score.weight.*missing"),
-    ({"score.weight": torch.zeros(1, D), "extra": torch.zeros(1)}, "'extra' is unknown")])
+    (layer(3, "score."), "score.weight.*shape"),
+    ({"score.weight": torch.zeros(1, D - 1)}, "score.weight.*shape"),
+    ({"score.weight": torch.zeros(0, 3)}, "score.weight.*shape"),
+    ({"score.weight": torch.tensor(1.0)}, "score.weight.*shape"),
+    ({"score.bias": torch.zeros(1)}, "score.weight.*missing"),
+    (layer(1, "score.") | {"extra": torch.zeros(1)}, "'extra' is unknown"),
+    ({}, "no reward model"),
+    (layer(1, "gating."), "no reward model .* gating.bias, gating.weight"),
+    (layer(1, "score.") | layer(1, "v_head."), "no reward model .* v_head.weight"),
+    (layer(D, "score.0.") | layer(1, "score.3."), "no reward model .* score.3.weight"),
+    (layer(1, "classifier.dense."), "no reward model .* classifier.dense.weight")])
 def test_a_reward_model_that_is_none(tmp_path, head, words):
-    """Prevents: three labels, or a head of another width, silently cut to what fits."""
+    """Prevents: three labels, or a head of another width, silently cut to what fits; one of two
+    heads taken by chance; a head of another make computed as if it were linear; names kept to
+    oneself."""
     reward_model(str(tmp_path), "LlamaForSequenceClassification", head)
-    with pytest.raises(InputError, match=words):
+    (tmp_path / "value_head.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=words) as e:
         load_prm(str(tmp_path))
+    assert "no reward model" not in words or "value_head.bin" in str(e.value)

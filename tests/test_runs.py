@@ -22,12 +22,14 @@ import evaluate
 import train
 from conftest import NAMES, TINY
 from data import InputError, Objective, read_json, run_command, split_of, write_json
+from interop import options
 from interop.answers import final_answer, same_answer
+from interop.options import HARMLESS, Config, flag, read_command
+from interop.parallel import alone
 from mah_dpo import Pair
 from model import load_safetensors, save_hf
 from prm import Labelled, load_prm
 from test_train import rows_of
-from train import Config, read_command
 
 pytestmark = pytest.mark.usefixtures("small_worlds")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -126,8 +128,9 @@ def test_bf16_starts_at_ln2(tmp_path, monkeypatch):
     """Prevents: a reference in another precision than the policy's, whose rounding looks like a
     margin before training; a loss that is itself rounded to bfloat16."""
     out, stages = str(tmp_path / "run"), train.stages
+    kept = ("base", "sft", "pairs.jsonl", "mah_dpo")
     monkeypatch.setattr(train, "stages", lambda run: [
-        stage for stage in stages(run) if stage.files[-1] in ("base", "sft", "pairs.jsonl", "mah_dpo")])
+        stage for stage in stages(run) if stage.files[-1] in kept])
     train.main(["--objective", "helpfulness,honesty", "--out", out, *TINY, "--dtype", "bf16",
                 "--perturbation", "0"])
     held_out, batch = [row for row in rows_of(f"{out}/log.jsonl")
@@ -170,15 +173,15 @@ def test_the_log_is_written_before_the_file_that_says_finished(whole, tmp_path, 
     come."""
     last = {"base": "base/config.json", "sft": "sft/config.json", "labels": "labels.jsonl",
             "prm": "prm/config.json"}
-    copied, late, plain = copy_of(whole, tmp_path, *last.values()), [], train.Run.log
+    copied, late, plain = copy_of(whole, tmp_path, *last.values()), {}, train.Run.log
 
     def watch(run, stage, rows, *name):
-        if not name and os.path.exists(run.file(last.pop(stage))):
-            late.append(stage)
+        if not name:
+            late[stage] = os.path.exists(run.file(last[stage]))
         plain(run, stage, rows, *name)
     monkeypatch.setattr(train.Run, "log", watch)
     train.main(["--resume", copied])
-    assert not last and not late
+    assert late == dict.fromkeys(last, False)
 
 
 def train_in_child(argv, renames=None, seconds=None):
@@ -212,7 +215,8 @@ def test_kill_9_loses_nothing(tmp_path):
     optimiser without its past, half a file, a row of the log twice."""
     options = ["--objective", "honesty", *TINY, "--checkpoint-every", "1", "--base-steps", "5",
                "--prm-steps", "4"]
-    calm, killed, rng, codes = str(tmp_path / "calm"), str(tmp_path / "killed"), random.Random(0), []
+    calm, killed = str(tmp_path / "calm"), str(tmp_path / "killed")
+    rng, codes = random.Random(0), []
     train.main([*options, "--out", calm])
     while codes[-1:] != [0]:
         how = {"renames": rng.randint(1, 12)}
@@ -248,7 +252,7 @@ def test_a_stop_says_how_to_go_on(whole, tmp_path, capsys, monkeypatch):
 def test_a_run_at_work_is_refused(whole, capsys):
     """Prevents: two commands that write the same files: --resume while the processes of a killed
     torchrun still go on."""
-    with train.alone(whole):
+    with alone(whole):
         assert "a train.py is at work there already" in refused(["--resume", whole], capsys)
     train.main(["--resume", whole])
 
@@ -276,9 +280,9 @@ def test_a_foreign_config_is_no_run(content, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("edit, message", [
-    ({"sft_steps": "four"}, "the options, or the files in --data, are not those"),
-    ({"beta": 0.2}, "the options, or the files in --data, are not those"),
-    ({"objectives": []}, "the options, or the files in --data, are not those"),
+    ({"sft_steps": "four"}, "the options, or the files in --data"),
+    ({"beta": 0.2}, "the options, or the files in --data"),
+    ({"objectives": []}, "the options, or the files in --data"),
     ({"key": None}, "not the configuration of a run of this version (key)"),
     ({"prm_step_weight": None}, "not the configuration of a run of this version (prm_step_weight)"),
     ({"device": "cpu", "checkpoint_every": 7}, "")])
@@ -302,7 +306,7 @@ def test_resume_takes_no_options(capsys, whole):
     for option in (["--seed", "1"], ["--fast"], ["--grad-checkpoint"]):
         assert "no option with it but --device" in refused(["--resume", whole, *option], capsys)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "ranks", lambda: 3)
+        patch.setattr(options, "ranks", lambda: 3)
         assert "3 processes cannot share --sft-batch 64" in refused(["--resume", whole], capsys)
 
 
@@ -386,7 +390,7 @@ def test_a_run_from_another_pairs_its_seeds(together, tmp_path, capsys):
 
 def test_every_option_belongs_to_a_stage_or_changes_nothing(tmp_path):
     """Prevents: a new option for which --from takes over files that depend on it."""
-    named = list(train.HARMLESS)
+    named = list(HARMLESS)
     for stage in train.stages(train.Run(str(tmp_path), Config(objective="honesty"))):
         named += stage.options.split()
     assert set(named) == {f.name for f in fields(Config)}
@@ -451,7 +455,7 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
                  "helpfulness=1,honesty=3", "--max-new-tokens", "6", "--k", "2"])
     assert "->" in capsys.readouterr().out
     write_lines(os.path.join(pairs_dir, "honesty.jsonl"), [preference(i) for i in range(23)])
-    assert "the files in --data, are not those" in refused(["--resume", out], capsys)
+    assert f"the files in --data ({pairs_dir}), are not those" in refused(["--resume", out], capsys)
 
 
 def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsys):
@@ -497,61 +501,66 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     assert {r["metrics"]["math_accuracy"]["n"] for r in tables} == {2}
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([preference(1), "{not json"], "honesty.jsonl:2: not JSON"),
-    ([preference(1), {"prompt": "a", "chosen": "b"}], "honesty.jsonl:2"),
-    ([preference(1, "same", "same")], "honesty.jsonl:1: 'chosen' equals 'rejected'"),
-    ([], "no rows"), (None, "no such file"),
-    ([preference(i, "red " * 200) for i in range(20)], "0 fit the context of 128"),
-    ([preference(1)], "1 fit the context")])
-def test_broken_data_leaves_nothing_behind(rows, message, capsys, checkpoint, tmp_path):
-    """Prevents: a run directory that has to be deleted by hand after a mistake in the data; the
-    message names the line."""
-    if rows is not None:
-        write_lines(tmp_path / "honesty.jsonl", rows)
-    out = str(tmp_path / "out")
-    argv = ["--objective", "honesty", "--init", checkpoint, "--data", str(tmp_path), "--out", out]
+@pytest.mark.parametrize("file, rows, message", [
+    ("honesty", [preference(1), "{not json"], "honesty.jsonl:2: not JSON"),
+    ("honesty", [preference(1), {"prompt": "a", "chosen": "b"}], "honesty.jsonl:2"),
+    ("honesty", [preference(1, "same", "same")], "honesty.jsonl:1: 'chosen' equals 'rejected'"),
+    ("honesty", [], "no rows"), ("honesty", None, "no such file"),
+    ("honesty", [preference(i, "red " * 200) for i in range(20)], "0 fit the context of 128"),
+    ("honesty", [preference(1)], "1 fit the context"),
+    ("honesty.steps", [{"prompt": "a", "steps": ["x"], "labels": [1, 0]}],
+     "honesty.steps.jsonl:1: 1 steps but 2 labels")])
+def test_broken_data_leaves_nothing_behind(file, rows, message, capsys, checkpoint, pairs_dir,
+                                           tmp_path):
+    """Prevents: a run directory that has to be deleted by hand after a mistake in the data, which
+    may show after minutes of training; the message names the line."""
+    path, out = os.path.join(pairs_dir, f"{file}.jsonl"), str(tmp_path / "out")
+    if rows is None:
+        os.remove(path)
+    else:
+        write_lines(path, rows)
+    argv = ["--objective", "honesty", "--init", checkpoint, "--data", pairs_dir, "--out", out]
     assert message in refused(argv, capsys) and not os.path.exists(out)
 
 
-def test_broken_step_labels_leave_nothing_behind(capsys, checkpoint, pairs_dir, tmp_path):
-    """Prevents: step labels that are read for the first time after minutes of training."""
-    steps = os.path.join(pairs_dir, "honesty.steps.jsonl")
-    write_lines(steps, [{"prompt": "a", "steps": ["x"], "labels": [1, 0]}])
-    out = str(tmp_path / "out")
-    with pytest.raises(SystemExit):
-        run_command(lambda: train.main(["--objective", "honesty", "--init", checkpoint, "--data",
-                                        pairs_dir, "--out", out]))
-    assert "honesty.steps.jsonl:1: 1 steps but 2 labels" in capsys.readouterr().err
-    assert not os.path.exists(out)
-
-
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
-@pytest.mark.parametrize("with_data", [True, False])
-def test_incomplete_checkpoints_leave_nothing_behind(missing, with_data, capsys, checkpoint,
-                                                     pairs_dir, tmp_path):
-    """Prevents: a traceback, or a run directory, for an --init that lacks a file; the message names
-    the file."""
-    broken, out = str(tmp_path / "broken"), str(tmp_path / "out")
-    shutil.copytree(checkpoint, broken)
-    os.remove(os.path.join(broken, missing))
-    data = ["--data", pairs_dir] if with_data else []
-    argv = ["--objective", "honesty", "--init", broken, *data, "--out", out]
-    assert missing in refused(argv, capsys) and not os.path.exists(out)
-
-
-@pytest.mark.parametrize("name, change, words", [
-    ("config.json", {"max_position_embeddings": 40}, "a context of 40 tokens is too short"),
-    ("tokenizer_config.json", {"chat_template": "{{ odd }}"}, "chat_template")])
-def test_unfit_checkpoints_leave_nothing_behind(name, change, words, capsys, checkpoint, tmp_path):
-    """Prevents: an --init without --data that is refused in stage 2, with a run directory left that
-    never can go on."""
+@pytest.mark.parametrize("name, change, words, with_data", [
+    *[(name, None, name, with_data) for with_data in (True, False)
+      for name in ("config.json", "model.safetensors", "tokenizer.json")],
+    ("config.json", {"max_position_embeddings": 40}, "a context of 40 tokens is too short", False),
+    ("tokenizer_config.json", {"chat_template": "{{ odd }}"}, "chat_template", False)])
+def test_unfit_checkpoints_leave_nothing_behind(name, change, words, with_data, capsys, checkpoint,
+                                                pairs_dir, tmp_path):
+    """Prevents: a traceback, or a run directory that never can go on, for an --init that lacks a
+    file, or that stage 2 would refuse; the message names what is wrong."""
     unfit, out = str(tmp_path / "unfit"), str(tmp_path / "out")
     shutil.copytree(checkpoint, unfit)
     path = os.path.join(unfit, name)
-    write_json(path, read_json(path) | change)
-    argv = ["--objective", "honesty", "--init", unfit, "--fast", "--out", out]
+    if change:
+        write_json(path, read_json(path) | change)
+    else:
+        os.remove(path)
+    data = ["--data", pairs_dir] if with_data else []
+    argv = ["--objective", "honesty", "--init", unfit, "--fast", *data, "--out", out]
     assert words in refused(argv, capsys) and not os.path.exists(out)
+
+
+def test_a_run_goes_on_from_another_directory(pairs_dir, checkpoint, tmp_path, capsys, monkeypatch):
+    """Prevents: a run that was given relative paths, and that --resume, --from or evaluate.py can
+    only use in the directory where it began; data that has moved and is taken for none."""
+    monkeypatch.chdir(tmp_path)
+    init, data = os.path.relpath(checkpoint), os.path.relpath(pairs_dir)
+    relative = ["--objective", "honesty", "--init", init, "--data", data, "--out", "a"]
+    first = train.new_run(read_command(relative, "")[0])
+    absolute = ["--objective", "honesty", "--init", checkpoint, "--data", pairs_dir + "/"]
+    train.new_run(read_command([*absolute, "--from", "a", "--out", "b"], "")[0])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    runs = [train.open_run(str(tmp_path / name)) for name in "ab"]
+    assert [(r.config.init, r.config.data) for r in runs] == [(checkpoint, pairs_dir)] * 2
+    assert runs[1].config.from_ == str(tmp_path / "a") and runs[1].key == runs[0].key == first.key
+    os.rename(pairs_dir, str(tmp_path / "moved"))
+    error = refused(["--resume", str(tmp_path / "a")], capsys)
+    assert f"the files in --data ({pairs_dir})" in error
 
 
 # -- the command line
@@ -560,8 +569,8 @@ def test_one_flag_per_field():
     """Prevents: a setting that the command line cannot reach, or that is read as text."""
     for f in fields(Config):
         value = {"objective": "math", "prm": "each"}.get(f.name, f.type(3))
-        argv = [train.flag(f.name)] + ([] if f.type is bool else [str(value)])
-        config, resume = read_command(argv)
+        argv = [flag(f.name)] + ([] if f.type is bool else [str(value)])
+        config, resume = read_command(argv, "")
         assert getattr(config, f.name) == value and resume is None
         assert type(getattr(config, f.name)) is f.type
         others = [g.name for g in fields(Config) if g is not f]
@@ -571,9 +580,9 @@ def test_one_flag_per_field():
 def test_fast_derives_the_rest():
     """Prevents: --fast that is slow because a setting was forgotten, or that overrules what was
     asked for."""
-    config, _ = read_command(["--fast", "--dpo-steps", "77"])
+    config, _ = read_command(["--fast", "--dpo-steps", "77"], "")
     for f in fields(Config):
-        small = f.metadata["fast"]
+        small = f.metadata.get("fast")
         assert small is None or small < f.default
         expected = 77 if f.name == "dpo_steps" else f.default if small is None else small
         assert getattr(config, f.name) == expected
@@ -587,7 +596,7 @@ def test_help_tells_every_option(module, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0 and module.__doc__.splitlines()[0][:40] in text
     for f in fields(Config) if module is train else ():
-        assert train.flag(f.name) in text and f.metadata["help"] in text
+        assert flag(f.name) in text and f.metadata["help"] in text
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -621,13 +630,13 @@ def test_bad_options_are_refused(argv, message, capsys, tmp_path, monkeypatch):
 def test_a_taken_name_gets_the_next_number(tmp_path, monkeypatch):
     """Prevents: a new run that overwrites an old one; a comma in a directory's name; a directory
     that is there without its config.json."""
-    monkeypatch.setattr(train, "check_inputs", lambda config: None)
+    monkeypatch.setattr(train, "check_new", lambda config: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run-2").write_text("a file is taken, too")
     for argv, path in (("--out run/", "run-3"), ("--objective honesty,math", "runs/honesty+math"),
                        ("", "runs/all"), ("", "runs/all-2")):
-        run = train.new_run(read_command(argv.split())[0])
+        run = train.new_run(read_command(argv.split(), "")[0])
         assert run.path == path and read_json(f"{path}/config.json")["out"] == path
     assert os.listdir("run") == [] and sorted(os.listdir()) == ["run", "run-2", "run-3", "runs"]
 
@@ -662,5 +671,5 @@ def test_documented_commands_are_accepted(capsys):
         if name != "train.py":
             assert all(f"{a} " in known[name] for a in argv if a.startswith("--")), argv
         elif "--help" not in argv:
-            train.check_config(read_command(argv)[0])
+            train.check_config(read_command(argv, "")[0])
     assert len(found) > 8

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import zlib
 
 import pytest
@@ -52,7 +53,9 @@ def test_the_bootstrap_measures_the_spread():
     hits, errs = experiment()
     found = score.bootstrap_f1(hits, errs)
     assert found["mean"] == score.first_error_f1(hits, errs)
-    assert found["stderr"] == pytest.approx(torch.tensor(f1s).std().item(), rel=0.2)
+    low, high = found["bounds"]
+    assert low < found["mean"] < high
+    assert (high - low) / 3.92 == pytest.approx(torch.tensor(f1s).std().item(), rel=0.2)
     assert found["n"] == 200 and score.bootstrap_f1(hits, errs) == found
 
 
@@ -93,7 +96,72 @@ def test_scoring_answers(judged, capsys):
     score.main([judged.write("answers.jsonl", [*rows, rows[0] | {"answer": ""}])])
     found, out = cells(capsys)
     assert "1 rows left out: the answer is empty." in out
-    assert found == [["a", "4", "1.000 ±0.000"], ["b", "4", "0.250 ±0.796"]]
+    # Wilson's interval of 4 of 4 is 4 / (4 + 1.96^2) to 1.
+    assert found == [["a", "4", "1.000 [0.510, 1.000]"], ["b", "4", "0.250 [0.046, 0.699]"]]
+
+
+def test_intervals_of_proportions():
+    """An interval that leaves [0, 1], or that is a point when all of a few answers are right."""
+    # Wilson's bounds are the shares p for which the mean lies 1.96 of p's standard errors away.
+    for mean, n in [(0.5, 2), (0.0, 1), (1.0, 7), (0.3, 50), (0.25, 3)]:
+        low, high = score.wilson(mean, n)
+        assert 0 <= low <= mean <= high <= 1 and high - low > 0.1
+        for p in {low, high} - {0.0, 1.0}:
+            assert abs(mean - p) == pytest.approx(1.96 * (p * (1 - p) / n) ** 0.5)
+    assert score.written("accuracy", None) == "-"
+    # Losses and margins keep Student's t; F1 its bootstrap.
+    loss = {"mean": 2.0, "stderr": 0.1, "n": 2}
+    assert score.written("loss", loss) == "2.000 [0.729, 3.271]"
+    assert score.written("F1", {"mean": 0.5, "bounds": (0.4, 0.7), "n": 9}) == "0.500 [0.400, 0.700]"
+
+
+def test_pass_at_k_by_hand():
+    """The share of right samples taken for the chance that one of several is right."""
+    assert score.pass_at(1, [True, False, False, False]) == 0.25
+    # Of the 6 pairs of 4 samples 3 hold the right one.
+    assert score.pass_at(2, [False, True, False, False]) == 0.5
+    assert score.pass_at(2, [True, False]) == 1 and score.pass_at(2, [False] * 3) == 0
+    assert score.pass_at(3, [True, True, False, False]) == 1 and score.pass_at(1, []) == 0
+
+
+ASKED = {"question": "q", "answer": "#### 2"}
+
+
+def test_several_samples_for_a_question(judged, capsys):
+    """The first of several samples taken for all, a sample that is missing for one that is right,
+    or pass@k for more samples than a question has."""
+    rows = []
+    for samples in (["2", "3", "A: 2", None], ["1", "2.0"], ["5", "4"], []):
+        rows.append(ASKED | {"responses": samples})
+    score.main([judged.write("answers.jsonl", rows)])
+    found, out = cells(capsys)
+    # Means 1/2, 1/2, 0, 0; of two samples one is right in 5 of 6 cases, 1, 0, 0.
+    assert [text.split()[0] for text in found[0]] == ["response", "4", "0.250", "0.458"]
+    assert "pass@2" in out and "response: 2 responses are missing or empty" in out
+
+
+def test_missing_responses_are_wrong(judged, capsys):
+    """A model that is scored on the questions that it answered alone."""
+    rows = [ASKED | {"a": {"solution": "2"}, "b": {"solution": None}},
+            ASKED | {"b": {"solution": "2"}}, ASKED | {"a": {"solution": ""}}]
+    score.main([judged.write("answers.jsonl", rows)])
+    found, out = cells(capsys)
+    assert [line[:2] + line[2].split()[:1] for line in found] == [
+        ["a", "3", "0.333"], ["b", "3", "0.333"]]
+    assert "a: 2 responses are" in out and "b: 2 responses are" in out
+
+
+@pytest.mark.parametrize("change", [
+    {"label": "easy"}, {"label": 1}, {"labels": ["x"]}, {"label": {"steps": 2}}, {"completions": 3},
+    {"label": "hard", "steps": 4}, {"input": "q", "question": None, "label": "l"}, {"chosen": 1}])
+def test_what_else_a_row_of_answers_has_redirects_nothing(judged, change, capsys):
+    """Answers taken for labelled steps, because of a column of that name."""
+    rows = [ASKED | change | {"response": text} for text in ("2", "3")]
+    score.main([judged.write("answers.jsonl", rows)])
+    assert cells(capsys)[0][0][:2] == ["response", "2"]
+    models = [ASKED | {"label": "easy"} | {"a": {"solution": text}} for text in ("2", "3")]
+    score.main([judged.write("answers.jsonl", models)])
+    assert cells(capsys)[0][0][:2] == ["a", "2"]
 
 
 def message(text):
@@ -126,7 +194,7 @@ def test_scoring_first_errors(judged, capsys):
         responses.append((scores, row["label"], fold))
     errs = torch.tensor([row["label"] >= 0 for row in rows])
     expected = score.first_error_f1(score.localise(responses), errs)
-    assert f1.startswith(f"{expected:.3f} ±")
+    assert f1.startswith(f"{expected:.3f} [")
 
 
 def test_scoring_pairs_by_a_prm(judged, capsys):
@@ -147,7 +215,8 @@ def test_scoring_pairs_by_a_prm(judged, capsys):
             ids = tokenizer.encode_chat(message(pair["prompt"])) + tokenizer.encode(pair[which])
             values.append(prm(torch.tensor([[*ids, tokenizer.eos_id]]))[0, -1, 1].item())
         right.append(float(values[0] > values[1]))
-    assert found == [["PRM honesty", "9", evaluate.cell(evaluate.summary(right))]]
+    share = score.written("reward_accuracy", evaluate.summary(right))
+    assert found == [["PRM honesty", "9", share]]
     assert "1 rows left out: too long or alike." in out
 
 
@@ -195,7 +264,10 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
     (["prm", "f.jsonl", "--objective", "wit"], PAIR, "accuracy, honesty"),
     (["prm", "f.jsonl"], {"problem": "p", "steps": ["a"], "label": 0}, "1 responses are left"),
     (["prm", "f.jsonl"], PAIR | {"chosen": "a " * 300}, "no pair is left"),
-    (["f.jsonl"], {"question": "q", "answer": "#### 2"}, "f.jsonl:1: no text of a response"),
+    (["f.jsonl"], ASKED, "f.jsonl: no row has a response"),
+    (["f.jsonl"], ASKED | {"response": 2}, "f.jsonl:1: 'response' is int 2"),
+    (["f.jsonl"], {"prompt": "p", "completion": "c", "label": True},
+     "'answer' is missing .*; the row has completion, label, prompt"),
     (["prm", "f.jsonl", "g.jsonl"], PAIR, "give a run and one file")])
 def test_scoring_refuses(judged, argv, row, words, tmp_path, monkeypatch):
     """Tracebacks for a file that cannot be scored, or without what is to be scored."""
@@ -211,6 +283,15 @@ def test_a_run_is_asked_about_what_is_named(whole, judged):
     path = judged.write("pairs.jsonl", [PAIR])
     with pytest.raises(InputError, match="say with --objective what it is about: helpfulness, "):
         score.main([whole, path])
+
+
+def test_a_run_that_is_not_finished(whole, judged, tmp_path):
+    """A message about some model's file that does not say what is wrong: the run has not ended."""
+    run = str(tmp_path / "run")
+    os.makedirs(run)
+    shutil.copy(os.path.join(whole, "config.json"), run)
+    with pytest.raises(InputError, match="not a finished run .*train.py --resume"):
+        score.main([run, judged.write("honesty.jsonl", [PAIR])])
 
 
 def test_scoring_by_a_prm_without_a_tokenizer(judged):

@@ -20,8 +20,9 @@ def checkpoint(path, max_len):
 
 def test_timing_counts_what_each_way_feeds(tmp_path, capsys):
     """A benchmark whose ways do unequal work, or that hides tokens fed twice: with prompt P, K
-    candidates, S steps of N tokens the carried way feeds each model P + K S N tokens, published
-    decoders the PRM K times the whole text in every step."""
+    candidates, S steps of N tokens the carried way feeds the PRM P + K S N tokens and a word of
+    the user's between steps, published decoders feed it K times the whole text in every step. The
+    policy never reads a loser's last token."""
     timing.main([checkpoint(tmp_path, 170)])
     out = capsys.readouterr().out
     assert "a prefix of 512 does not fit the context of 170" in out and "GB/s of a copy" in out
@@ -32,10 +33,10 @@ def test_timing_counts_what_each_way_feeds(tmp_path, capsys):
     P, S, N = 128, 2, 16
     expected = {}
     for K in (1, 2, 5, 10):
-        again, once = K * (P + N + P + 2 * N), P + K * S * N
-        expected[K, "re-encoding"] = again, again
-        expected[K, "cached, one by one"] = once, again
-        expected[K, "carried (here)"] = once, once
+        again, once = K * (P + N + P + 2 * N), P + K * S * (N - 1)
+        expected[K, "re-encoding"] = again - K * S, again
+        expected[K, "cached, one by one"] = once + S - 1, again
+        expected[K, "carried (here)"] = once + S + S - 1, P + K * S * N + S - 1
     assert fed == expected
 
 

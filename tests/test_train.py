@@ -15,11 +15,13 @@ import evaluate
 import train
 from conftest import NAMES
 from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World
+from evaluate import Turn
+from interop.options import Config
 from mah_dpo import Pair, pair_logps
 from model import load_hf, load_safetensors, read_metadata, save_hf
-from prm import PRM, STEP, Labelled, load_prm, pair_scores, step_scores
+from prm import PRM, STEP, Labelled, load_prm, pair_scores
 from test_templates import TALK, THINKING, chat
-from train import Config, Run, Source, Turn
+from train import Run, Source
 
 pytestmark = pytest.mark.usefixtures("small_worlds")
 SUM = Problem("4 + 5 - 2 = ?")
@@ -92,7 +94,8 @@ def test_language_model_loss_is_the_masked_next_token_loss(run, gpt, tokenizer):
 def test_endless_draws_each_item_once_per_epoch():
     """Prevents: items drawn twice before others are drawn at all, also where a batch spans two
     epochs."""
-    batches = train.mixed_batches([train.endless("abcde", torch.Generator().manual_seed(0))], [5 * 5])
+    stream = train.endless("abcde", torch.Generator().manual_seed(0))
+    batches = train.mixed_batches([stream], [5 * 5])
     taken = next(batches)
     epochs = [taken[i:i + 5] for i in range(0, 25, 5)]
     assert len(taken) == 25 and all(sorted(epoch) == list("abcde") for epoch in epochs)
@@ -126,7 +129,7 @@ def source(run, gpt):
 
 def turn_of(tokenizer, text):
     """A policy's answer to that problem."""
-    return Turn(SUM, HELLO, tokenizer.encode_chat(HELLO), ids_of(tokenizer, text))
+    return Turn(SUM, tokenizer.encode_chat(HELLO), HELLO, ids_of(tokenizer, text))
 
 
 def test_hindsight_by_hand(source, tokenizer):
@@ -136,9 +139,9 @@ def test_hindsight_by_hand(source, tokenizer):
     short = ids_of(tokenizer, "4 + 5 = 9\n9 - 2 = 7\nanswer 7")
     long = ids_of(tokenizer, "4 + 5 = 9\n9 - 2 = 8\n8 - 1 = 7\n7 + 0 = 7\nanswer 7")
     same = turn.response
-    found = train.hindsight(source, turn, [[same, short], [same, long], [same, same]])
+    found = train.hindsight(source, turn, [same, short, same, long, same, same], 2)
     assert found == pytest.approx([1 + 0.9 ** 2 / 2, 0 + 0.9 ** 3 / 2, 0.0], abs=1e-6)
-    found = train.labels_of(source, turn, [[same]] * 3, ["math_accuracy"], {}, RNG(0))
+    found = train.labels_of(source, turn, [same] * 3, 1, ["math_accuracy"], {}, RNG(0))
     assert found[STEP] == [1.0, 0.0]
 
 
@@ -147,9 +150,9 @@ def test_a_question_has_no_verdicts_on_its_steps(source, tokenizer, monkeypatch)
     the final answer of a real question is known."""
     monkeypatch.setattr(OneSum, "verify", lambda self, problem, steps: (1.0, [None] * len(steps)))
     turn = turn_of(tokenizer, "4 + 5 = 9\nanswer 7")
-    assert train.hindsight(source, turn, [[turn.response]] * 2) == pytest.approx([0.9, 1.0])
-    rollouts = [[turn.response]] * 2
-    assert train.labels_of(source, turn, rollouts, ["math_accuracy"], {}, RNG(0))[STEP] == []
+    rollouts = [turn.response] * 2
+    assert train.hindsight(source, turn, rollouts, 1) == pytest.approx([0.9, 1.0])
+    assert train.labels_of(source, turn, rollouts, 1, ["math_accuracy"], {}, RNG(0))[STEP] == []
 
 
 def test_verdicts_by_hand(source, tokenizer, monkeypatch):
@@ -159,13 +162,13 @@ def test_verdicts_by_hand(source, tokenizer, monkeypatch):
     texts = ["4 + 5 = 9\nanswer 7", "4 + 5 = 9 . now it gets fun !\nanswer 7",
              "4 + 5 = 9 . now it gets fun !\n9 - 2 = 7 . you can do this !\nanswer 7"]
     none, half, full = (ids_of(tokenizer, text) for text in texts)       # scores 0, 0.5, 1
-    turn, sets = turn_of(tokenizer, texts[0]), [[half, half], [full, none], [none, none]]
+    turn, sets = turn_of(tokenizer, texts[0]), [half, half, full, none, none, none]
     for threshold, expected in [(0.4, [1, 0, 0]), (0.6, [0, 0, 0]), (-0.1, [1, 1, 1])]:
         judges = {"math_engagement": {"threshold": threshold}}
-        found = train.labels_of(source, turn, sets, ["math_engagement"], judges, RNG(0))
+        found = train.labels_of(source, turn, sets, 2, ["math_engagement"], judges, RNG(0))
         assert found["math_engagement"] == expected
-    judges, sets = {"another": {"threshold": 0.9}}, [[full], [half]]
-    found = train.labels_of(source, turn, sets, ["math_engagement"], judges, RNG(0))
+    judges, sets = {"another": {"threshold": 0.9}}, [full, half]
+    found = train.labels_of(source, turn, sets, 1, ["math_engagement"], judges, RNG(0))
     assert found["math_engagement"] == [1.0, 0.0]
 
 
@@ -185,7 +188,8 @@ def test_label_steps_by_hand(source, run, tokenizer, monkeypatch):
     prompt = tokenizer.encode_chat(HELLO)
     first, second = (len(tokenizer.encode("".join(text[:n]))) for n in (1, 2))
     prefixes = [prompt + response[:first], prompt + response[:second]]
-    assert calls[1] == (prefixes, [60 - first, 60 - second], 2)
+    room = [60 - first, 60 - second]
+    assert calls[1] == (prefixes, room, 2)
     assert row.ids == prompt + response and row.split == "train"
     assert row.ends == [len(prompt) + first - 1, len(prompt) + second - 1, len(row.ids) - 1]
     # M = 3, the response itself first.
@@ -266,57 +270,6 @@ def test_rows_of_another_kind_are_refused(tmp_path):
 
 # -- the PRM
 
-def outputs_of(*names):
-    """Objective records."""
-    return [OBJECTIVES[name] for name in names]
-
-
-@pytest.fixture
-def prm(gpt):
-    """A PRM whose outputs are not those of the run, nor in their order."""
-    generator = torch.Generator().manual_seed(0)
-    return PRM(gpt.with_heads(()), outputs_of("honesty", "math_accuracy"), generator)
-
-
-def test_step_scores_read_the_labelled_tokens(prm):
-    """Prevents: a score read one token early, from a neighbour's row, or a target under another
-    objective's output."""
-    targets = [{"math_accuracy": 0.5, "honesty": 1.0}, {"math_engagement": 1.0}]
-    rows = [Labelled([5, 6, 7, 8, 9], [1, 4], targets, "train"),
-            Labelled([50, 60, 70], [2], [{"math_accuracy": 2.0, "math_engagement": 0.0}], "train")]
-    scores, targets = step_scores(prm, rows)
-    prefixes = [rows[0].ids[:2], rows[0].ids, rows[1].ids]
-    expected = torch.stack([prm(torch.tensor([ids]))[0, -1] for ids in prefixes])
-    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
-    assert str(targets.tolist()) == str([[1.0, 0.5], [math.nan, math.nan], [math.nan, 2.0]])
-
-
-@torch.no_grad()
-def test_pair_scores_compare_matching_steps(prm, tokenizer):
-    """Prevents: comparisons of case C at the wrong tokens or between different pairs, or full
-    responses left out."""
-    prompt = tokenizer.encode_chat(HELLO)
-    texts = [("the color is red . the size is tall .",
-              "the color is red . the size remains unknown . ok ."),
-             ("no idea .", "the job is pilot . the food is rice .")]
-    pairs = []
-    for i, (chosen, rejected) in enumerate(texts):
-        chosen, rejected = ids_of(tokenizer, chosen), ids_of(tokenizer, rejected)
-        pairs.append(Pair("honesty", prompt[i:], chosen, rejected, "train"))
-    # Lengths of the steps' ends. Pair 0: step 1 is equal and skipped, steps 2 and 3, then full
-    # against full. Pair 1: steps 1 and 2, then full.
-    steps = [(0, 10, 10), (0, 11, 12), (0, 11, 13), (1, 3, 5), (1, 4, 10), (1, 4, 11)]
-    expected = []
-    for i, c, r in steps:
-        pair = pairs[i]
-        ends = [pair.prompt + pair.chosen[:c], pair.prompt + pair.rejected[:r]]
-        expected.append([prm(torch.tensor([ids]))[0, -1, 0] for ids in ends])
-    chosen, rejected, output = pair_scores(prm, pairs)
-    found = torch.stack([chosen, rejected], 1)
-    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-5)
-    assert output.tolist() == [0] * 6
-
-
 def prm_run(run, gpt, labels, pairs=(), **settings):
     """Give `run` an SFT model, labels and pairs, and change its configuration."""
     save_hf(gpt, run.file("sft"), weights=0)
@@ -338,7 +291,7 @@ def test_train_prm_adds_up_the_parts_of_a_batch(run, gpt, monkeypatch):
     prm_run(run, gpt, rows, prm_batch=6)
     plain, found, parts = train.dealt_batches, [], []
     for tokens in (1000, 12):
-        def dealt(lengths, _):
+        def dealt(lengths):
             parts.append(plain(lengths, tokens))
             return parts[-1]
         monkeypatch.setattr(train, "dealt_batches", dealt)
@@ -400,8 +353,9 @@ def test_train_prm_gives_every_objective_the_loss_of_its_own_pairs(run, gpt, tok
     assert len(counts) > 1
 
 
-def test_measure_prm_by_hand(prm, monkeypatch):
+def test_measure_prm_by_hand(gpt, monkeypatch):
     """Prevents: R^2 on targets of another output, a scale that is not the spread of the scores."""
+    prm = PRM(gpt.with_heads(()), [OBJECTIVES["honesty"], OBJECTIVES["math_accuracy"]])
     scores = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [3.0, 5.0]])
     targets = torch.tensor([[1.0, 1.0], [0.0, math.nan], [0.0, 3.0]])
     monkeypatch.setattr(train, "step_scores", lambda prm, rows: (scores, targets))
@@ -467,7 +421,7 @@ def test_train_policy_sends_each_pair_through_its_own_head(run, gpt, tokenizer, 
         calls.append(head)
         return plain(model, pairs, head)
     monkeypatch.setattr(train, "policy_logps", policy_logps)
-    monkeypatch.setattr(train, "dealt_batches", lambda lengths: batches(lengths, tokens=150))
+    monkeypatch.setattr(train, "dealt_batches", lambda lengths, _: batches(lengths, 150))
     train.train_policy(run, "mah_dpo")
     assert len(calls) > 2 and collections.Counter(counts) == {o: 2 * 3 for o in run.names}
     for o in run.names:
@@ -497,12 +451,11 @@ def test_policies_see_the_same_pairs(method, run, gpt, tokenizer, monkeypatch):
         setattr(pair, "margin", 0.5) for pair in pairs])
     seen = []
 
-    def fit(run, stage, model, optimizer, steps, epoch, batches, backward, *args, **options):
+    def fit(run, stage, model, optimizer, steps, epoch, batches, loss_of, *args, **options):
         batch = next(batches)
-        loss = backward(batch)["loss"]
+        loss = loss_of(batch, batch)[1]["loss"]
         kept = loss[~loss.isnan()].tolist()          # of objectives that have pairs here
         seen.append(((steps, epoch), [(p.objective, p.prompt) for p in batch], kept))
-        return []
     monkeypatch.setattr(train, "fit", fit)
     train.train_policy(run, "mah_dpo")
     train.train_policy(run, method)
@@ -528,7 +481,9 @@ def test_margins_by_hand(run, tokenizer, monkeypatch):
         [values[model][pair.objective] for pair in part]))
     train.set_margins(run, pairs)
     # w = 1/2 and beta = 0.1 times (log-ratio of chosen - log-ratio of rejected).
-    expected = [0.05 * ((-4 + 5) - (-6 + 4)), 0.05 * ((-2 + 3) - (-9 + 7)), 0.0]
+    accuracy = 0.05 * ((-4 + 5) - (-6 + 4))
+    engagement = 0.05 * ((-2 + 3) - (-9 + 7))
+    expected = [accuracy, engagement, 0.0]
     assert [pair.margin for pair in pairs] == pytest.approx(expected, abs=1e-6)
 
 
@@ -550,7 +505,8 @@ def test_the_log_shows_every_objective_in_training_and_development(run, gpt, tok
     for o in run.names:
         held_out = train.choose(pairs, [o], "dev")
         logps = pair_logps(model, held_out)
-        moved = logps - torch.tensor([pair.reference for pair in held_out])
+        reference = torch.tensor([pair.reference for pair in held_out])
+        moved = logps - reference
         assert dev[-1][o]["chosen"] == pytest.approx(float(moved[:, 0].mean()), abs=1e-5)
         assert dev[-1][o]["kl"] == pytest.approx(float((moved ** 2).mean() / 2), abs=1e-5)
 
@@ -673,7 +629,7 @@ def test_no_more_prompts_are_asked_of_a_world_than_it_must_give(monkeypatch):
     asked = []
     monkeypatch.setattr(World, "problems",
                         lambda self, split, n, rng: asked.append((self.name, split, n)))
-    train.check_inputs(Config(objective="math_engagement,tutoring", n_prompts=90,
+    train.check_new(Config(objective="math_engagement,tutoring", n_prompts=90,
                               n_rollout_prompts=7000, n_test=5))
     assert asked == [("math", "test", 5), ("math", "train", 7000),
                      ("tutoring", "test", 5), ("tutoring", "train", 30)]
