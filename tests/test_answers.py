@@ -108,7 +108,7 @@ SAME = r"""
 x \in [1,2]  [1, 2]
 52_8  52_{8}
 x^2  x^{2}  x ^ 2  x²
-\text{Evelyn}  evelyn
+\text{Evelyn}  evelyn  Evelyn.
 \text{(C)}  C  (C)  \mathrm{C}
 0  -0  0.00
 12\pi  12\pi\text{ cm}  12 \pi  12π cm
@@ -143,6 +143,9 @@ x=1, y=2  y = 2 and x = 1
 3 \text{ p.m.}  3 pm
 \sin x  \sin(x)
 red, blue  blue and red
+\begin{pmatrix} 1 & 1/2 \end{pmatrix}  \begin{pmatrix}1&0.5\end{pmatrix}
+\sqrt[3]{1331}  11
+x^(a+b)  x^{a+b}  x^{b+a}
 """.strip().replace("\n  ", "  ")
 SAME = [line.split("  ") for line in SAME.split("\n")]
 # Answers that equal none of those above, nor each other.
