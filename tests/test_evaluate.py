@@ -17,7 +17,8 @@ import evaluate
 from conftest import NAMES
 from data import (DOMAINS, OBJECTIVES, RNG, InputError, Problem, read_json, read_jsonl, split_of,
                   write_json)
-from evaluate import Conversation, Job, converse, guided_responder, kl_to_sft, plain_responder
+from evaluate import (Conversation, Job, Turn, converse, guided_responder, kl_to_sft,
+                      plain_responder)
 from mah_dpo import Pair
 from model import GPTConfig
 from prm import PRM
@@ -205,7 +206,8 @@ def test_intervals_are_student_t():
 
 
 def talk(*turns):
-    return types.SimpleNamespace(turns=[(before, [], response) for before, response in turns])
+    return types.SimpleNamespace(turns=[Turn(None, before, [], response)
+                                        for before, response in turns])
 
 
 def token_kls(gpt, head, before, response):
@@ -233,7 +235,7 @@ def test_kl_to_sft(gpt, tokenizer, monkeypatch):
     assert none == [[approx(0.0, abs=1e-6)] * 2] * 2
     other, per_token, per_answer = gpt.heads[1].weight, [], []
     for c in talks:
-        kls = [token_kls(gpt, other, before, response) for before, _, response in c.turns]
+        kls = [token_kls(gpt, other, turn.before, turn.response) for turn in c.turns]
         first, second = kls
         per_token.append((sum(first) / len(first) + sum(second) / len(second)) / 2)
         per_answer.append((sum(first) + sum(second)) / 2)

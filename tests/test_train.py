@@ -421,7 +421,7 @@ def test_train_policy_sends_each_pair_through_its_own_head(run, gpt, tokenizer, 
         calls.append(head)
         return plain(model, pairs, head)
     monkeypatch.setattr(train, "policy_logps", policy_logps)
-    monkeypatch.setattr(train, "dealt_batches", lambda lengths, _: batches(lengths, 150))
+    monkeypatch.setattr(train, "dealt_batches", lambda lengths: batches(lengths, 150))
     train.train_policy(run, "mah_dpo")
     assert len(calls) > 2 and collections.Counter(counts) == {o: 2 * 3 for o in run.names}
     for o in run.names:
