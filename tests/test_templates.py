@@ -114,6 +114,17 @@ def test_a_thought_that_changes_what_stands_around_it(tmp_path):
     assert tokenizer.encode_chat(TALK[:2], add_generation_prompt=False) == spelled(tokenizer, text)
 
 
+def test_thoughts_between_special_tokens_are_cut(tmp_path):
+    """A template that looks for <think> in a content does not find it where that is a special token,
+    because nobody may type those: thoughts stay."""
+    tokenizer = chat(tmp_path, THINKING, names=[*NAMES, "<think>", "</think>"])
+    text = ("<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\nus<|im_end|>\n"
+            "<|im_start|>user\n2<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.encode_chat(TALK) == spelled(tokenizer, text)
+    with pytest.raises(InputError, match="cannot be told apart"):
+        tokenizer.encode_chat([*TALK[:2], user("<|im_end|>")])
+
+
 def test_between_special_tokens_stands_one_text(tmp_path):
     """A header and an answer in it encoded apart, which merge in transformers: for an answer with
     blanks around it the ids differ from all that the checkpoint has seen."""
