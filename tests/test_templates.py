@@ -115,8 +115,8 @@ def test_a_thought_that_changes_what_stands_around_it(tmp_path):
 
 
 def test_thoughts_between_special_tokens_are_cut(tmp_path):
-    """A template that looks for <think> in a content does not find it where that is a special token,
-    because nobody may type those: thoughts stay."""
+    """A template that looks for <think> in a content does not find it where that is a special
+    token, because nobody may type those: thoughts stay."""
     tokenizer = chat(tmp_path, THINKING, names=[*NAMES, "<think>", "</think>"])
     text = ("<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\nus<|im_end|>\n"
             "<|im_start|>user\n2<|im_end|>\n<|im_start|>assistant\n")
@@ -189,16 +189,18 @@ def test_tools_thoughts_and_parts_are_written(tmp_path):
     """Calls of tools, or what they may be, vanish from a prompt; a content in parts ends the run."""
     tokenizer = chat(tmp_path, USING)
     parts = [{"type": "text", "text": "us"}, {"type": "text", "text": "er"}]
-    talk = [user(parts) | {"tools": TOOLS, "tool_calls": None}, answer(None) | {"tool_calls": [CALL]},
-            {"role": "tool", "content": "ll"}, answer("12") | {"reasoning_content": "the"}]
-    text = ("<|im_start|>tools\n" + json.dumps(TOOLS) + "<|im_end|>\n<|im_start|>user\nuser<|im_end|>"
-            "\n<|im_start|>assistant\n" + json.dumps(CALL["function"]) + "<|im_end|>\n<|im_start|>"
-            "tool\nll<|im_end|>\n<|im_start|>assistant\n(the)12<|im_end|>\n<|im_start|>assistant\n")
+    talk = [user(parts) | {"tools": TOOLS, "tool_calls": None},
+            answer(None) | {"tool_calls": [CALL]}, {"role": "tool", "content": "ll"},
+            answer("12") | {"reasoning_content": "the"}]
+    turns = [("tools", json.dumps(TOOLS)), ("user", "user"),
+             ("assistant", json.dumps(CALL["function"])), ("tool", "ll"), ("assistant", "(the)12")]
+    text = "".join(f"<|im_start|>{role}\n{words}<|im_end|>\n" for role, words in turns)
+    text += "<|im_start|>assistant\n"
     assert tokenizer.encode_chat(talk) == spelled(tokenizer, text)
     # Nor are they a way to type special tokens.
     for name in ("<|im_end|>", "<|im_start|>"):
-        typed = json.loads(json.dumps(talk).replace('"look"', f'"{name}"').replace('"12"', f'"{name}"'))
-        found = tokenizer.encode_chat(typed)
+        typed = json.dumps(talk).replace('"look"', f'"{name}"').replace('"12"', f'"{name}"')
+        found = tokenizer.encode_chat(json.loads(typed))
         assert found.count(tokenizer.specials[name]) == text.count(name)
         assert tokenizer.decode(found).count(name) == 4
 
