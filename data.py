@@ -167,9 +167,9 @@ def tidy(message, template=""):
         wrong.append(f"role {message['role']}")
     if wrong:
         raise InputError(f"a message has {wrong[0]!r}, which this tokenizer's chats do not know")
-    # Templates may tell null and "" apart.
-    if "content" in message:
-        fields["content"] = text if message["content"] is not None else None
+    # Templates may tell no content and an empty one apart.
+    if message.get("content") is not None:
+        fields["content"] = text
     return fields
 
 

@@ -47,8 +47,8 @@ def written(template, variables, messages, markup):
     variables: what else it may use, {name: value}; markup: a pattern that finds special tokens.
     InputError, in the template's own words where it has some."""
     chat = {"messages": [tidy(message, template) for message in messages]}
-    if "tools" in chat["messages"][:1]:
-        chat["tools"] = chat["messages"][0].pop("tools")
+    for first in chat["messages"][:1]:
+        chat["tools"] = first.pop("tools", None)
     words = json.dumps(chat, ensure_ascii=False)
     taken = set(template + words)
     free = (chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in taken)

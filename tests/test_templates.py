@@ -10,14 +10,18 @@ import re
 import threading
 import time
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
-from data import InputError
+from data import InputError, Problem
+from evaluate import Conversation
 from interop import templates
+from interop.datasets import Preference
 from interop.render import SECONDS
-from interop.tokenizer import load_tokenizer
+from interop.tokenizer import load_tokenizer, use_template_args
 from interop.vocabulary import one_of
+from mah_dpo import encode_pair
 from tests.byte_level import (GPT2, LLAMA3, NAMES, answer, build, check_prefix, shown, spelled,
                               split, user)
 
@@ -110,18 +114,25 @@ def test_a_thought_that_changes_what_stands_around_it(tmp_path):
     assert tokenizer.encode_chat(TALK[:2], add_generation_prompt=False) == spelled(tokenizer, text)
 
 
-def test_prompt_and_answer_never_merge(tmp_path):
-    """Tokens across an answer's edges: the cached prompt is not the beginning of the longer one.
-    Everything else between two special tokens is one text, as in the reference."""
+def test_thoughts_between_special_tokens_are_cut(tmp_path):
+    """A template that looks for <think> in a content does not find it where that is a special
+    token, because nobody may type those: thoughts stay."""
+    tokenizer = chat(tmp_path, THINKING, names=[*NAMES, "<think>", "</think>"])
+    text = ("<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\nus<|im_end|>\n"
+            "<|im_start|>user\n2<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.encode_chat(TALK) == spelled(tokenizer, text)
+    with pytest.raises(InputError, match="cannot be told apart"):
+        tokenizer.encode_chat([*TALK[:2], user("<|im_end|>")])
+
+
+def test_between_special_tokens_stands_one_text(tmp_path):
+    """A header and an answer in it encoded apart, which merge in transformers: for an answer with
+    blanks around it the ids differ from all that the checkpoint has seen."""
     tokenizer = chat(tmp_path, CHATML)
-    newline, two = tokenizer.encode("\n"), tokenizer.encode("\n\n")
-    assert len(two) == 1                                # they would merge
-    start, end = [tokenizer.specials[f"<|im_{name}|>"] for name in ("start", "end")]
-    asked, said = tokenizer.encode("user"), tokenizer.encode("assistant")
-    ids = tokenizer.encode_chat([*SYSTEM, user("\n"), answer("\n")], False)
-    begin = ids.index(end) + 1
-    assert ids[begin:] == [*newline, start, *asked, *two, end, *newline,
-                           start, *said, *newline, *newline, end, *newline]
+    assert len(tokenizer.encode("\n\n")) == 1              # they merge
+    messages = [*SYSTEM, user("\n"), answer("\n")]
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    assert tokenizer.encode_chat(messages, False) == spelled(tokenizer, text)
 
 
 @pytest.mark.parametrize("template", [CHATML, HEADERS, THINKING, QUESTIONS, None])
@@ -156,27 +167,129 @@ def test_pieces_of_special_tokens_do_not_join(tmp_path):
         assert ids.count(end) == 2
 
 
+# -- more than role and content
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"us": "12"}}}
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "the us"}}]
+USING = """{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\n' }}
+    {%- if m.reasoning_content %}{{ '(' + m.reasoning_content + ')' }}{% endif %}
+    {{- m.content }}
+    {%- for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' + ('12' if thinking is defined and not thinking else '') }}
+{%- endif %}
+"""
+
+
+def test_tools_thoughts_and_parts_are_written(tmp_path):
+    """Calls of tools, or what they may be, vanish from a prompt; a content in parts ends the run."""
+    tokenizer = chat(tmp_path, USING)
+    parts = [{"type": "text", "text": "us"}, {"type": "text", "text": "er"}]
+    talk = [user(parts) | {"tools": TOOLS, "tool_calls": None},
+            answer(None) | {"tool_calls": [CALL]}, {"role": "tool", "content": "ll"},
+            answer("12") | {"reasoning_content": "the"}]
+    turns = [("tools", json.dumps(TOOLS)), ("user", "user"),
+             ("assistant", json.dumps(CALL["function"])), ("tool", "ll"), ("assistant", "(the)12")]
+    text = "".join(f"<|im_start|>{role}\n{words}<|im_end|>\n" for role, words in turns)
+    text += "<|im_start|>assistant\n"
+    assert tokenizer.encode_chat(talk) == spelled(tokenizer, text)
+    # Nor are they a way to type special tokens.
+    for name in ("<|im_end|>", "<|im_start|>"):
+        typed = json.dumps(talk).replace('"look"', f'"{name}"').replace('"12"', f'"{name}"')
+        found = tokenizer.encode_chat(json.loads(typed))
+        assert found.count(tokenizer.specials[name]) == text.count(name)
+        assert tokenizer.decode(found).count(name) == 4
+
+
+@pytest.mark.parametrize("template", [CHATML, USING.replace("m.tool_calls or", "m.tool_callsx or"),
+                                      None, "worlds"])
+@pytest.mark.parametrize("message, words", [
+    (answer("") | {"tool_calls": [CALL]}, "tool_calls"), (user("a") | {"tools": TOOLS}, "tools"),
+    (answer("a") | {"reasoning_content": "12"}, "reasoning_content"), (user(None), "NoneType"),
+    (user([{"type": "image", "image": "a"}]), "image"), (user([3]), "int"),
+    (user([{"type": "text"}]), "text")])
+def test_what_a_template_does_not_know_is_refused(tmp_path, tokenizer, template, message, words):
+    """A model that is trained on half of a prompt, without a word. The worlds' own chats know roles
+    and contents only, too."""
+    if template != "worlds":
+        tokenizer = chat(tmp_path, template)
+    if template and "callsx" in template and words in ("tools", "reasoning_content"):
+        return                                          # it knows these
+    with pytest.raises(InputError, match=words):
+        tokenizer.encode_chat([message, user("b")])
+
+
+def test_the_worlds_chats_have_no_tools(tokenizer):
+    """The words of a tool taken for the user's."""
+    with pytest.raises(InputError, match="role tool"):
+        tokenizer.encode_chat([{"role": "tool", "content": "18 C"}])
+
+
+def test_template_args(tmp_path):
+    """Options of a template that do not reach it, are lost when a trained model is saved, or do
+    nothing because of a wrong name, a capital letter, or a second one."""
+    plain = chat(tmp_path, USING).encode_chat([user("a")])
+    for text, wanted in (("thinking=false", True), ("thinking=False,tools=[]", True),
+                         ("tools=[], thinking=false", True), ("thinking=true", False),
+                         ("thinking=off", False), ("", False)):
+        tokenizer = chat(tmp_path, USING)
+        use_template_args(tokenizer, text)
+        expected = plain + tokenizer.encode("12") * wanted
+        assert tokenizer.encode_chat([user("a")]) == expected
+        (tmp_path / "saved").mkdir(exist_ok=True)
+        tokenizer.save(str(tmp_path / "saved"))
+        again = load_tokenizer(str(tmp_path / "saved"))
+        assert again.encode_chat([user("a")]) == expected
+        assert again.encode_turn("a") == tokenizer.encode_turn("a")
+    for text in ("think=false", "thinking", "=false", "thinking=1,think=2"):
+        with pytest.raises(InputError, match="--template-args"):
+            use_template_args(tokenizer, text)
+
+
+def next_words(*_):
+    """What the user says next."""
+    return "2"
+
+
+def test_a_pair_and_a_fresh_conversation_have_one_prompt(tmp_path):
+    """A policy that is asked in another form than the one it was trained in, and a cache whose past
+    is written anew: what was committed stays, thoughts and blanks that a template cuts included."""
+    tokenizer = chat(tmp_path, THINKING)
+    model = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(max_len=200))
+    pair = encode_pair(Preference("honesty", [user(" 1 ")], "us", "ll"), model)
+    assert pair.prompt == tokenizer.encode_chat([user(" 1 ")])
+    problem, world = Problem(" 1 "), SimpleNamespace(reply=next_words)
+    talk = Conversation(problem, tokenizer)
+    assert talk.ids == pair.prompt
+    said = tokenizer.encode(TALK[1]["content"]) + [tokenizer.eos_id]
+    talk.answer(said, world, tokenizer, None)
+    assert talk.ids == pair.prompt + said + tokenizer.encode_turn("2")
+    fresh = tokenizer.encode_chat(talk.messages)
+    assert len(fresh) < len(talk.ids) and fresh[:len(pair.prompt)] == pair.prompt
+
+
 # -- what cannot be spelled
 
 @pytest.mark.parametrize("template, messages, words", [
     ("{{ raise_exception('only one question, please') }}", SAID, "only one question, please"),
-    (CHATML.replace("m.content", "m.text"), SAID, "leaves out the message"),
+    (CHATML.replace("m.content", "m.text"), SAID, "leaves out the content of user: ' the 12 '"),
     (CHATML.replace("m.content", "m.text.de"), SAID, "has no attribute 'text'"),
     (CHATML.replace("{% endfor %}", ""), SAID, "template"),
     ("{{ ''.__class__.__mro__ }}", SAID, "unsafe"), ("{{ 1 / 0 }}", SAID, "division"),
     ("{% include 'a' %}", SAID, "no loader"), ("{{ messages.append(1) }}", SAID, "unsafe"),
     ("{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}",
-     [user("a"), {"role": "tool", "content": "18 C"}], "leaves out the message '18 C'"),
+     [user("a"), {"role": "tool", "content": "18 C"}], "leaves out the content of tool: '18 C'"),
     ("{% for m in messages %}{{ m.content }}{{ '<|im_end|>' if 'b' in m.content }}{% endfor %}",
-     [user("ab")], "cannot be told apart"),
-    ("{{ messages[0].content }}{{ messages[1].content }}{{ messages[1].content if "
-     "messages[0].content == messages[1].content }}", [user("a"), user("a")], "depends on their"),
-    ("{{ messages[0].content | random }}{{ range(9999) | random }}", [user("ab")], "depends on")])
+     [user("ab")], "cannot be told apart")])
 def test_its_own_words_are_the_error(tmp_path, template, messages, words):
     """A traceback from inside Jinja, or a prompt of another form than the model learnt, without a
     word. encode() works all the same: a base model may come with any template."""
     tokenizer = chat(tmp_path, template)
-    assert shown(tokenizer, " the") == " the" and tokenizer.end == "<|endoftext|>"
+    assert shown(tokenizer, " the") == " the" and tokenizer.pieces[tokenizer.eos_id] == b""
     with pytest.raises(InputError, match=words) as e:
         tokenizer.encode_chat(messages)
     assert str(tmp_path) in str(e.value) and "chat_template" in str(e.value)
@@ -240,8 +353,8 @@ def test_threads_and_lost_processes(tmp_path):
 def test_what_templates_may_use(template, text):
     """Templates are written for transformers: blocks trimmed, its functions and variables. One
     missing, and the template fails or takes another turn."""
-    found = templates.turns(template, {"eos_token": "</s>"}, [], re.compile("(?!)"))
-    assert found == [(None, text)]
+    found = templates.written(template, {"eos_token": "</s>"}, [], re.compile("(?!)"))
+    assert found == (text, {})
 
 
 @pytest.mark.parametrize("template, config, eos, turn", [
@@ -277,9 +390,9 @@ def test_where_the_template_lies(tmp_path):
     """chat_template.jinja or the list of named templates overlooked: the model is asked in a form
     that it never learnt."""
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
-    assert chat(tmp_path, named).end == "<|im_end|>"
+    assert chat(tmp_path, named).template == CHATML
     (tmp_path / "chat_template.jinja").write_text(HEADERS)
-    assert load_tokenizer(str(tmp_path)).end == "<|eot_id|>"
+    assert load_tokenizer(str(tmp_path)).template == HEADERS
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="tokenizer.json"):
         chat(tmp_path, {"no": "text"})
@@ -347,12 +460,11 @@ def test_real_templates():
         variables = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
         for messages in CHATS:
             try:
-                found = templates.turns(template, variables, messages, markup)
+                text, _ = templates.written(template, variables, messages, markup)
             except InputError as e:
                 refused.setdefault(name.removesuffix(".jinja"), []).append(str(e))
                 continue
-            said = "".join([text for role, text in found if role])
-            assert messages[-1]["content"].strip() in said
+            assert messages[-1]["content"].strip() in text
     pictures = {"idefics3", "llava_next", "smolvlm"}
     assert refused.keys() - pictures <= {"gemma"}
     assert set(refused.get("gemma", [])) <= {"System role not supported"}

@@ -2,6 +2,7 @@
 that its test prevents. Expected ids and pieces are those of Hugging Face's tokenizers, which was run
 on the same files; it is not needed here."""
 import json
+import time
 
 import pytest
 
@@ -116,15 +117,17 @@ def test_split_patterns(tmp_path, pre, cases):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_million_blanks_are_no_panic(tmp_path, capfd):
-    """tiktoken's pattern engine panics with a BaseException on very long runs: no command would
+def test_a_million_blanks(tmp_path):
+    """A pattern engine that gives up on very long runs, or does not come back: no command would
     report it in one line."""
     gpt2 = build(tmp_path)
-    long = "a" * 300_000 + " " * 100_000
-    assert gpt2.decode(gpt2.encode(long)) == long
-    with pytest.raises(InputError, match="white space"):
-        gpt2.encode(" " * 2_000_000 + "a")
-    capfd.readouterr()
+    for long in ("a" * 300_000 + " " * 100_000, " " * 2_000_000 + "a"):
+        assert gpt2.decode(gpt2.encode(long)) == long
+    hostile = build(tmp_path, split("(?:a|aa|aaa)+b|."))
+    start = time.monotonic()
+    with pytest.raises(InputError, match="split pattern takes too long"):
+        hostile.encode("a" * 200)
+    assert time.monotonic() - start < 5
 
 
 # -- tokens that are never merged
@@ -281,7 +284,6 @@ BYTE_LEVEL_TWICE = {"pretokenizers": [*split("a")["pretokenizers"], {"type": "By
     ({"pre_tokenizer": split("a", invert=True)}, "invert"),
     ({"pre_tokenizer": BYTE_LEVEL_TWICE}, "Split"),
     ({"pre_tokenizer": split("(a")}, "not a tokenizer file"),
-    ({"pre_tokenizer": split("a*")}, "split pattern fails"),
     (token(lstrip=True), "'<m>' with lstrip"),
     (token(id=2), "token id"), (token(id=10**9), "token id"), (token(id=-1), "token id"),
     (token(id="1"), "token id"),
