@@ -135,44 +135,6 @@ def ends_step(masks, token, previous, before):
 # --- end of exercise 11 ---
 
 
-def text_of(message):
-    """The text of a message's content, which may be a list of text parts; "" where the call of a
-    tool takes its place. InputError for anything else."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None and message.get("tool_calls"):
-        return ""
-    texts = []
-    for part in content if isinstance(content, list) else [content]:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise InputError(f"the content of a message holds {kind!r}: give text, or a list of "
-                             '{"type": "text", "text": "..."}')
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def tidy(message, template=""):
-    """A message -> the same with its content as text, and without the empty fields that a file of
-    data has where a row does not use a column.
-
-    InputError for a field, or the role of a tool, that `template`, the text of a chat template, does
-    not mention: what it says would be lost."""
-    text = text_of(message)
-    fields = {name: value for name, value in message.items() if value not in (None, "", [])}
-    wrong = sorted(fields.keys() - {"role", "content", "name", "tool_call_id"})
-    wrong = [name for name in wrong if name not in template]
-    if not template and message["role"] not in ("system", "user", "assistant"):
-        wrong.append(f"role {message['role']}")
-    if wrong:
-        raise InputError(f"a message has {wrong[0]!r}, which this tokenizer's chats do not know")
-    # Templates may tell no content and an empty one apart.
-    if message.get("content") is not None:
-        fields["content"] = text
-    return fields
-
-
 class Tokenizer:
     """Text <-> token ids. tiktoken cuts a text into words by a pattern; in each word the two
     neighbours whose union has the lowest rank become one piece, again and again.
@@ -227,10 +189,12 @@ class Tokenizer:
         """Messages -> ids: <|user|> ... <|end|><|assistant|> ... <|end|>, ready to go on.
 
         Every message is encoded apart: no token reaches from the prompt into the response. InputError
-        for tools and other fields that cannot be written so."""
+        for what cannot be written so, such as the calls of tools."""
         ids = []
         for message in messages:
-            message = tidy(message)
+            strange = sorted(message.keys() - {"role", "content"})
+            if strange or message["role"] not in ("system", "user", "assistant"):
+                raise InputError(f"the small worlds' chats know no {[*strange, message['role']][0]!r}")
             # A system message has no marker of its own: it counts as the user's.
             role = "<|assistant|>" if message["role"] == "assistant" else "<|user|>"
             ids += [self.specials[role], *self.encode(message["content"]), self.eos_id]

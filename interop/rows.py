@@ -13,8 +13,9 @@ import re
 from dataclasses import dataclass
 from functools import partial
 
-from data import InputError, read_jsonl, text_of
+from data import InputError, read_jsonl
 from interop.answers import marked_answer
+from interop.templates import text_of
 
 
 @dataclass

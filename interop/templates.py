@@ -1,5 +1,6 @@
 """Chat templates: what a checkpoint's own template writes for messages.
 
+    text_of       a message's content, which may be a list of text parts
     written       messages -> the text that the template writes, as in transformers
     render        the process that runs the templates (render.py), and what it may answer
 
@@ -19,7 +20,7 @@ import sys
 import threading
 from pathlib import Path
 
-from data import InputError, tidy
+from data import InputError
 
 # How data.Tokenizer spells a chat, for other programs.
 WORLDS = (
@@ -38,6 +39,42 @@ PLAIN = (
 NAMED = re.compile(r'"name": "(?:[^"\\]|\\.)*"')       # a tool's name, in JSON
 LOCK = threading.Lock()
 TOO_SLOW = set()               # templates that were ended once are not tried again
+
+
+def text_of(message):
+    """The text of a message's content, which may be a list of text parts; "" where the call of a
+    tool takes its place. InputError for anything else."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and message.get("tool_calls"):
+        return ""
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InputError(f"the content of a message holds {kind!r}: give text, or a list of "
+                             '{"type": "text", "text": "..."}')
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def tidy(message, template):
+    """A message -> the same with its content as text, and without the empty fields that a file of
+    data has where a row does not use a column.
+
+    InputError for a field, or the role of a tool, that `template`, the text of a chat template, does
+    not mention: what it says would be lost."""
+    text = text_of(message)
+    fields = {name: value for name, value in message.items() if value not in (None, "", [])}
+    wrong = sorted(fields.keys() - {"role", "content", "name", "tool_call_id"})
+    wrong = [name for name in wrong if name not in template]
+    if wrong:
+        raise InputError(f"a message has {wrong[0]!r}, which this tokenizer's chats do not know")
+    # Templates may tell no content and an empty one apart.
+    if message.get("content") is not None:
+        fields["content"] = text
+    return fields
 
 
 def written(template, variables, messages, markup):

@@ -334,15 +334,21 @@ test_ratings_give_pairs_of_every_objective: Trained on published ratings, the mo
 test_spellings_of_steps: The first wrong step is praised.
     n_right = n if label == -1 else label ==> n_right = n if label == -1 else min(n, label + 1)
 [interop/templates.py]
-test_chat_is_what_the_template_writes: Templates that trim a message lose the words around it.
-    same = min(left, len( ==> same = max(left, len(
+test_pieces_of_special_tokens_do_not_join: A template may make a special token of two messages.
+    if markup.findall(text) != markup.findall(skeleton): ==> if False:
+test_thoughts_between_special_tokens_are_cut: A model reads thoughts that it should have forgotten.
+    if text.translate(said) != plain: ==> if False:
+test_its_own_words_are_the_error: What a template does not write is lost without a word.
+    if mark not in skeleton: ==> if False:
+test_plain_chat_has_one_bos: A cached prompt is not the beginning of the longer conversation.
+    {CUT}{{{{ m['content'] }}}}{CUT} ==> {{{{ m['content'] }}}}
 [interop/tokenizer.py]
-test_nobody_types_special_tokens: A user can end their own turn.
-    enumerate([part] if role else self.markup.split(part)) ==> enumerate(self.markup.split(part))
-test_prompt_and_answer_never_merge: A cached prompt is not the beginning of the longer conversation.
-    if role == "assistant": ==> if role == "never":
+test_nobody_types_special_tokens: What a user types of special tokens vanishes.
+    self.encode(piece.translate(said)) ==> self.encode(piece)
 test_what_ends_an_answer: A chat model's answers do not end.
-    if name != bos][:1] + ends ==> if name != bos][1:] + ends
+    not in (bos, CUT)][:1] + ends ==> not in (bos, CUT)][1:] + ends
+test_what_ends_an_answer: What ends a turn stands there twice.
+    text.removeprefix(self.closing) ==> text
 [interop/vocabulary.py]
 test_split_patterns: Words between digits vanish.
     found += [piece[end:match.start()], match[0]] ==> found.append(match[0])

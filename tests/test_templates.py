@@ -17,11 +17,11 @@ import pytest
 from data import InputError, Problem
 from evaluate import Conversation
 from interop import templates
-from interop.datasets import Preference
+from interop.datasets import encode_pair
 from interop.render import SECONDS
+from interop.rows import Preference
 from interop.tokenizer import load_tokenizer, use_template_args
 from interop.vocabulary import one_of
-from mah_dpo import encode_pair
 from tests.byte_level import (GPT2, LLAMA3, NAMES, answer, build, check_prefix, shown, spelled,
                               split, user)
 
