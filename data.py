@@ -119,6 +119,8 @@ class RNG:
 # Words and numbers keep the space before them, as in GPT-2; anything else is cut into characters.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
 SPECIALS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+# A system message has no marker of its own: it counts as the user's.
+ROLES = {"system": "<|user|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 
 
 # --- exercise 11: ends_step (2 points) ---
@@ -192,12 +194,10 @@ class Tokenizer:
         for what cannot be written so, such as the calls of tools."""
         ids = []
         for message in messages:
-            strange = sorted(message.keys() - {"role", "content"})
-            if strange or message["role"] not in ("system", "user", "assistant"):
-                raise InputError(f"the small worlds' chats know no {[*strange, message['role']][0]!r}")
-            # A system message has no marker of its own: it counts as the user's.
-            role = "<|assistant|>" if message["role"] == "assistant" else "<|user|>"
-            ids += [self.specials[role], *self.encode(message["content"]), self.eos_id]
+            if message.keys() != {"role", "content"} or message["role"] not in ROLES:
+                raise InputError(f"the small worlds' chats hold no message such as {message}")
+            marker = self.specials[ROLES[message["role"]]]
+            ids += [marker, *self.encode(message["content"]), self.eos_id]
         if add_generation_prompt:
             ids.append(self.specials["<|assistant|>"])
         return ids

@@ -33,7 +33,7 @@ from data import (RNG, InputError, Problem, batches_by_length, domain_objectives
                   read_jsonl, response_mask, run_command, write_json, write_text)
 from decode import find_model, generate, guided_decode, next_turn, read_run
 from interop.answers import majority
-from interop.datasets import worlds_of
+from interop.real_data import worlds_of
 from interop.parallel import gather, join_processes, local_items
 from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import GPT, load_hf, pick_device, sampling_dtype

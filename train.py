@@ -46,11 +46,11 @@ from data import (CASES, DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Tokeniz
 from decode import domain_mix, generate, parse_weights
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
-from interop.datasets import (data_files, describe_data, load_base, real_labels, real_pairs,
-                              worlds_of)
 from interop.options import HARMLESS, METHODS, Config, check_config, read_command
 from interop.parallel import (even, gather, head_norm, join_processes, local_items, parameters_of,
                               placed, rank, ranks, reaching, shard, total, whole)
+from interop.real_data import (data_files, describe_data, load_base, real_labels, real_pairs,
+                               worlds_of)
 from interop.resume import (at_work, clear, copy_stages, fingerprint, finished, free_name,
                             load_checkpoint, load_config, new_directory, put_rows, read_rows,
                             save_checkpoint, save_config, stops_wait, write_rows)
@@ -173,8 +173,8 @@ class Example:
         return len(self.ids)
 
 
-def chat_example(tokenizer, messages, n):
-    """A conversation -> Example: the assistant's tokens and ends of turn are learnt. The first n
+def chat_example(tokenizer, messages, n=1):
+    """A conversation -> ids, mask: the assistant's tokens and ends of turn are learnt. The first n
     messages, which the user ends, are the prompt."""
     ids = list(tokenizer.encode_chat(messages[:n]))
     mask = [False] * len(ids)
@@ -188,7 +188,7 @@ def chat_example(tokenizer, messages, n):
             new = tokenizer.encode_turn(message["content"])
         ids += new
         mask += [learnt] * len(new)
-    return Example(ids, mask, f"the example {messages[0]['content'][:60]!r}...")
+    return ids, mask
 
 
 def demonstrations(worlds, n, rng, tokenizer, careful):
@@ -197,7 +197,8 @@ def demonstrations(worlds, n, rng, tokenizer, careful):
     for world in worlds:
         for problem in world.problems("train", n, rng):
             messages = world.conversation(problem, rng, careful)
-            examples.append(chat_example(tokenizer, messages, len(problem.messages())))
+            ids, mask = chat_example(tokenizer, messages, len(problem.messages()))
+            examples.append(Example(ids, mask, f"the example {messages[0]['content'][:60]!r}..."))
     return examples
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 
 from data import InputError, select_objectives
 from decode import parse_weights
+from interop.datasets import DATA_HELP
 from interop.parallel import ranks
-from interop.rows import DATA_HELP
 
 # The names under which --dpo-lr-factor knows the preference-trained policies.
 METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]

@@ -21,9 +21,9 @@ import torch
 from data import RNG, InputError, batches_by_length, read_json, read_jsonl, run_command
 from evaluate import Bench, half_width, pair_metrics_rows, seed_runs, summary, table
 from interop.answers import final_answer, same_answer
-from interop.datasets import encode_pair, encode_steps
+from interop.datasets import (DATA_HELP, encode_pair, encode_steps, read_outputs,
+                              read_preferences, read_steps, use_of)
 from interop.parallel import join_processes
-from interop.rows import DATA_HELP, read_outputs, read_preferences, read_steps, use_of
 from mah_dpo import pair_logps
 from model import pick_device
 from prm import load_prm, scores_at

@@ -325,14 +325,13 @@ test_other_arithmetic_is_refused_by_name: Qwen2.5 is refused, an old Mistral is 
 test_steps_are_encoded_as_decoding_ends_them:
   Published steps that end with a newline get lower scores than others.
     step = step.rstrip("\n") + "\n" ==> step = step + "\n"
-[interop/reward_models.py]
-test_released_reward_models: A released reward model with two labels ranks answers oddly.
-    tensors[key] = t[1:] - t[:1] ==> tensors[key] = t[1:]
-[interop/rows.py]
 test_ratings_give_pairs_of_every_objective: Trained on published ratings, the model gets worse.
     chosen=responses[-1], rejected=responses[0] ==> chosen=responses[0], rejected=responses[-1]
 test_spellings_of_steps: The first wrong step is praised.
     n_right = n if label == -1 else label ==> n_right = n if label == -1 else min(n, label + 1)
+[interop/reward_models.py]
+test_released_reward_models: A released reward model with two labels ranks answers oddly.
+    tensors[key] = t[1:] - t[:1] ==> tensors[key] = t[1:]
 [interop/templates.py]
 test_pieces_of_special_tokens_do_not_join: A template may make a special token of two messages.
     if markup.findall(text) != markup.findall(skeleton): ==> if False:

@@ -14,9 +14,9 @@ import pytest
 
 from data import OBJECTIVES, InputError, read_jsonl
 from interop.answers import final_answer, marked_answer, same_answer
-from interop.datasets import holds_questions
-from interop.rows import (DATA_HELP, Preference, Question, Steps, read_outputs,
-                          read_preferences, read_questions, read_steps)
+from interop.datasets import (DATA_HELP, Preference, Question, Steps, read_outputs,
+                              read_preferences, read_questions, read_steps)
+from interop.real_data import holds_questions
 
 
 def user(text):

@@ -17,9 +17,8 @@ import pytest
 from data import InputError, Problem
 from evaluate import Conversation
 from interop import templates
-from interop.datasets import encode_pair
+from interop.datasets import Preference, encode_pair
 from interop.render import SECONDS
-from interop.rows import Preference
 from interop.tokenizer import load_tokenizer, use_template_args
 from interop.vocabulary import one_of
 from tests.byte_level import (GPT2, LLAMA3, NAMES, answer, build, check_prefix, shown, spelled,
@@ -206,27 +205,27 @@ def test_tools_thoughts_and_parts_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("template", [CHATML, USING.replace("m.tool_calls or", "m.tool_callsx or"),
-                                      None, "worlds"])
+                                      None])
 @pytest.mark.parametrize("message, words", [
     (answer("") | {"tool_calls": [CALL]}, "tool_calls"), (user("a") | {"tools": TOOLS}, "tools"),
     (answer("a") | {"reasoning_content": "12"}, "reasoning_content"), (user(None), "NoneType"),
     (user([{"type": "image", "image": "a"}]), "image"), (user([3]), "int"),
     (user([{"type": "text"}]), "text")])
-def test_what_a_template_does_not_know_is_refused(tmp_path, tokenizer, template, message, words):
-    """A model that is trained on half of a prompt, without a word. The worlds' own chats know roles
-    and contents only, too."""
-    if template != "worlds":
-        tokenizer = chat(tmp_path, template)
+def test_what_a_template_does_not_know_is_refused(tmp_path, template, message, words):
+    """A model that is trained on half of a prompt, without a word."""
+    tokenizer = chat(tmp_path, template)
     if template and "callsx" in template and words in ("tools", "reasoning_content"):
         return                                          # it knows these
     with pytest.raises(InputError, match=words):
         tokenizer.encode_chat([message, user("b")])
 
 
-def test_the_worlds_chats_have_no_tools(tokenizer):
-    """The words of a tool taken for the user's."""
-    with pytest.raises(InputError, match="role tool"):
-        tokenizer.encode_chat([{"role": "tool", "content": "18 C"}])
+@pytest.mark.parametrize("message", [{"role": "tool", "content": "18 C"},
+                                     answer("a") | {"reasoning_content": "b"}])
+def test_the_worlds_chats_have_no_tools(tokenizer, message):
+    """The words of a tool taken for the user's; a thought lost without a word."""
+    with pytest.raises(InputError, match="small worlds"):
+        tokenizer.encode_chat([message])
 
 
 def test_template_args(tmp_path):

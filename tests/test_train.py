@@ -56,11 +56,11 @@ def run(tmp_path):
 
 def test_chat_example_masks_only_assistant_turns(tokenizer):
     """Prevents: SFT on the user's words or the role markers, or answers that never learn to end."""
-    example = train.chat_example(tokenizer, CHAT, 1)
-    assert example.ids == tokenizer.encode_chat(CHAT, add_generation_prompt=False)
-    learnt = [i for i, m in zip(example.ids, example.mask) if m]
+    ids, mask = train.chat_example(tokenizer, CHAT)
+    assert ids == tokenizer.encode_chat(CHAT, add_generation_prompt=False)
+    learnt = [i for i, m in zip(ids, mask) if m]
     assert learnt == ids_of(tokenizer, "4 + 5 = 9") + ids_of(tokenizer, "answer 7")
-    assert len(example.mask) == len(example.ids)
+    assert len(mask) == len(ids)
 
 
 def test_chat_example_only_grows(tmp_path):
@@ -68,17 +68,17 @@ def test_chat_example_only_grows(tmp_path):
     otherwise than the model has said it, as Qwen3's drops thoughts."""
     tokenizer = chat(tmp_path, THINKING)
     talk = [*TALK, {"role": "assistant", "content": "<think>\nll\n</think>\n\n12"}]
-    example = train.chat_example(tokenizer, talk, 1)
-    learnt = [i for i, m in zip(example.ids, example.mask) if m]
+    ids, mask = train.chat_example(tokenizer, talk)
+    learnt = [i for i, m in zip(ids, mask) if m]
     assert learnt == ids_of(tokenizer, talk[1]["content"]) + ids_of(tokenizer, talk[3]["content"])
     prompt, turn = tokenizer.encode_chat(talk[:1]), tokenizer.encode_turn("2")
-    assert example.ids[:len(prompt)] == prompt and len(prompt + turn + learnt) == len(example.ids)
+    assert ids[:len(prompt)] == prompt and len(prompt + turn + learnt) == len(ids)
 
 
 def test_language_model_loss_is_the_masked_next_token_loss(run, gpt, tokenizer):
     """Prevents: a loss on masked tokens, on padding, or on the token itself instead of the next."""
     model = copy.deepcopy(gpt)
-    examples = [train.chat_example(tokenizer, talk, 1) for talk in (CHAT, CHAT[:2])]
+    examples = [train.Example(*train.chat_example(tokenizer, talk), "") for talk in (CHAT, CHAT[:2])]
     losses = []
     for e in examples:
         for t, token in enumerate(e.ids):

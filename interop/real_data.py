@@ -1,0 +1,196 @@
+"""What a run reads of its --data directory, and real questions as a world to sample and measure in.
+
+    Questions, worlds_of    the worlds of train.py's --data
+    real_pairs, real_labels what a run learns from them
+    describe_data           how much there is
+
+Before: datasets.py, the rows of the files.
+"""
+import json
+import os
+from collections import Counter
+from functools import partial
+
+from data import DOMAINS, InputError, Problem, World, split_of
+from interop.answers import final_answer, same_answer
+from interop.datasets import (encode_pair, encode_steps, read_preferences, read_questions,
+                              read_steps, train_or_dev, use_of)
+from interop.parallel import placed
+from interop.tokenizer import use_template_args
+from model import load_hf
+from prm import Labelled
+
+
+# -- real questions as a world
+
+class Questions(World):
+    """Real questions as a world: a response is right if its final answer is. Its steps are lines;
+    nobody verifies them one by one, so hindsight targets come from the ends of rollouts alone."""
+    boundary = "newline"
+
+    def __init__(self, path, objective, max_new_tokens, model):
+        """Keeps the rows of `path` that fit the model's context, with their solution and with
+        max_new_tokens. The others are counted in `dropped`, {reason: number}."""
+        self.name = objective.domain
+        self.objective = objective.name
+        self.max_new_tokens = max_new_tokens
+        self.dropped = {}
+        rows = read_questions(path, self.dropped)
+
+        context = model.config.max_len
+        fitting = [q for q in rows if self.length(q, model.tokenizer) <= context]
+        self.rows = {json.dumps(q.prompt): q for q in fitting}
+        self.dropped["too long for the context with an answer"] = len(rows) - len(fitting)
+        self.dropped["asked before"] = len(fitting) - len(self.rows)
+
+        empty = [split for split, n in self.counts().items() if n == 0]
+        if empty:
+            raise InputError(f"{path}: {len(rows)} questions, {len(self.rows)} fit the context of "
+                             f"{context} tokens with {max_new_tokens} for the answer; none is left "
+                             f"for {', '.join(empty)}")
+
+    def length(self, question, tokenizer):
+        """Tokens of a question and of what may follow it."""
+        solution = len(tokenizer.encode(question.solution)) + 1           # and EOS
+        return len(tokenizer.encode_chat(question.prompt)) + max(self.max_new_tokens, solution)
+
+    @property
+    def objectives(self):
+        return [self.objective]
+
+    def counts(self):
+        """Number of questions by split."""
+        splits = [split_of(key) for key in self.rows]
+        return {split: splits.count(split) for split in ("train", "dev", "test")}
+
+    def problems(self, split, n, rng):
+        """n questions of a split in random order, or all that there are."""
+        drawn = [(rng.random(), key) for key in self.rows if split_of(key) == split]
+        questions = [self.rows[key] for _, key in sorted(drawn)[:n]]
+        return [Problem(question.prompt, {"question": question}) for question in questions]
+
+    def conversation(self, problem, rng, careful=False):
+        question = problem.truth["question"]
+        solution = question.solution or question.answer
+        return problem.messages() + [{"role": "assistant", "content": solution}]
+
+    def verify(self, problem, steps):
+        """As Math.verify, but of the steps nothing is known."""
+        answer = final_answer("".join(steps))
+        correct = same_answer(answer, problem.truth["question"].answer)
+        return float(correct), [None] * len(steps)
+
+    def scores(self, problem, messages, response):
+        correct, _ = self.verify(problem, [response])
+        return {self.objective: correct}
+
+
+def holds_questions(path, objective):
+    """Does the file of an Objective hold questions, not pairs? Only a verifiable one's may."""
+    verifiable = objective.case == "verifiable"
+    return verifiable and use_of(path, ["pairs", "questions"]) == "questions"
+
+
+def worlds_of(objectives, data, max_new_tokens, model):
+    """{domain: world} to sample and to measure in, for a list of Objective: the embedded worlds, or
+    with a directory `data` the questions that it holds for verifiable objectives."""
+    if not data:
+        return {o.domain: DOMAINS[o.domain] for o in objectives}
+    worlds = {}
+    for objective in objectives:
+        path = os.path.join(data, f"{objective.name}.jsonl")
+        if holds_questions(path, objective):
+            worlds[objective.domain] = Questions(path, objective, max_new_tokens, model)
+    return worlds
+
+
+# -- what a run reads from its --data directory
+
+def fitting(rows, encode, dropped, reason):
+    """encode(row) of every row, without those that are None: these are counted in `dropped`."""
+    found = [encode(row) for row in rows]
+    kept = [encoded for encoded in found if encoded]
+    dropped[reason] += len(found) - len(kept)
+    return kept
+
+
+def real_pairs(data, objectives, model):
+    """DATA/<name>.jsonl for every objective that has pairs there -> list of Pair, {reason: number
+    of rows left out}; nothing where `data` is "". Pairs to train on come before those held out.
+
+    InputError for an objective with nothing to train on or to hold out."""
+    found, dropped = [], Counter()
+    limit = model.config.max_len
+    too_long = f"longer than the context of {limit} tokens, or alike in this vocabulary"
+    for objective in objectives if data else []:
+        path = os.path.join(data, f"{objective.name}.jsonl")
+        if holds_questions(path, objective):
+            continue
+        rows = read_preferences(path, objective.name, dropped)
+        kept = fitting(rows, partial(encode_pair, model=model), dropped, too_long)
+        if {pair.split for pair in kept} != {"train", "dev"}:
+            raise InputError(f"{path}: of its rows {len(kept)} fit the context of {limit} tokens; "
+                             "pairs to train on and to hold out are both needed: add rows, or "
+                             f"shorter ones{left_out(dropped)}")
+        found += kept
+    found.sort(key=lambda pair: pair.split == "dev")
+    return found, dropped
+
+
+def encode_labelled(row, objective, model):
+    """Steps -> Labelled in the model's ids; None if it is longer than the context, or a step has no
+    token of this vocabulary."""
+    encoded = encode_steps(model.tokenizer, row.prompt, row.steps, objective.boundary)
+    if encoded is None or len(encoded[0]) > model.config.max_len:
+        return None
+    targets = [{objective.name: label} for label in row.labels]
+    return Labelled(*encoded, targets, train_or_dev(row.prompt))
+
+
+def real_labels(data, objectives, model):
+    """DATA/<name>.steps.jsonl, where there is one, of Objective records -> list of Labelled,
+    {reason: number of rows left out}."""
+    found, dropped = [], Counter()
+    for objective in objectives if data else []:
+        path = os.path.join(data, f"{objective.name}.steps.jsonl")
+        rows = read_steps(path, dropped) if os.path.exists(path) else []
+        encode = partial(encode_labelled, objective=objective, model=model)
+        found += fitting(rows, encode, dropped, "too long for the context")
+    return found, dropped
+
+
+def describe_data(data, objectives, max_new_tokens, model):
+    """Read all that a run will read of its --data directory, and print how much there is."""
+    pairs, dropped = real_pairs(data, objectives, model)
+    labels, unread = real_labels(data, objectives, model)
+    n_train = sum(pair.split == "train" for pair in pairs)
+    print(f"pairs: {n_train} to train on, {len(pairs) - n_train} held out{left_out(dropped)}")
+    if labels or any(unread.values()):
+        print(f"responses with step labels: {len(labels)}{left_out(unread)}")
+    for world in worlds_of(objectives, data, max_new_tokens, model).values():
+        counts = [f"{n} {split}" for split, n in world.counts().items()]
+        print(f"questions: {', '.join(counts)}{left_out(world.dropped)}")
+
+
+def left_out(dropped):
+    """{reason: number of rows} -> text."""
+    return "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n)
+
+
+def data_files(data, objectives):
+    """The files of a --data directory that a run reads; none where `data` is ""."""
+    found = []
+    for objective in objectives if data else []:
+        found += [f"{data}/{objective.name}.jsonl", f"{data}/{objective.name}.steps.jsonl"]
+    return [path for path in found if os.path.exists(path)]
+
+
+def load_base(directory, device, template_args=""):
+    """The checkpoint of --init, which must bring its tokenizer; several processes share it.
+    template_args: see interop.tokenizer.use_template_args."""
+    model = load_hf(directory, place=partial(placed, device=device))
+    if model.tokenizer is None:
+        raise InputError(f"{directory}: tokenizer.json, or vocab.json and merges.txt, is missing; "
+                         "a base model needs one")
+    use_template_args(model.tokenizer, template_args)
+    return model
