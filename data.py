@@ -710,24 +710,29 @@ def pad(rows, pad_id, device=None):
     return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
 
-def batches_by_length(lengths, tokens=4096, few=1024):
-    """Yield lists of indices, shortest row first. A batch that is padded to its longest row holds
-    at most `tokens`, or one row: memory is bounded whatever the lengths. One of more than `few`
-    tokens is at most a tenth padding: to begin another costs less than to compute with more."""
-    batch, own = [], 0
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):       # i: the longest so far
-        padded = (len(batch) + 1) * lengths[i]
-        wasteful = padded > few and own + lengths[i] < 0.9 * padded
+def batches_by_length(lengths, tokens=8192, few=2048):
+    """Yield lists of indices, shortest row first. lengths: a number for each row, or a tuple of
+    those of its parts, which are padded apart. A batch that is padded to its longest holds at most
+    `tokens`, or one row: memory is bounded whatever the lengths. One of more than `few` tokens is at
+    most 15 % padding: to begin another costs less than to compute with more."""
+    rows = [n if isinstance(n, tuple) else (n,) for n in lengths]
+    batch, longest, own = [], (), 0
+    for i in sorted(range(len(rows)), key=rows.__getitem__):
+        # What the batch would be with this row.
+        grown = tuple(map(max, longest, rows[i])) if batch else rows[i]
+        padded = (len(batch) + 1) * sum(grown)
+        wasteful = padded > few and own + sum(rows[i]) < 0.85 * padded
         if batch and (padded > tokens or wasteful):
             yield batch
-            batch, own = [], 0
+            batch, own, grown = [], 0, rows[i]
         batch.append(i)
-        own += lengths[i]
+        longest = grown
+        own += sum(rows[i])
     if batch:
         yield batch
 
 
-def dealt_batches(lengths, tokens=4096):
+def dealt_batches(lengths, tokens=8192):
     """batches_by_length of this process's share of the rows. All processes get equally many rows
     and equally many batches, since they take part in each other's computations."""
     assert len(lengths) % ranks() == 0, "rows that the processes cannot share"

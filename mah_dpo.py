@@ -40,6 +40,12 @@ class Pair:
         """Tokens that are fed for it: the prompt is encoded once for both responses."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
+    @property
+    def lengths(self):
+        """What is padded apart in a batch: the prompts, and the responses to one width."""
+        longer = max(len(self.chosen), len(self.rejected))
+        return len(self.prompt), longer, longer
+
 
 # --- exercise 1: response_logps (3 points) ---
 def response_logps(h, W, ids, mask):
@@ -111,7 +117,7 @@ def pair_logps(model, pairs, progress=None, tokens=4096):
     share the work: equally many rows each, of which the last may score the first pairs again."""
     n = len(pairs) + -len(pairs) % ranks()
     rows, found = [i % len(pairs) for i in range(n)], []
-    for batch in dealt_batches([len(pairs[i]) for i in rows], tokens):
+    for batch in dealt_batches([pairs[i].lengths for i in rows], tokens):
         index = [rows[k] for k in batch]
         part = [pairs[i] for i in index]
         logps = policy_logps(model, part, own_heads(model, part)).T.float()

@@ -143,7 +143,8 @@ def endless(items, generator):
 def dealt_parts(batch):
     """This process's items of a batch, in lists of similar length, so that little is padded."""
     parts = []
-    for index in dealt_batches([len(item) for item in batch]):
+    lengths = [item.lengths if isinstance(item, Pair) else len(item) for item in batch]
+    for index in dealt_batches(lengths):
         parts.append([batch[i] for i in index])
     return parts
 

@@ -57,7 +57,7 @@ test_steps_are_cut_where_the_objective_says: Where a step ends depends on the st
 test_pad_and_response_mask: How an answer begins is never learnt.
     after_prompt = t >= prompt_lengths[:, None] ==> after_prompt = t > prompt_lengths[:, None]
 test_batches_by_length: Memory runs out although batches are bounded.
-    padded = (len(batch) + 1) * lengths[i] ==> padded = len(batch) * lengths[i]
+    padded = (len(batch) + 1) * sum(grown) ==> padded = len(batch) * sum(grown)
 test_broken_records_of_objectives: Of two outputs of one name nobody knows which guides.
     if not good or len(names) < len(found): ==> if not good:
 test_tutor_scores: Tutors who never get beyond the first line are thought the best.

@@ -351,3 +351,8 @@ def test_batches_by_length():
     lengths = [12, 9, 9, 9, 9, 10]
     assert list(batches_by_length(lengths, few=20)) == [[1, 2, 3, 4, 5], [0]]
     assert list(batches_by_length(lengths, few=72)) == [[1, 2, 3, 4, 5, 0]]
+    # Parts that are padded apart: 5 + 1 and 1 + 5 would be padded to 5 + 5.
+    lengths = [(5, 1), (1, 5), (1, 5), (5, 1)]
+    assert list(batches_by_length(lengths, few=6)) == [[1, 2], [0, 3]]
+    assert list(batches_by_length(lengths, tokens=20)) == [[1, 2], [0, 3]]
+    assert list(batches_by_length(lengths)) == [[1, 2, 0, 3]]
