@@ -257,13 +257,28 @@ class Problem:
             return [{"role": "user", "content": self.prompt}]
         return list(self.prompt)
 
+    @property
+    def split(self):
+        """Its split, or "none". Single facts are shared by all splits on purpose: they are what is
+        learnt. A problem of another split than train asks about two facts in a row that stand in no
+        problem of train, whatever the names and numbers around them."""
+        facts = self.truth.get("facts", [])
+        # Where there are no facts, the whole prompt must be new.
+        parts = [repr(two) for two in zip(facts, facts[1:])] or [self.prompt]
+        splits = [split_of(part) for part in parts]
+        # The first part decides. Nobody learns from a problem with a later part that is held out.
+        return "none" if splits[0] == "train" and set(splits) != {"train"} else splits[0]
 
-SPLITS = ("train",) * 8 + ("dev", "test")
+
+SPLITS = ("train",) * 8 + ("dev", "test") + ("train",) * 8 + ("tune", "test")
+# The prompts of the tables by --split. All held-out figures of training come from dev, and so does
+# the PRM's scale: settings are chosen on prompts that it was not fitted to.
+PROMPTS = {"test": "test", "dev": "tune"}
 
 
-def split_of(prompt):
-    """A prompt's split depends on its text alone: no prompt can be in two splits."""
-    return SPLITS[zlib.crc32(prompt.encode()) % len(SPLITS)]
+def split_of(text):
+    """A text's split depends on the text alone: none can be in two splits."""
+    return SPLITS[zlib.crc32(text.encode()) % len(SPLITS)]
 
 
 class World:
@@ -290,7 +305,7 @@ class World:
             if len(found) == n:
                 return list(found.values())
             problem = self.problem(rng)
-            if split_of(problem.prompt) == split:
+            if problem.split == split:
                 found.setdefault(problem.prompt, problem)
         raise InputError(f"the {self.name} world has fewer than {n} distinct {split} prompts; "
                          "ask for less")
@@ -589,7 +604,6 @@ DOMAINS = {world.name: world for world in (Math(), Values(), Tutoring())}
 
 # The standard deviation of a judge's rating around the true score.
 JUDGE_NOISE = 0.1
-ENGAGING = 0.3       # a maths solution that people rate as "engaging" has at least this true score
 
 
 def judge(score, rng):
@@ -603,6 +617,13 @@ def agreement(threshold, ratings, gold):
     """The share of ratings on the side of a threshold that `gold` (bool) says: true is above."""
     hits = [(rating > threshold) == good for rating, good in zip(ratings, gold)]
     return sum(hits) / len(hits)
+
+
+def middle_score(scores):
+    """The one of the scores that most nearly half of them reach."""
+    ordered = sorted(scores)
+    # As many lie below a score as its first place in order says.
+    return min(ordered, key=lambda score: abs(ordered.index(score) - len(scores) / 2))
 
 
 def fit_threshold(ratings, gold):

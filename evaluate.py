@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (RNG, InputError, Problem, batches_by_length, domain_objectives, pad, read_json,
-                  read_jsonl, response_mask, run_command, write_json, write_text)
+from data import (PROMPTS, RNG, InputError, Problem, batches_by_length, domain_objectives, pad,
+                  read_json, read_jsonl, response_mask, run_command, write_json, write_text)
 from decode import find_model, generate, guided_decode, next_turn, read_run
 from interop.answers import majority
 from interop.real_data import worlds_of
@@ -354,7 +354,7 @@ class Bench:
         config, world = self.config, self.worlds[job.domain]
         # Of the split that the configuration names: test, or dev for tuning.
         rng = RNG(seed_of(self.seed, config["split"], job.domain))
-        problems = world.problems(config["split"], config["n_test"], rng)
+        problems = world.problems(PROMPTS[config["split"]], config["n_test"], rng)
         # No part of these seeds names the row.
         generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", job.domain))
         model, weights = self.policy(job)

@@ -120,6 +120,8 @@ def step_loss(outputs, scores, targets, count=None):
 # Its label is r_t itself, of every step up to the first wrong one.
 STEP = "step_correctness"
 STEP_OUTPUT = Objective(STEP, "", "B", "")
+# Beside a judge's label stands what it would be without the judge's noise. No output learns it.
+NOISE_FREE = " without noise"
 
 
 class PRM(nn.Module):
@@ -173,11 +175,12 @@ class PRM(nn.Module):
 @dataclass
 class Labelled:
     """A sequence with labels: targets[s] is {output's name: number} of the step that ends at
-    index ends[s] of ids. The names are of objectives, or STEP."""
+    index ends[s] of ids. The names are of objectives, STEP, or a name with NOISE_FREE."""
     ids: list
     ends: list
     targets: list
     split: str
+    policy: str = ""                 # whose answer it is; "" where a file of --data has it
 
     def __len__(self):
         return len(self.ids)

@@ -40,8 +40,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (CASES, DOMAINS, ENGAGING, OBJECTIVES, RNG, InputError, Tokenizer, World,
-                  agreement, batches_by_length, dealt_batches, fit_threshold, judge, pad,
+from data import (CASES, DOMAINS, OBJECTIVES, PROMPTS, RNG, InputError, Tokenizer, World, agreement,
+                  batches_by_length, dealt_batches, fit_threshold, judge, middle_score, pad,
                   read_json, run_command, select_objectives, write_json)
 from decode import domain_mix, generate, parse_weights
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
@@ -57,8 +57,8 @@ from interop.resume import (at_work, clear, copy_stages, fingerprint, finished, 
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
                      pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
-from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, hindsight_targets,
-                 majority_labels, pair_scores, save_prm, step_loss, step_scores)
+from prm import (NOISE_FREE, PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss,
+                 hindsight_targets, majority_labels, pair_scores, save_prm, step_loss, step_scores)
 
 
 # -- what the stages share
@@ -575,14 +575,14 @@ def make_labels(run, name):
     """Stage labels: labels.jsonl and mah_dpo_pairs.jsonl. The PRM will guide the SFT policy and
     MAH-DPO's uniform mixes, so both make its data: judged turns (case B), rollouts (verifiable and
     case A), and pairs (case C; those of SFT are in pairs.jsonl)."""
-    config, labels, pairs, judges = run.config, [], [], {}
+    config, labels, pairs, calibrated = run.config, [], [], []
     for policy in ("sft", "mah_dpo"):
         model, sources = sources_of(run, policy)
         for source in sources:
-            # SFT comes first: on its answers the judge is calibrated.
-            for objective in source.objectives("A"):
-                if objective not in judges:
-                    judges[objective] = calibrate_judge(source, objective)
+            # Of a world the training problems come first; its judges stay the same for the others.
+            if source.split == "train":
+                judges = calibrate_judges(source, source.objectives("A", "B"))
+                calibrated += judges.values()
             judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
             labels += label_steps(source, judged, judges, "turns", config.n_prompts, 1)
             labels += label_steps(source, rolled, judges, "rollouts", config.n_rollout_prompts,
@@ -592,36 +592,42 @@ def make_labels(run, name):
     real, _ = real_labels(config.data, run.objectives, model)
     labels, pairs = gather(labels) + real, gather(pairs)
     tqdm.write(f"  labelled sequences: {len(labels)}; more pairs: {len(pairs)}")
-    run.log("labels", judges.values())
+    run.log("labels", calibrated)
     write_rows(run.file("mah_dpo_pairs.jsonl"), pairs)
     write_rows(run.file(name), labels)
 
 
-def calibrate_judge(source, name):
-    """Case A: the judge's threshold, fitted on 200 rated development examples of the SFT policy,
-    and the agreement on another 200 -> a row for the log."""
-    run = source.run
-    rng, generator = run.rng("judge", name), run.generator("judge", name)
-    problems = source.world.problems("dev", 400, rng)
-    student = seed_of(run.config.seed, "judge", name)
-    ratings, gold = [], []
-    for turn in answer(source, problems, generator, student):
-        exact = score(source, turn, turn.response, name)
-        ratings.append(judge(exact, rng))
-        # Gold labels come from noise-free scores, as a person would rate a few examples by hand.
-        gold.append(exact >= ENGAGING)
+def calibrate_judges(source, names):
+    """Cases A and B: from which rating on a policy's answers are good, fitted on 200 rated
+    development answers, and the agreement on another 200 -> {objective: a row for the log}."""
+    run, world, found = source.run, source.world, {}
+    if not names:
+        return found
+    purpose = "judge", source.policy, world.name
+    rng, generator = run.rng(*purpose), run.generator(*purpose)
+    problems = world.problems("dev", 400 // world.turns, rng)
+    turns = answer(source, problems, generator, seed_of(run.config.seed, *purpose))
     # One half to choose the threshold, the other to see how good it is.
-    half = len(gold) // 2
-    threshold, _ = fit_threshold(ratings[:half], gold[:half])
-    row = {"threshold": threshold, "positive": sum(gold[half:]) / half,
-           "agreement": agreement(threshold, ratings[half:], gold[half:])}
-    tqdm.write(f"  judge of {name}, fitted on {half} examples, measured on others: {shown(row)}")
-    return {"objective": name} | row
+    half = len(turns) // 2
+    for name in names:
+        exact = [score(source, turn, turn.response, name) for turn in turns]
+        ratings = [judge(one, rng) for one in exact]
+        # Good is what about half of this policy's answers reach: what nearly all or none of them
+        # are would tell them apart no more. Gold labels come from noise-free scores, as a person
+        # would rate a few examples by hand.
+        good = middle_score(exact[:half])
+        gold = [one >= good for one in exact]
+        threshold, _ = fit_threshold(ratings[:half], gold[:half])
+        row = {"threshold": threshold, "positive": sum(gold[half:]) / len(gold[half:]),
+               "agreement": agreement(threshold, ratings[half:], gold[half:])}
+        tqdm.write(f"  judge of {name} on {half} answers of {source.policy}: {shown(row)}")
+        found[name] = {"objective": name, "policy": source.policy} | row
+    return found
 
 
 def label_steps(source, names, judges, purpose, n, M):
     """M rollouts from every step of a policy's answers to n problems -> Labelled rows with a label
-    for each of the objectives `names`. judges: rows of calibrate_judge, by objective."""
+    for each of the objectives `names`. judges: rows of calibrate_judges, by objective."""
     if not names:
         return []
     tokenizer, world = source.model.tokenizer, source.world
@@ -642,7 +648,8 @@ def label_steps(source, names, judges, purpose, n, M):
                 target[name] = label
         # The PRM reads the prompt, too: a step ends that much later.
         at = [len(turn.before) + end for end in at]
-        rows.append(Labelled(turn.before + turn.response, at, targets, source.split))
+        ids = turn.before + turn.response
+        rows.append(Labelled(ids, at, targets, source.split, source.policy))
     return rows
 
 
@@ -653,12 +660,15 @@ def labels_of(source, turn, rollouts, M, names, judges, rng):
         if name in verifiable:
             found[name] = hindsight(source, turn, rollouts, M)
             continue
-        # A judge of case A was calibrated; in case B, half of the scale is positive. There a step
-        # is a whole turn: its one "rollout" is the turn itself, and its verdict the majority.
-        threshold = judges[name]["threshold"] if name in judges else 0.5
-        ratings = [rate(source, turn, response, name, rng) for response in rollouts]
-        verdicts = torch.tensor([rating > threshold for rating in ratings])
-        found[name] = majority_labels(verdicts.view(-1, M)).tolist()
+        # A response is rated once, however many steps it is a rollout of. In case B a step is a
+        # whole turn: its one "rollout" is the turn itself, and its verdict the majority.
+        exact, rated = {}, {}
+        for response in dict.fromkeys(map(tuple, rollouts)):
+            exact[response] = score(source, turn, response, name)
+            rated[response] = judge(exact[response], rng)
+        for output, ratings in ((name, rated), (name + NOISE_FREE, exact)):
+            verdicts = [ratings[tuple(r)] > judges[name]["threshold"] for r in rollouts]
+            found[output] = majority_labels(torch.tensor(verdicts).view(-1, M)).tolist()
     if verifiable:
         _, rewards = verify(source, turn, turn.response)
         known = [reward for reward in rewards if reward is not None]
@@ -810,9 +820,22 @@ def train_prm(run, name):
     epoch = max(len(items) / size for items, size in zip(data, sizes))
     log = fit(run, name, prm, optimizer, config.prm_steps, epoch, batches, loss_of, prm.names,
               parts_of=own_parts, warm_up=100, decay="linear")
-    log.append(measure_prm(prm, prm_data(run, names, "dev")))
+    dev = prm_data(run, names, "dev")
+    # All answers together hide a policy about whose answers an output says nothing.
+    for policy in ("sft", "mah_dpo"):
+        rows = [row for row in chain.from_iterable(dev) if answered(row, policy)]
+        if rows:
+            tqdm.write(f"  on answers of {policy}:")
+            log.append({"policy": policy, "quality": measure_prm(prm, [rows])["held_out"]})
+    # The last one sets the scale.
+    log.append(measure_prm(prm, dev))
     run.log(name, log)
     save_prm(prm, run.file(name))
+
+
+def answered(item, policy):
+    """Is an item of prm_data an answer of this policy with labels?"""
+    return isinstance(item, Labelled) and item.policy == policy
 
 
 @torch.no_grad()
@@ -834,12 +857,23 @@ def measure_prm(prm, data):
     quality = {}
     for name, (scores, targets) in found.items():
         p = prm.names.index(name)
-        quality[name] = quality_of(prm.outputs[p], scores, targets)
+        quality[name] = quality_of(prm.outputs[p], scores, targets) | noise_ceiling(data, name)
         tqdm.write(f"  {name:17s} held-out {shown(quality[name])}")
         # Scores of different outputs are brought to one unit by their spread.
         if scores.numel() > 1 and scores.std() > 0:
             prm.scale[p] = scores.std()
     return {"held_out": quality}
+
+
+def noise_ceiling(data, name):
+    """{"ceiling": the accuracy of who knows every true score}: a judge's noise has turned the other
+    labels round. {} for an output that no judge has labelled."""
+    agree = []
+    for row in chain.from_iterable(data):
+        for labels in row.targets if isinstance(row, Labelled) else []:
+            if name + NOISE_FREE in labels:
+                agree.append(labels[name] == labels[name + NOISE_FREE])
+    return {"ceiling": sum(agree) / len(agree)} if agree else {}
 
 
 def all_scores(read, prm, items):
@@ -1119,7 +1153,7 @@ def check_new(config):
         sft_examples(run, model)                # a short context, a chat template that is not read
     # A world may be too small for what is asked of it.
     for world in [] if config.data else run.worlds(model):
-        world.problems(config.split, config.n_test, RNG(0))
+        world.problems(PROMPTS[config.split], config.n_test, RNG(0))
         n = config.n_prompts
         source = Source(run, "", model, world, "train")
         if source.objectives("verifiable", "A"):

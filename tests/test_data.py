@@ -107,20 +107,60 @@ def test_judge_noise_is_calibrated():
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_splits_share_no_prompt(domain):
     """Test prompts seen in training: every number of the tables would be too good."""
-    for seed, split in enumerate(("train", "dev", "test")):
+    for seed, split in enumerate(("train", "dev", "tune", "test")):
         problems = DOMAINS[domain].problems(split, 60, RNG(seed))
         prompts = {p.prompt for p in problems}
         assert len(problems) == len(prompts) == 60
-        assert {split_of(prompt) for prompt in prompts} == {split}
+        assert {p.split for p in problems} == {split}
+
+
+def without_names(problem):
+    """A tutoring prompt with a number for every name, in the order in which they come."""
+    text = problem.prompt
+    for number, name in enumerate(dict.fromkeys(re.findall(r"\b[a-z]\b", text))):
+        text = re.sub(rf"\b{name}\b", f"#{number}", text)
+    return text
+
+
+def facts_of(problem):
+    """The operations of a chain, as a tuple."""
+    return tuple(problem.truth["facts"])
+
+
+def test_unseen_prompts_are_no_training_prompts_in_other_clothes():
+    """Test prompts of which training has seen the same problem, with other names of variables (166
+    of 200 in tutoring), or a chain that holds them whole (75 of 200 in maths)."""
+    seen = {without_names(p) for p in DOMAINS["tutoring"].problems("train", 8000, RNG(0))}
+    assert len(seen) > 2000
+    chains = set()
+    for facts in map(facts_of, DOMAINS["math"].problems("train", 12000, RNG(0))):
+        for i in range(len(facts)):
+            chains |= {facts[i:j] for j in range(i + 1, len(facts) + 1)}
+    for split, n in (("test", 500), ("tune", 500), ("dev", 400)):
+        tutoring = DOMAINS["tutoring"].problems(split, n, RNG(1))
+        assert sum(without_names(p) in seen for p in tutoring) == 0
+        maths = DOMAINS["math"].problems(split, n, RNG(1))
+        assert sum(facts_of(p) in chains for p in maths) == 0
+        # The facts themselves are shared: they are what is learnt.
+        assert all(facts_of(p)[:1] in chains for p in maths)
+
+
+def test_chains_of_all_lengths_are_in_all_splits():
+    """Test chains of other lengths than people ask for: the longer a chain, the surer one of its
+    pairs is held out."""
+    for split in ("train", "test"):
+        lengths = [len(facts_of(p)) for p in DOMAINS["math"].problems(split, 600, RNG(2))]
+        for length, share in zip((2, 3, 4, 5), (1 / 6, 1 / 3, 1 / 3, 1 / 6)):
+            assert abs(lengths.count(length) / 600 - share) < 0.1
 
 
 def test_split_is_a_function_of_the_text():
     """A split by order of drawing moves a prompt from test to train when seed or count change."""
     splits = [split_of(p) for p in ("4 + 5 - 2 = ?", "a", "b", "g")]
-    assert splits == ["train", "train", "train", "dev"]
+    assert splits == ["train", "train", "train", "tune"]
     shares = [split_of(str(i)) for i in range(4000)]
-    assert abs(shares.count("dev") / 4000 - 0.1) < 0.02
-    assert abs(shares.count("test") / 4000 - 0.1) < 0.02
+    for split, share in (("train", 0.8), ("dev", 0.05), ("tune", 0.05), ("test", 0.1)):
+        assert abs(shares.count(split) / 4000 - share) < 0.02
 
 
 class Small(World):
@@ -299,6 +339,16 @@ def test_careful_demonstrations_err_less(domain, metric):
             scores.append(world.scores(problem, [ask], answer["content"])[metric])
         mean[careful] = statistics.mean(scores)
     assert 0.1 < mean[False] < mean[True] - 0.02 and mean[True] < 0.95
+
+
+@pytest.mark.parametrize("scores, middle", [
+    ([0, 0, 0, 0.5, 1], 0.5),          # 2 of 5 reach .5; all of them reach 0
+    ([0, 0.5, 1, 1, 1], 1),
+    ([1, 0.4, 0.6, 0], 0.6),
+    ([0.5, 0.5], 0.5)])
+def test_middle_score(scores, middle):
+    """Good answers that are nearly all of a policy's, or none: their labels say nothing of it."""
+    assert data.middle_score(scores) == middle
 
 
 @pytest.mark.parametrize("ratings, gold, cut, agreement", [

@@ -2,6 +2,7 @@
 import collections
 import copy
 import errno
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from evaluate import Turn
 from interop.options import Config
 from mah_dpo import Pair, pair_logps
 from model import load_hf, load_safetensors, read_metadata, save_hf
-from prm import PRM, STEP, Labelled, load_prm, pair_scores
+from prm import NOISE_FREE, PRM, STEP, Labelled, load_prm, pair_scores
 from test_templates import TALK, THINKING, chat
 from train import Run, Source
 
@@ -164,12 +165,55 @@ def test_verdicts_by_hand(source, tokenizer, monkeypatch):
     none, half, full = (ids_of(tokenizer, text) for text in texts)       # scores 0, 0.5, 1
     turn, sets = turn_of(tokenizer, texts[0]), [half, half, full, none, none, none]
     for threshold, expected in [(0.4, [1, 0, 0]), (0.6, [0, 0, 0]), (-0.1, [1, 1, 1])]:
-        judges = {"math_engagement": {"threshold": threshold}}
+        judges = {"math_engagement": {"threshold": threshold}, "another": {"threshold": 0.9}}
         found = train.labels_of(source, turn, sets, 2, ["math_engagement"], judges, RNG(0))
         assert found["math_engagement"] == expected
-    judges, sets = {"another": {"threshold": 0.9}}, [full, half]
-    found = train.labels_of(source, turn, sets, 1, ["math_engagement"], judges, RNG(0))
-    assert found["math_engagement"] == [1.0, 0.0]
+
+
+def test_an_answer_gets_one_verdict(source, tokenizer):
+    """Prevents: an answer that is rated anew for each of its prefixes, or M times at its end: where
+    the answer is its own only rollout, labels that differ by the judge's noise alone."""
+    turn = turn_of(tokenizer, "4 + 5 = 9 . now it gets fun !\n9 - 2 = 7\nanswer 7")
+    judges, rng = {"math_engagement": {"threshold": 0.5}}, RNG(0)     # just its true score
+    verdicts = []
+    for M in [1, 2] * 20:
+        rollouts = [turn.response] * 3 * M
+        found = train.labels_of(source, turn, rollouts, M, ["math_engagement"], judges, rng)
+        assert len(set(found["math_engagement"])) == 1
+        assert found["math_engagement" + NOISE_FREE] == [0.0] * 3       # no more than the threshold
+        verdicts += found["math_engagement"][:1]
+    assert 10 < sum(verdicts) < 30
+
+
+class Chatty(OneSum):
+    """Scores that a policy's answers are given in turn."""
+    turns = 1
+
+    def __init__(self, scores):
+        self.given = itertools.cycle(scores)
+
+    def problems(self, split, n, rng):
+        return [SUM] * n
+
+    def scores(self, problem, messages, response):
+        return {"math_engagement": next(self.given)}
+
+
+@pytest.mark.parametrize("scores, good, between", [
+    ([0.25, 0.5, 0.75, 1], 1 / 2, (0.5, 0.75)),       # 98.7 % of the answers reached .3
+    ([0, 0, 0, 0.5], 1 / 4, (0, 0.5)),
+    ([0, 0.5, 0.5, 1, 1], 2 / 5, (0.5, 1))])
+def test_a_judge_tells_a_policys_own_answers_apart(scores, good, between, run, gpt, monkeypatch):
+    """Prevents: labels that are nearly all positive, or all negative, on the policy that they are to
+    guide; a threshold that is itself a possible score, where verdicts are coin flips."""
+    monkeypatch.setattr(train, "answer", lambda source, problems, *_: [
+        Turn(SUM, [], HELLO, [])] * len(problems))
+    source = Source(run, "mah_dpo", gpt, Chatty(scores), "train")
+    row = train.calibrate_judges(source, ["math_engagement"])["math_engagement"]
+    assert (row["objective"], row["policy"]) == ("math_engagement", "mah_dpo")
+    assert row["positive"] == pytest.approx(good)
+    low, high = between
+    assert low + 0.02 < row["threshold"] < high - 0.02 and row["agreement"] > 0.85
 
 
 def test_label_steps_by_hand(source, run, tokenizer, monkeypatch):
@@ -364,6 +408,31 @@ def test_measure_prm_by_hand(gpt, monkeypatch):
     third = pytest.approx(2 / 3)
     assert found["honesty"] == {"accuracy": third, "commoner_label": third, "n": 3}
     assert prm.scale.tolist() == pytest.approx([2.0, math.sqrt(4.5)])
+
+
+def test_held_out_figures_of_each_policy(run, gpt):
+    """Prevents: a pooled accuracy that hides a policy on whose answers an output always says yes; an
+    accuracy without the ceiling that the judge's noise leaves; noise-free labels that are learnt."""
+    rows = []
+    for split in ("train", "dev"):
+        for policy, label, n in (("sft", 0.0, 6), ("mah_dpo", 1.0, 2)):
+            for i in range(n):
+                # On SFT's answers the noise has turned every second label round.
+                exact = 1 - label if policy == "sft" and i % 2 else label
+                labels = {"math_engagement": label, "math_engagement" + NOISE_FREE: exact}
+                rows.append(Labelled([5, 6 + i, 7], [2], [labels], split, policy))
+    prm_run(run, gpt, rows)
+    train.train_prm(run, "prm")
+    assert logged(run)[0]["math_engagement"]["labels"] == train.step_sizes([rows[:8]], run.config)[0]
+    sft, mah_dpo, pooled = logged(run)[-3:]
+    assert (sft["policy"], mah_dpo["policy"]) == ("sft", "mah_dpo")
+    sft, mah_dpo = (row["quality"]["math_engagement"] for row in (sft, mah_dpo))
+    pooled = pooled["held_out"]["math_engagement"]
+    assert [q["n"] for q in (sft, mah_dpo, pooled)] == [6, 2, 8]
+    assert [q["commoner_label"] for q in (sft, mah_dpo, pooled)] == [1, 1, 0.75]
+    assert [q["ceiling"] for q in (sft, mah_dpo, pooled)] == [0.5, 1, 5 / 8]
+    right = 6 * sft["accuracy"] + 2 * mah_dpo["accuracy"]
+    assert pooled["accuracy"] == pytest.approx(right / 8)
 
 
 # -- the policies
