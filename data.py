@@ -259,20 +259,18 @@ class Problem:
 
     @property
     def split(self):
-        """Its split, or "none". Single facts are shared by all splits on purpose: they are what is
-        learnt. A problem of another split than train asks about two facts in a row that stand in no
-        problem of train, whatever the names and numbers around them."""
+        """Its split: that of its first two facts. What has a held-out two in a row further on is of
+        split "none": no problem of train holds one that is tested, in whatever names and lines.
+        Single facts are shared by all splits on purpose: they are what is learnt."""
         facts = self.truth.get("facts", [])
         # Where there are no facts, the whole prompt must be new.
         parts = [repr(two) for two in zip(facts, facts[1:])] or [self.prompt]
-        splits = [split_of(part) for part in parts]
-        # The first part decides. Nobody learns from a problem with a later part that is held out.
-        return "none" if splits[0] == "train" and set(splits) != {"train"} else splits[0]
+        first, *later = [split_of(part) for part in parts]
+        return "none" if first == "train" and set(later) - {"train"} else first
 
 
 SPLITS = ("train",) * 8 + ("dev", "test") + ("train",) * 8 + ("tune", "test")
-# The prompts of the tables by --split. All held-out figures of training come from dev, and so does
-# the PRM's scale: settings are chosen on prompts that it was not fitted to.
+# The prompts of the tables by --split. Those of dev gave the PRM its scale and held-out figures.
 PROMPTS = {"test": "test", "dev": "tune"}
 
 
@@ -621,9 +619,9 @@ def agreement(threshold, ratings, gold):
 
 def middle_score(scores):
     """The one of the scores that most nearly half of them reach."""
-    ordered = sorted(scores)
-    # As many lie below a score as its first place in order says.
-    return min(ordered, key=lambda score: abs(ordered.index(score) - len(scores) / 2))
+    ordered, half = sorted(scores), len(scores) / 2
+    # index: how many scores lie below this one.
+    return min(ordered, key=lambda score: abs(ordered.index(score) - half))
 
 
 def fit_threshold(ratings, gold):

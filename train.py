@@ -575,15 +575,16 @@ def make_labels(run, name):
     """Stage labels: labels.jsonl and mah_dpo_pairs.jsonl. The PRM will guide the SFT policy and
     MAH-DPO's uniform mixes, so both make its data: judged turns (case B), rollouts (verifiable and
     case A), and pairs (case C; those of SFT are in pairs.jsonl)."""
-    config, labels, pairs, calibrated = run.config, [], [], []
+    config, labels, pairs, judges, calibrated = run.config, [], [], {}, []
     for policy in ("sft", "mah_dpo"):
         model, sources = sources_of(run, policy)
         for source in sources:
-            # Of a world the training problems come first; its judges stay the same for the others.
-            if source.split == "train":
-                judges = calibrate_judges(source, source.objectives("A", "B"))
-                calibrated += judges.values()
             judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
+            subjective = source.objectives("A", "B")
+            # A world's training problems come first; for the others its judges stay the same.
+            if subjective and source.split == "train":
+                judges = calibrate_judges(source, subjective)
+                calibrated += judges.values()
             labels += label_steps(source, judged, judges, "turns", config.n_prompts, 1)
             labels += label_steps(source, rolled, judges, "rollouts", config.n_rollout_prompts,
                                   config.rollouts)
@@ -601,8 +602,6 @@ def calibrate_judges(source, names):
     """Cases A and B: from which rating on a policy's answers are good, fitted on 200 rated
     development answers, and the agreement on another 200 -> {objective: a row for the log}."""
     run, world, found = source.run, source.world, {}
-    if not names:
-        return found
     purpose = "judge", source.policy, world.name
     rng, generator = run.rng(*purpose), run.generator(*purpose)
     problems = world.problems("dev", 400 // world.turns, rng)
@@ -612,9 +611,8 @@ def calibrate_judges(source, names):
     for name in names:
         exact = [score(source, turn, turn.response, name) for turn in turns]
         ratings = [judge(one, rng) for one in exact]
-        # Good is what about half of this policy's answers reach: what nearly all or none of them
-        # are would tell them apart no more. Gold labels come from noise-free scores, as a person
-        # would rate a few examples by hand.
+        # Good is what about half of this policy's answers reach: other labels would hardly tell
+        # them apart. Gold labels are noise-free, as a person would rate a few examples by hand.
         good = middle_score(exact[:half])
         gold = [one >= good for one in exact]
         threshold, _ = fit_threshold(ratings[:half], gold[:half])
@@ -706,22 +704,22 @@ def hindsight(source, turn, rollouts, M):
 # Labelled steps come in lists, one for each domain, and pairs in lists, one for each objective that
 # has no labels. A batch takes some items of every list; an output without a label loses nothing.
 
-# Pairs of samples of SFT, on which the policies train too, and of MAH-DPO.
-PAIR_FILES = ["pairs.jsonl", "mah_dpo_pairs.jsonl"]
+# Whose samples the pairs of a file are; on those of SFT the policies train, too.
+PAIR_FILES = {"sft": "pairs.jsonl", "mah_dpo": "mah_dpo_pairs.jsonl"}
 
 
-def prm_data(run, names, split):
+def prm_data(run, names, split, policies=tuple(PAIR_FILES)):
     """What a PRM with these outputs learns from, or is measured on: lists of Labelled, one for each
     set of objectives that are labelled together (those of a domain); then lists of Pair, one for
-    each objective without labels, as in case C."""
+    each objective without labels, as in case C. policies: whose answers, beside those of --data."""
     groups, pairs = {}, []
     for row in read_rows(run.file("labels.jsonl"), Labelled):
         # The outputs that some step of this row has a label for.
         about = set().union(*row.targets) & set(names)
-        if about and row.split == split:
+        if about and row.split == split and row.policy in ("", *policies):
             groups.setdefault(frozenset(about), []).append(row)
-    for file in PAIR_FILES:
-        pairs += read_rows(run.file(file), Pair)
+    for policy in policies:
+        pairs += read_rows(run.file(PAIR_FILES[policy]), Pair)
     # Labels say more than pairs do: pairs serve objectives that have none.
     labelled = set().union(*groups)
     found = list(groups.values())
@@ -820,22 +818,12 @@ def train_prm(run, name):
     epoch = max(len(items) / size for items, size in zip(data, sizes))
     log = fit(run, name, prm, optimizer, config.prm_steps, epoch, batches, loss_of, prm.names,
               parts_of=own_parts, warm_up=100, decay="linear")
-    dev = prm_data(run, names, "dev")
-    # All answers together hide a policy about whose answers an output says nothing.
-    for policy in ("sft", "mah_dpo"):
-        rows = [row for row in chain.from_iterable(dev) if answered(row, policy)]
-        if rows:
-            tqdm.write(f"  on answers of {policy}:")
-            log.append({"policy": policy, "quality": measure_prm(prm, [rows])["held_out"]})
-    # The last one sets the scale.
-    log.append(measure_prm(prm, dev))
+    # Both together hide a policy about whose answers an output says nothing. The last sets scale.
+    for policies in (["sft"], ["mah_dpo"], list(PAIR_FILES)):
+        quality = measure_prm(prm, prm_data(run, names, "dev", policies))
+        log.append({"policies": policies} | quality)
     run.log(name, log)
     save_prm(prm, run.file(name))
-
-
-def answered(item, policy):
-    """Is an item of prm_data an answer of this policy with labels?"""
-    return isinstance(item, Labelled) and item.policy == policy
 
 
 @torch.no_grad()
@@ -866,8 +854,8 @@ def measure_prm(prm, data):
 
 
 def noise_ceiling(data, name):
-    """{"ceiling": the accuracy of who knows every true score}: a judge's noise has turned the other
-    labels round. {} for an output that no judge has labelled."""
+    """{"ceiling": the accuracy of who knows all true scores}, since a judge's noise turns labels
+    round; {} for an output that no judge has labelled."""
     agree = []
     for row in chain.from_iterable(data):
         for labels in row.targets if isinstance(row, Labelled) else []:

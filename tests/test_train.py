@@ -204,7 +204,7 @@ class Chatty(OneSum):
     ([0, 0, 0, 0.5], 1 / 4, (0, 0.5)),
     ([0, 0.5, 0.5, 1, 1], 2 / 5, (0.5, 1))])
 def test_a_judge_tells_a_policys_own_answers_apart(scores, good, between, run, gpt, monkeypatch):
-    """Prevents: labels that are nearly all positive, or all negative, on the policy that they are to
+    """Prevents: labels that are nearly all positive, or negative, on the policy that they are to
     guide; a threshold that is itself a possible score, where verdicts are coin flips."""
     monkeypatch.setattr(train, "answer", lambda source, problems, *_: [
         Turn(SUM, [], HELLO, [])] * len(problems))
@@ -411,8 +411,8 @@ def test_measure_prm_by_hand(gpt, monkeypatch):
 
 
 def test_held_out_figures_of_each_policy(run, gpt):
-    """Prevents: a pooled accuracy that hides a policy on whose answers an output always says yes; an
-    accuracy without the ceiling that the judge's noise leaves; noise-free labels that are learnt."""
+    """Prevents: a pooled accuracy that hides a policy on whose answers an output always says yes;
+    an accuracy without the ceiling that the judge's noise leaves; noise-free labels learnt."""
     rows = []
     for split in ("train", "dev"):
         for policy, label, n in (("sft", 0.0, 6), ("mah_dpo", 1.0, 2)):
@@ -423,11 +423,11 @@ def test_held_out_figures_of_each_policy(run, gpt):
                 rows.append(Labelled([5, 6 + i, 7], [2], [labels], split, policy))
     prm_run(run, gpt, rows)
     train.train_prm(run, "prm")
-    assert logged(run)[0]["math_engagement"]["labels"] == train.step_sizes([rows[:8]], run.config)[0]
-    sft, mah_dpo, pooled = logged(run)[-3:]
-    assert (sft["policy"], mah_dpo["policy"]) == ("sft", "mah_dpo")
-    sft, mah_dpo = (row["quality"]["math_engagement"] for row in (sft, mah_dpo))
-    pooled = pooled["held_out"]["math_engagement"]
+    size, = train.step_sizes([rows[:8]], run.config)
+    assert logged(run)[0]["math_engagement"]["labels"] == size
+    measured = logged(run)[-3:]
+    assert [row["policies"] for row in measured] == [["sft"], ["mah_dpo"], ["sft", "mah_dpo"]]
+    sft, mah_dpo, pooled = (row["held_out"]["math_engagement"] for row in measured)
     assert [q["n"] for q in (sft, mah_dpo, pooled)] == [6, 2, 8]
     assert [q["commoner_label"] for q in (sft, mah_dpo, pooled)] == [1, 1, 0.75]
     assert [q["ceiling"] for q in (sft, mah_dpo, pooled)] == [0.5, 1, 5 / 8]
