@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from functools import partial
 
-from data import DOMAINS, InputError, Problem, World, split_of
+from data import DOMAINS, SPLITS, InputError, Problem, World, split_of
 from interop.answers import final_answer, same_answer
 from interop.datasets import (encode_pair, encode_steps, read_preferences, read_questions,
                               read_steps, train_or_dev, use_of)
@@ -61,7 +61,7 @@ class Questions(World):
     def counts(self):
         """Number of questions by split."""
         splits = [split_of(key) for key in self.rows]
-        return {split: splits.count(split) for split in ("train", "dev", "test")}
+        return {split: splits.count(split) for split in dict.fromkeys(SPLITS)}
 
     def problems(self, split, n, rng):
         """n questions of a split in random order, or all that there are."""

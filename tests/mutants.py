@@ -24,8 +24,12 @@ from tests.make_assignment import HOME, folder, make_assignment, read, write
 
 TABLE = r"""
 [data.py]
-test_split_is_a_function_of_the_text: There is nothing left to test on.
-    zlib.crc32(prompt.encode()) % len(SPLITS)] ==> zlib.crc32(prompt.encode()) % (len(SPLITS) - 1)]
+test_split_is_a_function_of_the_text: Half of what was to be tested on is gone.
+    zlib.crc32(text.encode()) % len(SPLITS)] ==> zlib.crc32(text.encode()) % (len(SPLITS) - 1)]
+test_unseen_prompts_are_no_training_prompts_in_other_clothes: Maths is tested on parts of what was learnt.
+    first == "train" and set(later) - {"train"} ==> first == "none"
+test_middle_score: The judge says yes to nearly all that a good policy says.
+    ordered.index(score) - half) ==> ordered.index(score))
 test_judge_noise_is_calibrated: The judges are better than they say.
     NormalDist(0, JUDGE_NOISE) ==> NormalDist(0, JUDGE_NOISE ** 2)
 test_fit_threshold: A judge calls no example positive that is rated just like its best one.
@@ -280,7 +284,9 @@ test_hindsight_by_hand: The value model learns nothing about steps, only about w
 test_label_steps_by_hand: The verifier finds hardly any right step.
     tokenizer.decode(response[start:end + 1])) ==> tokenizer.decode(response[start:end]))
 test_verdicts_by_hand: --rollouts changes nothing in the engagement labels.
-    response, name, rng) for response in rollouts] ==> rollouts[0], name, rng) for response in rollouts]
+    [ratings[tuple(r)] > judges ==> [ratings[tuple(rollouts[0])] > judges
+test_an_answer_gets_one_verdict: The judges of labels are never wrong.
+    ((name, rated), (name + NOISE_FREE ==> ((name, exact), (name + NOISE_FREE
 test_label_steps_by_hand: Rollouts succeed more often than answers.
     room.append(source.world.max_new_tokens - end - 1) ==> room.append(source.world.max_new_tokens)
 test_label_steps_by_hand: Guidance in maths is a little worse than it could be.

@@ -15,7 +15,7 @@ from pytest import approx
 import decode
 import evaluate
 from conftest import NAMES
-from data import (DOMAINS, OBJECTIVES, RNG, InputError, Problem, read_json, read_jsonl, split_of,
+from data import (DOMAINS, OBJECTIVES, PROMPTS, RNG, InputError, Problem, read_json, read_jsonl,
                   write_json)
 from evaluate import (Conversation, Job, Turn, converse, guided_responder, kl_to_sft,
                       plain_responder)
@@ -527,13 +527,15 @@ def test_runs_side_by_side(whole, tmp_path, capsys):
 
 
 def test_tables_measure_the_split_that_is_named(whole):
-    """Tuning that looks at test prompts although --split dev was said."""
+    """Tuning that looks at test prompts although --split dev was said, or at those that gave the PRM
+    its scale and its held-out figures."""
+    assert not set(PROMPTS.values()) & {"train", "dev"}
     bench = evaluate.Bench(whole)
     for split in ("test", "dev"):
         bench.config["split"] = split
         for domain in bench.worlds:
             talks = bench.rollout(Job(domain, "sft", "sft", {"policy": 1.0}))[0]
-            assert {split_of(talk.problem.prompt) for talk in talks} == {split}
+            assert {talk.problem.split for talk in talks} == {PROMPTS[split]}
 
 
 def test_soup_is_the_average_of_the_single_policies(whole):
