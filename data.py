@@ -270,8 +270,7 @@ class Problem:
 
 
 SPLITS = ("train",) * 8 + ("dev", "test") + ("train",) * 8 + ("tune", "test")
-# The prompts of the tables by --split. Those of dev gave the PRM its scale and held-out figures.
-PROMPTS = {"test": "test", "dev": "tune"}
+PROMPTS = {"test": "test", "dev": "tune"}    # of the tables, by --split: dev has scaled the PRM
 
 
 def split_of(text):
@@ -619,8 +618,8 @@ def agreement(threshold, ratings, gold):
 
 def middle_score(scores):
     """The one of the scores that most nearly half of them reach."""
-    ordered, half = sorted(scores), len(scores) / 2
-    # index: how many scores lie below this one.
+    ordered = sorted(scores)        # the place of a score in this is how many lie below it
+    half = len(scores) / 2
     return min(ordered, key=lambda score: abs(ordered.index(score) - half))
 
 

@@ -580,10 +580,9 @@ def make_labels(run, name):
         model, sources = sources_of(run, policy)
         for source in sources:
             judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
-            subjective = source.objectives("A", "B")
             # A world's training problems come first; for the others its judges stay the same.
-            if subjective and source.split == "train":
-                judges = calibrate_judges(source, subjective)
+            if source.split == "train" and source.objectives("A", "B"):
+                judges = calibrate_judges(source)
                 calibrated += judges.values()
             labels += label_steps(source, judged, judges, "turns", config.n_prompts, 1)
             labels += label_steps(source, rolled, judges, "rollouts", config.n_rollout_prompts,
@@ -598,7 +597,7 @@ def make_labels(run, name):
     write_rows(run.file(name), labels)
 
 
-def calibrate_judges(source, names):
+def calibrate_judges(source):
     """Cases A and B: from which rating on a policy's answers are good, fitted on 200 rated
     development answers, and the agreement on another 200 -> {objective: a row for the log}."""
     run, world, found = source.run, source.world, {}
@@ -608,7 +607,7 @@ def calibrate_judges(source, names):
     turns = answer(source, problems, generator, seed_of(run.config.seed, *purpose))
     # One half to choose the threshold, the other to see how good it is.
     half = len(turns) // 2
-    for name in names:
+    for name in source.objectives("A", "B"):
         exact = [score(source, turn, turn.response, name) for turn in turns]
         ratings = [judge(one, rng) for one in exact]
         # Good is what about half of this policy's answers reach: other labels would hardly tell
@@ -646,8 +645,7 @@ def label_steps(source, names, judges, purpose, n, M):
                 target[name] = label
         # The PRM reads the prompt, too: a step ends that much later.
         at = [len(turn.before) + end for end in at]
-        ids = turn.before + turn.response
-        rows.append(Labelled(ids, at, targets, source.split, source.policy))
+        rows.append(Labelled(turn.before + turn.response, at, targets, source.split, source.policy))
     return rows
 
 
@@ -854,8 +852,7 @@ def measure_prm(prm, data):
 
 
 def noise_ceiling(data, name):
-    """{"ceiling": the accuracy of who knows all true scores}, since a judge's noise turns labels
-    round; {} for an output that no judge has labelled."""
+    """{"ceiling": the accuracy of who knows all true scores}; {} where no judge made the labels."""
     agree = []
     for row in chain.from_iterable(data):
         for labels in row.targets if isinstance(row, Labelled) else []:

@@ -209,7 +209,7 @@ def test_a_judge_tells_a_policys_own_answers_apart(scores, good, between, run, g
     monkeypatch.setattr(train, "answer", lambda source, problems, *_: [
         Turn(SUM, [], HELLO, [])] * len(problems))
     source = Source(run, "mah_dpo", gpt, Chatty(scores), "train")
-    row = train.calibrate_judges(source, ["math_engagement"])["math_engagement"]
+    row = train.calibrate_judges(source)["math_engagement"]
     assert (row["objective"], row["policy"]) == ("math_engagement", "mah_dpo")
     assert row["positive"] == pytest.approx(good)
     low, high = between
