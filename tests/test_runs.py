@@ -340,12 +340,14 @@ def test_seeds_are_trained_apart_and_reported_together(together):
     can read."""
     out, _ = together
     for seed in ("seed=3", "seed=4"):
-        judged, = [row for row in rows_of(f"{out}/{seed}/log.jsonl") if row["stage"] == "labels"]
-        assert judged["objective"] == "math_engagement"
-        assert 0.5 <= judged["agreement"] <= 1 and 0 <= judged["positive"] <= 1
+        rows = [row for row in rows_of(f"{out}/{seed}/log.jsonl") if row["stage"] == "labels"]
+        assert [row["policy"] for row in rows] == ["sft", "mah_dpo"]
+        for judged in rows:
+            assert judged["objective"] == "math_engagement"
+            assert 0.5 <= judged["agreement"] <= 1 and 0 <= judged["positive"] <= 1
         labels = train.read_rows(f"{out}/{seed}/labels.jsonl", Labelled)
         targets = sum([row.targets for row in labels], [])
-        assert targets and all(t.keys() == {"math_engagement"} for t in targets)
+        assert targets and all("math_engagement" in t and len(t) == 2 for t in targets)
     name = "sft/model.safetensors"
     assert files_of(f"{out}/seed=3")[name] != files_of(f"{out}/seed=4")[name]
     mean, *each = (read_json(f"{out}/{d}results.json") for d in ("", "seed=3/", "seed=4/"))

@@ -378,7 +378,7 @@ def test_train_prm_adds_step_correctness_and_drops_it(run, gpt):
     assert not torch.equal(*(prm.backbone.embed.weight for prm in saved))
     # Without a value model there is nothing to be taught.
     train.train_prm(run, "prm_math_engagement")
-    assert STEP not in logged(run)[-2] and "math_engagement" in logged(run)[-2]
+    assert STEP not in logged(run)[-4] and "math_engagement" in logged(run)[-4]
 
 
 def test_train_prm_gives_every_objective_the_loss_of_its_own_pairs(run, gpt, tokenizer):
