@@ -47,7 +47,7 @@ from decode import domain_mix, generate, parse_weights
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
 from interop.manifest import check_files, forget_files, note_files
-from interop.options import METHODS, Config, check_config, read_command
+from interop.options import METHODS, check_config, read_command
 from interop.parallel import (even, gather, head_norm, join_processes, local_items, parameters_of,
                               placed, rank, ranks, reaching, shard, total, whole)
 from interop.real_data import describe_data, load_base, real_labels, real_pairs, worlds_of
@@ -1099,9 +1099,11 @@ def check_new(config):
     """check_config, and read what the stages of a new run will read, so that a mistake shows before
     anything is written."""
     check_config(config)
-    # Where --from leads, there must be a training of every seed.
+    # Where --from leads, there must be a training of every seed, and no damage.
     for seed in range(config.seed, config.seed + config.seeds) if config.from_ else []:
         origin_of(replace(config, seed=seed))
+    if config.from_:
+        check_files(config.from_)
     run = Run("", config)
     model = None
     if config.init:

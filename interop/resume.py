@@ -24,7 +24,7 @@ import torch
 
 from data import InputError, read_jsonl, write_json, write_text
 from decode import read_run
-from interop.manifest import check_files, is_there, note_files
+from interop.manifest import is_there, note_files
 from interop.options import HARMLESS, Config
 from interop.parallel import alone, gather, like, once, parameters_of, rank, ranks
 from interop.real_data import data_files
@@ -190,8 +190,7 @@ def finished(run, stage):
 
 def copy_stages(source, run, stages):
     """Copy another run's stages, up to the first that it has not finished, or that reads an option
-    whose value differs: all later ones depend on it. InputError for damage there."""
-    check_files(source.path)
+    whose value differs: all later ones depend on it."""
     for stage in stages:
         same = [getattr(source.config, name) == getattr(run.config, name)
                 for name in stage.options.split()]
