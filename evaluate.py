@@ -727,8 +727,9 @@ def load_rows(run):
         if not row["domain"].startswith("pairs:"):
             row["each"] = each.get(repr([row[name] for name in ROW_KEY]))
             if not row["each"]:
-                raise InputError(f"{run}/scores.jsonl: no line of {row_name(row)}, {row['domain']}; "
-                                 f"bring the file back, or write it anew with evaluate.py {run}")
+                where = f"{row_name(row)}, {row['domain']}"
+                raise InputError(f"{run}/scores.jsonl: no line of {where}; bring the file back, or "
+                                 f"write it anew with evaluate.py {run}")
     return results[0]
 
 

@@ -19,8 +19,8 @@ def check_files(run, *only):
             asked = not only or top in only
             if asked and is_there(f"{directory}/{top}") and value != sha256(f"{directory}/{file}"):
                 raise InputError(f"{directory}/{file}: not what the run has written; bring it "
-                                 f"back, or remove {directory}/{top} and have train.py --resume "
-                                 f"{directory} make it again")
+                                 "back. What a stage has made may be removed instead, and train.py "
+                                 f"--resume {directory} makes it again")
 
 
 def note_files(run, names):
