@@ -24,7 +24,7 @@ import tiktoken
 import torch
 
 # With one process, as nearly always, rank() is 0 and ranks() is 1.
-from interop.parallel import first_speaks, rank, ranks, whole_file
+from interop.parallel import first_speaks, leave_processes, rank, ranks, whole_file
 
 
 # -- objectives
@@ -643,6 +643,7 @@ def run_command(main):
     """Run main(). A user's mistake ends in one line on stderr and exit code 2, in no traceback."""
     try:
         main()
+        leave_processes()
     except BrokenPipeError:
         # `| head` has read enough. To flush again would only complain.
         os._exit(0)

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, ends_step, pad, read_json, read_objectives, run_command
+from interop.manifest import check_files
 from interop.tokenizer import use_template_args
 from model import KVCache, linear, load_hf
 from prm import load_prm
@@ -146,7 +147,7 @@ def generate(model, prompts, *, weights=0, max_new_tokens, samples=1, batch_size
     temperature, top_k, top_p and generator, as in `draw`."""
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * len(prompts)
-    check_prompts(prompts, [model.config.max_len] * len(prompts))
+    check_prompts(model, prompts, [model.config.max_len] * len(prompts))
     check_sampling(min(max_new_tokens, default=1), **sampling)
     head, masks = model.fold(weights), stop_masks(model, "turn")
     out = [None] * (len(prompts) * samples)
@@ -206,6 +207,8 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
     InputError for a prompt that does not fit, K < 1, a guide that the PRM lacks, scores that are
     not finite."""
     check_sampling(max_new_tokens, **sampling)
+    if not prompts:
+        return []
     state, context = open_state(model, prm, prompts, K, max_new_tokens, state)
     if sampling.get("temperature") == 0:
         K = 1
@@ -290,16 +293,20 @@ def select(state, scores, drawn, fed, alive):
 
 # -- what may be asked for
 
-def check_prompts(prompts, room):
-    """InputError for an empty prompt, or one that leaves no room for an answer.
+def check_prompts(model, prompts, room):
+    """InputError for an empty prompt, an id that is none, or no room for an answer.
 
     room: for each prompt the tokens that the context can still take."""
     for i, (prompt, limit) in enumerate(zip(prompts, room)):
         if not prompt:
             raise InputError(f"prompt {i} is empty; give it at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+            raise InputError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, the "
+                             f"vocabulary has those from 0 to {model.config.vocab_size - 1}")
         if len(prompt) >= limit:
             raise InputError(f"prompt {i} has {len(prompt)} tokens, the context has room for "
-                             f"{limit} with the answer; shorten the prompt")
+                             f"{limit} with the answer; shorten the prompt, or, where the "
+                             "conversation is full, begin a new one")
 
 
 def check_sampling(max_new_tokens, temperature=1.0, top_p=1.0, **others):
@@ -332,7 +339,7 @@ def open_state(model, prm, prompts, K, max_new_tokens, state):
     held = state.prm.held.tolist()
     if len(held) != len(prompts):
         raise InputError(f"the state carries {len(held)} conversations, not {len(prompts)}")
-    check_prompts(prompts, [context - n for n in held])
+    check_prompts(model, prompts, [context - n for n in held])
     return state, context
 
 
@@ -473,6 +480,7 @@ def main(argv=None):
     """The command line: guided answers of a finished run, every candidate shown."""
     args = parse_args(argv)
     config = read_run(args.run)
+    check_files(args.run, "config.json", args.policy)
     model = load_hf(find_model(args.run, args.policy))
     tokenizer, heads = model.tokenizer, model.config.objectives
     use_template_args(tokenizer, args.template_args)
@@ -489,7 +497,9 @@ def main(argv=None):
         weights = domain_mix(heads, leading.domain, objectives)
     # A PRM from elsewhere may call its outputs what it likes: all of them guide.
     guide = args.guide or ("unified" if args.prm else leading.name)
-    prm = load_prm(args.prm or find_model(args.run, f"prm_{guide}", "prm"))
+    path = args.prm or find_model(args.run, f"prm_{guide}", "prm")
+    check_files(args.run, os.path.basename(path))
+    prm = load_prm(path)
     temperature = config["temperature"] if args.temperature is None else args.temperature
     system = [{"role": "system", "content": args.system}] if args.system else []
     answer = None

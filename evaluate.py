@@ -33,8 +33,10 @@ from data import (PROMPTS, RNG, InputError, Problem, batches_by_length, domain_o
                   read_json, read_jsonl, response_mask, run_command, write_json, write_text)
 from decode import find_model, generate, guided_decode, next_turn, read_run
 from interop.answers import majority
+from interop.manifest import check_files, forget_files, note_files
 from interop.real_data import worlds_of
 from interop.parallel import gather, join_processes, local_items
+from interop.resume import check_key
 from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import GPT, load_hf, pick_device, sampling_dtype
 from prm import load_prm
@@ -658,6 +660,11 @@ def pareto_svg(rows):
 
 # -- the files of a run
 
+OUTPUTS = ("scores.jsonl", "results.md", "pareto.svg", "results.json")
+# What a row of results.json and its line of scores.jsonl share; rows alike in it have equal values.
+ROW_KEY = ("domain", "policy", "guide", "weights")
+
+
 def evaluate(run, pair_rows, device=None):
     """Measure every row of a run of one seed, then publish. pair_rows: the rows of held-out pairs;
     device: if not the run's own."""
@@ -675,8 +682,9 @@ def evaluate(run, pair_rows, device=None):
     # What the means are made of, prompt by prompt: paired comparisons need it.
     lines = ""
     for row in rows:
-        line = {key: row[key] for key in ("domain", "policy", "guide", "weights", "each")}
+        line = {key: row[key] for key in (*ROW_KEY, "each")}
         lines += json.dumps(line, separators=(",", ":")) + "\n"
+    forget_files(run, OUTPUTS)
     write_text(f"{run}/scores.jsonl", lines)
     publish(run, rows + pair_rows)
 
@@ -685,6 +693,7 @@ def publish(run, rows):
     """Print the tables of these rows; write results.md, pareto.svg and, last, results.json, which
     says that a run is finished."""
     text, details = report(rows, read_run(run))
+    forget_files(run, OUTPUTS)
     write_text(f"{run}/results.md", f"{text}\n{details}")
     write_text(f"{run}/pareto.svg", pareto_svg(rows))
     # The values behind the means are in scores.jsonl already.
@@ -692,6 +701,7 @@ def publish(run, rows):
     for row in rows:
         kept.append({key: v for key, v in row.items() if key not in ("n", "each")})
     write_json(f"{run}/results.json", kept)
+    note_files(run, OUTPUTS)
     print(f"\n{text}\nThe sweeps of weights: {run}/results.md")
 
 
@@ -709,9 +719,17 @@ def load_rows(run):
     results = [read_json(f"{path}/results.json") for path in seed_runs(run)]
     if len(results) > 1:
         return over_trainings(results)
-    # Held-out pairs, the last rows, have no line.
-    for row, (_, line) in zip(results[0], read_jsonl(f"{run}/scores.jsonl")):
-        row["each"] = line["each"]
+    each = {}
+    for _, line in read_jsonl(f"{run}/scores.jsonl"):
+        each[repr([line.get(name) for name in ROW_KEY])] = line.get("each")
+    for row in results[0]:
+        # Held-out pairs have no line.
+        if not row["domain"].startswith("pairs:"):
+            row["each"] = each.get(repr([row[name] for name in ROW_KEY]))
+            if not row["each"]:
+                where = f"{row_name(row)}, {row['domain']}"
+                raise InputError(f"{run}/scores.jsonl: no line of {where}; bring the file back, or "
+                                 f"write it anew with evaluate.py {run}")
     return results[0]
 
 
@@ -752,10 +770,12 @@ def main(argv=None):
         if not os.path.isfile(f"{run}/results.json"):
             raise InputError(f"{run}: not a finished run (no results.json); finish it with "
                              f"train.py --resume {run}")
+        check_files(run)
     # Several runs are only read, not measured.
     if len(args.runs) > 1:
         print(side_by_side(args.runs))
         return
+    check_key(run, read_run(run))           # the same --data
     trainings = seed_runs(run)
     for path in trainings:
         # Held-out pairs are not measured again.

@@ -31,7 +31,7 @@ import os
 import signal
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Callable, NamedTuple
@@ -46,13 +46,13 @@ from data import (CASES, DOMAINS, OBJECTIVES, PROMPTS, RNG, InputError, Tokenize
 from decode import domain_mix, generate, parse_weights
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
-from interop.options import HARMLESS, METHODS, Config, check_config, read_command
+from interop.manifest import check_files, forget_files, note_files
+from interop.options import METHODS, check_config, read_command
 from interop.parallel import (even, gather, head_norm, join_processes, local_items, parameters_of,
                               placed, rank, ranks, reaching, shard, total, whole)
-from interop.real_data import (data_files, describe_data, load_base, real_labels, real_pairs,
-                               worlds_of)
-from interop.resume import (at_work, clear, copy_stages, fingerprint, finished, free_name,
-                            load_checkpoint, load_config, new_directory, put_rows, read_rows,
+from interop.real_data import describe_data, load_base, real_labels, real_pairs, worlds_of
+from interop.resume import (at_work, clear, copy_stages, finished, free_name, load_checkpoint,
+                            load_config, new_directory, put_rows, read_rows, run_key,
                             save_checkpoint, save_config, stops_wait, write_rows)
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
                      pair_logps, pair_metrics, policy_logps)
@@ -78,10 +78,7 @@ class Run:
         for o in objectives:
             self.domains.setdefault(o.domain, []).append(o.name)
         self.device = pick_device(config.device)
-        # Files that were made under other options, or from other data, have another key.
-        options = {name: v for name, v in asdict(config).items() if name not in HARMLESS}
-        records = [asdict(o) for o in objectives]
-        self.key = fingerprint([options, records], data_files(config.data, objectives))
+        self.key = run_key(asdict(config), objectives)      # of its options and data
 
     def file(self, name):
         """The path of one of the run's files."""
@@ -933,14 +930,17 @@ def run_stages(run):
     for number in (signal.SIGINT, signal.SIGTERM):      # a batch system's request is as Ctrl-C
         signal.signal(number, signal.default_int_handler)
     for number, stage in enumerate(stages(run), 1):
-        done = finished(run, stage)
+        # The stage leaves its files and rows in both logs.
+        done, files = finished(run, stage), [*stage.files, "log.jsonl", "timings.jsonl"]
         print(f"[{number}] {stage.title}{': finished before' * done}", flush=True)
         if not done:
+            forget_files(run.path, files)
             begun = time.time()
             stage.work(run, stage.files[-1])
             seconds = round(time.time() - begun, 1)
             run.log(stage.title, [{"seconds": seconds}], "timings.jsonl")
             print(f"    {seconds} s", flush=True)
+        note_files(run.path, files)
     clear(run.path)
     print(f"{run.path}: done. Talk to it: python decode.py {run.path} --prompt ...")
 
@@ -1067,6 +1067,7 @@ def carry_out(run):
     """All that is unfinished of a run: the stages of its training, or of each of several, and then
     the tables over these."""
     with at_work(run.path):
+        check_files(run.path)
         trainings = seed_runs(run.path)
         # A training of several is a run of its own, with its own seed.
         for i, path in enumerate(trainings):
@@ -1105,29 +1106,23 @@ def origin_of(config):
 
 
 def open_run(path, device="auto"):
-    """The run in a directory, with its own options. InputError if it is of another version, or if
-    its options or data are no longer those that it began with."""
-    saved = load_config(path, [f.name for f in fields(Config)])
-    objectives, key = saved.pop("objectives"), saved.pop("key")
-    config = Config(**saved)
+    """The run in a directory, with its own options. InputError as in load_config."""
+    config, objectives = load_config(path)
     if device != "auto":
         config.device = device
-    run = Run(path, config, objectives)
-    if key != run.key:
-        raise InputError(f"{path}/config.json: the options, or the files in --data "
-                         f"({config.data}), are not those that this run began with; bring those "
-                         "back, or start a new run")
-    check_config(config)                        # there may be more processes now
-    return run
+    check_config(config)
+    return Run(path, config, objectives)
 
 
 def check_new(config):
     """check_config, and read what the stages of a new run will read, so that a mistake shows before
     anything is written."""
     check_config(config)
-    # Where --from leads, there must be a training of every seed.
+    # Where --from leads, there must be a training of every seed, and no damage.
     for seed in range(config.seed, config.seed + config.seeds) if config.from_ else []:
         origin_of(replace(config, seed=seed))
+    if config.from_:
+        check_files(config.from_)
     run = Run("", config)
     model = None
     if config.init:
