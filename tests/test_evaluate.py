@@ -443,6 +443,8 @@ def test_results_have_the_promised_rows(whole, domain, names):
         assert ("kl" in row["metrics"]) == (not row["guide"] and "greedy" not in row["policy"])
     sft = next(row for row in rows if row["policy"] == "sft")
     assert sft["metrics"]["kl"]["mean"] == approx(0, abs=1e-6)
+    base = next(row["metrics"] for row in rows if row["policy"] == "base")
+    assert base["kl"]["mean"] != base[evaluate.KL_AT_1]["mean"]
 
 
 def test_results_have_the_promised_sweep(whole):
@@ -486,6 +488,8 @@ def test_report_and_picture(whole):
                  "### values, a sweep of weights", "| w helpfulness", "soup, swept",
                  "| soup", "| mah_dpo:honesty", "| unified", "| pairs:honesty ", "±"):
         assert part in text
+    # Of the two distances one, and it says of what.
+    assert evaluate.KL_AT_1 not in text and "kl: nats from SFT, both at temperature 0.7" in text
     root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
     for line in root.iter(SVG + "polyline"):
         assert len(line.get("points").split()) == 3
