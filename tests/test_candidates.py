@@ -26,7 +26,7 @@ def test_own_and_true_scores_by_number_of_candidates(whole, small_worlds, capsys
     for talk in talks:
         turn, = talk.turns
         ids = torch.tensor([turn.before + turn.response])
-        scores.append(float(prm(ids)[0, -1, prm.names.index("honesty")]))
+        scores.append(prm(ids)[0, -1, prm.names.index("honesty")].item())
     worth = [talk.scores(bench.worlds["values"], bench.tokenizer)["honesty"] for talk in talks]
     for column, values in (("PRM's score", scores), ("true score", worth)):
         assert found[1][column].startswith(f"{sum(values) / len(values):.3f} ")
