@@ -195,9 +195,8 @@ def kl_to_sft(model, head, reference, conversations, pad_id, temperature):
     policy's own samples. temperature: theirs, at which both policies are compared; that only the
     likeliest tokens are ever drawn is left out.
 
-    head (V, d): the policy's folded head. -> {metric: a number for each conversation}: kl, its mean
-    per token; kl/answer, its sum over an answer's tokens; KL_AT_1, per token as if the temperature
-    were 1. All are means over the turns."""
+    head (V, d): the policy's folded head. -> {metric: a number for each conversation}: kl, per
+    token; kl/answer, per answer; KL_AT_1, per token at temperature 1. All are means over turns."""
     device = head.device
     # A turn is read as the policy read it: all that came before, then its answer.
     turns = list(itertools.chain.from_iterable(c.turns for c in conversations))
