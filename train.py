@@ -58,7 +58,8 @@ from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_lo
                      pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
 from prm import (NOISE_FREE, PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss,
-                 hindsight_targets, majority_labels, pair_scores, save_prm, step_loss, step_scores)
+                 hindsight_targets, majority_labels, pair_scores, save_prm, scores_at, step_loss,
+                 step_scores)
 
 
 # -- what the stages share
@@ -469,10 +470,12 @@ def preference_loss(run, pairs, logps, count=None):
     margin = torch.tensor([pair.margin for pair in pairs], device=device)           # (n,)
     # MODPO's weights are uniform over the objectives of a domain.
     uniform = [1 / len(run.domains[o.domain]) for o in run.objectives]
-    w_k = torch.tensor(uniform, device=device)[owner]                               # (n,)
-    losses = modpo_loss(*both, margin, w_k, beta)
+    w = torch.tensor(uniform, device=device)                                        # (O,)
+    losses = modpo_loss(*both, margin, w[owner], beta)
     metrics = pair_metrics(losses, *both, owner, len(alpha), beta, count)
-    return balanced_mean(losses, owner, alpha, count), metrics
+    # The paper trains one MODPO a domain. Here one policy serves all, and a division by w_k would
+    # let domains with more objectives pull harder: their losses count by w_k, which undoes that.
+    return balanced_mean(losses, owner, alpha * w, count), metrics
 
 
 def train_policy(run, name):
@@ -817,6 +820,9 @@ def train_prm(run, name):
     for policies in (["sft"], ["mah_dpo"], list(PAIR_FILES)):
         quality = measure_prm(prm, prm_data(run, names, "dev", policies))
         log.append({"policies": policies} | quality)
+    # A single output guides in whatever unit.
+    if len(names) > 1:
+        set_units(prm, run)
     run.log(name, log)
     save_prm(prm, run.file(name))
 
@@ -842,7 +848,7 @@ def measure_prm(prm, data):
         p = prm.names.index(name)
         quality[name] = quality_of(prm.outputs[p], scores, targets) | noise_ceiling(data, name)
         tqdm.write(f"  {name:17s} held-out {shown(quality[name])}")
-        # Scores of different outputs are brought to one unit by their spread.
+        # A unit for want of a better one, where there is no world to draw candidates in.
         if scores.numel() > 1 and scores.std() > 0:
             prm.scale[p] = scores.std()
     return {"held_out": quality}
@@ -856,6 +862,41 @@ def noise_ceiling(data, name):
             if name + NOISE_FREE in labels:
                 agree.append(labels[name] == labels[name + NOISE_FREE])
     return {"ceiling": sum(agree) / len(agree)} if agree else {}
+
+
+@torch.no_grad()
+def set_units(prm, run):
+    """Set prm.scale to the spread of each output among candidates of one step, on development
+    prompts of MAH-DPO: guidance compares these alone, and what steps differ by tells it nothing."""
+    _, sources = sources_of(run, "mah_dpo")
+    for source in [source for source in sources if source.split == "dev"]:
+        variances = []
+        # Several processes share the PRM: each lets it read all that all of them have drawn.
+        for texts in gather(draw_candidates(source)):
+            scores = scores_at(prm, [(ids, [len(ids) - 1]) for ids in texts])       # (K, P)
+            variances.append(scores.var(0))
+        spread = torch.stack(variances).mean(0).sqrt()                              # (P,)
+        for p, output in enumerate(prm.outputs):
+            if output.domain == source.world.name and spread[p] > 0:
+                prm.scale[p] = spread[p]
+
+
+def draw_candidates(source, K=5):
+    """K ways to take each step of a policy's answers -> for every step K texts (ids), which begin
+    with the prompt and end with that step."""
+    tokenizer, boundary = source.model.tokenizer, source.world.boundary
+    turns, _, generator = roll_out(source, "candidates", 400)
+    starts, found = [], []
+    for turn in turns:
+        for end in [-1, *tokenizer.step_ends(turn.response, boundary)[:-1]]:
+            starts += [turn.before + turn.response[:end + 1]] * K
+    drawn = generate(source.model, starts, weights=source.mix, generator=generator,
+                     max_new_tokens=source.world.max_new_tokens,
+                     temperature=source.run.config.temperature)
+    for start, response in zip(starts, drawn):
+        # Of what was drawn the first step counts.
+        found.append(start + response[:tokenizer.step_ends(response, boundary)[0] + 1])
+    return [found[i:i + K] for i in range(0, len(found), K)]
 
 
 def all_scores(read, prm, items):

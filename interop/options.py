@@ -78,8 +78,8 @@ class Config:
     dpo_pairs: int = option(8, "pairs per objective and step")
     dpo_lr_backbone: float = option(1e-5, "learning rate of the backbone in preference training")
     dpo_lr_heads: float = option(4e-4, "learning rate of the heads in preference training")
-    # With these factors all four methods end about as far from SFT: .052 to .057 nats per token on
-    # development prompts, mean of the domains. Names: METHODS; 1 where not named.
+    # With these factors all four methods end about as far from SFT: .052 to .057 nats per token at
+    # temperature 1 on development prompts, mean of the domains. Names: METHODS; 1 where not named.
     dpo_lr_factor: str = option("single_head_dpo=0.55,modpo=0.55", "factors on the heads' rate, "
                                 "NAME=NUMBER,... of mah_dpo, single_head_dpo, modpo, soup")
     # The tables.

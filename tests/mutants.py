@@ -143,7 +143,7 @@ test_mse_hand_value_and_mask: The loss is small where few steps have labels.
     mask.sum().clamp(min=1) ==> mask.numel()
 test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain:
   Unified guidance follows one objective only.
-    (scores[..., index] / self.scale[index]).mean(-1) ==> scores[..., index].mean(-1)
+    (values / self.scale[index]).mean(-1) ==> values.mean(-1)
 test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain:
   Unified guidance of maths listens to the tutors.
     if o.boundary in ("", boundary)] ==> if o.boundary not in ("", boundary)]

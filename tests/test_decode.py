@@ -657,7 +657,7 @@ def write_run(run, gpt, **prms):
         prm = PRM(gpt.with_heads(()), outputs(*names), seeded(0))
         save_prm(prm, os.path.join(run, name))
     records = [vars(objective) for objective in outputs(*NAMES[:2])]
-    config = {"objectives": records, "temperature": 0.7}
+    config = {"objectives": records, "temperature": 0.7, "init": "", "max_new_tokens": 256}
     write_json(os.path.join(run, "config.json"), config)
     return str(run)
 
@@ -689,6 +689,26 @@ def test_main_shows_candidates_and_winner(tiny_run, capsys):
     decode.main([*argv, "--quiet"])
     answer = capsys.readouterr().out
     assert first.endswith(answer) and "step 1" not in answer
+
+
+@pytest.mark.parametrize("guide", ["math_engagement", "unified"])
+def test_what_is_printed_are_the_prms_own_scores(toy, guide, capsys):
+    """Prevents: a right answer of value 2 shown as 2.9, in the unit in which outputs are averaged;
+    of several outputs one number that is none of theirs."""
+    prompt, index = prompts_of(4)[0], GUIDES["newline"]
+    answer, = guided_decode(*toy, [prompt], boundary="newline", guide=guide, K=3, max_new_tokens=8,
+                            generator=seeded(1))
+    index = index if guide == "unified" else [NAMES.index(guide)]
+    text, shown = prompt, []
+    for step in answer.steps:
+        for ids, values in zip(step.candidates, step.values, strict=True):
+            scores = toy[1](torch.tensor([text + ids]))[0, -1]
+            assert values == pytest.approx(scores[index].tolist(), abs=1e-9)
+            shown.append([f"{value:+.4f}" for value in values])
+        text = text + step.candidates[step.winner]
+    decode.show_steps(toy[0].tokenizer, answer.steps)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:4].strip() != "step"]
+    assert [line[5:].split()[:len(index)] for line in lines] == shown
 
 
 @pytest.fixture
@@ -730,8 +750,21 @@ def test_main_derives_what_is_not_said(tiny_run, gpt, asked, tmp_path, argv, wei
     assert call["outputs"] == ([ENGAGEMENT] if "--prm" in argv else [ACCURACY, ENGAGEMENT])
     assert call.pop("generator").initial_seed() == 0
     expected = dict(weights=weights, guide=guide, temperature=temperature, K=5, state=None,
-                    max_new_tokens=64, boundary="newline")
+                    max_new_tokens=72, boundary="newline")
     assert call == call | expected
+
+
+@pytest.mark.parametrize("init, argv, limit", [
+    ("", [], 72), ("", ["--max-new-tokens", "9"], 9), ("a checkpoint", [], 200),
+    ("a checkpoint", ["--max-new-tokens", "9"], 9)])
+def test_an_answer_may_be_as_long_as_in_training(gpt, asked, tmp_path, init, argv, limit):
+    """Prevents: answers that are cut off although the run's own tables let them go on, a sixth of
+    maths' at 64 tokens."""
+    run = write_run(tmp_path, gpt, prm=NAMES[:2])
+    path = os.path.join(run, "config.json")
+    write_json(path, decode.read_json(path) | {"init": init, "max_new_tokens": 200})
+    decode.main([run, "--prompt", "2 + 3 = ?", *argv])
+    assert [call["max_new_tokens"] for call in asked] == [limit]
 
 
 def test_main_closes_an_answer_that_was_cut_off(tiny_run, gpt, asked, monkeypatch, capsys):
