@@ -218,17 +218,14 @@ SCORES = torch.tensor([[6.0, -8.0, 1.0],
                        [2.0, 4.0, 3.0]])                # the scales are 2, 4 and 0.5
 
 
-def test_guide_single_output(prm):
-    """Prevents: a guide that reads another objective's score."""
-    assert prm.guide(SCORES, "math_engagement", "newline").tolist() == [-2.0, 1.0]
-    assert prm.guide(SCORES[None], "tutor_engagement", "newline").tolist() == [[2.0, 6.0]]
-
-
-def test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain(prm):
-    """Prevents: a unified guide that averages scores of other domains, or in their raw, unequal
-    units."""
-    assert prm.guide(SCORES, "unified", "newline").tolist() == [(3 - 2) / 2, 1.0]
-    assert prm.guide(SCORES, "unified", "turn").tolist() == [2.0, 6.0]
+@pytest.mark.parametrize("guide, boundary, expected", [
+    ("math_engagement", "newline", [-2.0, 1.0]), ("tutor_engagement", "newline", [2.0, 6.0]),
+    ("unified", "newline", [(3 - 2) / 2, 1.0]), ("unified", "turn", [2.0, 6.0])])
+def test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain(prm, guide, boundary, expected):
+    """Prevents: a guide that reads another objective's score; a unified one that averages scores
+    of other domains, or in their raw, unequal units."""
+    assert prm.guide(SCORES, guide, boundary).tolist() == expected
+    assert prm.guide(SCORES[None], guide, boundary).tolist() == [expected]
 
 
 @pytest.mark.parametrize("guide, boundary", [
