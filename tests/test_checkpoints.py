@@ -375,7 +375,8 @@ LLAMA_CHANGES = [
     ({"num_attention_heads": 0}, "unusable"), ({"num_key_value_heads": 3}, "unusable"),
     ({"num_hidden_layers": -1}, "unusable"), ({"num_hidden_layers": 3}, "layers.2.*is missing"),
     ({"rope_parameters": [1]}, "unusable"), ({"objectives": 5}, "unusable"),
-    ({"intermediate_size": 21}, "has shape"), ({"vocab_size": 24}, "embed_tokens.weight' has shape"),
+    ({"intermediate_size": 21}, "has shape"),
+    ({"vocab_size": 24}, "embed_tokens.weight' has shape"),
     ({"objectives": ["a", "b"]}, "'heads.0.weight' is missing")]
 GPT2_CHANGES = [
     ({"activation_function": "relu"}, "relu"),
