@@ -16,7 +16,7 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +34,10 @@ def write_rows(path, rows):
     """Dataclass objects or dicts -> JSONL; what is None is left out."""
     lines = []
     for row in rows:
-        row = row if isinstance(row, dict) else asdict(row)
-        kept = {name: value for name, value in row.items() if value is not None}
+        # Not asdict, which would copy every id.
+        names = row if isinstance(row, dict) else [f.name for f in fields(row)]
+        values = row if isinstance(row, dict) else vars(row)
+        kept = {name: values[name] for name in names if values[name] is not None}
         lines.append(json.dumps(kept) + "\n")
     write_text(path, "".join(lines))
 
