@@ -319,7 +319,7 @@ test_final_answers: Of two boxed results the wrong one counts.
 test_no_answer_is_never_right: Saying nothing can be right.
     return False ==> return a == b
 [interop/checkpoints.py]
-test_names_of_an_exported_checkpoint: Our exports are nonsense in every other program.
+test_a_checkpoint_comes_back_bit_for_bit: Our exports are nonsense in every other program.
     "embed": ["embed_tokens"], ==> "embed": ["lm_head"],
 test_a_tied_checkpoint:
   Exported from a tied base model, a policy serves as if it had never been trained.

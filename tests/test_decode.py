@@ -454,6 +454,7 @@ def test_what_has_ended_is_fed_no_more(toy, fed):
     found = generate(toy[0], prompts, **options)
     assert len({len(ids) for ids in found}) > 1
     assert tokens(fed["policy"]) == sum(4 + len(ids) - 1 for ids in found)
+    assert not any(graph for _, graph in fed["policy"])
     fed["policy"].clear()
     found = guided_decode(*toy, prompts, boundary="newline", K=1, guide="math_accuracy", **options)
     assert len({len(answer.steps) for answer in found}) > 1
@@ -575,9 +576,10 @@ def test_guided_temperature_zero_needs_one_candidate(toy):
 def test_sampling_options_without_a_meaning_are_refused(toy, options):
     """Prevents: top_p = 0 that returns the least likely token, a negative temperature that
     prefers unlikely ones, a tiny one whose quotients overflow, so that NaN decides."""
-    with pytest.raises(InputError, match="need temperature >= 0"):
+    words = r"^need temperature >= 0 .* and max_new_tokens >= 1, not .*\d$"
+    with pytest.raises(InputError, match=words):
         generate(toy[0], [[1, 2]], **({"max_new_tokens": 4} | options))
-    with pytest.raises(InputError, match="need temperature >= 0"):
+    with pytest.raises(InputError, match=words):
         guided_decode(*toy, [[1, 2]], **(OPTIONS | options))
     decode.check_sampling(1, 1e-6, 1e-9)         # as small as each may be
 
@@ -592,19 +594,22 @@ def test_guided_refuses_scores_that_are_not_finite(toy):
         calls.append(1)
         return scores * (math.nan if len(calls) > 2 else 1)     # the first step is fine
     prm.register_forward_hook(spoil)
-    with pytest.raises(InputError, match="step 2: the PRM's scores are not finite"):
+    with pytest.raises(InputError, match="^step 2: the PRM's scores are not finite"):
         guided_decode(policy, prm, prompts_of(4, seed=2), generator=seeded(3),
                       **(OPTIONS | {"max_new_tokens": 40}))
 
 
 def test_guided_refuses_another_tokenizer(toy):
-    """Prevents: a PRM that reads the policy's ids as other words."""
+    """Prevents: a PRM that reads the policy's ids as other words; one refused for its padding."""
     other = copy.deepcopy(toy[1])
     other.backbone.tokenizer.pieces[0] = b"zz"
     small = PRM(bare(11, objectives=()), outputs("math_accuracy"))
     for prm in (other, small):
         with pytest.raises(InputError, match="different tokenizers"):
             guided_decode(toy[0], prm, [[1]], **OPTIONS)
+    padded = copy.deepcopy(toy[1])
+    padded.backbone.tokenizer.pieces.append(b"")              # a vocabulary with one more row
+    guided_decode(toy[0], padded, [[1]], **OPTIONS)
 
 
 @pytest.mark.parametrize("prompts, message", [
@@ -822,7 +827,7 @@ def test_answers_of_a_file_are_independent(tiny_run, tmp_path, capsys):
     assert found == expected
 
 
-def test_a_line_that_does_not_fit_is_named(tiny_run, tmp_path, capsys):
+def test_a_line_that_does_not_fit_is_named(tiny_run, tmp_path, capsys, monkeypatch):
     """Prevents: a long file of which nobody knows which prompt was too long; the answers before it
     lost."""
     path = tmp_path / "prompts.txt"
@@ -830,6 +835,9 @@ def test_a_line_that_does_not_fit_is_named(tiny_run, tmp_path, capsys):
     with pytest.raises(InputError, match="prompts.txt:3: .* room for 128"):
         decode.main([tiny_run, "--k", "1", "--file", str(path)])
     assert json.loads(capsys.readouterr().out)["prompt"] == QUESTIONS[0]
+    monkeypatch.setattr("sys.stdin", io.StringIO("1 + " * 100))
+    with pytest.raises(InputError, match="^standard input:1: .* room for 128"):
+        decode.main([tiny_run])
 
 
 @pytest.mark.parametrize("option", [[], ["--file"]])
@@ -839,9 +847,16 @@ def test_a_system_message_stands_first(tiny_run, gpt, asked, monkeypatch, tmp_pa
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(QUESTIONS))
     monkeypatch.setattr("sys.stdin", path.open())
-    decode.main([tiny_run, "--system", "Be kind.", *(option and ["--file", str(path)])])
     system = {"role": "system", "content": "Be kind."}
     opening = gpt.tokenizer.encode_chat([system, {"role": "user", "content": QUESTIONS[0]}])
+    plain, chats = Tokenizer.encode_chat, []
+
+    def encode_chat(self, messages):
+        chats.append(messages)
+        return plain(self, messages)
+    monkeypatch.setattr(Tokenizer, "encode_chat", encode_chat)
+    decode.main([tiny_run, "--system", "Be kind.", *(option and ["--file", str(path)])])
+    assert {message["role"] for message in sum(chats, [])} == {"system", "user"}
     said = [call["prompts"][0] for call in asked]
     assert said[0] == opening and len(said) == 3
     assert said[2] == (opening if option else [gpt.tokenizer.eos_id]
