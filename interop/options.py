@@ -29,8 +29,8 @@ class Config:
     out: str = option("", "run directory (default runs/<objective>; a taken name gets a number)")
     from_: str = option("", "start from copies of what this run has finished under these options")
     init: str = option("", "Hugging Face directory that serves as the base model")
-    template_args: str = option("", "variables for the chat template of --init, NAME=VALUE,..., such "
-                                "as enable_thinking=false")
+    template_args: str = option("", "variables for the chat template of --init, NAME=VALUE,..., "
+                                "such as enable_thinking=false")
     data: str = option("", "directory of real pairs and questions, see below (needs --init)")
     seed: int = option(0, "every random draw of the run derives from it", low=0)
     seeds: int = option(1, "train so often, with seed, seed + 1, ..., for intervals over trainings")
