@@ -440,11 +440,19 @@ def test_results_have_the_promised_rows(whole, domain, names):
     assert weights[alone[0]] == {n: float(n == names[0]) for n in NAMES}
     assert weights["soup"] == dict.fromkeys(names, 1 / len(names))
     for row in rows:
-        assert ("kl" in row["metrics"]) == (not row["guide"] and "greedy" not in row["policy"])
+        plain = not row["guide"] and "greedy" not in row["policy"]
+        assert ("kl" in row["metrics"]) == plain == (evaluate.KL_AT_1 in row["metrics"])
     sft = next(row for row in rows if row["policy"] == "sft")
     assert sft["metrics"]["kl"]["mean"] == approx(0, abs=1e-6)
-    base = next(row["metrics"] for row in rows if row["policy"] == "base")
-    assert base["kl"]["mean"] != base[evaluate.KL_AT_1]["mean"]
+
+
+def test_a_distance_is_that_of_what_was_sampled(whole, small_worlds, monkeypatch):
+    """A distance at another temperature than the samples'."""
+    bench, seen = evaluate.Bench(whole), []
+    bench.config["temperature"] = 0.3
+    monkeypatch.setattr(evaluate, "kl_to_sft", lambda *args: seen.append(args[-1]) or {})
+    bench.measure(Job("values", "sft", "sft", {"policy": 1.0}))
+    assert seen == [0.3]
 
 
 def test_results_have_the_promised_sweep(whole):
