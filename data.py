@@ -24,7 +24,7 @@ import tiktoken
 import torch
 
 # With one process, as nearly always, rank() is 0 and ranks() is 1.
-from interop.parallel import first_speaks, rank, ranks, whole_file
+from interop.parallel import first_speaks, leave_processes, rank, ranks, whole_file
 
 
 # -- objectives
@@ -190,8 +190,8 @@ class Tokenizer:
     def encode_chat(self, messages, add_generation_prompt=True):
         """Messages -> ids: <|user|> ... <|end|><|assistant|> ... <|end|>, ready to go on.
 
-        Every message is encoded apart: no token reaches from the prompt into the response. InputError
-        for what cannot be written so, such as the calls of tools."""
+        Every message is encoded apart: no token reaches from the prompt into the response.
+        InputError for what cannot be written so, such as the calls of tools."""
         ids = []
         for message in messages:
             if message.keys() != {"role", "content"} or message["role"] not in ROLES:
@@ -618,8 +618,9 @@ def agreement(threshold, ratings, gold):
 
 def middle_score(scores):
     """The one of the scores that most nearly half of them reach."""
-    ordered = sorted(scores)        # the place of a score in this is how many lie below it
+    ordered = sorted(scores)
     half = len(scores) / 2
+    # The place of a score in this is how many lie below it.
     return min(ordered, key=lambda score: abs(ordered.index(score) - half))
 
 
@@ -643,6 +644,7 @@ def run_command(main):
     """Run main(). A user's mistake ends in one line on stderr and exit code 2, in no traceback."""
     try:
         main()
+        leave_processes()
     except BrokenPipeError:
         # `| head` has read enough. To flush again would only complain.
         os._exit(0)
@@ -730,22 +732,28 @@ def pad(rows, pad_id, device=None):
 
 def batches_by_length(lengths, tokens=8192, few=2048):
     """Yield lists of indices, shortest row first. lengths: a number for each row, or a tuple of
-    those of its parts, which are padded apart. A batch that is padded to its longest holds at most
-    `tokens`, or one row: memory is bounded whatever the lengths. One of more than `few` tokens is at
-    most 15 % padding: to begin another costs less than to compute with more."""
+    those of its up to three parts, which are padded apart. A batch that is padded to its longest
+    holds at most `tokens`, or one row: memory is bounded whatever the lengths. One of more than
+    `few` tokens is at most 15 % padding: to begin another costs less than to compute with more."""
     rows = [n if isinstance(n, tuple) else (n,) for n in lengths]
-    batch, longest, own = [], (), 0
+    batch = []
+    longest = (0, 0, 0)                          # the lengths of its parts, of one or more
+    own = 0                                      # tokens in it, without padding
     for i in sorted(range(len(rows)), key=rows.__getitem__):
         # What the batch would be with this row.
-        grown = tuple(map(max, longest, rows[i])) if batch else rows[i]
+        grown = tuple(map(max, longest, rows[i]))
         padded = (len(batch) + 1) * sum(grown)
-        wasteful = padded > few and own + sum(rows[i]) < 0.85 * padded
+        filled = own + sum(rows[i])
+        wasteful = padded > few and filled < 0.85 * padded
+        # Too large: this row begins another.
         if batch and (padded > tokens or wasteful):
             yield batch
-            batch, own, grown = [], 0, rows[i]
+            batch = []
+            grown = rows[i]
+            filled = sum(grown)
         batch.append(i)
         longest = grown
-        own += sum(rows[i])
+        own = filled
     if batch:
         yield batch
 

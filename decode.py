@@ -28,7 +28,8 @@ from itertools import zip_longest
 import torch
 import torch.nn.functional as F
 
-from data import InputError, ends_step, pad, read_json, read_objectives, run_command
+from data import DOMAINS, InputError, ends_step, pad, read_json, read_objectives, run_command
+from interop.manifest import check_files
 from interop.tokenizer import use_template_args
 from model import KVCache, linear, load_hf
 from prm import load_prm
@@ -146,7 +147,7 @@ def generate(model, prompts, *, weights=0, max_new_tokens, samples=1, batch_size
     temperature, top_k, top_p and generator, as in `draw`."""
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * len(prompts)
-    check_prompts(prompts, [model.config.max_len] * len(prompts))
+    check_prompts(model, prompts, [model.config.max_len] * len(prompts))
     check_sampling(min(max_new_tokens, default=1), **sampling)
     head, masks = model.fold(weights), stop_masks(model, "turn")
     out = [None] * (len(prompts) * samples)
@@ -180,8 +181,9 @@ class State:
 class Step:
     """One step of one answer."""
     candidates: list      # K id lists
-    scores: list          # K numbers, the PRM's
+    scores: list          # K numbers, of which the largest wins
     winner: int           # index of the candidate that was committed
+    values: list          # for each candidate the PRM's own scores, of all outputs that guide
 
 
 @dataclass
@@ -206,6 +208,8 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
     InputError for a prompt that does not fit, K < 1, a guide that the PRM lacks, scores that are
     not finite."""
     check_sampling(max_new_tokens, **sampling)
+    if not prompts:
+        return []
     state, context = open_state(model, prm, prompts, K, max_new_tokens, state)
     if sampling.get("temperature") == 0:
         K = 1
@@ -228,10 +232,11 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         going = [answers[b] for b in alive.tolist()]
         # Draw K candidates for the next step of each.
         candidates = draw(model, head, state.policy, h, masks, left, **sampling)
-        # Score them with every output of the PRM; the guide makes one number of these.
+        # Score them with every output of the PRM; the guide makes one number of some of these.
         rows, _ = alive_rows((left < 1).repeat_interleave(K), K)                   # (B', K)
         outputs, fed = score_candidates(prm, state.prm, candidates, rows)          # (B' K, P)
-        scores = prm.guide(outputs, guide, boundary).view(-1, K)                   # (B', K)
+        values, scores = prm.guide(outputs, guide, boundary)
+        values, scores = values.unflatten(0, (-1, K)), scores.view(-1, K)          # (B', K)
         if not bool(scores.isfinite().all()):      # the largest of NaN would be any of them
             number = len(going[0].steps) + 1
             raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
@@ -240,8 +245,9 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         winners = select(state, scores, drawn, fed, alive)                         # (B',)
         # Write down what won against what; K candidates of an answer stand together.
         tried = [candidates[i:i + K] for i in range(0, len(candidates), K)]
-        for answer, own, points, k in zip(going, tried, scores.tolist(), winners.tolist()):
-            answer.steps.append(Step(own, points, k))
+        found = zip(going, tried, scores.tolist(), winners.tolist(), values.tolist())
+        for answer, own, points, k, said in found:
+            answer.steps.append(Step(own, points, k, said))
             answer.ids += own[k]
         # The winner's last token is read like a prompt: the next step goes on from its state.
         h[alive] = prefill(model, state.policy, [a.ids[-1:] for a in going], alive)
@@ -290,16 +296,20 @@ def select(state, scores, drawn, fed, alive):
 
 # -- what may be asked for
 
-def check_prompts(prompts, room):
-    """InputError for an empty prompt, or one that leaves no room for an answer.
+def check_prompts(model, prompts, room):
+    """InputError for an empty prompt, an id that is none, or no room for an answer.
 
     room: for each prompt the tokens that the context can still take."""
     for i, (prompt, limit) in enumerate(zip(prompts, room)):
         if not prompt:
             raise InputError(f"prompt {i} is empty; give it at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+            raise InputError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, the "
+                             f"vocabulary has those from 0 to {model.config.vocab_size - 1}")
         if len(prompt) >= limit:
             raise InputError(f"prompt {i} has {len(prompt)} tokens, the context has room for "
-                             f"{limit} with the answer; shorten the prompt")
+                             f"{limit} with the answer; shorten the prompt, or, where the "
+                             "conversation is full, begin a new one")
 
 
 def check_sampling(max_new_tokens, temperature=1.0, top_p=1.0, **others):
@@ -332,7 +342,7 @@ def open_state(model, prm, prompts, K, max_new_tokens, state):
     held = state.prm.held.tolist()
     if len(held) != len(prompts):
         raise InputError(f"the state carries {len(held)} conversations, not {len(prompts)}")
-    check_prompts(prompts, [context - n for n in held])
+    check_prompts(model, prompts, [context - n for n in held])
     return state, context
 
 
@@ -431,7 +441,8 @@ def parse_args(argv):
         "weight, else the run's first")
     add("--prm", help="directory of another reward model that guides instead of the run's own")
     add("--k", type=int, default=5, help="candidates per step (default 5; 1 with temperature 0)")
-    add("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default 64)")
+    add("--max-new-tokens", type=int, help="longest answer in tokens; default: the domain's, such "
+        "as 72 in maths; of a run with --init that run's --max-new-tokens")
     add("--temperature", type=float, help="default: the run's own")
     add("--seed", type=int, default=0, help="seed of the random draws (default 0)")
     add("--template-args", default="", help="variables for a checkpoint's chat template, "
@@ -460,19 +471,22 @@ def user_messages(args):
 
 
 def show_steps(tokenizer, steps):
-    """Print the candidates of every step with their scores, the winner marked."""
+    """Print the candidates of every step with the PRM's own scores, of "unified" one for each
+    output that guides, the winner marked."""
     for number, step in enumerate(steps, 1):
         print(f"step {number}")
-        for k, (ids, score) in enumerate(zip(step.candidates, step.scores)):
+        for k, (ids, values) in enumerate(zip(step.candidates, step.values)):
             mark = "->" if k == step.winner else "  "
             ended = " [end]" if ids[-1] == tokenizer.eos_id else ""
-            print(f"  {mark} {score:+8.4f}  {tokenizer.decode(ids)!r}{ended}")
+            shown = " ".join([f"{value:+8.4f}" for value in values])
+            print(f"  {mark} {shown}  {tokenizer.decode(ids)!r}{ended}")
 
 
 def main(argv=None):
     """The command line: guided answers of a finished run, every candidate shown."""
     args = parse_args(argv)
     config = read_run(args.run)
+    check_files(args.run, "config.json", args.policy)
     model = load_hf(find_model(args.run, args.policy))
     tokenizer, heads = model.tokenizer, model.config.objectives
     use_template_args(tokenizer, args.template_args)
@@ -489,8 +503,13 @@ def main(argv=None):
         weights = domain_mix(heads, leading.domain, objectives)
     # A PRM from elsewhere may call its outputs what it likes: all of them guide.
     guide = args.guide or ("unified" if args.prm else leading.name)
-    prm = load_prm(args.prm or find_model(args.run, f"prm_{guide}", "prm"))
+    path = args.prm or find_model(args.run, f"prm_{guide}", "prm")
+    check_files(args.run, os.path.basename(path))
+    prm = load_prm(path)
     temperature = config["temperature"] if args.temperature is None else args.temperature
+    # An embedded model's answers were never longer than its world lets them be.
+    longest = config["max_new_tokens"] if config["init"] else DOMAINS[leading.domain].max_new_tokens
+    limit = longest if args.max_new_tokens is None else args.max_new_tokens
     system = [{"role": "system", "content": args.system}] if args.system else []
     answer = None
     for where, message in user_messages(args):
@@ -504,8 +523,7 @@ def main(argv=None):
         try:
             answer, = guided_decode(model, prm, [new], boundary=leading.boundary, K=args.k,
                                     weights=weights, guide=guide, temperature=temperature,
-                                    max_new_tokens=args.max_new_tokens, generator=generator,
-                                    state=state)
+                                    max_new_tokens=limit, generator=generator, state=state)
         except InputError as e:
             raise InputError(f"{where}: {e}") from None
         text = answer.text

@@ -8,8 +8,9 @@ A row of a table is a policy (base, sft, the baselines, mah_dpo, each of its hea
 perhaps a guide. A column is an objective's noise-free score, averaged over test prompts that no
 stage has seen, with half its 95 % interval: over the prompts, or over the trainings of a run with
 several seeds. All rows see the same prompts and, in tutoring, the same simulated students, and
-start from the same random seed: their differences are paired. KL is a policy's distance from SFT,
-in nats per token of its own samples; methods should be compared at equal distance.
+start from the same random seed: their differences are paired. kl is a policy's distance from SFT,
+in nats per token of its own samples, both at the temperature of these; methods should be compared
+at equal distance. results.json has the distance at temperature 1 besides.
 
 In this order: a policy and a world converse; a list of values becomes a mean with its interval;
 Bench lists the rows of a domain and measures one; then held-out pairs, tables (results.md), the
@@ -33,8 +34,10 @@ from data import (PROMPTS, RNG, InputError, Problem, batches_by_length, domain_o
                   read_json, read_jsonl, response_mask, run_command, write_json, write_text)
 from decode import find_model, generate, guided_decode, next_turn, read_run
 from interop.answers import majority
+from interop.manifest import check_files, forget_files, note_files
 from interop.real_data import worlds_of
 from interop.parallel import gather, join_processes, local_items
+from interop.resume import check_key
 from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import GPT, load_hf, pick_device, sampling_dtype
 from prm import load_prm
@@ -181,23 +184,27 @@ def half_width(metric):
     return student_t(metric["n"] - 1) * metric["stderr"]
 
 
-# So many logits are made at once, a gigabyte in float32; the KL needs five tensors of that size.
+# So many logits are made at once, a gigabyte in float32; the KL needs seven tensors of that size.
 LOGITS = 2 ** 28
 
 
-@torch.no_grad()
-def kl_to_sft(model, head, reference, conversations, pad_id):
-    """KL(pi || pi_sft) of the next-token distributions (all tokens, temperature 1), in nats: exact
-    at every position of the policy's own samples, which are drawn at the run's temperature.
+KL_AT_1 = "kl at temperature 1"     # in results.json only: the tables have that of what is sampled
 
-    head (V, d): the policy's folded head. -> two lists with a number for each conversation: its
-    mean per token, and its sum over an answer's tokens; both are means over the turns."""
+
+@torch.no_grad()
+def kl_to_sft(model, head, reference, conversations, pad_id, temperature):
+    """KL(pi || pi_sft) of the next-token distributions in nats: exact at every position of the
+    policy's own samples. temperature: theirs, at which both policies are compared; that only the
+    likeliest tokens are ever drawn is left out.
+
+    head (V, d): the policy's folded head. -> {metric: a number for each conversation}: kl, per
+    token; kl/answer, per answer; KL_AT_1, per token at temperature 1. All are means over turns."""
     device = head.device
     # A turn is read as the policy read it: all that came before, then its answer.
     turns = list(itertools.chain.from_iterable(c.turns for c in conversations))
     texts = [turn.before + turn.response for turn in turns]
     starts = torch.tensor([len(turn.before) for turn in turns], device=device)
-    sums = torch.zeros(len(turns), dtype=torch.float64)
+    sums = torch.zeros(2, len(turns), dtype=torch.float64)
     # Few enough tokens at a time for their logits over a large vocabulary.
     size = min(4096, LOGITS // len(head))
     for index in batches_by_length([len(text) for text in texts], size):
@@ -207,17 +214,21 @@ def kl_to_sft(model, head, reference, conversations, pad_id):
         row, t = mask[:, 1:].nonzero(as_tuple=True)                       # (N,) each
         h = model(ids)[row, t]                                            # (N, d)
         h_ref = reference(ids)[row, t]
-        # Both distributions over the whole vocabulary, so the sum over it is exact.
-        log_pi = F.log_softmax(F.linear(h, head).float(), -1)             # (N, V)
-        log_ref = F.log_softmax(reference.logits(h_ref).float(), -1)
-        kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                  # (N,)
-        # Every turn's tokens are added up.
-        found = torch.zeros(len(index), device=device).index_add(0, row, kl)
-        sums[index] = found.double().cpu()
+        logits = F.linear(h, head).float()                                # (N, V)
+        others = reference.logits(h_ref).float()
+        for i, T in enumerate((temperature, 1.0)):
+            # Both distributions over the whole vocabulary, so the sum over it is exact.
+            log_pi = F.log_softmax(logits / T, -1)                        # (N, V)
+            log_ref = F.log_softmax(others / T, -1)
+            kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)              # (N,)
+            # Every turn's tokens are added up.
+            found = torch.zeros(len(index), device=device).index_add(0, row, kl)
+            sums[i, index] = found.double().cpu()
     n_tokens = torch.tensor([len(turn.response) for turn in turns])
-    both = torch.stack((sums / n_tokens, sums))                           # (2, turns of all)
+    per_token, per_token_at_1 = sums / n_tokens                           # (turns of all,) each
     # Every conversation has equally many turns, one after the other.
-    return both.view(2, len(conversations), -1).mean(-1).tolist()
+    values = torch.stack((per_token, sums[0], per_token_at_1)).view(3, len(conversations), -1)
+    return dict(zip(("kl", "kl/answer", KL_AT_1), values.mean(-1).tolist()))
 
 
 # -- rows
@@ -383,8 +394,8 @@ class Bench:
         # Of guided, greedy or chosen answers the next-token distributions say little.
         if (job.guide, job.temperature, job.samples) == (None, None, 1):
             head = model.fold(weights)                                # (V, d)
-            kls = kl_to_sft(model, head, self.sft, talks, tokenizer.pad_id)
-            each["kl"], each["kl/answer"] = kls
+            each |= kl_to_sft(model, head, self.sft, talks, tokenizer.pad_id,
+                              self.config["temperature"])
         return {metric: [round(v, 4) for v in values] for metric, values in each.items()}
 
     def row(self, job):
@@ -465,7 +476,7 @@ def cell(metric):
 def cells(row, metrics, names=("policy", "guide")):
     """A row of results as a line of a table: {column: text}."""
     line = {name: row[name] or "-" for name in names}
-    return line | {name: cell(row["metrics"].get(name)) for name in metrics}
+    return line | {m: cell(row["metrics"].get(m)) for m in metrics if m != KL_AT_1}
 
 
 def table(title, lines):
@@ -548,7 +559,8 @@ def report(rows, config):
     over = "prompts" if n == 1 else "trainings"
     parts = [f"Objectives: {names}. Trained with seed {seeds}. "
              f"Sampling temperature {config['temperature']}, beta {config['beta']}, "
-             f"{config['k']} candidates. Mean ± half the 95 % interval over {over}.\n"]
+             f"{config['k']} candidates. Mean ± half the 95 % interval over {over}. "
+             f"kl: nats from SFT, both at temperature {config['temperature']}.\n"]
     details = []
     for domain, plain, swept in by_domain(rows):
         # The first row, a plain policy, has every metric.
@@ -658,6 +670,11 @@ def pareto_svg(rows):
 
 # -- the files of a run
 
+OUTPUTS = ("scores.jsonl", "results.md", "pareto.svg", "results.json")
+# What a row of results.json and its line of scores.jsonl share; rows alike in it have equal values.
+ROW_KEY = ("domain", "policy", "guide", "weights")
+
+
 def evaluate(run, pair_rows, device=None):
     """Measure every row of a run of one seed, then publish. pair_rows: the rows of held-out pairs;
     device: if not the run's own."""
@@ -675,8 +692,9 @@ def evaluate(run, pair_rows, device=None):
     # What the means are made of, prompt by prompt: paired comparisons need it.
     lines = ""
     for row in rows:
-        line = {key: row[key] for key in ("domain", "policy", "guide", "weights", "each")}
+        line = {key: row[key] for key in (*ROW_KEY, "each")}
         lines += json.dumps(line, separators=(",", ":")) + "\n"
+    forget_files(run, OUTPUTS)
     write_text(f"{run}/scores.jsonl", lines)
     publish(run, rows + pair_rows)
 
@@ -685,6 +703,7 @@ def publish(run, rows):
     """Print the tables of these rows; write results.md, pareto.svg and, last, results.json, which
     says that a run is finished."""
     text, details = report(rows, read_run(run))
+    forget_files(run, OUTPUTS)
     write_text(f"{run}/results.md", f"{text}\n{details}")
     write_text(f"{run}/pareto.svg", pareto_svg(rows))
     # The values behind the means are in scores.jsonl already.
@@ -692,6 +711,7 @@ def publish(run, rows):
     for row in rows:
         kept.append({key: v for key, v in row.items() if key not in ("n", "each")})
     write_json(f"{run}/results.json", kept)
+    note_files(run, OUTPUTS)
     print(f"\n{text}\nThe sweeps of weights: {run}/results.md")
 
 
@@ -709,9 +729,17 @@ def load_rows(run):
     results = [read_json(f"{path}/results.json") for path in seed_runs(run)]
     if len(results) > 1:
         return over_trainings(results)
-    # Held-out pairs, the last rows, have no line.
-    for row, (_, line) in zip(results[0], read_jsonl(f"{run}/scores.jsonl")):
-        row["each"] = line["each"]
+    each = {}
+    for _, line in read_jsonl(f"{run}/scores.jsonl"):
+        each[repr([line.get(name) for name in ROW_KEY])] = line.get("each")
+    for row in results[0]:
+        # Held-out pairs have no line.
+        if not row["domain"].startswith("pairs:"):
+            row["each"] = each.get(repr([row[name] for name in ROW_KEY]))
+            if not row["each"]:
+                where = f"{row_name(row)}, {row['domain']}"
+                raise InputError(f"{run}/scores.jsonl: no line of {where}; bring the file back, or "
+                                 f"write it anew with evaluate.py {run}")
     return results[0]
 
 
@@ -752,10 +780,12 @@ def main(argv=None):
         if not os.path.isfile(f"{run}/results.json"):
             raise InputError(f"{run}: not a finished run (no results.json); finish it with "
                              f"train.py --resume {run}")
+        check_files(run)
     # Several runs are only read, not measured.
     if len(args.runs) > 1:
         print(side_by_side(args.runs))
         return
+    check_key(run, read_run(run))           # the same --data
     trainings = seed_runs(run)
     for path in trainings:
         # Held-out pairs are not measured again.

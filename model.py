@@ -775,7 +775,7 @@ class Checkpoint:
 
     def take(self, name, shape, dtype):
         """A copy of a tensor in `dtype`; the file's pages are let go. InputError if it is missing,
-        or has another shape or no floating-point numbers."""
+        has another shape, no floating-point numbers, or NaN among them."""
         own = hf.PREFIX.sub("", name)
         if own not in self.entries:
             raise InputError(f"{self.path}: tensor {name!r} is missing")
@@ -785,7 +785,12 @@ class Checkpoint:
         if found != tuple(shape) or not kind.is_floating_point:
             raise InputError(f"{path}: tensor {name!r} has shape {found} of {kind}, config.json "
                              f"wants {tuple(shape)}")
-        return map_tensor(path, *entry).to(dtype, copy=True)
+        t = map_tensor(path, *entry).to(dtype, copy=True)
+        # A NaN or an infinity anywhere makes the sum one; large numbers may, too.
+        if not t.sum().isfinite() and not t.isfinite().all():
+            raise InputError(f"{path}: tensor {name!r} holds numbers that are not finite; get the "
+                             "file again, or train with a lower learning rate")
+        return t
 
     def backbone(self, config, dtype):
         """The backbone's state {our name: tensor}, placed. InputError as in take."""

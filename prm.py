@@ -139,8 +139,8 @@ class PRM(nn.Module):
         for layer in (self.score[0], self.score[2]):
             nn.init.normal_(layer.weight, std=d ** -0.5, generator=generator)
             nn.init.zeros_(layer.bias)
-        # The spread of each output over held-out steps. It brings values, logits and preference
-        # scores to one unit, so that "unified" guidance may average them.
+        # How far each output spreads among the candidates of one step, which is all that guidance
+        # compares: in these units "unified" may average values, logits and preference scores.
         self.register_buffer("scale", torch.ones(len(outputs)))
         # A released PRM may want this token after every step, and is read there.
         self.marker = None
@@ -157,8 +157,9 @@ class PRM(nn.Module):
         return torch.cat((above[..., :-1], below[..., -1:]), -1)
 
     def guide(self, scores, guide, boundary):
-        """scores (..., P) -> (...): the scaled scores of one output; for "unified" the mean of
-        those whose steps end at `boundary`: one domain's. InputError for an unknown guide."""
+        """scores (..., P) -> the outputs' own scores that guide (..., P'), of one output, or for
+        "unified" of those whose steps end at `boundary`: one domain's; and what is compared, their
+        mean in units of their spread (...). InputError for an unknown guide."""
         names = [guide]
         if guide == "unified":
             # A released reward model has no boundary of its own: it fits all.
@@ -167,7 +168,8 @@ class PRM(nn.Module):
         if not index:
             raise InputError(f"no PRM output {guide!r} here: this PRM has "
                              f"{', '.join(self.names)}, and 'unified'")
-        return (scores[..., index] / self.scale[index]).mean(-1)
+        values = scores[..., index]                                                # (..., P')
+        return values, (values / self.scale[index]).mean(-1)
 
 
 # -- scoring sequences

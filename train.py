@@ -31,7 +31,7 @@ import os
 import signal
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Callable, NamedTuple
@@ -46,19 +46,20 @@ from data import (CASES, DOMAINS, OBJECTIVES, PROMPTS, RNG, InputError, Tokenize
 from decode import domain_mix, generate, parse_weights
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
-from interop.options import HARMLESS, METHODS, Config, check_config, read_command
+from interop.manifest import check_files, forget_files, note_files
+from interop.options import METHODS, check_config, read_command
 from interop.parallel import (even, gather, head_norm, join_processes, local_items, parameters_of,
                               placed, rank, ranks, reaching, shard, total, whole)
-from interop.real_data import (data_files, describe_data, load_base, real_labels, real_pairs,
-                               worlds_of)
-from interop.resume import (at_work, clear, copy_stages, fingerprint, finished, free_name,
-                            load_checkpoint, load_config, new_directory, put_rows, read_rows,
+from interop.real_data import describe_data, load_base, real_labels, real_pairs, worlds_of
+from interop.resume import (at_work, clear, copy_stages, finished, free_name, load_checkpoint,
+                            load_config, new_directory, put_rows, read_rows, run_key,
                             save_checkpoint, save_config, stops_wait, write_rows)
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
                      pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
 from prm import (NOISE_FREE, PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss,
-                 hindsight_targets, majority_labels, pair_scores, save_prm, step_loss, step_scores)
+                 hindsight_targets, majority_labels, pair_scores, save_prm, scores_at, step_loss,
+                 step_scores)
 
 
 # -- what the stages share
@@ -78,10 +79,7 @@ class Run:
         for o in objectives:
             self.domains.setdefault(o.domain, []).append(o.name)
         self.device = pick_device(config.device)
-        # Files that were made under other options, or from other data, have another key.
-        options = {name: v for name, v in asdict(config).items() if name not in HARMLESS}
-        records = [asdict(o) for o in objectives]
-        self.key = fingerprint([options, records], data_files(config.data, objectives))
+        self.key = run_key(asdict(config), objectives)      # of its options and data
 
     def file(self, name):
         """The path of one of the run's files."""
@@ -472,10 +470,12 @@ def preference_loss(run, pairs, logps, count=None):
     margin = torch.tensor([pair.margin for pair in pairs], device=device)           # (n,)
     # MODPO's weights are uniform over the objectives of a domain.
     uniform = [1 / len(run.domains[o.domain]) for o in run.objectives]
-    w_k = torch.tensor(uniform, device=device)[owner]                               # (n,)
-    losses = modpo_loss(*both, margin, w_k, beta)
+    w = torch.tensor(uniform, device=device)                                        # (O,)
+    losses = modpo_loss(*both, margin, w[owner], beta)
     metrics = pair_metrics(losses, *both, owner, len(alpha), beta, count)
-    return balanced_mean(losses, owner, alpha, count), metrics
+    # The paper trains one MODPO a domain. Here one policy serves all, and a division by w_k would
+    # let domains with more objectives pull harder: their losses count by w_k, which undoes that.
+    return balanced_mean(losses, owner, alpha * w, count), metrics
 
 
 def train_policy(run, name):
@@ -820,6 +820,9 @@ def train_prm(run, name):
     for policies in (["sft"], ["mah_dpo"], list(PAIR_FILES)):
         quality = measure_prm(prm, prm_data(run, names, "dev", policies))
         log.append({"policies": policies} | quality)
+    # A single output guides in whatever unit.
+    if len(names) > 1:
+        set_units(prm, run)
     run.log(name, log)
     save_prm(prm, run.file(name))
 
@@ -845,7 +848,7 @@ def measure_prm(prm, data):
         p = prm.names.index(name)
         quality[name] = quality_of(prm.outputs[p], scores, targets) | noise_ceiling(data, name)
         tqdm.write(f"  {name:17s} held-out {shown(quality[name])}")
-        # Scores of different outputs are brought to one unit by their spread.
+        # A unit for want of a better one, where there is no world to draw candidates in.
         if scores.numel() > 1 and scores.std() > 0:
             prm.scale[p] = scores.std()
     return {"held_out": quality}
@@ -859,6 +862,41 @@ def noise_ceiling(data, name):
             if name + NOISE_FREE in labels:
                 agree.append(labels[name] == labels[name + NOISE_FREE])
     return {"ceiling": sum(agree) / len(agree)} if agree else {}
+
+
+@torch.no_grad()
+def set_units(prm, run):
+    """Set prm.scale to the spread of each output among candidates of one step, on development
+    prompts of MAH-DPO: guidance compares these alone, and what steps differ by tells it nothing."""
+    _, sources = sources_of(run, "mah_dpo")
+    for source in [source for source in sources if source.split == "dev"]:
+        variances = []
+        # Several processes share the PRM: each lets it read all that all of them have drawn.
+        for texts in gather(draw_candidates(source)):
+            scores = scores_at(prm, [(ids, [len(ids) - 1]) for ids in texts])       # (K, P)
+            variances.append(scores.var(0))
+        spread = torch.stack(variances).mean(0).sqrt()                              # (P,)
+        for p, output in enumerate(prm.outputs):
+            if output.domain == source.world.name and spread[p] > 0:
+                prm.scale[p] = spread[p]
+
+
+def draw_candidates(source, K=5):
+    """K ways to take each step of a policy's answers -> for every step K texts (ids), which begin
+    with the prompt and end with that step."""
+    tokenizer, boundary = source.model.tokenizer, source.world.boundary
+    turns, _, generator = roll_out(source, "candidates", 400)
+    starts, found = [], []
+    for turn in turns:
+        for end in [-1, *tokenizer.step_ends(turn.response, boundary)[:-1]]:
+            starts += [turn.before + turn.response[:end + 1]] * K
+    drawn = generate(source.model, starts, weights=source.mix, generator=generator,
+                     max_new_tokens=source.world.max_new_tokens,
+                     temperature=source.run.config.temperature)
+    for start, response in zip(starts, drawn):
+        # Of what was drawn the first step counts.
+        found.append(start + response[:tokenizer.step_ends(response, boundary)[0] + 1])
+    return [found[i:i + K] for i in range(0, len(found), K)]
 
 
 def all_scores(read, prm, items):
@@ -933,14 +971,17 @@ def run_stages(run):
     for number in (signal.SIGINT, signal.SIGTERM):      # a batch system's request is as Ctrl-C
         signal.signal(number, signal.default_int_handler)
     for number, stage in enumerate(stages(run), 1):
-        done = finished(run, stage)
+        # The stage leaves its files and rows in both logs.
+        done, files = finished(run, stage), [*stage.files, "log.jsonl", "timings.jsonl"]
         print(f"[{number}] {stage.title}{': finished before' * done}", flush=True)
         if not done:
+            forget_files(run.path, files)
             begun = time.time()
             stage.work(run, stage.files[-1])
             seconds = round(time.time() - begun, 1)
             run.log(stage.title, [{"seconds": seconds}], "timings.jsonl")
             print(f"    {seconds} s", flush=True)
+        note_files(run.path, files)
     clear(run.path)
     print(f"{run.path}: done. Talk to it: python decode.py {run.path} --prompt ...")
 
@@ -1067,6 +1108,7 @@ def carry_out(run):
     """All that is unfinished of a run: the stages of its training, or of each of several, and then
     the tables over these."""
     with at_work(run.path):
+        check_files(run.path)
         trainings = seed_runs(run.path)
         # A training of several is a run of its own, with its own seed.
         for i, path in enumerate(trainings):
@@ -1105,29 +1147,23 @@ def origin_of(config):
 
 
 def open_run(path, device="auto"):
-    """The run in a directory, with its own options. InputError if it is of another version, or if
-    its options or data are no longer those that it began with."""
-    saved = load_config(path, [f.name for f in fields(Config)])
-    objectives, key = saved.pop("objectives"), saved.pop("key")
-    config = Config(**saved)
+    """The run in a directory, with its own options. InputError as in load_config."""
+    config, objectives = load_config(path)
     if device != "auto":
         config.device = device
-    run = Run(path, config, objectives)
-    if key != run.key:
-        raise InputError(f"{path}/config.json: the options, or the files in --data "
-                         f"({config.data}), are not those that this run began with; bring those "
-                         "back, or start a new run")
-    check_config(config)                        # there may be more processes now
-    return run
+    check_config(config)
+    return Run(path, config, objectives)
 
 
 def check_new(config):
     """check_config, and read what the stages of a new run will read, so that a mistake shows before
     anything is written."""
     check_config(config)
-    # Where --from leads, there must be a training of every seed.
+    # Where --from leads, there must be a training of every seed, and no damage.
     for seed in range(config.seed, config.seed + config.seeds) if config.from_ else []:
         origin_of(replace(config, seed=seed))
+    if config.from_:
+        check_files(config.from_)
     run = Run("", config)
     model = None
     if config.init:

@@ -4,9 +4,10 @@
 
 RUN is a finished run, best one with several seeds. A finding is a set of comparisons: one row of
 the tables should score better on an objective than another. A comparison holds if the mean of
-the paired differences lies above zero by more than half its 95 % interval; they are paired over
-prompts, or over the trainings of a run with several seeds. F6 compares RUN, whose PRM is unified,
-with EACH_RUN, trained alike but with --prm each; without that it is not run.
+the paired differences lies above zero by more than half its 95 % interval, and does not hold if it lies
+below by more; where something may be lost, that stands for zero. Pairs are prompts, or the
+trainings of a run with several seeds. F6+ compares RUN, whose PRM is unified, with EACH_RUN,
+trained alike but with --prm each; without that it is not run.
 """
 import argparse
 import os
@@ -19,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import InputError, domain_objectives, run_command  # noqa: E402
 from decode import read_run  # noqa: E402
 from evaluate import by_domain, cell, half_width, load_rows, row_name, summary, table  # noqa: E402
-from experiments.claims import FINDINGS, KEPT, OWN, comparisons, differences  # noqa: E402
+from experiments.claims import FINDINGS, JUMP, KEPT, OWN, comparisons, differences  # noqa: E402
 
 
 def line(finding, domain, objective, compared, values, slack=0.0):
@@ -29,17 +30,25 @@ def line(finding, domain, objective, compared, values, slack=0.0):
     verdict = "not run"
     if metric:
         half = half_width(metric)
-        verdict = "does not hold" if metric["mean"] + half < 0 else "not significant"
+        verdict = "does not hold" if metric["mean"] + half < -slack else "not significant"
         if metric["mean"] - half > -slack:
             verdict = "holds"
     return {"finding": finding, "domain": domain, "objective": objective, "compared": compared,
             "verdict": verdict, "difference": cell(metric)}
 
 
+def doubtful(steps):
+    """steps (n, units) -> the index of the one whose interval reaches down furthest."""
+    found = [summary(values) for values in steps.tolist()]
+    lowest = [metric["mean"] - half_width(metric) for metric in found]
+    return lowest.index(min(lowest))
+
+
 def sweep_lines(domain, pair, mixes):
     """F5 for one pair of heads, both objectives: the slope of a straight line through the scores
-    along the objective's weight; and the step from weight to weight that may lose most. All steps
-    must pass, so having picked the worst makes "holds" no weaker; its "does not hold" is weaker."""
+    along the objective's weight; the step from weight to weight that may lose most; and how far the
+    largest step stays below half the way from end to end, as no jump does. All steps must pass, so
+    having picked the most doubtful makes "holds" no weaker; its "does not hold" is weaker."""
     lines = []
     for name, other in (pair, pair[::-1]):
         # The mixes of heads in the order of this objective's weight.
@@ -50,15 +59,17 @@ def sweep_lines(domain, pair, mixes):
         # Least squares, for every prompt or training by itself.
         spread = weights - weights.mean()                                      # (weights,)
         slopes = spread @ scores / (spread @ spread)                           # (units,)
-        # From one weight to the next: what does a prompt or training gain?
-        steps = scores.diff(dim=0).tolist()
-        gains = [summary(step) for step in steps]
-        lowest = [gain["mean"] - half_width(gain) for gain in gains]
-        i = lowest.index(min(lowest))
-        worst = f"worst step, {weights[i]:.1f} to {weights[i + 1]:.1f}, against {other}"
         slope = f"slope along its weight, against {other}"
         lines.append(line("F5", domain, name, slope, slopes.tolist()))
-        lines.append(line("F5", domain, name, worst, steps[i], KEPT))
+        # From one weight to the next: what does a prompt or training gain, and is that too much?
+        gains = scores.diff(dim=0)                                             # (steps, units)
+        below = JUMP * gains.sum(0) - gains
+        checks = [("worst", gains, KEPT),
+                  ("half the way - largest", below, 0.0)]
+        for title, steps, slack in checks:
+            i = doubtful(steps)
+            compared = f"{title} step, {weights[i]:.1f} to {weights[i + 1]:.1f}, against {other}"
+            lines.append(line("F5", domain, name, compared, steps[i].tolist(), slack))
     return lines
 
 
@@ -108,11 +119,11 @@ def findings_table(lines):
 
 
 def check_pair(run, each_run):
-    """InputError if two runs cannot be compared for F6: the same but for their PRMs."""
+    """InputError if two runs cannot be compared for F6+: the same but for their PRMs."""
     # Differences are paired by order: both must have met the same prompts, in the same order.
     one, other = read_run(run), read_run(each_run)
     if (one["prm"], other["prm"]) != ("unified", "each"):
-        raise InputError(f"F6 compares a run of --prm unified with one of --prm each: {run} has "
+        raise InputError(f"F6+ compares a run of --prm unified with one of --prm each: {run} has "
                          f"{one['prm']}, {each_run} has {other['prm']}")
     for name in ("objective", "seed", "seeds", "n_test", "split"):
         if one[name] != other[name]:
@@ -136,7 +147,7 @@ def main(argv=None):
     if not lines:
         raise InputError(f"{args.run}: no tables, so nothing to compare")
     print(findings_table(lines))
-    print(table("every comparison; F1's accuracies, F5's worst step and all of F6 may lose less "
+    print(table("every comparison; F1's accuracies, F5's worst step and all of F6+ may lose less "
                 f"than {KEPT}", lines))
 
 

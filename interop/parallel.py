@@ -1,6 +1,6 @@
 """Several processes (torchrun, FSDP2): who am I, what is my part, sums and shards over all.
 
-    join_processes                    at the start: meet the others
+    join_processes, leave_processes   at the start: meet the others; at the end: part from them
     local_items, total, gather, once  what each does alone, and what all know afterwards
     shard, placed, whole, gathered    parameters of which every process holds some rows
     whole_file, alone                 a file that appears whole, a directory held by one command
@@ -36,6 +36,16 @@ def join_processes():
         sys.stdout = open(os.devnull, "w")
         # tqdm draws progress bars for a terminal only; bool() is False.
         sys.stderr.isatty = bool
+
+
+def leave_processes():
+    """Part from the others when all have come to the end. torch's threads end here: while they
+    live, the interpreter's own end may abort the process."""
+    if dist.is_initialized():
+        dist.barrier()
+        mesh.cache_clear()
+        dist.destroy_process_group()
+        sys.stdout.flush()
 
 
 def first_speaks():

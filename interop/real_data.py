@@ -128,6 +128,9 @@ def real_pairs(data, objectives, model):
             continue
         rows = read_preferences(path, objective.name, dropped)
         kept = fitting(rows, partial(encode_pair, model=model), dropped, too_long)
+        if len(kept) > 1 and len({tuple(pair.prompt) for pair in kept}) == 1:
+            raise InputError(f"{path}: nothing can be held out: its {len(kept)} pairs have one "
+                             "prompt, which is held out or trained on as a whole; add prompts")
         if {pair.split for pair in kept} != {"train", "dev"}:
             raise InputError(f"{path}: of its rows {len(kept)} fit the context of {limit} tokens; "
                              "pairs to train on and to hold out are both needed: add rows, or "

@@ -24,7 +24,10 @@ import torch
 
 from data import InputError, read_jsonl, write_json, write_text
 from decode import read_run
-from interop.parallel import alone, gather, like, once, parameters_of, rank
+from interop.manifest import is_there, note_files
+from interop.options import HARMLESS, Config
+from interop.parallel import alone, gather, like, once, parameters_of, rank, ranks
+from interop.real_data import data_files
 from model import load_safetensors, read_metadata, save_safetensors
 
 
@@ -181,9 +184,8 @@ def at_work(path):
 
 
 def finished(run, stage):
-    """Is a stage's last file there? Of a model's directory it is config.json."""
-    path = run.file(stage.files[-1])
-    return os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json"))
+    """Are all files of a stage there?"""
+    return all(is_there(run.file(name)) for name in stage.files)
 
 
 def copy_stages(source, run, stages):
@@ -213,19 +215,45 @@ def copy_stage(source, run, files):
 def save_config(run, directory):
     """config.json: the options, and what tells whether they still mean the same."""
     records = [asdict(o) for o in run.objectives]
-    write_json(f"{directory}/config.json",
-               asdict(run.config) | {"objectives": records, "key": run.key})
+    about = {"objectives": records, "key": run.key, "processes": ranks()}
+    write_json(f"{directory}/config.json", asdict(run.config) | about)
+    note_files(directory, ["config.json"])
 
 
-def load_config(path, names):
-    """What save_config saved. InputError where the options are others than `names`: another version
-    of train.py may mean something else by them."""
+def load_config(path):
+    """What save_config saved -> Config, list of Objective. InputError where the options are others:
+    another version of train.py may mean something else by them; for a changed option or --data; and
+    for another number of processes, whose draws and roundings are others."""
     saved = read_run(path)
-    other = set(saved) ^ {*names, "objectives", "key"}
+    other = set(saved) ^ {*[f.name for f in fields(Config)], "objectives", "key", "processes"}
     if other:
         raise InputError(f"{path}/config.json: not the configuration of a run of this version "
                          f"({', '.join(sorted(other))})")
-    return saved
+    check_key(path, saved)
+    objectives, n, _ = [saved.pop(name) for name in ("objectives", "processes", "key")]
+    if n != ranks():
+        raise InputError(f"{path}: a run of {n} processes, not of {ranks()}; go on with torchrun "
+                         f"--nproc_per_node {n} train.py, or python train.py if that is 1")
+    return Config(**saved), objectives
+
+
+def check_key(path, saved):
+    """InputError if the options of a run, as read_run gives them, or its data are no longer those
+    that it began with."""
+    options = dict(saved)
+    objectives, key = options.pop("objectives"), options.pop("key", None)
+    options.pop("processes", None)
+    if key != run_key(options, objectives):
+        raise InputError(f"{path}/config.json: the options, or the files in --data "
+                         f"({options.get('data')}), are not those that this run began with; bring "
+                         "those back, or start a new run")
+
+
+def run_key(options, objectives):
+    """A hash of options ({name: value}) and data: files made under others have another key."""
+    options = {name: value for name, value in options.items() if name not in HARMLESS}
+    records = [asdict(o) for o in objectives]
+    return fingerprint([options, records], data_files(options.get("data"), objectives))
 
 
 def fingerprint(values, paths):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -72,12 +73,13 @@ NAMES = ["helpfulness", "honesty", "tutor_engagement"]
 
 @contextlib.contextmanager
 def few_problems():
-    """At most 40 problems wherever a stage asks for thousands, and short answers: untrained models
-    talk until they are cut off."""
+    """At most 40 problems wherever a stage asks for thousands, a smaller base model, and short
+    answers: untrained models talk until they are cut off."""
     plain = World.problems
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(World, "problems",
                       lambda self, split, n, rng: plain(self, split, min(n, 40), rng))
+        patch.setattr(train, "GPTConfig", partial(GPTConfig, n_layer=2, d_model=32, d_ff=48))
         for name, most in (("math", 20), ("values", 12), ("tutoring", 8)):
             patch.setattr(type(DOMAINS[name]), "max_new_tokens", most)
         yield

@@ -143,7 +143,7 @@ test_mse_hand_value_and_mask: The loss is small where few steps have labels.
     mask.sum().clamp(min=1) ==> mask.numel()
 test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain:
   Unified guidance follows one objective only.
-    (scores[..., index] / self.scale[index]).mean(-1) ==> scores[..., index].mean(-1)
+    (values / self.scale[index]).mean(-1) ==> values.mean(-1)
 test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain:
   Unified guidance of maths listens to the tutors.
     if o.boundary in ("", boundary)] ==> if o.boundary not in ("", boundary)]
@@ -319,7 +319,7 @@ test_final_answers: Of two boxed results the wrong one counts.
 test_no_answer_is_never_right: Saying nothing can be right.
     return False ==> return a == b
 [interop/checkpoints.py]
-test_names_of_an_exported_checkpoint: Our exports are nonsense in every other program.
+test_a_checkpoint_comes_back_bit_for_bit: Our exports are nonsense in every other program.
     "embed": ["embed_tokens"], ==> "embed": ["lm_head"],
 test_a_tied_checkpoint:
   Exported from a tied base model, a policy serves as if it had never been trained.

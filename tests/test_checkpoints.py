@@ -269,6 +269,7 @@ def test_other_precisions(tmp_path, dtype):
     write(str(tmp_path), CASES["qwen3"], tensors)
     model, half = load_hf(str(tmp_path)), load_hf(str(tmp_path), dtype=torch.bfloat16)
     assert torch.equal(model.embed.weight, tensors["model.embed_tokens.weight"].float())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.cos.dtype == half(torch.tensor([[1, 2]])).dtype == torch.bfloat16
 
@@ -286,6 +287,11 @@ def test_what_other_programs_leave_behind(tmp_path):
     assert same_state(a, b)
     write(str(tmp_path / "d"), c, {f"pretrained_model.{name}": t for name, t in tensors.items()})
     assert same_state(a, load_hf(str(tmp_path / "d")))
+    llama = tensors_of(LLAMA)
+    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    write(str(tmp_path / "e"), LLAMA, llama)
+    write(str(tmp_path / "f"), LLAMA, llama | tables)
+    assert same_state(load_hf(str(tmp_path / "e")), load_hf(str(tmp_path / "f")))
     write(str(tmp_path / "c"), c, tensors | {"wte.weight": torch.ones(23, 24)})
     with pytest.raises(InputError, match="stands twice"):
         load_hf(str(tmp_path / "c"))
@@ -341,7 +347,7 @@ LLAMA_CHANGES = [
     ({"model_type": "mistral", "sliding_window": 16}, "sliding_window = 16"),
     ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True}, "sliding_window ="),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-    ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+    ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "MixtralFor.*mixtral"),
     ({"num_local_experts": 8}, "num_local_experts = 8"),
     ({"logit_scale": 0.5}, "logit_scale = 0.5"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
@@ -363,7 +369,15 @@ LLAMA_CHANGES = [
     ({"rope_theta": -1.0}, "unusable rope_theta"),
     ({"rope_theta": {"full_attention": 5e5}}, "unusable rope_theta"),
     ({"head_dim": 5}, "unusable"),
-    ({"intermediate_size": None}, "intermediate_size")]
+    ({"intermediate_size": None}, "intermediate_size"),
+    ({"model_type": None}, "only llama, mistral"),
+    ({"hidden_size": None}, "'hidden_size' is missing"), ({"hidden_size": "24"}, "unusable"),
+    ({"num_attention_heads": 0}, "unusable"), ({"num_key_value_heads": 3}, "unusable"),
+    ({"num_hidden_layers": -1}, "unusable"), ({"num_hidden_layers": 3}, "layers.2.*is missing"),
+    ({"rope_parameters": [1]}, "unusable"), ({"objectives": 5}, "unusable"),
+    ({"intermediate_size": 21}, "has shape"),
+    ({"vocab_size": 24}, "embed_tokens.weight' has shape"),
+    ({"objectives": ["a", "b"]}, "'heads.0.weight' is missing")]
 GPT2_CHANGES = [
     ({"activation_function": "relu"}, "relu"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),

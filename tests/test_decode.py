@@ -454,6 +454,7 @@ def test_what_has_ended_is_fed_no_more(toy, fed):
     found = generate(toy[0], prompts, **options)
     assert len({len(ids) for ids in found}) > 1
     assert tokens(fed["policy"]) == sum(4 + len(ids) - 1 for ids in found)
+    assert not any(graph for _, graph in fed["policy"])
     fed["policy"].clear()
     found = guided_decode(*toy, prompts, boundary="newline", K=1, guide="math_accuracy", **options)
     assert len({len(answer.steps) for answer in found}) > 1
@@ -575,9 +576,10 @@ def test_guided_temperature_zero_needs_one_candidate(toy):
 def test_sampling_options_without_a_meaning_are_refused(toy, options):
     """Prevents: top_p = 0 that returns the least likely token, a negative temperature that
     prefers unlikely ones, a tiny one whose quotients overflow, so that NaN decides."""
-    with pytest.raises(InputError, match="need temperature >= 0"):
+    words = r"^need temperature >= 0 .* and max_new_tokens >= 1, not .*\d$"
+    with pytest.raises(InputError, match=words):
         generate(toy[0], [[1, 2]], **({"max_new_tokens": 4} | options))
-    with pytest.raises(InputError, match="need temperature >= 0"):
+    with pytest.raises(InputError, match=words):
         guided_decode(*toy, [[1, 2]], **(OPTIONS | options))
     decode.check_sampling(1, 1e-6, 1e-9)         # as small as each may be
 
@@ -592,19 +594,22 @@ def test_guided_refuses_scores_that_are_not_finite(toy):
         calls.append(1)
         return scores * (math.nan if len(calls) > 2 else 1)     # the first step is fine
     prm.register_forward_hook(spoil)
-    with pytest.raises(InputError, match="step 2: the PRM's scores are not finite"):
+    with pytest.raises(InputError, match="^step 2: the PRM's scores are not finite"):
         guided_decode(policy, prm, prompts_of(4, seed=2), generator=seeded(3),
                       **(OPTIONS | {"max_new_tokens": 40}))
 
 
 def test_guided_refuses_another_tokenizer(toy):
-    """Prevents: a PRM that reads the policy's ids as other words."""
+    """Prevents: a PRM that reads the policy's ids as other words; one refused for its padding."""
     other = copy.deepcopy(toy[1])
     other.backbone.tokenizer.pieces[0] = b"zz"
     small = PRM(bare(11, objectives=()), outputs("math_accuracy"))
     for prm in (other, small):
         with pytest.raises(InputError, match="different tokenizers"):
             guided_decode(toy[0], prm, [[1]], **OPTIONS)
+    padded = copy.deepcopy(toy[1])
+    padded.backbone.tokenizer.pieces.append(b"")              # a vocabulary with one more row
+    guided_decode(toy[0], padded, [[1]], **OPTIONS)
 
 
 @pytest.mark.parametrize("prompts, message", [
@@ -657,7 +662,7 @@ def write_run(run, gpt, **prms):
         prm = PRM(gpt.with_heads(()), outputs(*names), seeded(0))
         save_prm(prm, os.path.join(run, name))
     records = [vars(objective) for objective in outputs(*NAMES[:2])]
-    config = {"objectives": records, "temperature": 0.7}
+    config = {"objectives": records, "temperature": 0.7, "init": "", "max_new_tokens": 256}
     write_json(os.path.join(run, "config.json"), config)
     return str(run)
 
@@ -689,6 +694,26 @@ def test_main_shows_candidates_and_winner(tiny_run, capsys):
     decode.main([*argv, "--quiet"])
     answer = capsys.readouterr().out
     assert first.endswith(answer) and "step 1" not in answer
+
+
+@pytest.mark.parametrize("guide", ["math_engagement", "unified"])
+def test_what_is_printed_are_the_prms_own_scores(toy, guide, capsys):
+    """Prevents: a right answer of value 2 shown as 2.9, in the unit in which outputs are averaged;
+    of several outputs one number that is none of theirs."""
+    prompt, index = prompts_of(4)[0], GUIDES["newline"]
+    answer, = guided_decode(*toy, [prompt], boundary="newline", guide=guide, K=3, max_new_tokens=8,
+                            generator=seeded(1))
+    index = index if guide == "unified" else [NAMES.index(guide)]
+    text, shown = prompt, []
+    for step in answer.steps:
+        for ids, values in zip(step.candidates, step.values, strict=True):
+            scores = toy[1](torch.tensor([text + ids]))[0, -1]
+            assert values == pytest.approx(scores[index].tolist(), abs=1e-9)
+            shown.append([f"{value:+.4f}" for value in values])
+        text = text + step.candidates[step.winner]
+    decode.show_steps(toy[0].tokenizer, answer.steps)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:4].strip() != "step"]
+    assert [line[5:].split()[:len(index)] for line in lines] == shown
 
 
 @pytest.fixture
@@ -730,8 +755,21 @@ def test_main_derives_what_is_not_said(tiny_run, gpt, asked, tmp_path, argv, wei
     assert call["outputs"] == ([ENGAGEMENT] if "--prm" in argv else [ACCURACY, ENGAGEMENT])
     assert call.pop("generator").initial_seed() == 0
     expected = dict(weights=weights, guide=guide, temperature=temperature, K=5, state=None,
-                    max_new_tokens=64, boundary="newline")
+                    max_new_tokens=72, boundary="newline")
     assert call == call | expected
+
+
+@pytest.mark.parametrize("init, argv, limit", [
+    ("", [], 72), ("", ["--max-new-tokens", "9"], 9), ("a checkpoint", [], 200),
+    ("a checkpoint", ["--max-new-tokens", "9"], 9)])
+def test_an_answer_may_be_as_long_as_in_training(gpt, asked, tmp_path, init, argv, limit):
+    """Prevents: answers that are cut off although the run's own tables let them go on, a sixth of
+    maths' at 64 tokens."""
+    run = write_run(tmp_path, gpt, prm=NAMES[:2])
+    path = os.path.join(run, "config.json")
+    write_json(path, decode.read_json(path) | {"init": init, "max_new_tokens": 200})
+    decode.main([run, "--prompt", "2 + 3 = ?", *argv])
+    assert [call["max_new_tokens"] for call in asked] == [limit]
 
 
 def test_main_closes_an_answer_that_was_cut_off(tiny_run, gpt, asked, monkeypatch, capsys):
@@ -789,7 +827,7 @@ def test_answers_of_a_file_are_independent(tiny_run, tmp_path, capsys):
     assert found == expected
 
 
-def test_a_line_that_does_not_fit_is_named(tiny_run, tmp_path, capsys):
+def test_a_line_that_does_not_fit_is_named(tiny_run, tmp_path, capsys, monkeypatch):
     """Prevents: a long file of which nobody knows which prompt was too long; the answers before it
     lost."""
     path = tmp_path / "prompts.txt"
@@ -797,6 +835,9 @@ def test_a_line_that_does_not_fit_is_named(tiny_run, tmp_path, capsys):
     with pytest.raises(InputError, match="prompts.txt:3: .* room for 128"):
         decode.main([tiny_run, "--k", "1", "--file", str(path)])
     assert json.loads(capsys.readouterr().out)["prompt"] == QUESTIONS[0]
+    monkeypatch.setattr("sys.stdin", io.StringIO("1 + " * 100))
+    with pytest.raises(InputError, match="^standard input:1: .* room for 128"):
+        decode.main([tiny_run])
 
 
 @pytest.mark.parametrize("option", [[], ["--file"]])
@@ -806,9 +847,16 @@ def test_a_system_message_stands_first(tiny_run, gpt, asked, monkeypatch, tmp_pa
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(QUESTIONS))
     monkeypatch.setattr("sys.stdin", path.open())
-    decode.main([tiny_run, "--system", "Be kind.", *(option and ["--file", str(path)])])
     system = {"role": "system", "content": "Be kind."}
     opening = gpt.tokenizer.encode_chat([system, {"role": "user", "content": QUESTIONS[0]}])
+    plain, chats = Tokenizer.encode_chat, []
+
+    def encode_chat(self, messages):
+        chats.append(messages)
+        return plain(self, messages)
+    monkeypatch.setattr(Tokenizer, "encode_chat", encode_chat)
+    decode.main([tiny_run, "--system", "Be kind.", *(option and ["--file", str(path)])])
+    assert {message["role"] for message in sum(chats, [])} == {"system", "user"}
     said = [call["prompts"][0] for call in asked]
     assert said[0] == opening and len(said) == 3
     assert said[2] == (opening if option else [gpt.tokenizer.eos_id]

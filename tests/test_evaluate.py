@@ -210,13 +210,13 @@ def talk(*turns):
                                         for before, response in turns])
 
 
-def token_kls(gpt, head, before, response):
+def token_kls(gpt, head, before, response, temperature):
     """The KL at every token of a response, each from a forward of its own."""
     found = []
     for t in range(len(response)):
         h = gpt(torch.tensor([before + response[:t]]))[0, -1]
-        log_pi = F.log_softmax(head @ h, 0)
-        log_ref = F.log_softmax(gpt.heads[0].weight @ h, 0)
+        log_pi = F.log_softmax(head @ h / temperature, 0)
+        log_ref = F.log_softmax(gpt.heads[0].weight @ h / temperature, 0)
         kl = (log_pi.exp() * (log_pi - log_ref)).sum()
         found.append(float(kl))
     return found
@@ -226,25 +226,29 @@ def token_kls(gpt, head, before, response):
 def test_kl_to_sft(gpt, tokenizer, monkeypatch):
     """A KL over prompt or padding, of the wrong direction, or estimated from the samples: exact,
     per token and per answer, turns averaged before conversations; another one where the logits do
-    not fit at once."""
+    not fit at once; samples of temperature .7 measured as if they had been drawn at 1."""
     talks = [talk(([400, 5, 6], [7, 8, 9, 10]),
                   ([400, 5, 6, 7], [8])),
              talk(([400, 50], [60]),
                   ([9], [8, 7]))]
-    none = kl_to_sft(gpt, gpt.heads[0].weight, gpt, talks, tokenizer.pad_id)
-    assert none == [[approx(0.0, abs=1e-6)] * 2] * 2
-    other, per_token, per_answer = gpt.heads[1].weight, [], []
-    for c in talks:
-        kls = [token_kls(gpt, other, turn.before, turn.response) for turn in c.turns]
-        first, second = kls
-        per_token.append((sum(first) / len(first) + sum(second) / len(second)) / 2)
-        per_answer.append((sum(first) + sum(second)) / 2)
-    found = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id)
-    assert found == [approx(per_token, rel=1e-4), approx(per_answer, rel=1e-4)]
-    assert min(found[0]) > 0.01
+    none = kl_to_sft(gpt, gpt.heads[0].weight, gpt, talks, tokenizer.pad_id, 0.7)
+    assert list(none.values()) == [[approx(0.0, abs=1e-6)] * 2] * 3
+    other, per_token, per_answer = gpt.heads[1].weight, {}, {}
+    for T in (0.7, 1.0):
+        for c in talks:
+            first, second = [token_kls(gpt, other, turn.before, turn.response, T)
+                             for turn in c.turns]
+            mean = (sum(first) / len(first) + sum(second) / len(second)) / 2
+            per_token.setdefault(T, []).append(mean)
+            per_answer.setdefault(T, []).append((sum(first) + sum(second)) / 2)
+    found = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id, 0.7)
+    assert found == {"kl": approx(per_token[0.7], rel=1e-4),
+                     "kl/answer": approx(per_answer[0.7], rel=1e-4),
+                     evaluate.KL_AT_1: approx(per_token[1.0], rel=1e-4)}
+    assert min(found["kl"]) > 0.01 and found["kl"] != approx(found[evaluate.KL_AT_1], rel=0.01)
     monkeypatch.setattr(evaluate, "LOGITS", 3 * len(other))
-    again = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id)
-    assert again == [approx(f) for f in found]
+    again = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id, 0.7)
+    assert again == {metric: approx(f) for metric, f in found.items()}
 
 
 def test_pair_metrics_rows_by_hand():
@@ -436,9 +440,19 @@ def test_results_have_the_promised_rows(whole, domain, names):
     assert weights[alone[0]] == {n: float(n == names[0]) for n in NAMES}
     assert weights["soup"] == dict.fromkeys(names, 1 / len(names))
     for row in rows:
-        assert ("kl" in row["metrics"]) == (not row["guide"] and "greedy" not in row["policy"])
+        plain = not row["guide"] and "greedy" not in row["policy"]
+        assert ("kl" in row["metrics"]) == plain == (evaluate.KL_AT_1 in row["metrics"])
     sft = next(row for row in rows if row["policy"] == "sft")
     assert sft["metrics"]["kl"]["mean"] == approx(0, abs=1e-6)
+
+
+def test_a_distance_is_that_of_what_was_sampled(whole, small_worlds, monkeypatch):
+    """A distance at another temperature than the samples'."""
+    bench, seen = evaluate.Bench(whole), []
+    bench.config["temperature"] = 0.3
+    monkeypatch.setattr(evaluate, "kl_to_sft", lambda *args: seen.append(args[-1]) or {})
+    bench.measure(Job("values", "sft", "sft", {"policy": 1.0}))
+    assert seen == [0.3]
 
 
 def test_results_have_the_promised_sweep(whole):
@@ -482,6 +496,8 @@ def test_report_and_picture(whole):
                  "### values, a sweep of weights", "| w helpfulness", "soup, swept",
                  "| soup", "| mah_dpo:honesty", "| unified", "| pairs:honesty ", "±"):
         assert part in text
+    # Of the two distances one, and it says of what.
+    assert evaluate.KL_AT_1 not in text and "kl: nats from SFT, both at temperature 0.7" in text
     root = ElementTree.parse(os.path.join(whole, "pareto.svg")).getroot()
     for line in root.iter(SVG + "polyline"):
         assert len(line.get("points").split()) == 3

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from data import OBJECTIVES, InputError, read_json, write_json
+from evaluate import half_width, summary
 from experiments import claims, findings
 from experiments.claims import differences
 from experiments.findings import line, sweep_lines
@@ -38,6 +39,19 @@ def test_verdicts():
     assert verdict([0.5]) == "not significant" == verdict([0.0] * 9)
     gone = line("F4", "math", "a", "x - y", None)
     assert (gone["verdict"], gone["difference"]) == ("not run", "-")
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.02])
+def test_verdicts_at_their_borders(slack):
+    """What may lose a little "does not hold" although it loses less than that: a loss is certain
+    where the whole interval lies below what may be lost, and a success where it lies above."""
+    spread = [-0.01, 0.0, 0.01, 0.0]
+    half = half_width(summary(spread))
+    found = []
+    for border in (half - slack, -half - slack):
+        for side in (1e-6, -1e-6):
+            found.append(verdict([border + side + s for s in spread], slack))
+    assert found == ["holds", "not significant", "not significant", "does not hold"]
 
 
 def test_comparisons_are_paired():
@@ -97,7 +111,18 @@ def test_guidance_meets_its_parts_and_its_rivals():
         rivals[ENGAGEMENT, f"{policy} + {ENGAGEMENT}"] = {f"{policy}_greedy"}
         for name in (ACCURACY, ENGAGEMENT):
             own[name, f"{policy} + {name}"] = {f"{policy} + {name}, its own PRM"}
-    assert of("rivals") == rivals and of("F6") == own
+    assert of("rivals") == rivals and of("F6+") == own
+
+
+def test_the_unified_prm_meets_no_guide_in_every_domain():
+    """F6 as the paper has it, which a comparison with separate PRMs says nothing about: left out
+    for a policy or a domain, or made on one objective alone; a single objective's guide, which is
+    the unified one, forgotten."""
+    for objectives in (MATHS, MATHS[:1], list(OBJECTIVES.values())[2:5]):
+        names = [o.name for o in objectives]
+        guide, mean = "unified" if len(names) > 1 else ACCURACY, " + ".join(names)
+        expected = {(mean, f"{policy} + {guide}"): {policy} for policy in ("sft", "mah_dpo")}
+        assert of("F6", objectives) == expected
 
 
 def test_a_single_objective_is_its_own_ensemble():
@@ -115,7 +140,7 @@ def test_what_may_lose_a_little():
     """A baseline beaten although the ensemble is worse, or an accuracy that must gain."""
     slack = {(name, *counted): may for name, counted, *_, may in claims.comparisons(MATHS)}
     kept = {key for key, value in slack.items() if value == claims.KEPT}
-    assert kept == {("F1", ACCURACY), ("F6", ACCURACY), ("F6", ENGAGEMENT)}
+    assert kept == {("F1", ACCURACY), ("F6+", ACCURACY), ("F6+", ENGAGEMENT)}
     assert set(slack.values()) == {0.0, claims.KEPT}
 
 
@@ -138,22 +163,32 @@ def test_sweep_lines():
     """A sweep called smooth although it turns back, or one in which the score falls with its own
     weight; another step named as the worst."""
     lines = sweep_lines("math", ("a", "b"), swept([0.9, 0.6, 0.4, 0.1], [0.1, 0.5, 0.3, 0.8]))
-    assert [line["objective"] for line in lines] == ["a", "a", "b", "b"]
+    assert [line["objective"] for line in lines] == ["a", "a", "a", "b", "b", "b"]
+    largest = ["half the way - largest step, 0.0 to 0.3", "half the way - largest step, 0.7 to 1.0"]
     assert [line["compared"] for line in lines] == [
         "slope along its weight, against b", "worst step, 0.3 to 0.7, against b",
-        "slope along its weight, against a", "worst step, 0.3 to 0.7, against a"]
+        f"{largest[0]}, against b", "slope along its weight, against a",
+        "worst step, 0.3 to 0.7, against a", f"{largest[1]}, against a"]
     slope = (0.5 * 0.8 + 1 / 6 * 0.2) / (2 * (0.25 + 1 / 36))                  # least squares
     means = [float(line["difference"].split()[0]) for line in lines]
-    assert means[:2] == pytest.approx([slope, 0.2], abs=6e-4)
-    assert means[3] == pytest.approx(-0.2, abs=6e-4)
-    assert [line["verdict"] for line in lines] == ["holds", "holds", "holds", "does not hold"]
+    assert means[:3] == pytest.approx([slope, 0.2, 0.8 / 2 - 0.3], abs=6e-4)
+    assert means[4:] == pytest.approx([-0.2, 0.7 / 2 - 0.5], abs=6e-4)
+    assert [line["verdict"] for line in lines] == ["holds"] * 4 + ["does not hold"] * 2
+
+
+def test_a_jump_is_not_smooth():
+    """A step function called smooth because it rises and never turns back."""
+    straight = [0.9, 0.7, 0.5, 0.3, 0.1]
+    assert verdicts(straight, straight[::-1]) == ["holds"] * 6
+    jump = verdicts([0.9, 0.9, 0.1, 0.1, 0.1], straight[::-1])
+    assert jump == ["holds", "holds", "does not hold"] + ["holds"] * 3
 
 
 def test_sweeps_that_stand_still_or_turn_back():
     """A step that leads nowhere taken for one that leads back, or a fall for a rise."""
     assert verdicts([0.9, 0.5, 0.5], [0.1, 0.2, 0.9])[1] == "holds"
     backwards = verdicts([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
-    assert backwards == ["does not hold", "does not hold", "holds", "holds"]
+    assert backwards[:2] == ["does not hold"] * 2 and backwards[3:5] == ["holds"] * 2
 
 
 def test_the_worst_step_may_gain_on_the_mean():
@@ -187,12 +222,12 @@ def test_findings_of_a_run(whole, capsys):
         cells.setdefault(parts[0], parts)
     assert cells[""][2:] == ["values", "tutoring"]
     assert set(findings.FINDINGS) < set(cells) and cells["F3"][2:] == ["-", "-"]
-    assert cells["F6"][2:] == ["not run", "not run"]
+    assert cells["F6+"][2:] == ["not run", "not run"] and "not run" not in cells["F6"][2:]
     assert "| mah_dpo:honesty - modpo " in out and "worst step, " in out
 
 
 def test_findings_of_two_runs(whole, tmp_path, capsys):
-    """F6 between runs that cannot be compared, or from one run alone; rows of the wrong run."""
+    """F6+ between runs that cannot be compared, or from one run alone; rows of the wrong run."""
     other = str(tmp_path / "each")
     os.mkdir(other)
     for name in ("config.json", "results.json", "scores.jsonl"):

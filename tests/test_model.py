@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from data import InputError
 from model import (DTYPES, GPT, GPTConfig, KVCache, linear, load_hf, load_safetensors,
                    read_metadata, rotate, save_hf, save_safetensors)
+from test_exercises import F4, TWICE, entry, raw
 
 SHAPES = []                     # every kind of model: position, norm, mlp, heads of keys
 for _position in ("rope", "learned"):
@@ -550,17 +551,6 @@ def test_safetensors_round_trip_is_bit_exact(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def raw(header, data=b"", length=None):
-    """The bytes of a file with this header (object or bytes) and these data bytes."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    length = len(text) if length is None else length
-    return struct.pack("<Q", length) + text + data
-
-
-def entry(dtype, shape, start, end):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-
-
 def test_safetensors_by_hand(tmp_path):
     """A reader and a writer that share a mistake agree with each other and with nobody else."""
     path = tmp_path / "x"
@@ -578,10 +568,6 @@ def test_safetensors_by_hand(tmp_path):
                 "n": entry("I16", [], 8, 10)}
     assert json.loads(content[8:8 + n]) == expected
     assert content[8 + n:] == struct.pack("<2fh", 1.0, 2.0, 3) and n % 8 == 0
-
-
-F4 = entry("F32", [1], 0, 4)
-TWICE = b'{"t":' + json.dumps(F4).encode() + b',"t":' + json.dumps(F4).encode() + b"}"
 
 
 def lie(words, data=b"1234", **changes):
@@ -632,12 +618,6 @@ def test_safetensors_lies_are_named(tmp_path, name):
     with pytest.raises(InputError) as e:
         load_safetensors(str(path))
     assert str(path) in str(e.value) and words in str(e.value)
-
-
-def test_safetensors_missing_file(tmp_path):
-    """A missing file reported as a broken one."""
-    with pytest.raises(InputError, match="none.safetensors: no such file"):
-        load_safetensors(str(tmp_path / "none.safetensors"))
 
 
 def damaged(good, rng):
@@ -721,32 +701,6 @@ def test_save_and_load_with_heads(tmp_path, more):
     assert close(tensors["lm_head.weight"], sum(h.weight for h in model.heads) / 3)
 
 
-def test_names_of_an_exported_checkpoint(tmp_path):
-    """A round trip through our own names proves nothing: the file must hold q, k, gate and up where
-    Llama keeps them."""
-    model = small(**BIASED)                 # 4 heads, 2 heads of keys, of 4 channels each; d_ff 20
-    save_hf(model, str(tmp_path), weights=0)
-    t = load_safetensors(str(tmp_path / "model.safetensors"))
-    layer = model.layers[1]
-    expected = {
-        "model.embed_tokens.weight": model.embed.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.heads[0].weight,
-        "model.layers.1.self_attn.o_proj.bias": layer.attn.out.bias,
-        "model.layers.1.mlp.gate_proj.weight": layer.mlp.up.weight[:20],
-        "model.layers.1.mlp.up_proj.weight": layer.mlp.up.weight[20:],
-        "model.layers.1.input_layernorm.weight": layer.norm1.weight,
-        "model.layers.1.post_attention_layernorm.weight": layer.norm2.weight,
-    }
-    for name, start, end in (("q", 0, 16), ("k", 16, 24), ("v", 24, 32)):
-        prefix = f"model.layers.1.self_attn.{name}_proj"
-        expected[f"{prefix}.weight"] = layer.attn.qkv.weight[start:end]
-        expected[f"{prefix}.bias"] = layer.attn.qkv.bias[start:end]
-    for name, tensor in expected.items():
-        assert torch.equal(t[name], tensor), name
-    assert len(t) == 3 + 2 * 13 and all(v.dtype == torch.float32 for v in t.values())
-
-
 @pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], [3, 0, 1], "b", 2])
 def test_a_folded_export_is_the_mix(tmp_path, weights):
     """An export with the wrong head: the model that others load is not the one that was
@@ -794,18 +748,6 @@ def test_a_tied_checkpoint(tmp_path):
     assert config["tie_word_embeddings"] is False
 
 
-def test_half_precision_checkpoint(tmp_path):
-    """bfloat16 checkpoints read as such train in bfloat16; the loader promises float32."""
-    model = small()
-    save_hf(model, str(tmp_path), 0)
-    path = str(tmp_path / "model.safetensors")
-    half = {k: v.bfloat16() for k, v in load_safetensors(path).items()}
-    save_safetensors(half, path)
-    again = load_hf(str(tmp_path))
-    assert all(p.dtype == torch.float32 for p in again.parameters())
-    assert torch.equal(again.embed.weight, model.embed.weight.bfloat16().float())
-
-
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -828,39 +770,6 @@ def test_checkpoint_tensors_must_fit(tmp_path, name, tensor, words):
     with pytest.raises(InputError, match=words) as e:
         load_hf(str(tmp_path))
     assert "model.safetensors" in str(e.value)
-
-
-def test_rotary_tables_in_old_checkpoints_are_ignored(tmp_path):
-    """Old Llama exports carry inv_freq buffers; refusing them refuses half of the family."""
-    save_hf(small(), str(tmp_path), 0)
-    edit_tensors(tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
-    assert same_parameters(load_hf(str(tmp_path)), small())
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "MixtralFor.*mixtral"),
-    ({"model_type": None}, "only llama, mistral"),
-    ({"rope_scaling": {"factor": 2.0}}, "rope_scaling"),
-    ({"hidden_act": "gelu"}, "gelu"),
-    ({"hidden_size": None}, "'hidden_size' is missing"),
-    ({"num_attention_heads": 0}, "unusable"),
-    ({"num_key_value_heads": 3}, "unusable"),
-    ({"hidden_size": "16"}, "unusable"),
-    ({"num_hidden_layers": -1}, "unusable"),
-    ({"rope_parameters": [1]}, "unusable"),
-    ({"objectives": 5}, "unusable"),
-    ({"num_hidden_layers": 3}, "layers.2.*is missing"),
-    ({"intermediate_size": 21}, "has shape"),
-    ({"vocab_size": 24}, "embed_tokens.weight' has shape"),
-    ({"objectives": ["a", "b"]}, "'heads.0.weight' is missing")])
-def test_configurations_that_are_not_computed_here(tmp_path, changes, words):
-    """A checkpoint of another family, or with scaled positions, read as plain Llama answers
-    nonsense without a word."""
-    save_hf(small(), str(tmp_path), 0)
-    edit_config(tmp_path, **changes)
-    with pytest.raises(InputError, match=words) as e:
-        load_hf(str(tmp_path))
-    assert str(tmp_path) in str(e.value)
 
 
 def test_checkpoint_without_its_files(tmp_path):

@@ -219,23 +219,26 @@ SCORES = torch.tensor([[6.0, -8.0, 1.0],
 
 
 def test_guide_single_output(prm):
-    """Prevents: a guide that reads another objective's score."""
-    assert prm.guide(SCORES, "math_engagement", "newline").tolist() == [-2.0, 1.0]
-    assert prm.guide(SCORES[None], "tutor_engagement", "newline").tolist() == [[2.0, 6.0]]
+    """Prevents: a guide that reads another objective's score, or shows it in another unit."""
+    values, compared = prm.guide(SCORES, "math_engagement", "newline")
+    assert compared.tolist() == [-2.0, 1.0] and values.tolist() == [[-8.0], [4.0]]
+    values, compared = prm.guide(SCORES[None], "tutor_engagement", "newline")
+    assert compared.tolist() == [[2.0, 6.0]] and values.tolist() == [[[1.0], [3.0]]]
 
 
 def test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain(prm):
     """Prevents: a unified guide that averages scores of other domains, or in their raw, unequal
     units."""
-    assert prm.guide(SCORES, "unified", "newline").tolist() == [(3 - 2) / 2, 1.0]
-    assert prm.guide(SCORES, "unified", "turn").tolist() == [2.0, 6.0]
+    values, compared = prm.guide(SCORES, "unified", "newline")
+    assert compared.tolist() == [(3 - 2) / 2, 1.0] and values.tolist() == SCORES[:, :2].tolist()
+    assert prm.guide(SCORES, "unified", "turn")[1].tolist() == [2.0, 6.0]
 
 
 @pytest.mark.parametrize("guide, boundary", [
     ("honesty", "sentence"), ("unified", "sentence"), ("nonsense", "newline")])
 def test_guide_unknown(prm, guide, boundary):
     """Prevents: guidance by an output that was never trained, or by the mean of nothing (NaN)."""
-    with pytest.raises(InputError, match="no PRM output"):
+    with pytest.raises(InputError, match="^no PRM output"):
         prm.guide(torch.zeros(2, 3), guide, boundary)
 
 
@@ -364,5 +367,6 @@ def test_load_refuses_broken_records(prm, tmp_path, records):
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"prm_outputs": records}))
-    with pytest.raises(InputError, match="prm_outputs|score.2.weight"):
+    with pytest.raises(InputError, match="prm_outputs:? |score.2.weight") as e:
         load_prm(tmp_path)
+    assert str(e.value).startswith(str(tmp_path))

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+from dataclasses import fields
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import train
 from conftest import TINY
 from data import DOMAINS, OBJECTIVES, InputError, dealt_batches, read_json
 from interop import options
+from interop.manifest import check_files
 from interop.options import Config
 from interop.parallel import (
-    gather, gathered, join_processes, local_items, placed, rank, total, whole)
+    gather, gathered, join_processes, leave_processes, local_items, placed, rank, total, whole)
 from model import load_hf, load_safetensors, save_safetensors
 from prm import STEP, Labelled
 from test_train import rows_of
@@ -36,7 +38,7 @@ def in_processes(n, work, *args):
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         join_processes()
         work(*args)
-        torch.distributed.destroy_process_group()
+        leave_processes()
     fork = multiprocessing.get_context("fork")
     started = [fork.Process(target=child, args=(r,)) for r in range(n)]
     for process in started:
@@ -69,7 +71,8 @@ def test_helpers_in_three_processes():
 
 def the_run(path):
     """The run in a directory, which saves a checkpoint after every step."""
-    config = train.open_run(path).config
+    saved = read_json(f"{path}/config.json")
+    config = Config(**{f.name: saved[f.name] for f in fields(Config)})
     config.checkpoint_every = 1
     return Run(path, config)
 
@@ -156,7 +159,8 @@ def close(a, b):
 
 def test_a_run_on_two_processes(small_worlds, tmp_path):
     """Prevents: samples or rows of the tables that are made twice or not at all, two processes that
-    write one file, a stage that only one of them reaches."""
+    write one file, a stage that only one of them reaches; one process that goes on with what two
+    have begun, and draws other numbers."""
     out = str(tmp_path / "two")
     in_processes(2, lambda: train.main(["--objective", "math_engagement", "--out", out, *TINY]))
     run, tokenizer = the_run(out), load_hf(f"{out}/base").tokenizer
@@ -178,6 +182,9 @@ def test_a_run_on_two_processes(small_worlds, tmp_path):
     stages = {row["stage"] for row in rows_of(run.file("log.jsonl"))}
     assert stages >= {"base", "sft", "labels", "prm", "mah_dpo", "modpo"}
     assert "checkpoint.safetensors" not in os.listdir(out)
+    check_files(out)
+    with pytest.raises(InputError, match="a run of 2 processes, not of 1; .*nproc_per_node 2"):
+        train.main(["--resume", out])
 
 
 def test_batches_that_cannot_be_shared_are_refused(monkeypatch):

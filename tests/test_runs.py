@@ -24,10 +24,11 @@ from conftest import NAMES, TINY
 from data import InputError, Objective, read_json, run_command, split_of, write_json
 from interop import options
 from interop.answers import final_answer, same_answer
+from interop.manifest import check_files
 from interop.options import HARMLESS, Config, flag, read_command
 from interop.parallel import alone
 from mah_dpo import Pair
-from model import load_safetensors, save_hf
+from model import load_hf, load_safetensors, save_hf, save_safetensors
 from prm import Labelled, load_prm
 from test_train import rows_of
 
@@ -52,7 +53,7 @@ def results_of(run):
     the order in which the stages ran last."""
     files = files_of(run)
     log = sorted(files.pop("log.jsonl").splitlines())
-    for name in ("config.json", "timings.jsonl"):
+    for name in ("config.json", "timings.jsonl", "manifest.json"):
         files.pop(name, None)
     return files | {"log.jsonl": log}
 
@@ -285,6 +286,7 @@ def test_a_foreign_config_is_no_run(content, capsys, tmp_path):
     ({"objectives": []}, "the options, or the files in --data"),
     ({"key": None}, "not the configuration of a run of this version (key)"),
     ({"prm_step_weight": None}, "not the configuration of a run of this version (prm_step_weight)"),
+    ({"processes": 2}, "a run of 2 processes, not of 1; go on with torchrun --nproc_per_node 2"),
     ({"device": "cpu", "checkpoint_every": 7}, "")])
 def test_resume_checks_the_saved_configuration(edit, message, capsys, whole, tmp_path, monkeypatch):
     """Prevents: a run that goes on under other options than those it began with, or one of an older
@@ -308,6 +310,108 @@ def test_resume_takes_no_options(capsys, whole):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(options, "ranks", lambda: 3)
         assert "3 processes cannot share --sft-batch 64" in refused(["--resume", whole], capsys)
+
+
+# -- damage
+
+def damages(content):
+    """A file's content as it may be found: a byte changed, emptied, a line lost."""
+    middle = len(content) // 2
+    yield content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+    yield b""
+    yield content.partition(b"\n")[2]
+
+
+def test_damage_is_noticed(whole, tmp_path, capsys):
+    """Prevents: other figures from a damaged file, in silence: a policy of which one byte is wrong,
+    labels that are gone, and with them a value model."""
+    copied, new = copy_of(whole, tmp_path), str(tmp_path / "new")
+    full = [(["--resume", copied], train.main), ([copied], evaluate.main)]
+    from_ = ["--objective", ",".join(NAMES), *TINY, "--from", copied, "--out", new]
+    files = [name for name in files_of(whole) if "/" not in name or name[:3] in ("prm", "mah")]
+    files.remove("manifest.json")
+    assert len(files) > 16
+    for name in files:
+        path = os.path.join(copied, name)
+        with open(path, "rb") as f:
+            content = f.read()
+        for damaged in damages(content):
+            with open(path, "wb") as f:
+                f.write(damaged)
+            commands = [*full, (from_, train.main)]
+            if "/" in name or name == "config.json":
+                commands.append(([copied], decode.main))
+            for argv, main in commands:
+                assert f"copied/{name}: " in refused(argv, capsys, main)
+        with open(path, "wb") as f:
+            f.write(content)
+    train.main(["--resume", copied])
+    assert sorted(os.listdir(tmp_path)) == ["copied"]
+
+
+def test_damage_in_a_training_of_several_is_noticed(together, tmp_path, capsys):
+    """Prevents: a run of several seeds of which only the tables of means are looked at."""
+    copied = copy_of(together[0], tmp_path)
+    write_lines(f"{copied}/seed=4/labels.jsonl", [])
+    for argv, main in ((["--resume", copied], train.main), ([copied], evaluate.main)):
+        assert "seed=4/labels.jsonl: not what the run has written" in refused(argv, capsys, main)
+
+
+def test_new_tables_are_no_damage(whole, tmp_path):
+    """Prevents: a run that is refused because evaluate.py has written its tables anew, or because a
+    stage was removed to be made again, of which one of two files is left."""
+    copied = copy_of(whole, tmp_path, "mah_dpo_pairs.jsonl")
+    with open(os.path.join(copied, "results.md"), "a") as f:
+        f.write("\n")
+    os.remove(os.path.join(copied, "results.md"))
+    evaluate.main([copied])
+    check_files(copied)
+    train.main(["--resume", copied])
+    check_files(copied)
+    assert results_of(copied) == results_of(whole)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(number, whole, tmp_path, capsys):
+    """Prevents: word salad with exit code 0 from a policy or a PRM with a NaN in it."""
+    for name, tensor in (("mah_dpo", "model.layers.1.mlp.up_proj.weight"), ("prm", "score.2.bias")):
+        copied = copy_of(whole, tmp_path, "manifest.json")
+        path = os.path.join(copied, name, "model.safetensors")
+        tensors = {key: t.clone() for key, t in load_safetensors(path).items()}
+        tensors[tensor].view(-1)[3 % tensors[tensor].numel()] = number
+        save_safetensors(tensors, path)
+        error = refused([copied, "--prompt", "hello"], capsys, decode.main)
+        assert f"{name}/model.safetensors: tensor '{tensor}' holds numbers" in error
+        shutil.rmtree(copied)
+
+
+def test_scores_are_joined_by_what_a_row_is(whole, tmp_path):
+    """Prevents: values of another row, or none, for the rows behind a line that is lost."""
+    copied = copy_of(whole, tmp_path)
+    path, rows = os.path.join(copied, "scores.jsonl"), evaluate.load_rows(whole)
+    lines = rows_of(path)
+    write_lines(path, lines[::-1])
+    assert evaluate.load_rows(copied) == rows
+    write_lines(path, lines[1:])
+    with pytest.raises(InputError, match="scores.jsonl: no line of base, values; bring the file"):
+        evaluate.load_rows(copied)
+
+
+def test_prompts_that_are_none(whole):
+    """Prevents: tracebacks for an empty list of prompts, for an id outside the vocabulary, which on
+    a GPU ends the process, and for a conversation that has filled its context."""
+    model, prm = load_hf(f"{whole}/mah_dpo"), load_prm(f"{whole}/prm")
+    guided = {"boundary": "turn", "guide": NAMES[0], "max_new_tokens": 4, "K": 2}
+    assert decode.generate(model, [], max_new_tokens=4) == []
+    assert decode.guided_decode(model, prm, [], **guided) == []
+    for bad in (model.config.vocab_size, -1):
+        for call in (lambda: decode.generate(model, [[5], [5, bad]], max_new_tokens=4),
+                     lambda: decode.guided_decode(model, prm, [[5], [5, bad]], **guided)):
+            with pytest.raises(InputError, match=f"prompt 1 has ids from .*{bad}"):
+                call()
+    answer, = decode.guided_decode(model, prm, [[5] * (model.config.max_len - 2)], **guided)
+    with pytest.raises(InputError, match="where the conversation is full, begin a new one"):
+        decode.guided_decode(model, prm, [[5]], state=answer.state, **guided)
 
 
 # -- several trainings, and runs from others
@@ -510,6 +614,7 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     ("honesty", [], "no rows"), ("honesty", None, "no such file"),
     ("honesty", [preference(i, "red " * 200) for i in range(20)], "0 fit the context of 128"),
     ("honesty", [preference(1)], "1 fit the context"),
+    ("honesty", [preference(1, "red " * i) for i in range(1, 41)], "nothing can be held out"),
     ("honesty.steps", [{"prompt": "a", "steps": ["x"], "labels": [1, 0]}],
      "honesty.steps.jsonl:1: 1 steps but 2 labels")])
 def test_broken_data_leaves_nothing_behind(file, rows, message, capsys, checkpoint, pairs_dir,
@@ -561,8 +666,9 @@ def test_a_run_goes_on_from_another_directory(pairs_dir, checkpoint, tmp_path, c
     assert [(r.config.init, r.config.data) for r in runs] == [(checkpoint, pairs_dir)] * 2
     assert runs[1].config.from_ == str(tmp_path / "a") and runs[1].key == runs[0].key == first.key
     os.rename(pairs_dir, str(tmp_path / "moved"))
-    error = refused(["--resume", str(tmp_path / "a")], capsys)
-    assert f"the files in --data ({pairs_dir})" in error
+    for argv, main in ((["--resume", "../a"], train.main), (["../a"], evaluate.main)):
+        (tmp_path / "a" / "results.json").write_text("[]")
+        assert f"the files in --data ({pairs_dir})" in refused(argv, capsys, main)
 
 
 # -- the command line

@@ -315,8 +315,11 @@ def test_rows_of_another_kind_are_refused(tmp_path):
 # -- the PRM
 
 def prm_run(run, gpt, labels, pairs=(), **settings):
-    """Give `run` an SFT model, labels and pairs, and change its configuration."""
+    """Give `run` its models, labels and pairs, no world to draw candidates in, and change its
+    configuration."""
     save_hf(gpt, run.file("sft"), weights=0)
+    save_hf(gpt, run.file("mah_dpo"))
+    run.worlds = lambda model: []
     train.write_rows(run.file("labels.jsonl"), labels)
     train.write_rows(run.file("pairs.jsonl"), pairs)
     train.write_rows(run.file("mah_dpo_pairs.jsonl"), [])
@@ -435,6 +438,53 @@ def test_held_out_figures_of_each_policy(run, gpt):
     assert pooled["accuracy"] == pytest.approx(right / 8)
 
 
+def test_units_are_the_spread_among_candidates_of_a_step(run, gpt, monkeypatch):
+    """Prevents: a unit by what steps differ in, which guidance never compares: an output that is
+    sure of a step's fate hardly counts beside one that tells its candidates apart. Candidates of
+    training prompts, which the PRM knows; units for outputs of other domains."""
+    prm = PRM(gpt.with_heads(()), [OBJECTIVES[name] for name in (*run.names, "tutor_accuracy")])
+    sources = [Source(run, "mah_dpo", gpt, OneSum(), split) for split in ("train", "dev")]
+    monkeypatch.setattr(train, "sources_of", lambda run, policy: (policy, sources))
+    # Two steps of two candidates each: the first output differs by step, the second by candidate.
+    scores = {5: [0.0, 8.0, 0, 0, 0], 6: [0.2, 4.0, 1, 0, 0],
+              7: [9.0, 8.0, 0, 0, 0], 8: [9.2, 2.0, 1, 0, 0]}
+    steps = {"dev": [[[1, 5], [1, 6]], [[1, 7], [1, 8]]], "train": [[[1, 5], [1, 8]]]}
+    monkeypatch.setattr(train, "draw_candidates", lambda source: steps[source.split])
+    monkeypatch.setattr(train, "scores_at", lambda prm, texts: torch.tensor(
+        [scores[ids[at]] for ids, (at,) in texts])[:, :len(prm.names)])
+    train.set_units(prm, run)
+    spreads = [math.sqrt(0.02), math.sqrt((8 + 18) / 2)]
+    assert prm.scale.tolist() == pytest.approx(spreads + [1.0] * (len(prm.names) - 2), rel=1e-3)
+
+
+def test_candidates_are_ways_to_take_one_step(source, tokenizer, monkeypatch):
+    """Prevents: candidates that go on behind their step, whose spread is that of whole answers; of
+    different prefixes; a step that has none."""
+    turn, asked = turn_of(tokenizer, "4 + 5 = 9\n9 - 2 = 7\nanswer 7"), []
+    drawn = [ids_of(tokenizer, text) for text in ("4 + 5 = 8\n8 - 2 = 6\n", "answer 6")]
+
+    def scripted(model, prompts, **options):
+        asked.extend(prompts)
+        return [drawn[i % 2] for i in range(len(prompts))]
+    monkeypatch.setattr(train, "generate", scripted)
+    monkeypatch.setattr(train, "roll_out", lambda *args: ([turn], None, None))
+    found = train.draw_candidates(source, 4)
+    ends = tokenizer.step_ends(turn.response, "newline")
+    starts = [turn.before + turn.response[:end + 1] for end in (-1, *ends[:-1])]
+    assert asked == [start for start in starts for _ in range(4)] and len(starts) == 3
+    line = tokenizer.encode("4 + 5 = 8\n")
+    assert found == [[start + line, start + drawn[1]] * 2 for start in starts]
+
+
+def test_a_prm_of_several_outputs_is_saved_with_its_units(run, gpt, tokenizer, monkeypatch):
+    """Prevents: units that are measured and then lost, or for a PRM that has no use for them."""
+    monkeypatch.setattr(train, "set_units", lambda prm, run: prm.scale.fill_(7.0))
+    prm_run(run, gpt, [], make_pairs(tokenizer, 4))
+    for name, expected in (("prm", True), ("prm_honesty", False)):
+        train.train_prm(run, name)
+        assert (load_prm(run.file(name)).scale.tolist()[0] == 7.0) == expected
+
+
 # -- the policies
 
 def make_pairs(tokenizer, n=6):
@@ -535,6 +585,20 @@ def test_policies_see_the_same_pairs(method, run, gpt, tokenizer, monkeypatch):
     modpo = [math.log1p(math.exp(0.5 / w)) for w in (0.5, 0.5, 1.0)]
     plain = [math.log(2)] * len(loss)
     assert loss == pytest.approx(modpo if method == "modpo" else plain, abs=0.02)
+
+
+def test_modpo_pulls_alike_in_every_domain(run, tokenizer):
+    """Prevents: a MODPO that learns twice as much from maths' pairs as from honesty's, because it
+    divides by w_k = 1/2 there: without margins its first step must be DPO's."""
+    pairs, gradients = make_pairs(tokenizer, 2), []
+    for margin in (None, 0.0):
+        for pair in pairs:
+            pair.reference, pair.margin = [-3.0, -2.0], margin
+        logps = torch.tensor([pair.reference for pair in pairs]).T.requires_grad_()
+        loss, _ = train.preference_loss(run, pairs, logps)
+        gradients += torch.autograd.grad(loss, logps)
+    assert gradients[0].abs().min() > 0
+    assert torch.allclose(*gradients)
 
 
 def test_margins_by_hand(run, tokenizer, monkeypatch):

@@ -124,10 +124,10 @@ def test_a_million_blanks(tmp_path):
     for long in ("a" * 300_000 + " " * 100_000, " " * 2_000_000 + "a"):
         assert gpt2.decode(gpt2.encode(long)) == long
     hostile = build(tmp_path, split("(?:a|aa|aaa)+b|."))
-    start = time.monotonic()
+    start = time.process_time()             # a busy machine is not slower
     with pytest.raises(InputError, match="split pattern takes too long"):
         hostile.encode("a" * 200)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 # -- tokens that are never merged
