@@ -21,12 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from data import InputError, write_json, writing
 from interop import checkpoints as hf
-from interop.parallel import gathered, like, rank, shard, whole
+from interop.parallel import gathered, is_sharded, like, rank, shard, whole
 from interop.tokenizer import load_tokenizer
 
 
@@ -510,7 +509,7 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         # Of several processes each brings its shards.
-        if isinstance(state["embed.weight"], DTensor):
+        if is_sharded(state["embed.weight"]):
             shard(model, state["embed.weight"].device)
         model.load_state_dict(state, assign=True)
         model.make_rope()

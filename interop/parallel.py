@@ -17,9 +17,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
 def join_processes():
@@ -129,7 +126,7 @@ def whole_file(path):
 @functools.cache
 def mesh(device):
     """All processes in one row, which share every tensor; made once for each device."""
-    return init_device_mesh(torch.device(device).type, (ranks(),))
+    return dist.device_mesh.init_device_mesh(torch.device(device).type, (ranks(),))
 
 
 def shard(net, device):
@@ -138,6 +135,7 @@ def shard(net, device):
     A block's parameters are gathered when it computes; those outside the blocks, such as embedding
     and heads, for the length of a step. Gradients come out as means over the processes."""
     if ranks() > 1:
+        from torch.distributed.fsdp import fully_shard   # here, because its import takes a second
         # First the blocks, each a unit of its own, then the rest.
         for module in [*getattr(net, "layers", ()), net]:
             fully_shard(module, mesh=mesh(device))
@@ -149,21 +147,27 @@ def placed(t, device):
     t = t.to(device)
     if ranks() == 1:
         return t
+    from torch.distributed.tensor import Shard, distribute_tensor
     part = distribute_tensor(t, mesh(device), [Shard(0)], src_data_rank=None)
     # The shard is a view of the whole tensor, which a copy lets go.
     return part.clone()
 
 
+def is_sharded(t):
+    """Is it a DTensor, of which every process holds a shard?"""
+    return hasattr(t, "full_tensor")
+
+
 def whole(t):
     """A tensor of which every process may hold a shard, in full."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def gathered(p):
     """A parameter to be saved: where it is sharded, in full in the first process's main memory, and
     nowhere else."""
     p = p.detach()
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return p
     # All processes take part in gathering; the others keep the shape alone.
     return whole(p).to("cpu" if rank() == 0 else "meta")
@@ -171,7 +175,7 @@ def gathered(p):
 
 def like(t, other):
     """t on the device of `other`, and sharded as that is."""
-    if isinstance(other, DTensor):
+    if is_sharded(other):
         return placed(t, other.device)
     return t.to(other.device)
 
