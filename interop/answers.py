@@ -24,20 +24,29 @@ from fractions import Fraction
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # '####' as in GSM8K, a line that starts with 'A:', 'answer is', 'answer:', a line 'answer 5'.
-ANNOUNCED = re.compile(r"####|^[ \t]*(?-i:A):|\banswer(?:[\s*]*(?:\bis\b|:|=))+"
-                       r"|^[ \t*#]*(?:final )?answer(?=[\s*]+[-$\\\d])", re.I | re.M)
+ANNOUNCED = re.compile(r"####|^[ \t]*(?-i:A):|\banswers?(?:[\s*]*(?:\b(?:is|are)\b|:|=))+"
+                       r"|^[ \t*#]*(?:final )?answer(?=[\s*]+[-$\\\d])|<answer>", re.I | re.M)
 DISPLAY = re.compile(r"(?:\\\[|\$\$)(.*?)(?:\\\]|\$\$)", re.S)
 # What may follow an answer that was announced: another sentence, another line, a reason ...
-ENDED = re.compile(r"[.?]\s|\n|!(?=\s+[A-Z]|$)|;\s+(?=[a-z]{2})|,? (?:because|since|so|as|which)\s")
+ENDED = re.compile(r"[.?]\s|</|\n|!(?=\s+[A-Z]|$)|;\s+(?=[a-z]{2})"
+                   r"|,? (?:because|since|so|as|which)\s")
 # ... and, behind a number, a remark: ', in total', ' (that is, a dozen)', but not ', and x = 3'.
-REMARK = re.compile(r"[,:]\s+(?!(?:and|or)\s+(?![a-z]{2}))(?=[a-z]{2})|\s+\((?=[a-z]{2})")
+REMARK = re.compile(r"(?:[,:]|\s—)\s+(?!(?:and|or)\s+(?![a-z]{2}))(?=(?:an? )?[a-z]{2}|i\.e)"
+                    r"|\s+\((?=[a-z]{2})")
 # \frac{1}{2}, -1,000.5, $3, .5, 1/2. The hyphen of '5-3' is no minus sign.
-NUMBER = re.compile(r"\\[dt]?frac\{\d+\}\{\d+\}"
-                    r"|(?:(?<![\w)}])-)?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w)}])[-−])?\$?(?:\\[dt]?frac\{\d+\}\{\d+\}"
+                    r"|(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?)")
+# What a calculation comes to.
+RESULT = re.compile(r"=\s*(" + NUMBER.pattern + ")")
 FORMULA = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)")
 # Words that change the number before them: 5 million is not 5.
 MULTIPLES = {"hundred": "10^2", "thousand": "10^3", "million": "10^6", "billion": "10^9",
              "trillion": "10^{12}", "dozen": "12"}
+# Words of a sentence by which its number is not what is said: at least 5, half of 5.
+OTHERWISE = {"not", "isn", "no", "never", "cannot", "least", "most", "than", "half", "twice",
+             "minus", "negative", *MULTIPLES}
+# How thoughts begin; with a '/' before the name they end.
+THOUGHTS = r"[<\[◁]%s(?:think(?:ing)?|thoughts?|reasoning)[>\]▷]"
 
 
 def after_last(pattern, text):
@@ -47,9 +56,9 @@ def after_last(pattern, text):
 
 
 def without_thoughts(text):
-    """What a reasoning model says: what follows </think>. Thoughts that were cut off say nothing."""
-    said = re.split(r"</think(?:ing)?>", text, flags=re.I)[-1]
-    return re.split(r"<think(?:ing)?>", said, flags=re.I)[0]
+    """What a reasoning model says: what follows </think>. Thoughts without an end say nothing."""
+    said = re.split(THOUGHTS % "/", text, flags=re.I)[-1]
+    return re.split(THOUGHTS % "", said, flags=re.I)[0]
 
 
 def boxed_answer(text):
@@ -78,11 +87,11 @@ def announced_answer(text):
     # 'Paula got $7.00' and 'the line $y = 2x$' are sentences, '12 or 13' holds two numbers.
     words = set(re.findall(r"(?<![\\a-z])[a-z]{2,}", said.lower())) - {"and", "or"}
     formulas = list(FORMULA.finditer(said))
-    if not words or words & {"not", *MULTIPLES}:
+    if not words or words & OTHERWISE:
         return said
     if len(formulas) == 1 and not re.search(r"\d", FORMULA.sub("", said)):
         return formulas[0][0]
-    tokens = [word.strip("*,.%") for word in said.rpartition("=")[2].split()]
+    tokens = [word.strip("*,.%()") for word in said.rpartition("=")[2].split()]
     numbers = [word for word in tokens if re.search(r"\d", word)]
     return numbers[0] if len(numbers) == 1 and NUMBER.fullmatch(numbers[0]) else said
 
@@ -95,9 +104,14 @@ def marked_answer(text):
 
 
 def final_answer(text):
-    """The answer that a response marks, else its last number, else None."""
-    numbers = [None, *NUMBER.findall(without_thoughts(text))]
-    return marked_answer(text) or numbers[-1]
+    """The answer that a response marks, else a number of the last sentence that has one: the last
+    that a calculation came to ('34 hours in 4 weeks' behind '= 34'), or else the last. Or None."""
+    said, numbers = without_thoughts(text), [None]
+    for sentence in re.split(r"[.?!]\s|\n", said):
+        numbers = NUMBER.findall(sentence) or numbers
+    results = set(RESULT.findall(said))
+    computed = [number for number in numbers if number in results]
+    return marked_answer(text) or (computed or numbers)[-1]
 
 
 # -- rewrite: one spelling for equal answers
@@ -111,31 +125,41 @@ COMMANDS = {
     **dict.fromkeys(["le", "leq", "leqslant"], "<="), "gt": ">", "lt": "<", "in": "∈",
     "times": "*", "cdot": "*", "div": "/", "pm": "±", "mp": "∓", "cup": "∪", "cap": "∩",
     "lor": ",", "vee": ",", "lbrace": "«", "rbrace": "»", "sqrt": "√", "infty": "∞",
+    "colon": ":", "varphi": "φ", "varepsilon": "ε", "bar": "\\overline", "boxed": "\\style",
+    **dict.fromkeys(["dots", "cdots"], "\\ldots"), **dict.fromkeys(["dbinom", "tbinom"], "\\binom"),
+    **dict.fromkeys(["lvert", "rvert", "vert", "mid"], "|"),
+    **dict.fromkeys(["approx", "simeq"], "="), "angle": "",
     "emptyset": "∅", "varnothing": "∅", "degree": "°", "circ": "°",
-    **dict.fromkeys(["dfrac", "tfrac", "cfrac"], "\\frac"),
-    **dict.fromkeys(["left", "right", "big", "Big", "displaystyle"], ""),
+    **dict.fromkeys(["dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"], "\\frac"),
+    **dict.fromkeys("big bigl bigr bigg biggl biggr Big Bigl Bigr Bigg Biggl Biggr".split(), ""),
+    **dict.fromkeys(["left", "right", "displaystyle", "textstyle", "large", "small"], ""),
     **dict.fromkeys(["quad", "qquad"], " "),
     # \text may hold a unit, the others only change the letters
     **dict.fromkeys(["textnormal", "textrm", "mbox", "hbox"], "\\text"),
     **dict.fromkeys(["mathrm", "operatorname", "mathbf", "textbf", "textit", "mathbb", "mathit",
-                     "boldsymbol"], "\\style")}
+                     "boldsymbol", "textsf", "emph", "underline", "rm", "bf"], "\\style")}
 SIGNS = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "⁄": "/",
-                       "≤": "<=", "≥": ">=", "≠": "!=", "€": "", "£": "", "¥": "", "`": ""})
+                       "≤": "<=", "≥": ">=", "≠": "!=", "≈": "=", "€": "", "£": "", "¥": "",
+                       "₹": "", "¢": "", "`": ""})
 
 # Abbreviations that could be letters of a formula (2\pi hr, 2mg) are units behind '5 ' only.
-SHORT = "m|g|s|h|hr|l|in|ft|mg|ml|mi|lb|oz|yd|min|sec"
+SHORT = "m|g|s|h|hrs?|l|in|ft|mg|ml|mi|lbs?|oz|yd|min|sec"
 LONG = ("[ckm]m|kg|[mk]ph|inch(?:es)?|f[eo]{2}t|(?:yard|mile|[a-z]*met(?:er|re)|[a-z]*gram|pound"
         "|ounce|[a-z]*lit(?:er|re)|gallon|cup|second|minute|hour|day|week|month|year|dollar|cent"
-        "|euro|degree|radian|rad|unit|point|percent)s?|square|sq|cubic|per")
+        "|euro|degree|radian|rad|unit|point|percent)s?|square|sq|cubic|per|people|children"
+        "|(?:wo)?men")
 # A plural behind a number and a space is what was counted: 18 apples per day.
 PLURAL = "(?!cos)[a-z]{3,}s"
 VALUE = r"(?<=[\dπ)}])"
+# The 2 of r^2 h is no amount.
+AMOUNT = r"(?<=\d)(?<![a-z)}]\^\d)"
 POWER = r"(?:\^\{?[23]\}?)?"
 # These words are no unit: they change the number, or a condition follows.
-NO_UNIT = (rf"(?!\s*(?:{'|'.join(MULTIPLES)}|and|or|half|halves|thirds?|(?:four|fif|six|eigh|ten"
-           r"|hundred|thousand)ths?|squared|cubed|[ap]\.?m|if|mod|sin|cos|tan|log|exp|sqrt)s?\b)")
+NO_UNIT = (rf"(?!\s*(?:{'|'.join(MULTIPLES)}|and|or|half|halves|thirds?"
+           r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?"
+           r"|squared|cubed|[ap]\.?m|if|mod|sin|cos|tan|log|exp|sqrt)s?\b)")
 # One unit, and what it is divided by or goes on with: km/h, square feet, apples per day.
-UNIT = (rf"{NO_UNIT}(?:(?<=\d)\s+(?:{SHORT}|{PLURAL})|{VALUE}\s*(?:{LONG}))(?![a-z]){POWER}"
+UNIT = (rf"{NO_UNIT}(?:{AMOUNT}\s+(?:{SHORT}|{PLURAL})|{VALUE}\s*(?:{LONG}))(?![a-z]){POWER}"
         rf"(?:[\s/]+(?:{SHORT}|{LONG}|{PLURAL})(?![a-z]){POWER})*")
 # In \text any word is a unit.
 TEXT_UNIT = VALUE + r"\s*\\text\s*\{" + NO_UNIT + r"[a-z /.]*\}" + POWER
@@ -147,14 +171,18 @@ LETTERS = [
     # one letter of Unicode for several signs; the rows of a matrix end in \\
     ("([¼-¾⅐-⅞])", r" \1"),
     ("([⁰¹²³⁴-⁹⁻]+)", r"^{\1}"),
+    ("([₀-₉]+)", r"_{\1}"),
+    # \left. is a bracket that is not seen
+    (r"\\(?:left|right)\s*\.", ""),
     (r"\\\\\s*(?=\\end|$)", ""),
-    (r"\\\\", r" ,¶, ")]
+    (r"\\\\(?:\[\d+[a-z]{2}\])?", r" ,¶, ")]
 RULES = [
     # what LaTeX and Markdown add for the eye
     (r"\\[!,:;>]\s*|\\[()\[\]]|\\?[$%]|\*\*|(?<=\d)\{,\}(?=\d)|\\(?=\d)", ""),
     (r"~|\\(?=\s)", " "),
     (r"(?:\^\s*\{?\s*|(?<=[\d)}π]))°\s*\}?(?:\s*[CF]\b)?", ""),
-    (r"^\s+|[.\s]+$", ""),
+    (r"^[\s=]+|[.\s]+$", ""),
+    (r"^(?:minus|negative)\s+(?=\d)", "-"),
     # units, then words
     (r"\\style\s*(?:\{([^{}]*)\}|(\w))", r" \1\2"),
     (TEXT_UNIT + ENDS, ""),
@@ -165,14 +193,15 @@ RULES = [
     (r"[,;]?\s*(?<![a-z\\])(?:and|or)(?![a-z])|;", ","),
     (r"(?<![a-z\\])pi(?![a-z])", "π"),
     (r"(?<![a-z\\])sqrt(?![a-z])", "√"),
-    (r"(?<![a-z])\\?(sin|cos|tan|cot|sec|csc|log|ln|exp|min|max|mod)(?![a-z])"
-     r"(?:\s*[({](\w+)[)}]$)?", r"\\\1 \2"),
+    (r"(?<![a-z])\\?(sin|cos|tan|cot|sec|csc|log|ln|exp|min|max|mod|arc(?:sin|cos|tan))"
+     r"(?![a-z])((?:[_^](?:\w|\{[^{}]*\}))?)(?:\s*[({](\w+)[)}]$)?", r"\\\1\2 \3"),
     # sets and matrices
     (r"\\\{", "«"),
     (r"\\\}", "»"),
     (r"«\s*»", "∅"),
-    (r"\\begin\{(?:[pb]|small)?matrix\}", "(▦,"),
-    (r"\\end\{(?:[pb]|small)?matrix\}", ")"),
+    (r"\\begin\{(?:[pb]|small)matrix\}|[(\[]\s*\\begin\{(?:matrix|array)\}(?:\{\w*\})?",
+     "(▦,"),
+    (r"\\end\{(?:[pb]|small)matrix\}|\\end\{(?:matrix|array)\}\s*[)\]]", ")"),
     (r"&", ","),
     # 1 3/4 is 1\frac{3}{4}; 4 + 8 = 12 says 12; 05 is 5
     (r"(?<![\w.)])(\d+)\s+(\d+)\s*/\s*(\d+)", r"\1\\frac{\2}{\3}"),
@@ -362,7 +391,7 @@ def normal_form(answer):
         name, = names
         text = NAME.sub("", text)
     if PHRASES.fullmatch(text):
-        return name, sorted(phrase.strip().lower() for phrase in text.split(","))
+        return name, sorted(phrase.strip(" .").lower() for phrase in text.split(","))
     try:
         nodes = ast.parse(to_python(text), mode="eval").body.elts
         # {1, 2} lists the same solutions as 1, 2.

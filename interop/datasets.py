@@ -81,8 +81,9 @@ FIELDS = {"prompt": ("prompt", "question", "instruction", "problem", "input"),
           "response": ("response", "responses", "output", "outputs", "prediction", "predictions",
                        "completion", "samples", "generations")}
 # Without these a prompt means something else, and nothing here could use them.
-LOST = ("context", "history", "functions", "documents", "choices", "options", "image", "images",
-        "audio", "video")
+LOST = ("context", "history", "query", "passage", "functions", "tool_calls", "documents", "choices",
+        "options", "image", "images", "audio", "audios", "video", "videos", "chat_template_kwargs",
+        "reasoning_content", "reasoning", "thinking")
 # What a chat template may use of a message, beside its role and content.
 SPOKEN = ("tool_calls", "tool_call_id", "function_call", "name", "tools", "reasoning_content",
           "reasoning", "thinking")
@@ -325,7 +326,7 @@ def labels_until(label, n):
 
 def checked(steps):
     """Steps as they are. Unusable if there are none, or an empty one."""
-    if not steps or "" in steps:
+    if not steps or any(is_blank(step) for step in steps):
         raise Unusable("no steps, or an empty one")
     return steps
 

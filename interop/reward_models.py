@@ -17,7 +17,7 @@ from data import InputError, Objective
 
 # What heads are called, in the backbone's file, or as files beside it: value_head.safetensors.
 HEADS = ["score", "v_head", "value_head", "regression_head", "reward_head", "score_head", "rm_head",
-         "classifier"]
+         "classifier", "critic_head", "classification_head"]
 # A head's name, which it needs in the backbone's file alone; a map's number, if there are several.
 TENSOR = re.compile(rf"((?:(?:{'|'.join(HEADS)})\.)?(?:summary\.)?)(\d\.)?(?:weight|bias)")
 # Nothing is known of what it was trained on; its steps end wherever those of a policy do.

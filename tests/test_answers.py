@@ -55,17 +55,31 @@ from interop.answers import final_answer, majority, normal_form, same_answer
     ("The answer is 12 or 13 pens.", "12 or 13 pens"),
     ("The answer is 5 million.", "5 million"),
     ("The answer is not 5.", "not 5"),
+    ("The answer is at least 5.", "at least 5"),
+    ("The answer is half of 24.", "half of 24"),
+    ("The answer is nine (9).", "9"),
+    ("The answer is 9 — a lot.", "9"),
+    ("The answer is 9, i.e. nine.", "9"),
+    ("The answers are 9 and 10.", "9 and 10"),
+    ("<answer>x = 3</answer>", "x = 3"),
+    ("<answer>The answer is 9.</answer>", "9"),
     # thoughts
     ("<think>The answer is 5? No.</think>\nShe has 6.", "6"),
     ("The answer is 5\n</think>", None),
     ("<think>\\boxed{7}, or", None),
     ("<think>3</think><think>4 or", None),
     ("<Thinking>3</Thinking> \\boxed{4}", "4"),
+    ("[THINK]\\boxed{3}[/THINK] 4", "4"),
+    ("<thought>\\boxed{3}", None),
     # numbers
     ("it cost -$1,234.50.", "-$1,234.50"),
     ("from 5-3", "3"),
     ("it is -5, or so", "-5"),
     ("Thus 1/2 remains", "1/2"),
+    ("So 14 + 20 = 34. He reads 34 hours in 4 weeks.", "34"),
+    ("So 14 + 20 = 34. He has 16 left of 50. Bye!", "50"),
+    (r"so \(3 - 8 = −5\)", "−5"),
+    (r"-\frac{1}{2}", r"-\frac{1}{2}"),
     (r"\frac{1}{2}.", r"\frac{1}{2}"),
     ("none", None),
     ("", None)])
@@ -95,11 +109,12 @@ SAME = r"""
 \frac{1}{2}  1/2  \dfrac12  0.5  .5  $\frac12$  \( \tfrac{1}{2} \)  2/4  0.5\%  ½
   2^{-1}  \frac{{1}}{2}  {1}/{2}
 1\frac12  1.5  1 1/2  3/2  1 \frac{1}{2}  1½  \sqrt{\frac94}  1 1/2 cups
--\frac{3}{4}  -0.75  \frac{-3}{4}  −3/4  –¾
+-\frac{3}{4}  minus 3/4  -0.75  \frac{-3}{4}  −3/4  –¾
 -1\frac12  -1.5
 50%  50  50\%  50 percent  50^\circ  50^{\circ}  50°  50 degrees  50^\circ C
 18  18 cm  18\text{ cm}  18\text{ m}  18 \mbox{ inches}^2  18 apples per day  18 km/h  **18**  18 m
   x=18  x = 18.0  18~\textnormal{boxes}  18 cm²  18 square feet  18\operatorname{cm}  18kg  `18`
+  18 people  18 lbs  = 18  \approx 18  \left.18\right.  \boxed{18}  \angle A = 18  {\bf 18}
   18 m/s^2  18\ \mathrm{m}^2  18\quad  10 + 8 = 18  x = 10 + 8 = 18  \text{18 pens}  f(x) = 18
 \sqrt3  \sqrt{3}  sqrt(3)  \sqrt 3  √3
 \frac{\sqrt{3}}{3}  sqrt(3)/3  \sqrt3/3  \frac{1}{\sqrt{3}}  \sqrt{\frac13}
@@ -117,6 +132,7 @@ x^2  x^{2}  x ^ 2  x²
 3\sqrt{2}  3 \sqrt2  \sqrt{18}  \frac{6}{\sqrt2}
 2^{10}  2^10  1024
 \begin{pmatrix} -1/3 \\ 2 \end{pmatrix}  \begin{bmatrix}\frac{-1}{3}\\2.0\\\end{bmatrix}
+  \left[\begin{matrix}-1/3\\[4pt]2\end{matrix}\right]
 10,\! 111,\! 100  10111100
 5 million  5\text{ million}  5,000,000  5 million dollars
 2xy  2 xy  2yx  2x \cdot y
@@ -142,8 +158,17 @@ x=1, y=2  y = 2 and x = 1
 \theta  θ
 3 \text{ p.m.}  3 pm
 \sin x  \sin(x)
+\sin^2 x  \sin^{2}(x)
+\log_2 x  \log_2(x)
+\arctan x  \arctan(x)
+|x-2|  \lvert x-2\rvert  \left|x-2\right|
+1,2,\dots  1,2,\ldots
+\binom{7}{3}  \dbinom{7}{3}
+\varphi  \phi
+x₁+x₂  x_1+x_2
 red, blue  blue and red
 \begin{pmatrix} 1 & 1/2 \end{pmatrix}  \begin{pmatrix}1&0.5\end{pmatrix}
+  \left(\begin{array}{cc}1&\nicefrac{1}{2}\end{array}\right)
 \sqrt[3]{1331}  11
 x^(a+b)  x^{a+b}  x^{b+a}
 """.strip().replace("\n  ", "  ")
@@ -153,7 +178,8 @@ OTHERS = r"""
 32\sqrt{2}  1200  1, 200  528  5  2  2k  2 sin x  sin 2x  12  12 pi i  [1,2)  (1,2)  1/0  1 2
 (1,2]  (2,1)  x=2,y=1  1.0.0  1e3  2\frac{1}{x}  \frac{21}{x}  5\text{ or }7  57  2^{1}0  \infty
 -\infty  i  10x  5:30  5:03  3^2  \frac{}{3}  \frac  (1,200]  x+1  x-1  7  -7  x > 5  x < 5  x = 5y
-6xyz  6  2abc  2abd  3xyz^2  3  2\pi hr  2mg  4pqs  4 dozen  4  8\text{ thirds}  8  3 am  1024x
+6xyz  6  2abc  2abd  3xyz^2  3  2\pi hr  2mg  4pqs  4 dozen  4  8\text{ thirds}  8 sevenths  8  3 am  1024x
+\pi r^2 h  \pi r^2
 \frac{a}{b}c  \frac{a}{bc}  \frac{3}{4}y  \frac{3}{4y}  \sqrt{2}x  \sqrt{2x}  2^{x}y  2^{xy}
 0.\overline{3}  0.3  0.333  \frac13  \binom{5}{2}  5!  |x|  x  x_1  (x,1)  x'  a  A  \overline{AB}
 3+4i  3-4i  \{1,2\}  \{1,3\}  \begin{pmatrix}2\\1\end{pmatrix}  \begin{pmatrix}2&1\end{pmatrix}

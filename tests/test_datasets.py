@@ -139,7 +139,7 @@ UNUSABLE = [
     (PAIR, {"chosen": [user("x")]}, "'chosen' does not end with the assistant's turn"),
     (PAIR, {"prompt": WITHOUT, "chosen": "Human: x"}, "'chosen' does not end with the assistant's "
      "turn"),
-    *((STEPS, {"steps": steps}, "no steps, or an empty one") for steps in (None, [], ["a", ""])),
+    *((STEPS, {"steps": steps}, "no steps, or an empty one") for steps in (None, [], ["a", " "])),
     (LABEL, {"steps": []}, "no steps, or an empty one"),
     *((ASKED, {"answer": blank}, "the answer is empty") for blank in (None, "  ", float("nan"))),
     (ASKED, {"answer": WITHOUT, "solution": "so 1 + 1 = 2"},
@@ -448,7 +448,8 @@ def test_context_beside_transcripts(read):
 
 @pytest.mark.parametrize("change, words", [
     *(({name: ["x"]}, f"'{name}' would be lost (list [\"x\"])") for name in (
-        "context", "history", "documents", "choices", "images")),
+        "context", "history", "query", "documents", "choices", "images", "tool_calls",
+        "reasoning_content", "chat_template_kwargs")),
     ({"tools": "[]"}, "'tools' is str \"[]\""),
     ({"system": 3}, "'system' is int 3"),
     ({"question": "another"}, "'prompt' and 'question' could each be the prompt"),
