@@ -29,7 +29,7 @@ from interop.options import HARMLESS, Config, flag, read_command
 from interop.parallel import alone
 from mah_dpo import Pair
 from model import load_hf, load_safetensors, save_hf, save_safetensors
-from prm import Labelled, load_prm
+from prm import NOISE_FREE, Labelled, load_prm
 from test_train import rows_of
 
 pytestmark = pytest.mark.usefixtures("small_worlds")
@@ -92,7 +92,7 @@ def test_run_writes_what_is_promised(whole):
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
             assert os.path.getsize(os.path.join(whole, name, file)) > 0
     log = rows_of(os.path.join(whole, "log.jsonl"))
-    assert {row["stage"] for row in log} == set(trained)        # no judge to calibrate here
+    assert {row["stage"] for row in log} == {*trained, "labels"}    # there a judge is calibrated
     timings = rows_of(os.path.join(whole, "timings.jsonl"))
     assert {row["stage"] for row in timings if "tokens_per_second" in row} == set(trained)
     assert len(timings) == 13 + len(trained) and all(row["seconds"] >= 0 for row in timings)
@@ -122,7 +122,8 @@ def test_pairs_and_labels_are_well_formed(whole):
     assert all(prompts.values()) and not prompts["train"] & prompts["dev"]
     for row in train.read_rows(os.path.join(whole, "labels.jsonl"), Labelled):
         assert len(row.ends) == len(row.targets) and row.ends[-1] == len(row.ids) - 1
-        assert row.targets in [[{NAMES[2]: 0.0}], [{NAMES[2]: 1.0}]]
+        assert [set(labels) for labels in row.targets] == [{NAMES[2], NAMES[2] + NOISE_FREE}]
+        assert set(row.targets[0].values()) <= {0.0, 1.0}
 
 
 def test_bf16_starts_at_ln2(tmp_path, monkeypatch):
