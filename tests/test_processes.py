@@ -96,6 +96,8 @@ def record_gradients(run, directory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "gradient", gradient)
         patch.setattr(train, "dealt_batches", dealt)
+        # The value model's world has no head here that could draw candidates.
+        patch.setattr(train, "set_units", lambda prm, run: None)
         patch.setattr(train, "set_margins", lambda run, pairs: [
             setattr(pair, "margin", 0.0) for pair in pairs])
         for stage, work in (("prm", train.train_prm), ("mah_dpo", train.train_policy),
