@@ -947,7 +947,8 @@ def stages(run):
     prms = ["prm"] if run.config.prm == "unified" else [f"prm_{name}" for name in run.names]
     return [
         Stage("base model", ["base"],
-              "init template_args seed dtype grad_checkpoint epochs base_steps base_lr", train_base),
+              "init template_args seed dtype grad_checkpoint epochs base_steps base_lr",
+              train_base),
         Stage("supervised fine-tuning", ["sft"],
               "objective data max_new_tokens sft_steps sft_batch sft_lr", train_sft),
         Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs),
