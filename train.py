@@ -885,7 +885,7 @@ def draw_candidates(source, K=5):
     """K ways to take each step of a policy's answers -> for every step K texts (ids), which begin
     with the prompt and end with that step."""
     tokenizer, boundary = source.model.tokenizer, source.world.boundary
-    turns, _, generator = roll_out(source, "candidates", 400)
+    turns, _, generator = roll_out(source, "candidates", 200)
     starts, found = [], []
     for turn in turns:
         for end in [-1, *tokenizer.step_ends(turn.response, boundary)[:-1]]:
