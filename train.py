@@ -257,8 +257,7 @@ def language_model(run, name, model, examples, steps, lr, size):
             logits = model.logits(model(ids)[b, t]).float()                         # (N, V)
             loss = F.cross_entropy(logits, ids[b, t + 1], reduction="sum")
         # The mean over the tokens of the whole batch.
-        n_learnt = sum([sum(e.mask[1:]) for e in batch])
-        loss = loss / n_learnt
+        loss = loss / sum([sum(e.mask[1:]) for e in batch])
         return loss, {"loss": loss.detach()}
 
     batches = length_batches(examples, size, run.generator(name))
@@ -869,7 +868,9 @@ def set_units(prm, run):
     """Set prm.scale to the spread of each output among candidates of one step, on development
     prompts of MAH-DPO: guidance compares these alone, and what steps differ by tells it nothing."""
     _, sources = sources_of(run, "mah_dpo")
-    for source in [source for source in sources if source.split == "dev"]:
+    for source in sources:
+        if source.split != "dev":
+            continue
         variances = []
         # Several processes share the PRM: each lets it read all that all of them have drawn.
         for texts in gather(draw_candidates(source)):

@@ -24,7 +24,7 @@ import torch
 
 from data import InputError, read_jsonl, write_json, write_text
 from decode import read_run
-from interop.manifest import is_there, note_files
+from interop.manifest import is_there, note_files, sha256
 from interop.options import HARMLESS, Config
 from interop.parallel import alone, gather, like, once, parameters_of, rank, ranks
 from interop.real_data import data_files
@@ -37,10 +37,10 @@ def write_rows(path, rows):
     """Dataclass objects or dicts -> JSONL; what is None is left out."""
     lines = []
     for row in rows:
-        # Not asdict, which would copy every id.
-        names = row if isinstance(row, dict) else [f.name for f in fields(row)]
-        values = row if isinstance(row, dict) else vars(row)
-        kept = {name: values[name] for name in names if values[name] is not None}
+        if not isinstance(row, dict):
+            # Not asdict, which would copy every id.
+            row = {f.name: getattr(row, f.name) for f in fields(row)}
+        kept = {name: value for name, value in row.items() if value is not None}
         lines.append(json.dumps(kept) + "\n")
     write_text(path, "".join(lines))
 
@@ -260,5 +260,5 @@ def fingerprint(values, paths):
     """A hash of values (as JSON) and of the contents of files: any change gives another."""
     digest = hashlib.sha256(json.dumps(values).encode())
     for path in paths:
-        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
