@@ -1,22 +1,27 @@
 """Rows of public files: which kinds there are, and what each says.
 
-    DATA_HELP               shows the rows: pairs, ratings, questions, labelled steps, outputs
-    FIELDS, LOST, Row       which columns are used, under which names, and which must not be lost
-    read_field, transcript  text, messages, and conversations written as text
-    asked, prompt_of        a prompt, and all that bears on it
+    DATA_HELP               shows the rows: pairs, ratings, verdicts, questions, steps, outputs
     parse_pair, ...         one parser for each kind of row; KINDS tells the kinds apart
     read_all                every row of a file to its parser
+    compare, ...            pairs of responses to one prompt: the best against the worst
     encode_pair, ...        rows in a model's ids
+
+Before: rows.py, what every row has. `python -m interop.datasets DIR [--init MODEL]` tells what a
+directory of such files holds: look.py.
 """
 import functools
 import json
 import re
+import statistics
+import zlib
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
-from data import InputError, read_jsonl, split_of
+from data import InputError, read_jsonl, run_command, split_of
 from interop.answers import marked_answer
-from interop.templates import text_of
+from interop.rows import (FIELDS, UNANSWERED, Row, Unusable, asked, is_blank, prompt_of, read_field,
+                          read_number, read_text, read_value, shown, transcript)
 from mah_dpo import Pair
 
 
@@ -27,6 +32,14 @@ class Preference:
     prompt: list
     chosen: str
     rejected: str
+
+
+@dataclass
+class Rated:
+    """What a row of pairs says: responses to a prompt, (text, {objective: number or None}) each.
+    The objective "" is the one that the file is named after."""
+    prompt: list
+    responses: list
 
 
 @dataclass
@@ -46,210 +59,49 @@ class Question:
 
 
 DATA_HELP = r"""Files of real data hold one JSON object per line, or one JSON list of them. The rows
-that are read:
+that are read (an objective that no row names is the one that the file is named after):
 pairs      {"prompt": "Name a fruit.", "chosen": "A pear.", "rejected": "A brick."}
            {"question": "Tutor: 2+3?\n\nStudent: 6\n\nTutor:", "chosen": "Why?", "rejected": "No."}
            {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",
             "rejected": "\n\nHuman: Hi\n\nAssistant: No."}
+           {"context": [{"role": "user", "content": "Name a fruit."}], "response1": "A pear.",
+            "response2": "A brick.", "overall_preference": -2}  (HelpSteer3: below 0, the first)
+labels     {"prompt": "Name a fruit.", "response_0": "A pear.", "response_1": "A brick.",
+            "better_response_id": 0, "safer_response_id": 1}  (PKU-SafeRLHF: better and safer)
 ratings    {"instruction": "Name a fruit.", "completions": [
               {"response": "A pear.", "annotations": {"honesty": {"Rating": "5"}}},
               {"response": "A brick.", "annotations": {"honesty": {"Rating": "1"},
                                                        "helpfulness": {"Rating": "N/A"}}}]}
+           {"prompt": "Name a fruit.", "response": "A pear.", "helpfulness": 4, "verbosity": 0}
+           {"prompt": "Name a fruit.", "response": "A brick.", "helpfulness": 1, "verbosity": 0}
+verdicts   {"prompt": "Name a fruit.", "completion": "A pear.", "label": true}
+           {"prompt": "Q: Name a fruit.\nA: A brick.\nTrue:", "completion": " no"}
 questions  {"question": "What is 9 + 9?", "answer": "9 + 9 = 18\n#### 18"}
            {"problem": "Halve 1.", "solution": "It is $\\boxed{\\frac{1}{2}}$."}
 steps      {"prompt": "2 + 3 - 1?", "completions": ["2 + 3 = 5", "5 - 1 = 3"],
             "labels": [true, false]}
            {"problem": "2 + 3 - 1?", "steps": ["2 + 3 = 5", "5 - 1 = 3"],
-            "label": 1}  (the first wrong step, or -1; also Math-Shepherd's and PRM800K's rows)
+            "label": 1}  (the first wrong step, or -1)
+           {"input": "2 + 3 - 1? Step 1: 2 + 3 = 5 \u043a\u0438\nStep 2: 5 - 1 = 3 \u043a\u0438",
+            "label": "2 + 3 - 1? Step 1: 2 + 3 = 5 +\nStep 2: 5 - 1 = 3 -"}  (Math-Shepherd)
+           {"question": {"problem": "2 + 3 - 1?"}, "label": {"steps": [{"completions": [
+              {"text": "2 + 3 = 5", "rating": 1}, {"text": "2 + 3 = 6", "rating": -1}],
+              "chosen_completion": 0, "human_completion": null}]}}  (PRM800K)
 outputs    {"question": "What is 9 + 9?", "answer": "#### 18",
             "responses": ["I get 18.", "17"]}  (python -m interop.score)
 Prompts and responses are text or {"role", "content"} messages. In a transcript the first word of a
 paragraph is the speaker: Human, User, Student, Assistant or Tutor. "input" follows the prompt,
-"system" and "tools" precede it. Ratings give the best completion against the worst, for each
-objective that is rated. Rows that cannot serve, such as ties, are left out and counted; a row with
-a fault is an error; columns that mean nothing here are named."""
+"system" and "tools" precede it. Ratings and verdicts compare all responses to a prompt, wherever
+their rows stand: the best with the worst, the second best with the second worst and so on, each
+response once. Rows that cannot serve, such as ties, are left out and counted; a row with a fault is
+an error; columns that mean nothing here are named."""
 
 
-# -- rows and their columns
-
-# What a field is called in published files. Of several names the first that holds something counts.
-FIELDS = {"prompt": ("prompt", "question", "instruction", "problem", "input"),
-          "steps": ("steps", "completions"),
-          "answer": ("answer", "final_answer", "solution", "ground_truth"),
-          "solution": ("solution", "ground_truth"),
-          "system": ("system", "system_prompt"),
-          "response": ("response", "responses", "output", "outputs", "prediction", "predictions",
-                       "completion", "samples", "generations")}
-# Without these a prompt means something else, and nothing here could use them.
-LOST = ("context", "history", "query", "passage", "functions", "tool_calls", "documents", "choices",
-        "options", "image", "images", "audio", "audios", "video", "videos", "chat_template_kwargs",
-        "reasoning_content", "reasoning", "thinking")
-# What a chat template may use of a message, beside its role and content.
-SPOKEN = ("tool_calls", "tool_call_id", "function_call", "name", "tools", "reasoning_content",
-          "reasoning", "thinking")
-
-
-class Unusable(Exception):
-    """A well-formed row that cannot serve, such as a tie. It is left out, and counted by reason."""
-
-
-def is_blank(value):
-    """Does it hold nothing? Published files write null where a row has no such column."""
-    return value in (None, [], {}) or isinstance(value, str) and not value.strip()
-
-
-def shown(value):
-    """What was found instead, for messages."""
-    return f"{type(value).__name__} {json.dumps(value)[:60]}"
-
-
-class Row:
-    """The columns of a row. Those that no parser looks at mean nothing here: they are `ignored`."""
-
-    def __init__(self, columns):
-        self.columns, self.ignored = dict(columns), set(columns)
-        # What stands in an object has a name as well: label.steps.
-        for key, value in columns.items():
-            for inner in value if isinstance(value, dict) else ():
-                self.columns[f"{key}.{inner}"] = value[inner]
-
-    def keys(self, name):
-        """The columns that may hold a field, blank ones last."""
-        found = [key for key in FIELDS.get(name, (name,)) if key in self.columns]
-        return sorted(found, key=lambda key: is_blank(self.columns[key]))
-
-    def get(self, name):
-        """What a field holds, or None."""
-        found = self.keys(name)
-        self.ignored -= {key.partition(".")[0] for key in found}
-        return self.columns[found[0]] if found else None
-
-    def need(self, name):
-        """The column that holds a field. InputError where there is none."""
-        found = self.keys(name)
-        if not found:
-            others = ", ".join(FIELDS.get(name, ())[1:])
-            hint = f" ({others} would do)" if others else ""
-            columns = ", ".join(sorted(self.columns)) or "no fields"
-            raise InputError(f"field {name!r} is missing{hint}; the row has {columns}")
-        return found[0]
-
-
-# -- text and conversations
-
-def read_text(value, where):
-    """Text, text parts or null -> text. InputError says where, and what stands there instead."""
-    try:
-        return "" if value is None else text_of({"content": value})
-    except InputError as e:
-        raise InputError(f"{where} is {shown(value)}: {e}") from None
-
-
-def read_value(row, key, value):
-    """What stands in a column -> (text, messages). Of messages the text is the last one's, and of
-    each is kept what a chat template may use; text has no messages."""
-    messages = [value] if isinstance(value, dict) else value
-    # Without roles, a list can only be the parts of one text.
-    if not isinstance(messages, list) or not any("role" in m for m in messages if type(m) is dict):
-        return read_text(value, f"{key!r}"), []
-    found = []
-    for number, message in enumerate(messages, 1):
-        where = f"message {number} of {key!r}"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(f"{where} is {shown(message)}: give role and content")
-        content = read_text(message.get("content"), where)
-        more = {field: message[field] for field in SPOKEN if not is_blank(message.get(field))}
-        found.append({"role": message["role"], "content": content} | more)
-        row.ignored |= {f"{key}.{field}" for field in message.keys() - {"role", "content", *SPOKEN}}
-    return content, found
-
-
-def read_field(row, name):
-    """A field -> (text, messages), as read_value. Unusable where it is empty."""
-    key = row.need(name)
-    text, messages = read_value(row, key, row.get(name))
-    # A call of a tool takes the place of text.
-    if not text.strip() and not any("tool_calls" in m for m in messages[-1:]):
-        raise Unusable(f"{key!r} is empty")
-    return text, messages
-
-
-# Who speaks in transcripts, in the first word of a paragraph.
-SPEAKERS = {"Human": "user", "User": "user", "Student": "user", "Assistant": "assistant",
-            "Tutor": "assistant"}
-TURN = re.compile(rf"(?:^|\n\r?\n)({'|'.join(SPEAKERS)}):")
-# The last turn of a transcript that ends with 'Assistant:'.
-UNANSWERED = {"role": "assistant", "content": ""}
-
-
-def transcript(text):
-    """The text of a conversation -> messages; [] if nobody speaks in it."""
-    # split gives what stands before the first speaker, then speaker and words of every turn.
-    opening, *turns = TURN.split(text)
-    opening = opening.strip()
-    messages = []
-    for speaker, words in zip(turns[::2], turns[1::2]):
-        messages.append({"role": SPEAKERS[speaker], "content": words.strip()})
-    if not opening:
-        return messages
-    # A text with an opening is a transcript only if the assistant speaks in it. Before a user's
-    # turn the opening is a system message, before the assistant's it is the user's.
-    if not any(m["role"] == "assistant" for m in messages):
-        return []
-    role = "system" if messages[0]["role"] == "user" else "user"
-    return [{"role": role, "content": opening}, *messages]
-
-
-def asked(row):
-    """The prompt's column as messages, the user's last. Text that is no transcript is one message.
-    Alpaca's `input`, which an instruction is about, follows it."""
-    key = row.need("prompt")
-    text, messages = read_field(row, "prompt")
-    for other in FIELDS["prompt"]:
-        value = row.columns.get(other)
-        if other != "input" and not is_blank(value) and value != row.columns[key]:
-            raise InputError(f"{key!r} and {other!r} could each be the prompt; keep one of them")
-    if messages and messages[-1]["role"] == "assistant":
-        raise Unusable("the prompt ends with the assistant's turn")
-    if not messages:
-        messages = transcript(text)
-        if messages[-1:] == [UNANSWERED]:
-            messages.pop()
-        if not messages or messages[-1]["role"] == "assistant":
-            messages = [{"role": "user", "content": text}]
-    if key != "input" and not is_blank(row.get("input")):
-        more, _ = read_field(row, "input")
-        messages[-1]["content"] += "\n" + more
-    return messages
-
-
-def prompt_of(row, prompt=None):
-    """The whole prompt: its column's messages, or those given, and what other columns add: a system
-    message, and tools on the first message, where Tokenizer.encode_chat expects them.
-
-    InputError for a column that would be lost."""
-    prompt = prompt or asked(row)
-    for name in LOST:
-        if not is_blank(row.get(name)):
-            raise InputError(f"{name!r} would be lost ({shown(row.get(name))}); put it into the "
-                             "prompt, or remove the column")
-    if not is_blank(row.get("system")):
-        text, _ = read_field(row, "system")
-        system = {"role": "system", "content": text}
-        prompt = prompt if prompt[0] == system else [system, *prompt]
-    tools = row.get("tools")
-    if not is_blank(tools):
-        if not isinstance(tools, list):
-            raise InputError(f"'tools' is {shown(tools)}; give a list")
-        prompt = [prompt[0] | {"tools": tools}, *prompt[1:]]
-    return prompt
-
-
-# -- pairs and ratings
+# -- pairs, ratings and verdicts
 
 def response_field(row, name, prompted):
-    """A row's `chosen` or `rejected` -> (the messages before the response, if they stand there too;
-    the text of the response). prompted: does the row have a prompt beside it?"""
+    """A column with a response -> (the messages before the response, if they stand there too; the
+    text of the response). prompted: does the row have a prompt beside it?"""
     text, messages = read_field(row, name)
     # Beside a prompt a text is the response alone, without one it is a transcript.
     if not messages and not prompted:
@@ -267,16 +119,15 @@ def response_field(row, name, prompted):
     return before, last["content"]
 
 
-def parse_pair(row, objective):
-    """A row of pairs -> Preference."""
+def answered(row, *names):
+    """The whole prompt of a row, and the texts of the responses in the columns of these names."""
     prompted = not is_blank(row.get("prompt"))
-    before_chosen, chosen = response_field(row, "chosen", prompted)
-    before_rejected, rejected = response_field(row, "rejected", prompted)
-    before = before_chosen or before_rejected
-    # Beside a prompt one of the two may be the bare response.
-    bare = prompted and not (before_chosen and before_rejected)
-    if before_chosen != before_rejected and not bare:
-        raise Unusable("chosen and rejected answer different prompts")
+    found = [response_field(row, name, prompted) for name in names]
+    # Beside a prompt some of them may be bare responses.
+    befores = [before for before, _ in found if before or not prompted] or [[]]
+    before = befores[0]
+    if any(other != before for other in befores):
+        raise Unusable(f"{' and '.join(names)} answer different prompts")
     prompt = asked(row) if prompted or not before else before
     # Beside whole conversations a prompt may hold only the first of their messages, or more than
     # they do, such as a system message.
@@ -284,33 +135,95 @@ def parse_pair(row, objective):
         prompt = before
     if prompt[len(prompt) - len(before):] != before or prompt[-1]["role"] == "assistant":
         raise Unusable("the responses do not answer the prompt")
-    if chosen == rejected:
-        raise Unusable("chosen equals rejected")
-    return Preference(objective, prompt_of(row, prompt), chosen, rejected)
+    texts = [text for _, text in found]
+    if len(set(texts)) < len(texts):
+        raise Unusable(" equals ".join(names))
+    return prompt_of(row, prompt), texts
 
 
-def parse_ratings(row, objective):
-    """A row of rated completions -> Preference, the best against the worst."""
-    by_rating = {}                   # {rating: response}
+def parse_pair(row):
+    """A row of pairs -> Rated, as of every parser here."""
+    prompt, (chosen, rejected) = answered(row, "chosen", "rejected")
+    return Rated(prompt, [(chosen, {"": 1.0}), (rejected, {"": 0.0})])
+
+
+def parse_signed(row):
+    """HelpSteer3, and HelpSteer2's preferences: below 0 the first of two responses is better."""
+    strength = read_number(row.get("overall_preference"), "'overall_preference'")
+    prompt, (first, second) = answered(row, *row.keys("response1")[:1], *row.keys("response2")[:1])
+    if not strength:
+        raise Unusable("neither response is preferred")
+    return Rated(prompt, [(first, {"": -strength}), (second, {"": strength})])
+
+
+def parse_labels(row):
+    """PKU-SafeRLHF: two responses, and for each objective which of them is better, 0 or 1."""
+    prompt, texts = answered(row, "response_0", "response_1")
+    responses = [(text, {}) for text in texts]
+    for column in [key for key in row.columns if key.endswith("_response_id")]:
+        best = read_number(row.get(column), repr(column))
+        if best not in (None, 0, 1):
+            raise InputError(f"{column!r} is {best}: give 0 or 1, or null for neither")
+        name = column.removesuffix("_response_id")
+        for i, (_, numbers) in enumerate(responses):
+            numbers[name] = None if best is None else float(i == best)
+    if not responses[0][1]:
+        raise InputError("a column such as 'better_response_id' is missing, which says 0 or 1")
+    return Rated(prompt, responses)
+
+
+def parse_ratings(row):
+    """UltraFeedback: completions, each with ratings of several objectives."""
+    responses = []
     try:
         for completion in row.get("completions"):
-            rating = completion["annotations"].get(objective, {}).get("Rating", "N/A")
-            response = read_text(completion["response"], "'response'")
-            if rating in ("N/A", None) or is_blank(response):
-                continue
-            # By way of str, because JSON's true is no rating. Of equal ratings the first counts.
-            by_rating.setdefault(float(str(rating)), response)
-        # Nor are NaN and infinity.
-        if not all(abs(rating) < 1e9 for rating in by_rating):
-            raise ValueError
-    except (KeyError, TypeError, AttributeError, ValueError):
-        example = f'{{"{objective}": {{"Rating": "4"}}}}'
+            numbers = {}
+            for name, note in completion["annotations"].items():
+                numbers[name] = read_number(note.get("Rating"), f"the rating of {name!r}")
+            text = read_text(completion["response"], "'response'")
+            if not is_blank(text):
+                responses.append((text, numbers))
+    except (KeyError, TypeError, AttributeError):
         raise InputError("a completion needs a 'response' and 'annotations', such as "
-                         f"{example}; \"N/A\" leaves it out") from None
-    responses = [by_rating[rating] for rating in sorted(by_rating)]
-    if not responses or responses[0] == responses[-1]:
-        raise Unusable(f"no two completions have different ratings of {objective}")
-    return Preference(objective, prompt_of(row), chosen=responses[-1], rejected=responses[0])
+                         '{"honesty": {"Rating": "4"}}; "N/A" leaves it out') from None
+    return Rated(prompt_of(row), responses)
+
+
+def parse_attributes(row):
+    """HelpSteer and HelpSteer2: a response with ratings of several objectives."""
+    prompt, [text] = answered(row, row.need("response"))
+    numbers = {}
+    for name in row.keys("attribute"):
+        numbers[name] = read_number(row.get(name), repr(name))
+    return Rated(prompt, [(text, numbers)])
+
+
+def parse_unpaired(row):
+    """TRL's unpaired preference: a response, and whether it is a good one."""
+    prompt, [text] = answered(row, "completion")
+    label = row.get("label")
+    if type(label) is not bool:
+        raise InputError(f"'label' is {shown(label)}: give true or false")
+    return Rated(prompt, [(text, {"": float(label)})])
+
+
+# How TruthfulQA's judges see an answer; the last line says what they judge.
+JUDGED = re.compile(r"Q:(.*?)\nA:(.*)\n\w+:\s*", re.DOTALL)
+
+
+def parse_verdict(row):
+    """TruthfulQA's judgements: question and answer in one text, then yes or no."""
+    text, _ = read_field(row, "prompt")
+    verdict, _ = read_field(row, "completion")
+    match = JUDGED.fullmatch(text)
+    if not match or verdict.strip() not in ("yes", "no"):
+        raise InputError("beside a 'completion', which must be yes or no, 'prompt' must read "
+                         f"'Q: ...\\nA: ...\\nTrue:', not {shown(text)}, {shown(verdict)}")
+    question, answer = [part.strip() for part in match.groups()]
+    if not answer:
+        raise Unusable("the answer is empty")
+    prompt = [{"role": "user", "content": question}]
+    return Rated(prompt_of(row, prompt), [(answer, {"": float(verdict.strip() == "yes")})])
 
 
 # -- labelled steps
@@ -339,7 +252,9 @@ def parse_steps(row):
     n = len(checked(steps))
     if "labels" not in row.columns:
         labels = labels_until(row.get("label"), n)
-    numbers = labels if isinstance(labels, list) else [None]
+    numbers = labels if isinstance(labels, list) else [""]
+    if None in numbers:
+        raise Unusable("a step has no label")
     if not all(type(v) in (bool, int, float) and 0 <= v <= 1 for v in numbers):
         raise InputError(f"'labels' must be a list of numbers from 0 to 1, not {shown(labels)}")
     if len(labels) != n:
@@ -425,10 +340,12 @@ def parse_output(row):
 
 @dataclass
 class Kind:
-    """A kind of rows: what they are for, the fields that tell them, their parser."""
+    """A kind of rows: what they are for, the fields that tell them, their parser; named: do they
+    name their objectives?"""
     use: str
     fields: tuple
     parse: callable
+    named: bool = False
 
     def share(self, row):
         """The share of these fields that a row has."""
@@ -439,7 +356,12 @@ class Kind:
 KINDS = [Kind("pairs", ("chosen", "rejected"), parse_pair),
          Kind("outputs", ("answer", "response"), parse_output),
          Kind("steps", ("steps", "labels"), parse_steps),
-         Kind("pairs", ("completions",), parse_ratings),
+         Kind("pairs", ("response1", "response2", "overall_preference"), parse_signed),
+         Kind("pairs", ("response_0", "response_1"), parse_labels, named=True),
+         Kind("pairs", ("completions",), parse_ratings, named=True),
+         Kind("pairs", ("response", "attribute"), parse_attributes, named=True),
+         Kind("pairs", ("completion", "label"), parse_unpaired),
+         Kind("pairs", ("prompt", "completion"), parse_verdict),
          Kind("steps", ("steps", "label"), parse_steps),
          Kind("steps", ("label.steps",), parse_prm800k),
          Kind("outputs", ("answer",), parse_output),
@@ -464,11 +386,34 @@ def say_once(remark):
     print(remark)
 
 
-def read_all(path, skipped=None, *, use, **options):
+def objectives_in(columns):
+    """The objectives that a row of pairs names itself; () where the file's name does, or the row
+    cannot be read."""
+    row = Row(columns)
+    kind = kind_of(row, ["pairs"])
+    try:
+        return names_in(kind.parse(row).responses) if kind.named else ()
+    except (InputError, Unusable):
+        return ()
+
+
+def names_in(responses):
+    """The objectives that rate any of these responses, those of Rated."""
+    return tuple(dict.fromkeys(chain.from_iterable(numbers for _, numbers in responses)))
+
+
+def check_found(found, path, skipped):
+    """InputError for a file that gives nothing."""
+    if not found:
+        reasons = [f"; {n} skipped: {reason}" for reason, n in skipped.items()]
+        raise InputError(f"{path}: no rows to use{''.join(reasons)}; train.py --help shows rows")
+
+
+def read_all(path, skipped=None, *, use):
     """Every row of a file that is for `use` -> list of what the parsers make of them. Rows that
     cannot serve are counted by reason in `skipped`, a dict or None; columns that mean nothing are
     named. An InputError about a row gets its place in front."""
-    found, seen, ignored = [], set(), set()
+    found, seen, ignored, named = [], set(), set(), set()
     skipped = {} if skipped is None else skipped
     for where, columns in read_jsonl(path):
         row = Row(columns)
@@ -476,7 +421,11 @@ def read_all(path, skipped=None, *, use, **options):
             kind = kind_of(row, [use])
             for name in kind.fields:
                 row.need(name)
-            found.append(kind.parse(row, **options))
+            named.add(kind.named)
+            if len(named) > 1:
+                raise InputError("some rows name their objectives, others leave that to the file's "
+                                 "name: put the two kinds into two files")
+            found.append(kind.parse(row))
         except Unusable as e:
             skipped[str(e)] = skipped.get(str(e), 0) + 1
             continue
@@ -484,17 +433,64 @@ def read_all(path, skipped=None, *, use, **options):
             raise InputError(f"{where}: {e}") from None
         ignored |= row.ignored
         seen |= columns.keys() - row.ignored
-    if not found:
-        reasons = [f"; {n} skipped: {reason}" for reason, n in skipped.items()]
-        raise InputError(f"{path}: no rows to use{''.join(reasons)}; train.py --help shows rows")
+    check_found(found, path, skipped)
     if ignored - seen:
         say_once(f"{path}: ignored columns: {', '.join(sorted(ignored - seen))}")
     return found
 
 
+def compare(rows, objective, skipped):
+    """What an objective compares, of list[Rated] -> list of (prompt, {response: score}), not all
+    scores alike. Rows that give it nothing are counted in `skipped`."""
+    groups, found = {}, []
+    for number, row in enumerate(rows):
+        # Several responses of a row are compared with one another; one alone with all others that
+        # stand alone and answer the same prompt.
+        alone = len(row.responses) == 1
+        groups.setdefault(json.dumps(row.prompt) if alone else number, []).append(row)
+    for group in groups.values():
+        scores = {}
+        for text, numbers in chain.from_iterable(row.responses for row in group):
+            number = numbers.get(objective, numbers.get(""))
+            if number is not None:
+                scores.setdefault(text, []).append(number)
+        # A text that was rated more than once has the mean.
+        scores = {text: statistics.fmean(numbers) for text, numbers in scores.items()}
+        if len(set(scores.values())) > 1:
+            found.append((group[0].prompt, scores))
+        else:
+            reason = f"no two responses to the prompt have different ratings of {objective}"
+            skipped[reason] = skipped.get(reason, 0) + len(group)
+    return found
+
+
+def best_and_worst(scores):
+    """{response: score} -> list of (better, worse): the best with the worst, the second best with
+    the second worst, ..., as long as their scores differ."""
+    # Among equals a hash decides: neither the file's order, nor the alphabet, which shows in a text.
+    ties = {text: zlib.crc32(json.dumps(text).encode()) for text in scores}
+    order = sorted(scores, key=lambda text: (scores[text], ties[text]))
+    half = len(order) // 2
+    pairs = zip(order[::-1], order[:half])
+    return [(best, worst) for best, worst in pairs if scores[best] > scores[worst]]
+
+
+def paired(groups, objective):
+    """What `compare` finds -> list[Preference]"""
+    found = []
+    for prompt, scores in groups:
+        for best, worst in best_and_worst(scores):
+            found.append(Preference(objective, prompt, best, worst))
+    return found
+
+
 def read_preferences(path, objective, skipped=None):
-    """Pairs or rated completions -> list[Preference]. `skipped`: see read_all."""
-    return read_all(path, skipped, use="pairs", objective=objective)
+    """A file of pairs, ratings or verdicts -> list[Preference]. `skipped`: see read_all."""
+    skipped = {} if skipped is None else skipped
+    rows = read_all(path, skipped, use="pairs")
+    found = paired(compare(rows, objective, skipped), objective)
+    check_found(found, path, skipped)
+    return found
 
 
 read_steps = partial(read_all, use="steps")                 # -> list[Steps]
@@ -545,3 +541,8 @@ def encode_steps(tokenizer, prompt, steps, boundary, marker=None):
             ids.append(tokenizer.eos_id)
         ends.append(len(ids) - 1)
     return ids, ends
+
+
+if __name__ == "__main__":
+    from interop.look import main                 # here, because that file imports this one
+    run_command(main)

@@ -162,7 +162,7 @@ def score_first_errors(scorer, path):
     prm, tokenizer = scorer.prm, scorer.prm.backbone.tokenizer
     boundary = prm.outputs[prm.names.index(scorer.output)].boundary
     sequences, labels, folds, left = [], [], [], {"seen in training": 0, "too long": 0}
-    for row in read_steps(path):
+    for row in read_steps(path, left):
         encoded = encode_steps(tokenizer, row.prompt, row.steps, boundary, prm.marker)
         if scorer.seen(tokenizer.encode_chat(row.prompt)):
             left["seen in training"] += 1

@@ -332,7 +332,7 @@ test_steps_are_encoded_as_decoding_ends_them:
   Published steps that end with a newline get lower scores than others.
     step = step.rstrip("\n") + "\n" ==> step = step + "\n"
 test_ratings_give_pairs_of_every_objective: Trained on published ratings, the model gets worse.
-    chosen=responses[-1], rejected=responses[0] ==> chosen=responses[0], rejected=responses[-1]
+    Preference(objective, prompt, best, worst) ==> Preference(objective, prompt, worst, best)
 test_spellings_of_steps: The first wrong step is praised.
     n_right = n if label == -1 else label ==> n_right = n if label == -1 else min(n, label + 1)
 [interop/reward_models.py]

@@ -29,12 +29,11 @@ def bot(text):
 
 def read_file(kind, path, skipped=None):
     """What the reader of this kind of rows makes of a file."""
-    if kind in ("pairs", "ratings"):
-        return read_preferences(str(path), "honesty", skipped)
-    if kind == "steps":
-        return read_steps(str(path), skipped)
-    reader = {"questions": read_questions, "outputs": read_outputs}[kind]
-    return reader(str(path), skipped)
+    readers = {"questions": read_questions, "outputs": read_outputs, "steps": read_steps}
+    if kind in readers:
+        return readers[kind](str(path), skipped)
+    objective = {"labels": "safer", "attributes": "helpfulness"}.get(kind, "honesty")
+    return read_preferences(str(path), objective, skipped)
 
 
 @pytest.fixture
@@ -93,7 +92,7 @@ def test_broken_lines_are_named(tmp_path, line, words):
 @pytest.mark.parametrize("good, change, words", [
     # pairs
     (PAIR, {"chosen": WITHOUT}, "'chosen' is missing"),
-    (PAIR, {"prompt": WITHOUT}, "missing (question, instruction, problem, input would do)"),
+    (PAIR, {"prompt": WITHOUT}, "missing (question, instruction, problem, input, "),
     (PAIR, {key: WITHOUT for key in PAIR}, "no fields"),
     (PAIR, {"rejected": 3}, "'rejected' is int 3"),
     (PAIR, {"rejected": {"text": "r"}}, "'rejected' is dict {\"text\": \"r\"}"),
@@ -164,7 +163,8 @@ def test_faulty_ratings(tmp_path, rating):
     """`true` read as a rating of 1, or a NaN that is the best of all."""
     row = {"prompt": "p", "completions": [
         {"response": "x", "annotations": {"honesty": {"Rating": rating}}}]}
-    assert "x.jsonl:1: a completion needs" in refusal(tmp_path / "x.jsonl", "ratings", row)
+    message = refusal(tmp_path / "x.jsonl", "ratings", row)
+    assert "x.jsonl:1: the rating of 'honesty' is " in message
 
 
 @pytest.mark.parametrize("kind", ["pairs", "steps"])
@@ -224,7 +224,7 @@ def test_which_files_hold_questions(tmp_path, row, questions):
 
 def rows_of_the_help():
     """(kind, row) for every example row of DATA_HELP."""
-    kinds = ("pairs", "ratings", "questions", "steps", "outputs")
+    kinds = ("pairs", "labels", "ratings", "verdicts", "questions", "steps", "outputs")
     kind, text = None, ""
     for line in DATA_HELP.splitlines():
         if line.startswith(kinds):
@@ -240,13 +240,17 @@ def rows_of_the_help():
 
 
 def test_the_rows_of_the_help_are_read(read):
-    """Help that shows rows which the readers refuse."""
-    kinds = Counter()
+    """Help that shows rows which the readers refuse, or that compare nothing."""
+    rows, counts = {}, {}
     for kind, row in rows_of_the_help():
-        found, skipped = read(kind, row)
-        assert len(found) == 1 and not skipped
-        kinds[kind] += 1
-    assert kinds == {"pairs": 3, "ratings": 1, "questions": 2, "steps": 2, "outputs": 1}
+        rows.setdefault(kind, []).append(row)
+    for kind in rows:
+        found, skipped = read(kind, *rows[kind])
+        counts[kind] = len(found)
+        # Of the ratings two are of another objective.
+        assert sum(skipped.values()) == (2 if kind == "ratings" else 0)
+    assert counts == {"pairs": 4, "labels": 1, "ratings": 1, "verdicts": 1, "questions": 2,
+                      "steps": 4, "outputs": 1}
 
 
 # -- random faults
@@ -448,11 +452,12 @@ def test_context_beside_transcripts(read):
 
 @pytest.mark.parametrize("change, words", [
     *(({name: ["x"]}, f"'{name}' would be lost (list [\"x\"])") for name in (
-        "context", "history", "query", "documents", "choices", "images", "tool_calls",
+        "history", "query", "documents", "choices", "images", "tool_calls",
         "reasoning_content", "chat_template_kwargs")),
     ({"tools": "[]"}, "'tools' is str \"[]\""),
     ({"system": 3}, "'system' is int 3"),
     ({"question": "another"}, "'prompt' and 'question' could each be the prompt"),
+    ({"context": ["x"]}, "'prompt' and 'context' could each be the prompt"),
     ({"chosen": bot(None) | {"tool_calls": CALL}}, "'chosen' has 'tool_calls'"),
     ({"rejected": [bot("r") | {"reasoning_content": "t"}]}, "'rejected' has 'reasoning_content'")])
 def test_what_would_be_lost_is_refused_by_name(tmp_path, change, words):
@@ -498,10 +503,10 @@ def test_ratings_give_pairs_of_every_objective(tmp_path):
     assert read_preferences(str(path), "honesty", skipped) == [
         Preference("honesty", [user("i")], "b", "c"),
         Preference("honesty", [user("k")], "c", "a")]
-    assert skipped == {"no two completions have different ratings of honesty": 1}
+    assert skipped == {"no two responses to the prompt have different ratings of honesty": 1}
     assert read_preferences(str(path), "helpfulness") == [
         Preference("helpfulness", [user("i")], "a", "c")]
-    with pytest.raises(InputError, match="3 skipped: no two .* different ratings of truthfulness"):
+    with pytest.raises(InputError, match="3 skipped: no two .* different ratings of truthf"):
         read_preferences(str(path), "truthfulness")
 
 
