@@ -885,19 +885,17 @@ def set_units(prm, run):
 def draw_candidates(source, K=5):
     """K ways to take each step of a policy's answers -> for every step K texts (ids), which begin
     with the prompt and end with that step."""
-    tokenizer, boundary = source.model.tokenizer, source.world.boundary
+    tokenizer, world = source.model.tokenizer, source.world
     turns, _, generator = roll_out(source, "candidates", 200)
-    starts, found = [], []
+    starts = []
     for turn in turns:
-        for end in [-1, *tokenizer.step_ends(turn.response, boundary)[:-1]]:
-            starts += [turn.before + turn.response[:end + 1]] * K
-    drawn = generate(source.model, starts, weights=source.mix, generator=generator,
-                     max_new_tokens=source.world.max_new_tokens,
+        for end in [-1, *tokenizer.step_ends(turn.response, world.boundary)[:-1]]:
+            starts.append(turn.before + turn.response[:end + 1])
+    drawn = generate(source.model, starts, weights=source.mix, samples=K, boundary=world.boundary,
+                     max_new_tokens=world.max_new_tokens, generator=generator,
                      temperature=source.run.config.temperature)
-    for start, response in zip(starts, drawn):
-        # Of what was drawn the first step counts.
-        found.append(start + response[:tokenizer.step_ends(response, boundary)[0] + 1])
-    return [found[i:i + K] for i in range(0, len(found), K)]
+    texts = [starts[i // K] + step for i, step in enumerate(drawn)]
+    return [texts[i:i + K] for i in range(0, len(texts), K)]
 
 
 def all_scores(read, prm, items):
