@@ -1,6 +1,5 @@
 """Objectives that come with --data: names of one's own from one end to the other. Every docstring
 states the bug that its test prevents."""
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -31,10 +30,9 @@ def pair(i, chosen="a pear .", rejected="i would rather not say it now ."):
 
 
 def rated(i, **ratings):
-    """A row of two completions, of which the first is better by all these ratings, the second by
-    none: {objective: how much the first has; the second has 3}."""
-    completions = []
-    for response, of in (("dear friend , a pear !", ratings), ("a brick .", dict.fromkeys(ratings, 3))):
+    """A row of two completions: {objective: how much the first has}; the second has 3 of all."""
+    completions, threes = [], dict.fromkeys(ratings, 3)
+    for response, of in (("dear friend , a pear !", ratings), ("a brick .", threes)):
         annotations = {name: {"Rating": str(rating)} for name, rating in of.items()}
         completions.append({"response": response, "annotations": annotations})
     return {"instruction": f"name fruit number {i} .", "completions": completions}
@@ -149,8 +147,8 @@ def test_sixteen_objectives(tmp_path, checkpoint, monkeypatch, capsys):
     kept, stages = ["base", "sft", "pairs.jsonl", "mah_dpo", "labels.jsonl", "prm"], train.stages
     monkeypatch.setattr(train, "stages", lambda run: [
         stage for stage in stages(run) if stage.files[-1] in kept])
-    train.main(["--objective", ",".join(reversed(names)), "--init", checkpoint, "--data", data, *TINY,
-                "--alpha", "a_longish_objective_15=2", "--dpo-steps", "1", "--prm-steps", "1"])
+    train.main(["--objective", ",".join(reversed(names)), "--init", checkpoint, "--data", data,
+                *TINY, "--alpha", f"{names[15]}=2", "--dpo-steps", "1", "--prm-steps", "1"])
     run, = os.listdir("runs")
     model, prm = load_hf(f"runs/{run}/mah_dpo"), load_prm(f"runs/{run}/prm")
     assert list(model.config.objectives) == names == prm.names
@@ -221,9 +219,9 @@ def test_a_run_of_ones_own_objectives(own_run, capsys):
     (["--guide", "unified"], 1), (["--weights", "caution=1"], 1),
     (["--guide", "unified", "--weights", "caution=1"], 2)])
 def test_decoding_a_run_of_ones_own(own_run, capsys, argv, steps_of):
-    """A guide, a weight or a boundary that only the paper's objectives have; "unified" that averages
-    outputs whose steps end elsewhere."""
-    decode.main([own_run[0], "--prompt", "name a fruit .", "--max-new-tokens", "5", "--k", "2", *argv])
+    """A guide, a weight or a boundary that only the paper's objectives have; "unified" that
+    averages outputs whose steps end elsewhere."""
+    decode.main([own_run[0], "--prompt", "a fruit ?", "--max-new-tokens", "5", "--k", "2", *argv])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  ->"))
     scores = [word for word in line[5:].partition("'")[0].split() if word[0] in "+-"]
     assert len(scores) == steps_of
@@ -231,7 +229,7 @@ def test_decoding_a_run_of_ones_own(own_run, capsys, argv, steps_of):
 
 def test_guides_and_weights_that_a_run_lacks(own_run, capsys):
     """The paper's names accepted for a run that has none of them."""
-    for argv, message in ((["--guide", "honesty"], "no PRM output 'honesty' here: this PRM has brevity"),
+    for argv, message in ((["--guide", "honesty"], "no PRM output 'honesty' here: this PRM has br"),
                           (["--weights", "honesty=1"], "no 'honesty' here; choose from brevity")):
         argv = [own_run[0], "--prompt", "hi", "--max-new-tokens", "3", *argv]
         assert message in refused(argv, capsys, decode.main)
@@ -240,9 +238,9 @@ def test_guides_and_weights_that_a_run_lacks(own_run, capsys):
 def test_scoring_a_run_of_ones_own(own_run, tmp_path, capsys):
     """Pairs and steps of one's own objectives that python -m interop.score cannot place."""
     new = [pair(i) for i in range(50, 56)]
-    data = files(tmp_path / "new", warmth=new, others=new,
-                 caution__steps=[{"prompt": f"again {i} ?", "steps": ["a b", "c d"], "label": -1 + i % 2}
-                                 for i in range(40)])
+    steps = {"steps": ["a b", "c d"]}
+    labelled = [{"prompt": f"again {i} ?", "label": -1 + i % 2} | steps for i in range(40)]
+    data = files(tmp_path / "new", warmth=new, others=new, caution__steps=labelled)
     score.main([own_run[0], f"{data}/warmth.jsonl"])
     assert "PRM warmth" in capsys.readouterr().out
     score.main([own_run[0], f"{data}/others.jsonl", "--objective", "brevity"])
@@ -342,9 +340,6 @@ def test_labels_of_ones_own(tmp_path, gpt):
 
 # -- mistakes
 
-ONE_WORD = "a single word that is none of"
-
-
 @pytest.mark.parametrize("rows, argv, message", [
     ({}, "", "no objective here; put the pairs of each into"),
     ({"brevity": PAIRS}, "--objective clarity", "/d: unknown objective 'clarity': choose from all, "
@@ -359,12 +354,12 @@ ONE_WORD = "a single word that is none of"
      "/d/all_alike.jsonl: no rows to use; 9 skipped: no two completions have different ratings of"),
     ({name: [pair(1), pair(4)] for name in ("a", "b", "c")}, "",
      "/d: 3 objectives need more than 2 different prompts; add pairs, or choose fewer"),
-    ({"brevity": [{"question": "q", "answer": "1"}]}, "", "/d/brevity.jsonl: questions with answers "
-     "are verified: give 'brevity' the \"case\" \"verifiable\" in an objectives.json"),
+    ({"brevity": [{"question": "q", "answer": "1"}]}, "", "/d/brevity.jsonl: questions with "
+     "answers are verified: give 'brevity' the \"case\" \"verifiable\" in an objectives.json"),
     ({"brevity": ["{"]}, "", "/d/brevity.jsonl:1: not JSON"),
-    ({"my-data": PAIRS}, "", f"/d/my-data.jsonl: no objective can be called 'my-data'; give it another "
-     f"name, {ONE_WORD}"),
-    ({"x": [rated(1, **{"to the point": 5})]}, "", "/d/x.jsonl: no objective can be called 'to the "),
+    ({"my-data": PAIRS}, "", "/d/my-data.jsonl: no objective can be called 'my-data'; give it "
+     "another name, a single word that is none of all, unified"),
+    ({"x": [rated(1, **{"to the point": 5})]}, "", "/d/x.jsonl: no objective can be called 'to "),
     ({"": PAIRS}, "", "no objective here"),
     *[({name: PAIRS}, "", f"/d/{name}.jsonl: no objective can be called {name!r}")
       for name in ("all", "unified", "policy", "step_correctness", "guide", "run", "kl", "step")],
@@ -380,11 +375,11 @@ def test_directories_that_cannot_serve(rows, argv, message, checkpoint, tmp_path
 @pytest.mark.parametrize("told, message", [
     ("{", "not a JSON file"), ("[]", "not such as {"), ('{"brevity": "C"}', "not such as {"),
     ('{"clarity": {}}', "'clarity' has no file; add clarity.jsonl beside it, or take the name out"),
-    *[(json.dumps({"brevity": {key: value}}), f"'brevity': {json.dumps(key)}: {json.dumps(value)} means "
-       'nothing; give a "domain" (a single word), a "case" (verifiable, A, B, C) or a "boundary" '
-       "(newline, sentence, turn)") for key, value in [
-           ("name", "x"), ("case", "D"), ("case", ["C"]), ("boundary", "word"), ("boundary", ""),
-           ("domain", "../x"), ("domain", ""), ("domain", 5), ("Case", "C"), ("subjective", True)]]])
+    *[('{"brevity": {%s}}' % told, f"'brevity': {told} means nothing; give a \"domain\" (a single "
+       'word), a "case" (verifiable, A, B, C) or a "boundary" (newline, sentence, turn)')
+      for told in ('"name": "x"', '"case": "D"', '"case": ["C"]', '"boundary": "word"',
+                   '"boundary": ""', '"domain": "../x"', '"domain": 5', '"Case": "C"',
+                   '"subjective": true')]])
 def test_broken_objectives_json(told, message, tmp_path, capsys, checkpoint):
     """A word that is skipped, and another objective than the user meant; a traceback."""
     data = files(tmp_path / "d", brevity=PAIRS)
@@ -416,5 +411,5 @@ def test_names_that_only_look_taken(tmp_path, checkpoint):
     data = files(tmp_path / "d", **{name: PAIRS for name in names})
     assert names_in("all", data) == names
     run = train.Run(str(tmp_path), options.Config(init=checkpoint, data=data))
-    left = [name for stage in train.stages(run) for name in stage.files]
+    left = sum([stage.files for stage in train.stages(run)], [])
     assert len(left) == len(set(left)) and not set(left) & {"config.json", "log.jsonl"}
