@@ -40,7 +40,7 @@ BOUNDARIES = ("newline", "sentence", "turn")        # what ends a step of an ans
 class Objective:
     """One axis of alignment."""
     name: str
-    domain: str                  # math | values | tutoring
+    domain: str                  # objectives of a domain share prompts: math | values | tutoring
     case: str                    # one of CASES
     boundary: str                # one of BOUNDARIES, or "" where it does not matter
     subjective: bool = True      # a matter of taste? Only experiments/findings.py asks
@@ -58,15 +58,18 @@ OBJECTIVES = {objective.name: objective for objective in [
 ]}
 
 
-def select_objectives(spec):
-    """What a user typed, 'all', domains or names with commas between -> names, in table order."""
+def select_objectives(spec, objectives=tuple(OBJECTIVES.values())):
+    """What a user typed, 'all', domains or names with commas between -> those of a list of
+    Objective, in its order. A word that is a name as well as a domain is the name."""
     wanted = [part.strip() for part in spec.split(",") if part.strip()]
-    known = ["all", *DOMAINS, *OBJECTIVES]
+    names = [o.name for o in objectives]
+    known = dict.fromkeys(["all", *[o.domain for o in objectives], *names])
     unknown = [word for word in wanted if word not in known]
     if unknown or not wanted:
         named = ", ".join(unknown) or spec
         raise InputError(f"unknown objective {named!r}: choose from {', '.join(known)}")
-    return [o.name for o in OBJECTIVES.values() if {"all", o.domain, o.name} & set(wanted)]
+    domains = set(wanted).difference(names)
+    return [o for o in objectives if o.name in wanted or {"all", o.domain} & domains]
 
 
 def read_objectives(where, records):

@@ -137,19 +137,20 @@ def draw(model, head, cache, h, masks, limits, temperature=1.0, top_k=50, top_p=
 
 
 @torch.inference_mode()
-def generate(model, prompts, *, weights=0, max_new_tokens, samples=1, batch_size=512,
-             progress=None, **sampling):
+def generate(model, prompts, *, weights=0, max_new_tokens, samples=1, boundary="turn",
+             batch_size=512, progress=None, **sampling):
     """Ragged prompts (id lists) -> id lists, each up to and including EOS or max_new_tokens long.
 
     weights: as in GPT.weights. max_new_tokens: a number, or one per prompt. samples: responses
     per prompt, which stand together in the result; a prompt is encoded once for all of them.
+    boundary: where they end, after a whole turn or after a step (newline | sentence).
     progress: called with the number of new responses after each batch of batch_size. sampling:
     temperature, top_k, top_p and generator, as in `draw`."""
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * len(prompts)
     check_prompts(model, prompts, [model.config.max_len] * len(prompts))
     check_sampling(min(max_new_tokens, default=1), **sampling)
-    head, masks = model.fold(weights), stop_masks(model, "turn")
+    head, masks = model.fold(weights), stop_masks(model, boundary)
     out = [None] * (len(prompts) * samples)
     # Prompts of similar length go together, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -17,9 +17,11 @@ files of earlier stages; its last file says that it has finished.
                    last checkpoint. It ends with the same bits as a run that nobody stopped.
     --from RUN     starts a new run from copies of what RUN has finished under the same options.
     --seeds N      trains N times, in RUN/seed=..., and puts the tables over the trainings into RUN.
-    --data DIR     reads real data. DIR/<objective>.jsonl: preference pairs, or for math_accuracy
-                   questions with final answers, which are sampled and verified; and, where it
-                   exists, DIR/<objective>.steps.jsonl: labelled steps.
+    --data DIR     reads real data, for objectives of any name. DIR/<objective>.jsonl: preference
+                   pairs, or if it is verifiable questions with final answers, which are sampled and
+                   verified; and, where it exists, DIR/<objective>.steps.jsonl: labelled steps.
+                   DIR/objectives.json may say what an objective is, such as {"brevity": {"domain":
+                   "style", "case": "C", "boundary": "newline"}}; if not, it is of case C.
     --fast         makes everything small, to see that it works.
 
 Read in this order: the stages from `train_base` to `measure_prm`; their table `stages`; the
@@ -40,9 +42,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (CASES, DOMAINS, OBJECTIVES, PROMPTS, RNG, InputError, Tokenizer, World, agreement,
+from data import (CASES, DOMAINS, PROMPTS, RNG, InputError, Tokenizer, World, agreement,
                   batches_by_length, dealt_batches, fit_threshold, judge, middle_score, pad,
-                  read_json, run_command, select_objectives, write_json)
+                  read_json, run_command, write_json)
 from decode import domain_mix, generate, parse_weights
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
@@ -50,7 +52,8 @@ from interop.manifest import check_files, forget_files, note_files
 from interop.options import METHODS, check_config, read_command
 from interop.parallel import (even, gather, head_norm, join_processes, local_items, parameters_of,
                               placed, rank, ranks, reaching, shard, total, whole)
-from interop.real_data import describe_data, load_base, real_labels, real_pairs, worlds_of
+from interop.real_data import (describe_data, load_base, objectives_of, real_labels, real_pairs,
+                               worlds_of)
 from interop.resume import (at_work, clear, copy_stages, finished, free_name, load_checkpoint,
                             load_config, new_directory, put_rows, read_rows, run_key,
                             save_checkpoint, save_config, stops_wait, write_rows)
@@ -70,7 +73,7 @@ class Run:
     def __init__(self, path, config, objectives=None):
         """objectives: the records in an old run's config.json; a new run looks them up."""
         if objectives is None:
-            objectives = [OBJECTIVES[name] for name in select_objectives(config.objective)]
+            objectives = objectives_of(config.objective, config.data)
         self.path = path
         self.config = config
         self.objectives = objectives
@@ -885,19 +888,17 @@ def set_units(prm, run):
 def draw_candidates(source, K=5):
     """K ways to take each step of a policy's answers -> for every step K texts (ids), which begin
     with the prompt and end with that step."""
-    tokenizer, boundary = source.model.tokenizer, source.world.boundary
+    tokenizer, world = source.model.tokenizer, source.world
     turns, _, generator = roll_out(source, "candidates", 200)
-    starts, found = [], []
+    starts = []
     for turn in turns:
-        for end in [-1, *tokenizer.step_ends(turn.response, boundary)[:-1]]:
-            starts += [turn.before + turn.response[:end + 1]] * K
-    drawn = generate(source.model, starts, weights=source.mix, generator=generator,
-                     max_new_tokens=source.world.max_new_tokens,
+        for end in [-1, *tokenizer.step_ends(turn.response, world.boundary)[:-1]]:
+            starts.append(turn.before + turn.response[:end + 1])
+    drawn = generate(source.model, starts, weights=source.mix, samples=K, boundary=world.boundary,
+                     max_new_tokens=world.max_new_tokens, generator=generator,
                      temperature=source.run.config.temperature)
-    for start, response in zip(starts, drawn):
-        # Of what was drawn the first step counts.
-        found.append(start + response[:tokenizer.step_ends(response, boundary)[0] + 1])
-    return [found[i:i + K] for i in range(0, len(found), K)]
+    texts = [starts[i // K] + step for i, step in enumerate(drawn)]
+    return [texts[i:i + K] for i in range(0, len(texts), K)]
 
 
 def all_scores(read, prm, items):
@@ -1116,26 +1117,26 @@ def carry_out(run):
         for i, path in enumerate(trainings):
             print(f"{path}: training {i + 1} of {len(trainings)}")
             one = replace(run.config, seed=run.config.seed + i, seeds=1)
-            run_stages(begin(path, one))
+            run_stages(begin(path, one, run.objectives))
         if len(trainings) > 1:
             publish(run.path, load_rows(run.path))
 
 
-def begin(path, config):
+def begin(path, config, objectives=None):
     """The run in a directory; one that is not there yet is made, with copies of what --from offers
-    -> Run."""
+    -> Run. objectives: as in Run."""
     if os.path.isdir(path):
         return open_run(path, config.device)
     # Resumed from another directory, the run must still find what it was given in this one.
     for name in ("init", "data", "from_"):
         given = getattr(config, name)
         setattr(config, name, given and os.path.abspath(given))
-    run = Run(path, config)
+    run = Run(path, config, objectives)
     with new_directory(path) as unfinished:
         save_config(run, unfinished)
         # When the second of several seeds begins, the other run may be gone: then all is trained.
         if config.seeds == 1 and os.path.isdir(config.from_):
-            copy_stages(origin_of(config), Run(unfinished, config), stages(run))
+            copy_stages(origin_of(config), Run(unfinished, config, objectives), stages(run))
     return run
 
 
@@ -1153,7 +1154,7 @@ def open_run(path, device="auto"):
     config, objectives = load_config(path)
     if device != "auto":
         config.device = device
-    check_config(config)
+    check_config(config, objectives)
     return Run(path, config, objectives)
 
 
@@ -1188,7 +1189,7 @@ def new_run(config):
     """Check what a new run was given, and make its directory. A taken name gets a number -> Run."""
     check_new(config)
     config.device = pick_device(config.device)
-    config.out = free_name(config.out or f"runs/{config.objective.replace(',', '+')}")
+    config.out = free_name(config.out or f"runs/{config.objective.replace(',', '+')[:99]}")
     print(f"writing to {config.out}")
     return begin(config.out, config)
 

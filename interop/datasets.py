@@ -336,6 +336,18 @@ def parse_output(row):
     return parse_question(row), found
 
 
+# -- which objectives a row rates
+
+def objectives_in(columns):
+    """The names of the objectives that a row rates, as UltraFeedback's do; () for other rows."""
+    names = {}
+    completions = columns.get("completions")
+    for completion in completions if isinstance(completions, list) else []:
+        rated = completion.get("annotations") if isinstance(completion, dict) else None
+        names |= dict.fromkeys(rated if isinstance(rated, dict) else ())
+    return tuple(names)
+
+
 # -- every row of a file
 
 @dataclass

@@ -7,10 +7,11 @@
 import argparse
 from dataclasses import dataclass, field, fields
 
-from data import InputError, select_objectives
+from data import InputError
 from decode import parse_weights
 from interop.datasets import DATA_HELP
 from interop.parallel import ranks
+from interop.real_data import objectives_of
 
 # The names under which --dpo-lr-factor knows the preference-trained policies.
 METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]
@@ -25,13 +26,14 @@ def option(default, text, **about):
 @dataclass
 class Config:
     """All that a run depends on, and its command line: one flag per field. Saved in config.json."""
-    objective: str = option("all", "all, math, values, tutoring, or objectives, with commas")
+    objective: str = option("all", "all, domains (math, values, tutoring) or objectives, with "
+                            "commas; with --data those of its files")
     out: str = option("", "run directory (default runs/<objective>; a taken name gets a number)")
     from_: str = option("", "start from copies of what this run has finished under these options")
     init: str = option("", "Hugging Face directory that serves as the base model")
     template_args: str = option("", "variables for the chat template of --init, NAME=VALUE,..., "
                                 "such as enable_thinking=false")
-    data: str = option("", "directory of real pairs and questions, see below (needs --init)")
+    data: str = option("", "directory of real data, a file for each objective (needs --init)")
     seed: int = option(0, "every random draw of the run derives from it", low=0)
     seeds: int = option(1, "train so often, with seed, seed + 1, ..., for intervals over trainings")
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -130,8 +132,8 @@ def read_command(argv, description):
     return Config(**fast | given), resume
 
 
-def check_config(config):
-    """InputError for an option out of its range."""
+def check_config(config, objectives=None):
+    """InputError for an option out of its range. objectives: those of a run that has begun."""
     for f in fields(config):
         value = getattr(config, f.name)
         low = f.metadata.get("low", 1 if f.type is int else 0)
@@ -140,9 +142,6 @@ def check_config(config):
         if value not in f.metadata.get("choices", [value]):
             choices = " or ".join(f.metadata["choices"])
             raise InputError(f"{flag(f.name)} {value}: choose {choices}")
-    # NAME=NUMBER,... for known names.
-    parse_weights(config.alpha, select_objectives(config.objective), "--alpha", 1.0)
-    parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)
     for name in ("sft_batch", "dpo_pairs"):
         size = getattr(config, name)
         if size % ranks():
@@ -152,3 +151,7 @@ def check_config(config):
         raise InputError("--template-args needs --init: the embedded model has no chat template")
     if config.data and not config.init:
         raise InputError("--data needs --init: the embedded model knows only its own small worlds")
+    # NAME=NUMBER,... for known names.
+    names = [o.name for o in objectives or objectives_of(config.objective, config.data)]
+    parse_weights(config.alpha, names, "--alpha", 1.0)
+    parse_weights(config.dpo_lr_factor, METHODS, "--dpo-lr-factor", 1.0)

@@ -1,37 +1,124 @@
 """What a run reads of its --data directory, and real questions as a world to sample and measure in.
 
+    objectives_of           which objectives its files are about, and what each is
     Questions, worlds_of    the worlds of train.py's --data
     real_pairs, real_labels what a run learns from them
     describe_data           how much there is
 
 Before: datasets.py, the rows of the files.
 """
+import glob
 import json
 import os
+import re
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
-from data import DOMAINS, SPLITS, InputError, Problem, World, split_of
+from data import (BOUNDARIES, CASES, DOMAINS, OBJECTIVES, SPLITS, InputError, Objective, Problem,
+                  World, read_json, read_jsonl, select_objectives, split_of)
 from interop.answers import final_answer, same_answer
-from interop.datasets import (encode_pair, encode_steps, read_preferences, read_questions,
-                              read_steps, train_or_dev, use_of)
+from interop.datasets import (encode_pair, encode_steps, objectives_in, read_preferences,
+                              read_questions, read_steps, train_or_dev, use_of)
 from interop.parallel import placed
 from interop.tokenizer import use_template_args
 from model import load_hf
-from prm import Labelled
+from prm import STEP, Labelled
+
+
+# -- the objectives of a directory
+
+# No objective can have these names: they mean something else in --objective and --guide, as a head,
+# as an output of a PRM, in the rows of a log, in the columns of a table.
+TAKEN = ("all", "unified", "policy", STEP, "stage", "step", "split", "gradient_norm", "run",
+         "guide", "kl", "tokens", "drawn")
+
+
+def objective_files(data):
+    """A --data directory -> {objective: paths of its pairs or questions}; {} where `data` is "".
+
+    DIR/<name>.jsonl is about that objective. A file whose first row rates several objectives is
+    about all of them, unless it has the name of one, or a name of the paper's."""
+    found = {}
+    for path in sorted(glob.glob(f"{glob.escape(data)}/*.jsonl")) if data else []:
+        name = os.path.basename(path).removesuffix(".jsonl")
+        # Labelled steps alone make an objective, too, which then lacks its pairs.
+        if name.endswith(".steps"):
+            found.setdefault(name.removesuffix(".steps"), [])
+            continue
+        names = [name]
+        if name not in OBJECTIVES:
+            _, columns = next(read_jsonl(path), ("", {}))
+            rated = objectives_in(columns)
+            names = rated if rated and name not in rated else names
+        for name in names:
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def objectives_of(spec, data):
+    """What --objective selects, of the paper's seven or of a directory's -> list of Objective.
+
+    The paper's names keep their records and come first. What else DIR/objectives.json does not say
+    of a name: its domain is the directory's name, its case C, its steps are sentences. InputError
+    for a name that cannot serve, or that the directory lacks."""
+    if not data:
+        return select_objectives(spec)
+    files = objective_files(data)
+    if not files:
+        raise InputError(f"{data}: no objective here; put the pairs of each into "
+                         f"{data}/<objective>.jsonl")
+    told = read_told(f"{data}/objectives.json", files)
+    domain = re.sub(r"\W", "_", os.path.basename(os.path.abspath(data))) or "data"
+    known = []
+    for name in [*OBJECTIVES, *sorted(files.keys() - OBJECTIVES)]:
+        if name in files:
+            record = OBJECTIVES.get(name) or Objective(name, domain, "C", "sentence")
+            known.append(replace(record, **told.get(name, {})))
+    try:
+        chosen = select_objectives(spec, known)
+    except InputError as e:
+        raise InputError(f"{data}: {e}, or add <objective>.jsonl") from None
+    for name in [o.name for o in chosen]:
+        if name in TAKEN or not re.fullmatch(r"\w+", name):
+            where = ", ".join(files[name]) or f"{data}/{name}.steps.jsonl"
+            raise InputError(f"{where}: no objective can be called {name!r}; give it another name, "
+                             f"a single word that is none of {', '.join(TAKEN)}; or leave it out "
+                             "of --objective")
+    return chosen
+
+
+def read_told(path, names):
+    """objectives.json, if it is there -> {objective: {field of its record: value}}."""
+    told = read_json(path) if os.path.exists(path) else {}
+    example = '{"brevity": {"domain": "style", "case": "C", "boundary": "newline"}}'
+    if not isinstance(told, dict) or not all(isinstance(v, dict) for v in told.values()):
+        raise InputError(f"{path}: not such as {example}")
+    for name, record in told.items():
+        if name not in names:
+            raise InputError(f"{path}: {name!r} has no file; add {name}.jsonl beside it, or take "
+                             "the name out")
+        for key, value in record.items():
+            good = {"domain": isinstance(value, str) and re.fullmatch(r"\w+", value),
+                    "case": value in CASES, "boundary": value in BOUNDARIES}
+            if not good.get(key):
+                raise InputError(f"{path}: {name!r}: {json.dumps(key)}: {json.dumps(value)} means "
+                                 "nothing; give a \"domain\" (a single word), a \"case\" "
+                                 f"({', '.join(CASES)}) or a \"boundary\" ({', '.join(BOUNDARIES)})")
+    return told
 
 
 # -- real questions as a world
 
 class Questions(World):
-    """Real questions as a world: a response is right if its final answer is. Its steps are lines;
-    nobody verifies them one by one, so hindsight targets come from the ends of rollouts alone."""
-    boundary = "newline"
+    """Real questions as a world: a response is right if its final answer is. Nobody verifies its
+    steps one by one, so hindsight targets come from the ends of rollouts alone."""
 
     def __init__(self, path, objective, max_new_tokens, model):
         """Keeps the rows of `path` that fit the model's context, with their solution and with
         max_new_tokens. The others are counted in `dropped`, {reason: number}."""
         self.name = objective.domain
+        self.boundary = objective.boundary
         self.objective = objective.name
         self.max_new_tokens = max_new_tokens
         self.dropped = {}
@@ -86,9 +173,14 @@ class Questions(World):
 
 
 def holds_questions(path, objective):
-    """Does the file of an Objective hold questions, not pairs? Only a verifiable one's may."""
-    verifiable = objective.case == "verifiable"
-    return verifiable and use_of(path, ["pairs", "questions"]) == "questions"
+    """Does a file of an Objective hold questions, not pairs? InputError if it does, and the
+    objective is not verifiable."""
+    if use_of(path, ["pairs", "questions"]) == "pairs":
+        return False
+    if objective.case != "verifiable":
+        raise InputError(f"{path}: questions with answers are verified: give {objective.name!r} "
+                         'the "case" "verifiable" in an objectives.json beside them')
+    return True
 
 
 def worlds_of(objectives, data, max_new_tokens, model):
@@ -96,11 +188,17 @@ def worlds_of(objectives, data, max_new_tokens, model):
     with a directory `data` the questions that it holds for verifiable objectives."""
     if not data:
         return {o.domain: DOMAINS[o.domain] for o in objectives}
-    worlds = {}
+    worlds, files = {}, objective_files(data)
     for objective in objectives:
-        path = os.path.join(data, f"{objective.name}.jsonl")
-        if holds_questions(path, objective):
-            worlds[objective.domain] = Questions(path, objective, max_new_tokens, model)
+        domain = objective.domain
+        for path in files.get(objective.name, []):
+            if not holds_questions(path, objective):
+                continue
+            if domain in worlds:
+                raise InputError(f"{path}: {worlds[domain].objective} has questions in the domain "
+                                 f"{domain!r}, too; give each a \"domain\" of its own in "
+                                 f"{data}/objectives.json")
+            worlds[domain] = Questions(path, objective, max_new_tokens, model)
     return worlds
 
 
@@ -115,18 +213,22 @@ def fitting(rows, encode, dropped, reason):
 
 
 def real_pairs(data, objectives, model):
-    """DATA/<name>.jsonl for every objective that has pairs there -> list of Pair, {reason: number
-    of rows left out}; nothing where `data` is "". Pairs to train on come before those held out.
+    """The pairs in a --data directory -> list of Pair, {reason: number of rows left out}; nothing
+    where `data` is "". Pairs to train on come before those held out.
 
-    InputError for an objective with nothing to train on or to hold out."""
-    found, dropped = [], Counter()
+    InputError for an objective with nothing to train on or to hold out, and for fewer prompts than
+    objectives."""
+    found, dropped, files = [], Counter(), objective_files(data)
     limit = model.config.max_len
     too_long = f"longer than the context of {limit} tokens, or alike in this vocabulary"
     for objective in objectives if data else []:
-        path = os.path.join(data, f"{objective.name}.jsonl")
-        if holds_questions(path, objective):
+        rows, paths = [], files.get(objective.name) or [f"{data}/{objective.name}.jsonl"]
+        for path in paths:
+            if not holds_questions(path, objective):
+                rows += read_preferences(path, objective.name, dropped)
+        if not rows:                    # questions alone
             continue
-        rows = read_preferences(path, objective.name, dropped)
+        path = ", ".join(paths)
         kept = fitting(rows, partial(encode_pair, model=model), dropped, too_long)
         if len(kept) > 1 and len({tuple(pair.prompt) for pair in kept}) == 1:
             raise InputError(f"{path}: nothing can be held out: its {len(kept)} pairs have one "
@@ -136,6 +238,10 @@ def real_pairs(data, objectives, model):
                              "pairs to train on and to hold out are both needed: add rows, or "
                              f"shorter ones{left_out(dropped)}")
         found += kept
+    n, prompts = len({pair.objective for pair in found}), {tuple(pair.prompt) for pair in found}
+    if len(prompts) < n:
+        raise InputError(f"{data}: {n} objectives need more than {len(prompts)} different prompts; "
+                         "add pairs, or choose fewer with --objective")
     found.sort(key=lambda pair: pair.split == "dev")
     return found, dropped
 
@@ -167,6 +273,7 @@ def describe_data(data, objectives, max_new_tokens, model):
     pairs, dropped = real_pairs(data, objectives, model)
     labels, unread = real_labels(data, objectives, model)
     n_train = sum(pair.split == "train" for pair in pairs)
+    print(f"objectives: {', '.join(o.name for o in objectives)}")
     print(f"pairs: {n_train} to train on, {len(pairs) - n_train} held out{left_out(dropped)}")
     if labels or any(unread.values()):
         print(f"responses with step labels: {len(labels)}{left_out(unread)}")
@@ -182,10 +289,10 @@ def left_out(dropped):
 
 def data_files(data, objectives):
     """The files of a --data directory that a run reads; none where `data` is ""."""
-    found = []
-    for objective in objectives if data else []:
-        found += [f"{data}/{objective.name}.jsonl", f"{data}/{objective.name}.steps.jsonl"]
-    return [path for path in found if os.path.exists(path)]
+    found, files = [f"{data}/objectives.json"], objective_files(data)
+    for objective in objectives:
+        found += [*files.get(objective.name, []), f"{data}/{objective.name}.steps.jsonl"]
+    return [path for path in dict.fromkeys(found) if data and os.path.exists(path)]
 
 
 def load_base(directory, device, template_args=""):

@@ -191,9 +191,10 @@ def finished(run, stage):
 def copy_stages(source, run, stages):
     """Copy another run's stages, up to the first that it has not finished, or that reads an option
     whose value differs: all later ones depend on it."""
+    # The same word may select others now: it counts what the objectives are.
+    theirs, ours = [vars(r.config) | {"objective": r.objectives} for r in (source, run)]
     for stage in stages:
-        same = [getattr(source.config, name) == getattr(run.config, name)
-                for name in stage.options.split()]
+        same = [theirs[name] == ours[name] for name in stage.options.split()]
         if not all(same) or not finished(source, stage):
             break
         print(f"{stage.title}: copied from {source.path}")

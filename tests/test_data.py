@@ -35,7 +35,7 @@ def test_objectives_are_the_papers_in_order():
     ("honesty,values", ["helpfulness", "honesty", "truthfulness"])])
 def test_select_objectives(spec, names):
     """Names in the order typed (or twice) would give heads that do not match the table's order."""
-    assert select_objectives(spec) == names
+    assert [o.name for o in select_objectives(spec)] == names
 
 
 @pytest.mark.parametrize("spec, named", [

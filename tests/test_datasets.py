@@ -219,7 +219,11 @@ def test_which_files_hold_questions(tmp_path, row, questions):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(row) if row else "")
     assert holds_questions(str(path), OBJECTIVES["math_accuracy"]) is questions
-    assert not holds_questions(str(path), OBJECTIVES["honesty"])
+    if questions:
+        with pytest.raises(InputError, match="x.jsonl: questions with answers are verified: give"):
+            holds_questions(str(path), OBJECTIVES["honesty"])
+    else:
+        assert not holds_questions(str(path), OBJECTIVES["honesty"])
 
 
 def rows_of_the_help():

@@ -177,6 +177,18 @@ def test_generate_equals_full_re_encoding(toy, fixed_draws):
     assert found == ids
 
 
+@pytest.mark.parametrize("boundary", ["newline", "sentence"])
+def test_generate_ends_with_a_step(toy, boundary):
+    """Prevents: whole answers where one step was asked for, or a step cut short."""
+    found = generate(toy[0], prompts_of(*[4] * 40), boundary=boundary, max_new_tokens=20,
+                     generator=seeded(1))
+    for ids in found:
+        inside = [step_is_over(ids[:n], boundary) for n in range(1, len(ids))]
+        assert not any(inside)
+        assert len(ids) == 20 or step_is_over(ids, boundary)
+    assert sum(ids[-1] != END for ids in found) > 20
+
+
 def test_generate_ends_with_eos(toy):
     """Prevents: EOS left out of the response (it is scored in training), or tokens after it."""
     found = generate(toy[0], prompts_of(*[4] * 40), max_new_tokens=20, generator=seeded(1))

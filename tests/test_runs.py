@@ -21,7 +21,7 @@ import decode
 import evaluate
 import train
 from conftest import NAMES, TINY
-from data import InputError, Objective, read_json, run_command, split_of, write_json
+from data import OBJECTIVES, InputError, Objective, read_json, run_command, split_of, write_json
 from interop import options
 from interop.answers import final_answer, same_answer
 from interop.manifest import check_files
@@ -567,7 +567,8 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
 
 def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsys):
     """Prevents: questions that are sampled but never verified, a value model without rollouts,
-    tables of training questions, a row left out in silence."""
+    tables of training questions, a row left out in silence; questions that only the paper's
+    objective may have."""
     base, rows_dir, out = str(tmp_path / "base"), tmp_path / "data", str(tmp_path / "run")
     save_hf(gpt.with_heads(["policy"]), base, weights=0)
     rows_dir.mkdir()
@@ -580,18 +581,19 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
             message = {"role": "user", "content": f"{a} + {b} = ?"}
             answers[tuple(tokenizer.encode_chat([message]))] = str(answer), json.dumps([message])
     odd = [{"question": "4 " * 200, "answer": "#### 1"}, {"question": "?", "answer": ""}, *rows[:3]]
-    write_lines(rows_dir / "math_accuracy.jsonl", rows + odd)
+    write_lines(rows_dir / "sums.jsonl", rows + odd)
+    write_json(str(rows_dir / "objectives.json"), {"sums": {"case": "verifiable"}})
     chats = [{"prompt": f"go {i}", "chosen": "nice work so far !", "rejected": "no"}
              for i in range(30)]
-    write_lines(rows_dir / "math_engagement.jsonl", chats)
-    train.main(["--objective", "math", "--init", base, "--data", str(rows_dir), "--out", out,
+    write_lines(rows_dir / "brevity.jsonl", chats)
+    train.main(["--objective", "data", "--init", base, "--data", str(rows_dir), "--out", out,
                 "--max-new-tokens", "24", *TINY, "--sft-steps", "150", "--sft-lr", "3e-3",
                 "--n-prompts", "40", "--n-samples", "4", "--epochs", "200"])
     printed = capsys.readouterr().out
     assert "pairs: " in printed and "; 1 left out: the answer is empty; 1 left out: too long for " \
         "the context with an answer; 3 left out: asked before\n" in printed
     pairs = train.read_rows(f"{out}/pairs.jsonl", Pair)
-    sampled = [p for p in pairs if p.objective == "math_accuracy"]
+    sampled = [p for p in pairs if p.objective == "sums"]
     for pair in sampled:
         answer, message = answers[tuple(pair.prompt)]
         right = [same_answer(final_answer(tokenizer.decode(ids)), answer)
@@ -600,12 +602,12 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     labels = train.read_rows(f"{out}/labels.jsonl", Labelled)
     assert sampled and {row.split for row in labels} == {"train", "dev"}
     for row in labels:
-        assert all([*t] == ["math_accuracy"] and 0 <= t["math_accuracy"] <= 1 for t in row.targets)
-    tables = [r for r in read_json(f"{out}/results.json") if r["domain"] == "math"]
-    rivals = {("sft", None), ("sft_vote", None), ("mah_dpo_vote", None), ("sft", "math_accuracy"),
-              ("mah_dpo", "math_accuracy"), ("sft_rerank", "math_accuracy")}
+        assert all([*t] == ["sums"] and 0 <= t["sums"] <= 1 for t in row.targets)
+    tables = [r for r in read_json(f"{out}/results.json") if r["domain"] == "data"]
+    rivals = {("sft", None), ("sft_vote", None), ("mah_dpo_vote", None), ("sft", "sums"),
+              ("mah_dpo", "sums"), ("sft_rerank", "sums")}
     assert {(r["policy"], r["guide"]) for r in tables} >= rivals
-    assert {r["metrics"]["math_accuracy"]["n"] for r in tables} == {2}
+    assert {r["metrics"]["sums"]["n"] for r in tables} == {2}
 
 
 @pytest.mark.parametrize("file, rows, message", [
@@ -761,10 +763,14 @@ def test_commands_end_with_one_line_and_code_2(checkpoint, tmp_path):
     assert os.listdir(tmp_path) == ["honesty.jsonl"]
 
 
-def test_documented_commands_are_accepted(capsys):
+def test_documented_commands_are_accepted(capsys, tmp_path, monkeypatch):
     """Prevents: a command of the documentation that has an option of an earlier version, or a value
     that is refused."""
     known, found = {}, []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "DATA").mkdir()
+    for name in (*OBJECTIVES, "brevity", "warmth"):
+        write_lines(tmp_path / "DATA" / f"{name}.jsonl", [preference(1)])
     for name, command in (("decode.py", decode.main), ("evaluate.py", evaluate.main)):
         with contextlib.suppress(SystemExit):
             command(["--help"])

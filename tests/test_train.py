@@ -461,19 +461,19 @@ def test_candidates_are_ways_to_take_one_step(source, tokenizer, monkeypatch):
     """Prevents: candidates that go on behind their step, whose spread is that of whole answers; of
     different prefixes; a step that has none."""
     turn, asked = turn_of(tokenizer, "4 + 5 = 9\n9 - 2 = 7\nanswer 7"), []
-    drawn = [ids_of(tokenizer, text) for text in ("4 + 5 = 8\n8 - 2 = 6\n", "answer 6")]
+    drawn = [ids_of(tokenizer, text) for text in ("4 + 5 = 8\n", "answer 6")]
 
-    def scripted(model, prompts, **options):
+    def scripted(model, prompts, samples, boundary, **options):
         asked.extend(prompts)
-        return [drawn[i % 2] for i in range(len(prompts))]
+        assert boundary == "newline"
+        return [drawn[i % 2] for i in range(len(prompts) * samples)]
     monkeypatch.setattr(train, "generate", scripted)
     monkeypatch.setattr(train, "roll_out", lambda *args: ([turn], None, None))
     found = train.draw_candidates(source, 4)
     ends = tokenizer.step_ends(turn.response, "newline")
     starts = [turn.before + turn.response[:end + 1] for end in (-1, *ends[:-1])]
-    assert asked == [start for start in starts for _ in range(4)] and len(starts) == 3
-    line = tokenizer.encode("4 + 5 = 8\n")
-    assert found == [[start + line, start + drawn[1]] * 2 for start in starts]
+    assert asked == starts and len(starts) == 3
+    assert found == [[start + drawn[0], start + drawn[1]] * 2 for start in starts]
 
 
 def test_a_prm_of_several_outputs_is_saved_with_its_units(run, gpt, tokenizer, monkeypatch):
