@@ -150,23 +150,26 @@ def parse_pair(row):
 def parse_signed(row):
     """HelpSteer3, and HelpSteer2's preferences: below 0 the first of two responses is better."""
     strength = read_number(row.get("overall_preference"), "'overall_preference'")
-    prompt, (first, second) = answered(row, *row.keys("response1")[:1], *row.keys("response2")[:1])
+    prompt, (first, second) = answered(row, row.need("response1"), row.need("response2"))
     if not strength:
         raise Unusable("neither response is preferred")
     return Rated(prompt, [(first, {"": -strength}), (second, {"": strength})])
+
+
+# A column such as better_response_id says which response is better.
+LABEL = "_response_id"
 
 
 def parse_labels(row):
     """PKU-SafeRLHF: two responses, and for each objective which of them is better, 0 or 1."""
     prompt, texts = answered(row, "response_0", "response_1")
     responses = [(text, {}) for text in texts]
-    for column in [key for key in row.columns if key.endswith("_response_id")]:
+    for column in [key for key in row.columns if key.endswith(LABEL)]:
         best = read_number(row.get(column), repr(column))
         if best not in (None, 0, 1):
             raise InputError(f"{column!r} is {best}: give 0 or 1, or null for neither")
-        name = column.removesuffix("_response_id")
         for i, (_, numbers) in enumerate(responses):
-            numbers[name] = None if best is None else float(i == best)
+            numbers[column.removesuffix(LABEL)] = None if best is None else float(i == best)
     if not responses[0][1]:
         raise InputError("a column such as 'better_response_id' is missing, which says 0 or 1")
     return Rated(prompt, responses)
@@ -336,18 +339,6 @@ def parse_output(row):
     return parse_question(row), found
 
 
-# -- which objectives a row rates
-
-def objectives_in(columns):
-    """The names of the objectives that a row rates, as UltraFeedback's do; () for other rows."""
-    names = {}
-    completions = columns.get("completions")
-    for completion in completions if isinstance(completions, list) else []:
-        rated = completion.get("annotations") if isinstance(completion, dict) else None
-        names |= dict.fromkeys(rated if isinstance(rated, dict) else ())
-    return tuple(names)
-
-
 # -- every row of a file
 
 @dataclass
@@ -399,19 +390,18 @@ def say_once(remark):
 
 
 def objectives_in(columns):
-    """The objectives that a row of pairs names itself; () where the file's name does, or the row
-    cannot be read."""
+    """The objectives that a row of pairs names itself; () where the file's name does."""
     row = Row(columns)
-    kind = kind_of(row, ["pairs"])
-    try:
-        return names_in(kind.parse(row).responses) if kind.named else ()
-    except (InputError, Unusable):
+    if not kind_of(row, ["pairs"]).named:
         return ()
-
-
-def names_in(responses):
-    """The objectives that rate any of these responses, those of Rated."""
-    return tuple(dict.fromkeys(chain.from_iterable(numbers for _, numbers in responses)))
+    names = [key.removesuffix(LABEL) for key in columns if key.endswith(LABEL)]
+    names += row.keys("attribute")
+    # Rows are not checked yet: any of this may be something else.
+    completions = columns.get("completions")
+    for completion in completions if isinstance(completions, list) else []:
+        notes = completion.get("annotations") if isinstance(completion, dict) else None
+        names += notes if isinstance(notes, dict) else []
+    return tuple(dict.fromkeys(names))
 
 
 def check_found(found, path, skipped):
@@ -479,7 +469,7 @@ def compare(rows, objective, skipped):
 def best_and_worst(scores):
     """{response: score} -> list of (better, worse): the best with the worst, the second best with
     the second worst, ..., as long as their scores differ."""
-    # Among equals a hash decides: neither the file's order, nor the alphabet, which shows in a text.
+    # Among equals a hash decides: not the order of the file, nor the alphabet, which a text shows.
     ties = {text: zlib.crc32(json.dumps(text).encode()) for text in scores}
     order = sorted(scores, key=lambda text: (scores[text], ties[text]))
     half = len(order) // 2
@@ -496,18 +486,18 @@ def paired(groups, objective):
     return found
 
 
-def read_preferences(path, objective, skipped=None):
-    """A file of pairs, ratings or verdicts -> list[Preference]. `skipped`: see read_all."""
-    skipped = {} if skipped is None else skipped
-    rows = read_all(path, skipped, use="pairs")
-    found = paired(compare(rows, objective, skipped), objective)
-    check_found(found, path, skipped)
-    return found
-
-
+read_rated = partial(read_all, use="pairs")                 # -> list[Rated]
 read_steps = partial(read_all, use="steps")                 # -> list[Steps]
 read_questions = partial(read_all, use="questions")         # -> list[Question]
 read_outputs = partial(read_all, use="outputs")             # -> list of parse_output's pairs
+
+
+def read_preferences(path, objective, skipped=None):
+    """A file of pairs, ratings or verdicts -> list[Preference]. `skipped`: see read_all."""
+    skipped = {} if skipped is None else skipped
+    found = paired(compare(read_rated(path, skipped), objective, skipped), objective)
+    check_found(found, path, skipped)
+    return found
 
 
 # -- rows in a model's ids

@@ -74,7 +74,7 @@ class Row:
         """The column that holds a field. InputError where there is none."""
         found = self.keys(name)
         if not found:
-            others = ", ".join(FIELDS.get(name, ())[1:])
+            others = ", ".join(key for key in FIELDS.get(name, ()) if key != name)
             hint = f" ({others} would do)" if others else ""
             columns = ", ".join(sorted(self.columns)) or "no fields"
             raise InputError(f"field {name!r} is missing{hint}; the row has {columns}")

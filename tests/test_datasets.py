@@ -7,6 +7,7 @@ through the environment variable MAHALO_DATA and are skipped without it.
 import json
 import os
 import random
+import re
 import tracemalloc
 from collections import Counter
 
@@ -14,8 +15,9 @@ import pytest
 
 from data import OBJECTIVES, InputError, read_jsonl
 from interop.answers import final_answer, marked_answer, same_answer
-from interop.datasets import (DATA_HELP, Preference, Question, Steps, read_outputs,
-                              read_preferences, read_questions, read_steps)
+from interop.datasets import (DATA_HELP, Preference, Question, Steps, best_and_worst,
+                              objectives_in, read_outputs, read_preferences, read_questions,
+                              read_steps)
 from interop.real_data import holds_questions
 
 
@@ -61,6 +63,13 @@ RATED = {"prompt": "p", "completions": [{"response": "x", "annotations": {}}]}
 STEPS = {"prompt": "p", "steps": ["a"], "labels": [1]}
 LABEL = {"problem": "p", "steps": ["a", "b"], "label": 1}
 ASKED = {"question": "q", "answer": "2"}
+SIGNED = {"context": [{"role": "user", "content": "p"}], "response1": "a", "response2": "b",
+          "overall_preference": -2}
+LABELS = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1,
+          "safer_response_id": 0}
+GRADED = {"prompt": "p", "response": "a", "helpfulness": 4, "verbosity": 0}
+UNPAIRED = {"prompt": "p", "completion": "a", "label": True}
+JUDGED = {"prompt": "Q: p\nA: a\nTrue:", "completion": " yes"}
 WITHOUT = object()
 
 
@@ -103,7 +112,20 @@ def test_broken_lines_are_named(tmp_path, line, words):
     (PAIR, {"prompt": [user([{"type": "image_url", "image_url": "x"}])]}, "'image_url'"),
     # ratings
     *((RATED, {"completions": value}, "'annotations'") for value in (
-        5, ["x"], [{"response": "x"}])),
+        5, ["x"], [{"response": "x"}], [{"response": "x", "annotations": {"honesty": 5}}])),
+    # labels, a signed preference, attributes, verdicts
+    *((LABELS, {"safer_response_id": value}, "'safer_response_id' is ") for value in (
+        2, 0.5, True, "b", [0])),
+    (LABELS, {"safer_response_id": WITHOUT, "better_response_id": WITHOUT}, "is missing"),
+    *((SIGNED, {"overall_preference": value}, "'overall_preference' is ") for value in (
+        True, "first", [1], float("nan"))),
+    (SIGNED, {"context": WITHOUT}, "'prompt' is missing"),
+    (SIGNED, {"prompt": "another"}, "'prompt' and 'context' could each be the prompt"),
+    (GRADED, {"helpfulness": [3, 4]}, "'helpfulness' is list [3, 4]: give a number"),
+    (GRADED, {"helpfulness": WITHOUT, "verbosity": WITHOUT}, "(helpfulness, correctness, "),
+    (UNPAIRED, {"label": 1}, "'label' is int 1: give true or false"),
+    *((JUDGED, change, "must read 'Q: ...\\nA: ...\\nTrue:', not str ") for change in (
+        {"completion": "a"}, {"prompt": "Q: p\nA: a"}, {"prompt": "p"})),
     # steps
     (STEPS, {"labels": WITHOUT}, "'labels'"),
     (STEPS, {"steps": WITHOUT}, "'steps'"),
@@ -122,7 +144,7 @@ def test_faulty_rows_are_named(tmp_path, good, change, words):
     """Labels out of range or shifted against their steps, `true` as a rating, a guess where no
     answer is marked; or a traceback that does not say in which line."""
     row = {key: v for key, v in (good | change).items() if v is not WITHOUT}
-    kind = "pairs" if good in (PAIR, RATED) else "steps" if good else "questions"
+    kind = "steps" if good in (STEPS, LABEL) else "pairs" if good else "questions"
     path = tmp_path / "x.jsonl"
     message = refusal(path, kind, b"", row)
     assert f"{path}:2: " in message and words in message
@@ -138,7 +160,13 @@ UNUSABLE = [
     (PAIR, {"chosen": [user("x")]}, "'chosen' does not end with the assistant's turn"),
     (PAIR, {"prompt": WITHOUT, "chosen": "Human: x"}, "'chosen' does not end with the assistant's "
      "turn"),
+    *((SIGNED, {"overall_preference": v}, "neither response is preferred") for v in (0, None)),
+    (SIGNED, {"response2": "a"}, "response1 equals response2"),
+    (LABELS, {"response_1": "a"}, "response_0 equals response_1"),
+    (LABELS, {"safer_response_id": None}, "no two responses to the prompt have different ratings of "
+     "safer"),
     *((STEPS, {"steps": steps}, "no steps, or an empty one") for steps in (None, [], ["a", " "])),
+    *((STEPS, {"labels": labels}, "a step has no label") for labels in ([None], [None, 1])),
     (LABEL, {"steps": []}, "no steps, or an empty one"),
     *((ASKED, {"answer": blank}, "the answer is empty") for blank in (None, "  ", float("nan"))),
     (ASKED, {"answer": WITHOUT, "solution": "so 1 + 1 = 2"},
@@ -151,6 +179,7 @@ def test_rows_that_cannot_serve_are_left_out(read, good, change, reason):
     trained on as if it were one."""
     row = {key: v for key, v in (good | change).items() if v is not WITHOUT}
     kind = "steps" if good in (STEPS, LABEL) else "questions" if good is ASKED else "pairs"
+    kind = "labels" if good is LABELS else kind
     found, skipped = read(kind, good, row, good, row)
     assert len(found) == 2 and skipped == {reason: 2}
     with pytest.raises(InputError, match="no rows to use; 1 skipped: "):
@@ -269,6 +298,13 @@ GOOD_ROWS = [
                "rejected": "\n\nHuman: a\n\nAssistant: c"}),
     ("pairs", {"prompt": "p", "chosen": [user("p"), bot("c")], "rejected": [user("p"), bot("d")]}),
     ("ratings", {"instruction": "p", "completions": RATINGS}),
+    ("pairs", SIGNED),
+    ("labels", LABELS),
+    ("attributes", GRADED),
+    ("verdicts", UNPAIRED),
+    ("verdicts", JUDGED),
+    ("pairs", {"conversations": [{"from": "human", "value": "p"}], "chosen": "c",
+               "rejected": {"from": "gpt", "value": "r"}}),
     ("steps", {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]}),
     ("steps", {"id": "x-1", "problem": "p", "steps": ["a", "b"], "label": 1}),
     ("questions", {"question": "q", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}),
@@ -277,6 +313,8 @@ GOOD_ROWS = [
 JUNK = [None, True, -1, 3, 1e400, float("nan"), "", " ", "N/A", "\n\nAssistant:", "\\boxed{",
         "\\frac{}{", "\ud800", "9" * 400, [], [[]], {}, {"role": "user"}, [user("x")], [bot("")],
         [user("x"), bot("y")], {"Rating": [1]}]
+PARTNERS = {"attributes": b'\n{"prompt": "p", "response": "b", "helpfulness": 1}',
+            "verdicts": b'\n{"prompt": "p", "completion": "b", "label": false}'}
 SPLINTERS = ("", "\n\nHuman:", "####", "{", "}", "\x00", "0/0", "\\")
 
 
@@ -315,7 +353,8 @@ def test_faulty_rows_raise_only_input_errors(tmp_path):
         if rng.random() < 0.1:
             i = rng.randrange(len(content) + 1)
             content = content[:i] + bytes([rng.randrange(256)]) + content[i + 1:]
-        path.write_bytes(content)
+        # What answers the prompt alone is compared with another row.
+        path.write_bytes(content + PARTNERS.get(kind, b""))
         try:
             for found in read_file(kind, path):
                 check_found(found)
@@ -522,6 +561,129 @@ def test_ratings_of_the_same_text(read):
         read("ratings", row)
 
 
+def test_attributes_of_single_responses(read):
+    """HelpSteer2: responses to different prompts compared, or only neighbours in the file; a null
+    taken for the worst."""
+    rows = []
+    for prompt, response, number in [("p", "a", 4), ("q", "b", 0), ("p", "c", 2), ("q", "d", "3"),
+                                     ("o", "e", 1), ("p", "f", None)]:
+        rows.append({"prompt": prompt, "response": response, "helpfulness": number, "coherence": 1})
+    expected = [Preference("helpfulness", [user("p")], "a", "c"),
+                Preference("helpfulness", [user("q")], "d", "b")]
+    reason = "no two responses to the prompt have different ratings of helpfulness"
+    rng = random.Random(0)
+    for _ in range(8):
+        found, skipped = read("attributes", *rows)
+        assert sorted(found, key=str) == expected and skipped == {reason: 1}
+        rng.shuffle(rows)
+
+
+def test_turns_of_helpsteer2(read):
+    """A conversation of several turns taken for one long message."""
+    prompt = "Hi\n\n<extra_id_1>Assistant\nHello!\n<extra_id_1>User\nName a fruit.\nNow."
+    rows = [GRADED | {"prompt": prompt}, GRADED | {"prompt": prompt, "response": "b",
+                                                   "helpfulness": 5}]
+    (found,), _ = read("attributes", *rows)
+    assert found.prompt == [user("Hi"), bot("Hello!"), user("Name a fruit.\nNow.")]
+
+
+def test_every_response_once(tmp_path):
+    """Hundreds of verdicts on a prompt that give one pair; a response that stands in many; a tie as
+    a preference; pairs that depend on the order of the rows, or on the alphabet."""
+    assert best_and_worst({"a": 1, "b": 3, "c": 2, "d": 2, "e": 0, "f": 9}) == [("f", "e"),
+                                                                                ("b", "a")]
+    rng = random.Random(0)
+    for _ in range(30):
+        scores = {f"answer {i}": rng.randrange(3) for i in range(rng.randrange(40))}
+        pairs = best_and_worst(scores)
+        used = [text for pair in pairs for text in pair]
+        assert len(set(used)) == len(used) and all(scores[a] > scores[b] for a, b in pairs)
+        # What is left over is all alike.
+        assert len({scores[text] for text in scores.keys() - used}) <= 1
+        shuffled = rng.sample(sorted(scores), len(scores))
+        assert best_and_worst({text: scores[text] for text in shuffled}) == pairs
+    # Of a hundred equals not the first ten of the alphabet are taken.
+    rejected = [b for _, b in best_and_worst({f"{i:03}": int(i >= 100) for i in range(110)})]
+    assert len(rejected) == 10 and max(rejected) > "050"
+
+
+# -- two labels, signed preferences, verdicts
+
+def test_two_labels_on_one_pair(read, tmp_path):
+    """PKU-SafeRLHF: the rejected response chosen, one label for both objectives, or responses of
+    different rows compared because their prompts are equal."""
+    other = LABELS | {"response_0": "c", "response_1": "d", "better_response_id": 0}
+    found, _ = read("labels", LABELS, other)
+    assert found == [Preference("safer", [user("p")], "a", "b"),
+                     Preference("safer", [user("p")], "c", "d")]
+    better = read_preferences(str(tmp_path / "rows.jsonl"), "better")
+    assert better == [Preference("better", [user("p")], "b", "a"),
+                      Preference("better", [user("p")], "c", "d")]
+
+
+def test_signed_preferences(read):
+    """HelpSteer3 read upside down: its first response is preferred where the number is negative."""
+    second = {"prompt": "p", "response_1": "b", "response_2": "a", "preference_strength": 3}
+    for row in (SIGNED, second, SIGNED | {"overall_preference": "-1"}):
+        assert read("pairs", row)[0] == [Preference("honesty", [user("p")], "a", "b")]
+    for strength in (1, 2, 3):
+        flipped = SIGNED | {"overall_preference": strength}
+        assert read("pairs", flipped)[0] == [Preference("honesty", [user("p")], "b", "a")]
+    chat = [user("o"), bot("x"), user("p")]
+    assert read("pairs", SIGNED | {"context": chat})[0][0].prompt == chat
+
+
+def judged(question, answer, verdict):
+    """A row as TruthfulQA's judges were taught."""
+    return {"prompt": f"Q: {question}\nA: {answer}\nTrue:", "completion": f" {verdict}"}
+
+
+def test_verdicts_on_answers(read):
+    """TruthfulQA: the marks left in the text, answers to different questions compared, an empty
+    answer preferred, the last of contradictory verdicts taken for all."""
+    rows = [judged("p?", "a\nA: b", "yes"), judged("q?", "c", "no"), judged("p?", "d", "no"),
+            judged("p?", " ", "no"), judged("q?", "e", "yes"), judged("q?", "c", "no")]
+    found, skipped = read("verdicts", *rows)
+    assert found == [Preference("honesty", [user("p?")], "a\nA: b", "d"),
+                     Preference("honesty", [user("q?")], "e", "c")]
+    assert skipped == {"the answer is empty": 1}
+    # One in three is for c: better than the worst, worse than the best.
+    more = [judged("q?", "c", verdict) for verdict in ("no", "yes")]
+    best, worst = judged("q?", "f", "yes"), judged("q?", "g", "no")
+    assert read("verdicts", rows[1], *more, best)[0][0].rejected == "c"
+    assert read("verdicts", rows[1], *more, worst)[0][0].chosen == "c"
+    unpaired = [UNPAIRED, UNPAIRED | {"completion": [bot("b")], "label": False}]
+    assert read("verdicts", *unpaired)[0] == [Preference("honesty", [user("p")], "a", "b")]
+
+
+def test_messages_of_sharegpt(read):
+    """A conversation in ShareGPT's spelling that is refused as if it had no prompt."""
+    said = [{"from": "system", "value": "s"}, {"from": "human", "value": "p"}]
+    answers = {name: {"from": "gpt", "value": name} for name in ("chosen", "rejected")}
+    found, _ = read("pairs", {"conversations": said} | answers)
+    assert found == [Preference("honesty", [SYSTEM, user("p")], "chosen", "rejected")]
+
+
+@pytest.mark.parametrize("row, names", [
+    (LABELS, ("better", "safer")), (GRADED, ("helpfulness", "verbosity")),
+    (rated("p", honesty="123", brevity="N1N"), ("honesty", "brevity")),
+    (GRADED | {"helpfulness": None, "response": ""}, ("verbosity", "helpfulness")),
+    *((row, ()) for row in (PAIR, SIGNED, UNPAIRED, JUDGED, ASKED, STEPS, LABEL, {},
+                            {"completions": [5]}, {"completions": [{"annotations": 5}]}))])
+def test_objectives_that_rows_name(row, names):
+    """A file that rates several objectives taken for one that is named after it; an id taken for an
+    objective; a broken row that ends in a traceback."""
+    assert objectives_in(row | {"id": 7, "model": "m"}) == names
+
+
+@pytest.mark.parametrize("first, second", [(PAIR, LABELS), (GRADED, JUDGED), (RATED, SIGNED)])
+def test_rows_that_contradict_each_other(tmp_path, first, second):
+    """A file whose pairs count for every objective that its other rows rate."""
+    for rows in ((first, second), (second, first)):
+        message = refusal(tmp_path / "x.jsonl", "labels", *rows)
+        assert "x.jsonl:2: some rows name their objectives, others leave that" in message
+
+
 # -- steps
 
 @pytest.mark.parametrize("fields, labels", [
@@ -671,3 +833,18 @@ def test_published_verdicts_on_model_solutions():
             right = same_answer(final_answer(said["solution"]), truth)
             counts[right, said["is_correct"]] += 1
     assert counts == {(True, True): 444, (False, False): 756}
+
+
+def test_published_verdicts_on_answers():
+    """The published verdicts lost on the way: an answer that was judged false is chosen."""
+    verdicts = {}
+    for _, row in read_jsonl(published("truthfulqa_judge_truth.jsonl")):
+        question, answer = re.fullmatch(r"Q: (.*)\nA:(.*)\nTrue:", row["prompt"], re.S).groups()
+        verdicts[question, answer.strip()] = row["completion"]
+    skipped = {}
+    found = read_preferences(published("truthfulqa_judge_truth.jsonl"), "truthful", skipped)
+    assert len(found) == 646 and skipped == {"the answer is empty": 4}
+    assert len({p.prompt[0]["content"] for p in found}) == 73
+    for p in found:
+        question = p.prompt[0]["content"]
+        assert verdicts[question, p.chosen] == " yes" and verdicts[question, p.rejected] == " no"
