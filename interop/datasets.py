@@ -408,7 +408,8 @@ def check_found(found, path, skipped):
     """InputError for a file that gives nothing."""
     if not found:
         reasons = [f"; {n} skipped: {reason}" for reason, n in skipped.items()]
-        raise InputError(f"{path}: no rows to use{''.join(reasons)}; train.py --help shows rows")
+        raise InputError(f"{path}: no rows to use{''.join(reasons)}; python -m interop.datasets "
+                         "--help shows rows")
 
 
 def read_all(path, skipped=None, *, use):
@@ -469,7 +470,7 @@ def compare(rows, objective, skipped):
 def best_and_worst(scores):
     """{response: score} -> list of (better, worse): the best with the worst, the second best with
     the second worst, ..., as long as their scores differ."""
-    # Among equals a hash decides: not the order of the file, nor the alphabet, which a text shows.
+    # Among equals a hash decides: neither the file's order, nor the alphabet, which a text shows.
     ties = {text: zlib.crc32(json.dumps(text).encode()) for text in scores}
     order = sorted(scores, key=lambda text: (scores[text], ties[text]))
     half = len(order) // 2

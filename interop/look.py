@@ -168,7 +168,7 @@ def main(argv=None):
         description="Tell what the files of a directory hold, before a run with --data DIR.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", metavar="DIR", help="directory as of train.py --data")
-    parser.add_argument("--init", metavar="MODEL", help="checkpoint, as of train.py --init: lengths "
+    parser.add_argument("--init", metavar="MODEL", help="directory as of train.py --init: lengths "
                         "are in its tokens, and what exceeds its context is left out")
     args = parser.parse_args(argv)
     model = load_reader(args.init) if args.init else None

@@ -182,7 +182,8 @@ def asked(row):
     for other in FIELDS["prompt"]:
         value = row.columns.get(other)
         if other != "input" and not is_blank(value) and value != row.columns[key]:
-            raise InputError(f"{key!r} and {other!r} could each be the prompt; keep one of them")
+            raise InputError(f"{key!r} and {other!r} could each be the prompt; join them, or keep "
+                             "one")
     if messages and messages[-1]["role"] == "assistant":
         raise Unusable("the prompt ends with the assistant's turn")
     if not messages:

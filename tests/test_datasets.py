@@ -163,8 +163,8 @@ UNUSABLE = [
     *((SIGNED, {"overall_preference": v}, "neither response is preferred") for v in (0, None)),
     (SIGNED, {"response2": "a"}, "response1 equals response2"),
     (LABELS, {"response_1": "a"}, "response_0 equals response_1"),
-    (LABELS, {"safer_response_id": None}, "no two responses to the prompt have different ratings of "
-     "safer"),
+    (LABELS, {"safer_response_id": None},
+     "no two responses to the prompt have different ratings of safer"),
     *((STEPS, {"steps": steps}, "no steps, or an empty one") for steps in (None, [], ["a", " "])),
     *((STEPS, {"labels": labels}, "a step has no label") for labels in ([None], [None, 1])),
     (LABEL, {"steps": []}, "no steps, or an empty one"),
@@ -668,6 +668,7 @@ def test_messages_of_sharegpt(read):
     (LABELS, ("better", "safer")), (GRADED, ("helpfulness", "verbosity")),
     (rated("p", honesty="123", brevity="N1N"), ("honesty", "brevity")),
     (GRADED | {"helpfulness": None, "response": ""}, ("verbosity", "helpfulness")),
+    (PAIR | {"verbosity": 2}, ()),
     *((row, ()) for row in (PAIR, SIGNED, UNPAIRED, JUDGED, ASKED, STEPS, LABEL, {},
                             {"completions": [5]}, {"completions": [{"annotations": 5}]}))])
 def test_objectives_that_rows_name(row, names):

@@ -60,7 +60,7 @@ def test_lengths_in_tokens(tmp_path, capsys, checkpoint, gpt):
     n = len(gpt.tokenizer.encode("a pear ."))
     assert f"tokens: prompts {n_prompt} to {n_prompt}, median {n_prompt}; chosen {n} to {n}," in out
     for counts in ("2 rows, 1 pairs on 1 prompts", "1 rows, 0 pairs on 0 prompts"):
-        assert re.search(counts + ".*; 1 left out: pairs longer than the context of 128 tokens", out)
+        assert re.search(counts + ".*; 1 left out: pairs longer than the context of 128 tok", out)
     with pytest.raises(InputError, match="config.json"):
         look.main([data, "--init", data])
 

@@ -176,9 +176,11 @@ def test_scoring_first_errors(judged, capsys):
         label = -1 if i % 8 < 4 else i % 3
         rows.append({"problem": f"{i} + 4 ?", "steps": steps, "label": label})
     long = {"problem": "4 " * 200, "steps": ["5"], "label": -1}
-    score.main([judged.prm, judged.write("steps.jsonl", [*rows, long])])
+    odd = {"problem": "4 ?", "steps": [], "label": -1}
+    score.main([judged.prm, judged.write("steps.jsonl", [*rows, long, odd])])
     ((name, n, *_, f1),), out = cells(capsys)
     assert (name, n) == ("PRM math_accuracy", "12") and "1 rows left out: too long." in out
+    assert "1 rows left out: no steps, or an empty one." in out
     prm, responses = load_prm(judged.prm), []
     tokenizer = prm.backbone.tokenizer
     for row in rows:
@@ -230,7 +232,7 @@ def test_scoring_ratings(judged, capsys):
             completions.append({"response": text, "annotations": about})
         rows.append({"instruction": "what ?", "completions": completions})
     score.main([judged.prm, judged.write("rated.jsonl", rows), "--objective", "honesty"])
-    left = "1 rows left out: no two completions have different ratings of honesty."
+    left = "1 rows left out: no two responses to the prompt have different ratings of honesty."
     assert left in capsys.readouterr().out
 
 
@@ -266,8 +268,7 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
     (["prm", "f.jsonl"], PAIR | {"chosen": "a " * 300}, "no pair is left"),
     (["f.jsonl"], ASKED, "f.jsonl: no row has a response"),
     (["f.jsonl"], ASKED | {"response": 2}, "f.jsonl:1: 'response' is int 2"),
-    (["f.jsonl"], {"prompt": "p", "completion": "c", "label": True},
-     "'answer' is missing .*; the row has completion, label, prompt"),
+    (["f.jsonl"], {"prompt": "p", "output": "c"}, "'answer' is missing .*; the row has output, p"),
     (["prm", "f.jsonl", "g.jsonl"], PAIR, "give a run and one file")])
 def test_scoring_refuses(judged, argv, row, words, tmp_path, monkeypatch):
     """Tracebacks for a file that cannot be scored, or without what is to be scored."""
