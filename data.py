@@ -9,6 +9,7 @@
 
 A conversation is a list of messages {"role": "user" | "assistant", "content": str}.
 """
+import functools
 import itertools
 import json
 import os
@@ -17,7 +18,6 @@ import sys
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import NormalDist
 
 import tiktoken
@@ -344,6 +344,14 @@ def believed(a, op, b):
     return truth + off if 0 <= truth + off <= 20 else truth - off
 
 
+@functools.cache
+def operations(value):
+    """What can be done to a running value of the maths world, [(op, b)]: values stay in 0..20, so
+    that there are few enough facts to be learnt."""
+    terms = itertools.product("+-*", range(2, 10))
+    return [(op, b) for op, b in terms if 0 <= right(value, op, b) <= 20]
+
+
 class Math(World):
     """Chains of arithmetic, worked out from left to right with one step a line.
 
@@ -355,9 +363,8 @@ class Math(World):
     Accuracy: the answer is right. Engagement: as many different chatty sentences as operations.
     """
     name, max_new_tokens, boundary = "math", 72, "newline"
-    # The names of steps, what an operation can be, and what a person may add to a step.
+    # The names of steps, and what a person may add to one.
     LABELS = "abcde"
-    TERMS = list(itertools.product("+-*", range(2, 10)))
     CHAT = [" . nice work so far !", " . look how neat this is !", " . now it gets fun !",
             " . you can do this !", " . high five for that !", " . what a lovely number !",
             " . this one is sweet !", " . on we go my friend !"]
@@ -366,8 +373,7 @@ class Math(World):
         value = rng.choice(range(21))
         asked, facts = str(value), []
         for label in self.LABELS[:rng.choice((2, 3, 3, 4, 4, 5))]:
-            # Running values stay in 0..20, so that there are few enough facts to be learnt.
-            op, b = rng.choice([term for term in self.TERMS if 0 <= right(value, *term) <= 20])
+            op, b = rng.choice(operations(value))
             asked += f" ; {label} {op} {b}"
             facts.append((value, op, b, right(value, op, b)))
             value = facts[-1][-1]
@@ -629,7 +635,7 @@ def middle_score(scores):
 
 def fit_threshold(ratings, gold):
     """The threshold of the largest agreement with `gold`, and that agreement."""
-    agrees = partial(agreement, ratings=ratings, gold=gold)
+    agrees = functools.partial(agreement, ratings=ratings, gold=gold)
     best = max([min(ratings) - 1, *sorted(ratings)], key=agrees)
     # Every threshold up to the next rating agrees as well: take the one halfway.
     following = min((r for r in ratings if r > best), default=best + 1)

@@ -127,7 +127,9 @@ def plain_responder(model, world, weights, temperature, generator, samples=1, pr
         for i, conversation in enumerate(conversations):
             tried = answers[i * samples:(i + 1) * samples]
             conversation.drawn += sum(map(len, tried))
-            best = majority([model.tokenizer.decode(ids) for ids in tried])
+            best = 0
+            if samples > 1:
+                best = majority([model.tokenizer.decode(ids) for ids in tried])
             chosen.append(tried[best])
         return chosen
     return respond
@@ -278,6 +280,8 @@ class Bench:
         # Real questions are taken where they and their answers fit SFT's context.
         limit = self.config["max_new_tokens"]
         self.worlds = worlds_of(self.objectives, self.config["data"], limit, self.sft)
+        # All rows meet the same prompts, which are drawn once.
+        self.problems = lru_cache(self.draw_problems)
 
     def load(self, name, device=None):
         """A model of the run, on the run's device if not said otherwise."""
@@ -358,14 +362,18 @@ class Bench:
         model = self.sft if job.model == "sft" else self.model(job.model)
         return model, weights
 
+    def draw_problems(self, domain):
+        """The prompts of a domain, of the split that the configuration names: test, or dev for
+        tuning."""
+        split = self.config["split"]
+        rng = RNG(seed_of(self.seed, split, domain))
+        return self.worlds[domain].problems(PROMPTS[split], self.config["n_test"], rng)
+
     def rollout(self, job):
         """Play a row's policy -> a conversation about each of its domain's prompts, its model, its
         weights. What is drawn depends on the domain alone: rows differ by their policies, not by
         their luck."""
         config, world = self.config, self.worlds[job.domain]
-        # Of the split that the configuration names: test, or dev for tuning.
-        rng = RNG(seed_of(self.seed, config["split"], job.domain))
-        problems = world.problems(PROMPTS[config["split"]], config["n_test"], rng)
         # No part of these seeds names the row.
         generator = torch.Generator().manual_seed(seed_of(self.seed, "draws", job.domain))
         model, weights = self.policy(job)
@@ -377,7 +385,8 @@ class Bench:
                                        guide=job.guide, weights=weights, K=config["k"],
                                        temperature=temperature, generator=generator)
         students = seed_of(self.seed, "student", job.domain)
-        return converse(world, problems, self.tokenizer, respond, students), model, weights
+        talks = converse(world, self.problems(job.domain), self.tokenizer, respond, students)
+        return talks, model, weights
 
     def measure(self, job):
         """{metric: its values, one per prompt}: the noise-free scores, the tokens of an answer and

@@ -688,7 +688,11 @@ def verify(source, turn, response):
 
 def hindsight(source, turn, rollouts, M):
     """The verifiable case: V_t for each of S steps, which have M rollouts each."""
-    verified = [verify(source, turn, response) for response in rollouts]
+    # A response is verified once, however many steps it is a rollout of.
+    verdicts = {}
+    for response in dict.fromkeys(map(tuple, rollouts)):
+        verdicts[response] = verify(source, turn, response)
+    verified = [verdicts[tuple(response)] for response in rollouts]
     # Of every rollout: is its end right, and how many steps does it have?
     correct = torch.tensor([z for z, _ in verified]).view(-1, M)                    # (S, M)
     lengths = torch.tensor([len(steps) for _, steps in verified]).view(-1, M)       # (S, M)

@@ -71,7 +71,7 @@ def main(argv=None):
     # A variant that is there already goes on, or has finished.
     for config in configs:
         print(f"\n{config.out}: {name} varied")
-        train.carry_out(train.begin(config.out, config))
+        train.carry_out(train.begin(config.out, config, run.objectives))
     # The tables of the run itself and of all variants, side by side.
     evaluate.main([args.run, *[config.out for config in configs]])
 

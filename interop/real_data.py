@@ -48,9 +48,11 @@ def objective_files(data):
             continue
         names = [name]
         if name not in OBJECTIVES:
+            # The first row tells; a file may be empty.
             _, columns = next(read_jsonl(path), ("", {}))
             rated = objectives_in(columns)
-            names = rated if rated and name not in rated else names
+            if rated and name not in rated:
+                names = rated
         for name in names:
             found.setdefault(name, []).append(path)
     return found
@@ -69,7 +71,8 @@ def objectives_of(spec, data):
         raise InputError(f"{data}: no objective here; put the pairs of each into "
                          f"{data}/<objective>.jsonl")
     told = read_told(f"{data}/objectives.json", files)
-    domain = re.sub(r"\W", "_", os.path.basename(os.path.abspath(data))) or "data"
+    # A domain is a single word, as what a user types in --objective.
+    domain = re.sub(r"\W", "_", os.path.basename(os.path.abspath(data)))
     known = []
     for name in [*OBJECTIVES, *sorted(files.keys() - OBJECTIVES)]:
         if name in files:
@@ -79,6 +82,7 @@ def objectives_of(spec, data):
         chosen = select_objectives(spec, known)
     except InputError as e:
         raise InputError(f"{data}: {e}, or add <objective>.jsonl") from None
+    # A name becomes a part of files' names, and a key beside others.
     for name in [o.name for o in chosen]:
         if name in TAKEN or not re.fullmatch(r"\w+", name):
             where = ", ".join(files[name]) or f"{data}/{name}.steps.jsonl"
@@ -89,7 +93,8 @@ def objectives_of(spec, data):
 
 
 def read_told(path, names):
-    """objectives.json, if it is there -> {objective: {field of its record: value}}."""
+    """objectives.json, if it is there -> {objective: {field of its record: value}}. InputError for
+    one that is not among `names`, and for what is no field or value of a record."""
     told = read_json(path) if os.path.exists(path) else {}
     example = '{"brevity": {"domain": "style", "case": "C", "boundary": "newline"}}'
     if not isinstance(told, dict) or not all(isinstance(v, dict) for v in told.values()):
@@ -99,6 +104,7 @@ def read_told(path, names):
             raise InputError(f"{path}: {name!r} has no file; add {name}.jsonl beside it, or take "
                              "the name out")
         for key, value in record.items():
+            # The fields that may be told, and what each may be.
             good = {"domain": isinstance(value, str) and re.fullmatch(r"\w+", value),
                     "case": value in CASES, "boundary": value in BOUNDARIES}
             if not good.get(key):
@@ -194,6 +200,7 @@ def worlds_of(objectives, data, max_new_tokens, model):
         for path in files.get(objective.name, []):
             if not holds_questions(path, objective):
                 continue
+            # A domain's table measures on one set of questions.
             if domain in worlds:
                 raise InputError(f"{path}: {worlds[domain].objective} has questions in the domain "
                                  f"{domain!r}, too; give each a \"domain\" of its own in "
@@ -226,7 +233,8 @@ def real_pairs(data, objectives, model):
         for path in paths:
             if not holds_questions(path, objective):
                 rows += read_preferences(path, objective.name, dropped)
-        if not rows:                    # questions alone
+        # Of an objective with questions alone the pairs are sampled.
+        if not rows:
             continue
         path = ", ".join(paths)
         kept = fitting(rows, partial(encode_pair, model=model), dropped, too_long)
@@ -238,6 +246,7 @@ def real_pairs(data, objectives, model):
                              "pairs to train on and to hold out are both needed: add rows, or "
                              f"shorter ones{left_out(dropped)}")
         found += kept
+    # With so few prompts, what heads learn would not be about the objectives.
     n, prompts = len({pair.objective for pair in found}), {tuple(pair.prompt) for pair in found}
     if len(prompts) < n:
         raise InputError(f"{data}: {n} objectives need more than {len(prompts)} different prompts; "

@@ -96,6 +96,7 @@ def test_a_file_may_rate_several(tmp_path):
     """Ratings of several objectives that give one, or that replace an objective's own file; a file
     of the paper's name, or of one that it rates, that gives others too."""
     both = [rated(i, warmth=5, caution=1) for i in range(12)]
+    del both[0]["completions"][1]["annotations"]["caution"]
     data = files(tmp_path / "d", rated=both, more__v2=both, warmth=PAIRS)
     paths = {name: f"{data}/{name}.jsonl" for name in ("rated", "more.v2", "warmth", "honesty")}
     shared = [paths["more.v2"], paths["rated"]]
