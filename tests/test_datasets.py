@@ -15,10 +15,11 @@ import pytest
 
 from data import OBJECTIVES, InputError, read_jsonl
 from interop.answers import final_answer, marked_answer, same_answer
-from interop.datasets import (DATA_HELP, Preference, Question, Steps, best_and_worst,
-                              objectives_in, read_outputs, read_preferences, read_questions,
-                              read_steps)
+from interop.datasets import (DATA_HELP, KINDS, Preference, Question, Steps, best_and_worst,
+                              kind_of, objectives_in, read_outputs, read_preferences,
+                              read_questions, read_steps)
 from interop.real_data import holds_questions
+from interop.rows import Row
 
 
 def user(text):
@@ -284,6 +285,27 @@ def test_the_rows_of_the_help_are_read(read):
         assert sum(skipped.values()) == (2 if kind == "ratings" else 0)
     assert counts == {"pairs": 4, "labels": 1, "ratings": 1, "verdicts": 1, "questions": 2,
                       "steps": 4, "outputs": 1}
+
+
+def parsers(rows):
+    """The parsers of these rows, all of which they can read; none is a row of outputs."""
+    found = set()
+    for row in rows:
+        kind = kind_of(Row(row), ["pairs", "steps", "questions"])
+        assert kind.parse(Row(row))
+        found.add(kind.parse)
+    return found
+
+
+def test_an_example_of_every_kind():
+    """A kind of rows that nobody learns of; an example in the documentation that is refused."""
+    every = {kind.parse for kind in KINDS if kind.use != "outputs"}
+    assert parsers(row for kind, row in rows_of_the_help() if kind != "outputs") == every
+    path = os.path.join(os.path.dirname(os.path.dirname(__file__)), "docs", "real_models.md")
+    if os.path.exists(path):                          # an assignment has no such file
+        with open(path, encoding="utf-8") as f:
+            rows = re.findall(r"^\| .+ \| `(\{.*\})` \|$", f.read(), re.M)
+        assert len(rows) == 13 and parsers(json.loads(row) for row in rows) == every
 
 
 # -- random faults
