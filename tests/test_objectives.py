@@ -352,7 +352,7 @@ def test_labels_of_ones_own(tmp_path, gpt):
     ({"brevity": [pair(i, "same", "same") for i in range(9)]}, "",
      "/d/brevity.jsonl: no rows to use; 9 skipped: chosen equals rejected"),
     ({"all_alike": [rated(i, warmth=3) for i in range(9)]}, "",
-     "/d/all_alike.jsonl: no rows to use; 9 skipped: no two responses to the prompt have different rat"),
+     "/d/all_alike.jsonl: no rows to use; 9 skipped: no two responses to the prompt have differe"),
     ({name: [pair(1), pair(4)] for name in ("a", "b", "c")}, "",
      "/d: 3 objectives need more than 2 different prompts; add pairs, or choose fewer"),
     ({"brevity": [{"question": "q", "answer": "1"}]}, "", "/d/brevity.jsonl: questions with "
