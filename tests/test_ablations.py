@@ -1,6 +1,7 @@
 """experiments/ablations.py: one option varied."""
 import os
 import re
+import shutil
 
 import pytest
 
@@ -48,6 +49,21 @@ def test_a_stopped_ablation_goes_on(varied, capsys, monkeypatch):
     assert len(re.findall(r"\] tables$", capsys.readouterr().out, re.MULTILINE)) == 1
     assert sorted(os.listdir(os.path.dirname(out))) == beside
     assert os.path.exists(f"{out}-prm_pairs=3/results.json")
+
+
+def test_a_variant_whose_copies_are_gone_makes_them_again(varied, monkeypatch):
+    """Prevents: a traceback, or other figures, where somebody has made room by removing what a
+    variant has copied from the run."""
+    out, _, _ = varied
+    variant = f"{out}-prm_pairs=3"
+    before = results_of(variant)
+    shutil.rmtree(f"{variant}/sft")
+    os.remove(f"{variant}/pairs.jsonl")
+    os.remove(f"{variant}/results.json")
+    monkeypatch.setattr(ablations.evaluate, "main", lambda argv: None)
+    ablations.main([out, "prm_pairs=3"])
+    assert os.path.exists(f"{variant}/sft/config.json")
+    assert results_of(variant) == before
 
 
 @pytest.mark.parametrize("values, message", [
