@@ -158,7 +158,7 @@ class PRM(nn.Module):
 
     def guide(self, scores, guide, boundary):
         """scores (..., P) -> the outputs' own scores that guide (..., P'), of one output, or for
-        "unified" of those whose steps end at `boundary`, as a world's do; and what is compared, their
+        "unified" of those whose steps end at `boundary`, a world's say; and what is compared, their
         mean in units of their spread (...). InputError for an unknown guide."""
         names = [guide]
         if guide == "unified":
