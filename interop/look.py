@@ -150,13 +150,14 @@ def conflict(first, second):
 
 
 def print_conflicts(compared):
-    """compared: {objective: what it compares}"""
+    """A line for every two objectives that share prompts. compared: {objective: what it compares}"""
     known = {name: preferred(groups) for name, groups in compared.items()}
     for one, other in combinations(known, 2):
         n_shared, n_prompts, n_ranked, n_opposite = conflict(known[one], known[other])
-        share = f" ({n_prompts / n_shared:.0%})" if n_shared else ""
-        print(f"{one} and {other} prefer opposite answers on {n_prompts} of {n_shared} shared "
-              f"prompts{share}: {n_opposite} of {n_ranked} pairs of answers that both rank")
+        if n_shared:
+            print(f"{one} and {other} prefer opposite answers on {n_prompts} of {n_shared} shared "
+                  f"prompts ({n_prompts / n_shared:.0%}), {n_opposite} of {n_ranked} pairs of "
+                  "answers that both rank")
 
 
 # -- command

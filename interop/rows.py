@@ -93,11 +93,12 @@ def read_text(value, where):
 
 def from_sharegpt(message):
     """ShareGPT's {"from", "value"} -> {"role", "content"}; anything else as it is."""
-    if not isinstance(message, dict) or message.keys() != {"from", "value"}:
+    if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
         return message
+    more = {key: value for key, value in message.items() if key not in ("from", "value")}
     speaker = message["from"]
     role = {"human": "user", "gpt": "assistant"}.get(str(speaker), speaker)
-    return {"role": role, "content": message["value"]}
+    return more | {"role": role, "content": message["value"]}
 
 
 def read_number(value, where):

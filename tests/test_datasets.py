@@ -680,7 +680,7 @@ def test_verdicts_on_answers(read):
 
 def test_messages_of_sharegpt(read):
     """A conversation in ShareGPT's spelling that is refused as if it had no prompt."""
-    said = [{"from": "system", "value": "s"}, {"from": "human", "value": "p"}]
+    said = [{"from": "system", "value": "s"}, {"from": "human", "value": "p", "weight": 1}]
     answers = {name: {"from": "gpt", "value": name} for name in ("chosen", "rejected")}
     found, _ = read("pairs", {"conversations": said} | answers)
     assert found == [Preference("honesty", [SYSTEM, user("p")], "chosen", "rejected")]
