@@ -153,6 +153,7 @@ def parse_signed(row):
     prompt, (first, second) = answered(row, row.need("response1"), row.need("response2"))
     if not strength:
         raise Unusable("neither response is preferred")
+    # Above 0 the second is better. How much does not matter: there are only two.
     return Rated(prompt, [(first, {"": -strength}), (second, {"": strength})])
 
 
@@ -168,6 +169,7 @@ def parse_labels(row):
         best = read_number(row.get(column), repr(column))
         if best not in (None, 0, 1):
             raise InputError(f"{column!r} is {best}: give 0 or 1, or null for neither")
+        # The better one has 1, the other 0; both have none where the label is null.
         for i, (_, numbers) in enumerate(responses):
             numbers[column.removesuffix(LABEL)] = None if best is None else float(i == best)
     if not responses[0][1]:
@@ -183,6 +185,7 @@ def parse_ratings(row):
             numbers = {}
             for name, note in completion["annotations"].items():
                 numbers[name] = read_number(note.get("Rating"), f"the rating of {name!r}")
+            # Published files hold completions that a model never gave.
             text = read_text(completion["response"], "'response'")
             if not is_blank(text):
                 responses.append((text, numbers))
@@ -222,6 +225,7 @@ def parse_verdict(row):
     if not match or verdict.strip() not in ("yes", "no"):
         raise InputError("beside a 'completion', which must be yes or no, 'prompt' must read "
                          f"'Q: ...\\nA: ...\\nTrue:', not {shown(text)}, {shown(verdict)}")
+    # Neither prompt nor response keeps anything of the form.
     question, answer = [part.strip() for part in match.groups()]
     if not answer:
         raise Unusable("the answer is empty")
@@ -421,9 +425,11 @@ def read_all(path, skipped=None, *, use):
     for where, columns in read_jsonl(path):
         row = Row(columns)
         try:
+            # The kind that the row resembles most: what it lacks of that is a fault.
             kind = kind_of(row, [use])
             for name in kind.fields:
                 row.need(name)
+            # Otherwise pairs of one sort would count for every objective of the other.
             named.add(kind.named)
             if len(named) > 1:
                 raise InputError("some rows name their objectives, others leave that to the file's "
@@ -434,6 +440,7 @@ def read_all(path, skipped=None, *, use):
             continue
         except InputError as e:
             raise InputError(f"{where}: {e}") from None
+        # A column may mean something in one row and nothing in another.
         ignored |= row.ignored
         seen |= columns.keys() - row.ignored
     check_found(found, path, skipped)
@@ -452,6 +459,7 @@ def compare(rows, objective, skipped):
         alone = len(row.responses) == 1
         groups.setdefault(json.dumps(row.prompt) if alone else number, []).append(row)
     for group in groups.values():
+        # {response: its ratings by this objective}
         scores = {}
         for text, numbers in chain.from_iterable(row.responses for row in group):
             number = numbers.get(objective, numbers.get(""))
@@ -473,6 +481,7 @@ def best_and_worst(scores):
     # Among equals a hash decides: neither the file's order, nor the alphabet, which a text shows.
     ties = {text: zlib.crc32(json.dumps(text).encode()) for text in scores}
     order = sorted(scores, key=lambda text: (scores[text], ties[text]))
+    # The worst half in ascending order, beside it the best in descending order.
     half = len(order) // 2
     pairs = zip(order[::-1], order[:half])
     return [(best, worst) for best, worst in pairs if scores[best] > scores[worst]]

@@ -80,6 +80,7 @@ def look_at_pairs(name, path, model):
     dropped = Counter(left)
     groups = compare(rows, name, dropped)
     pairs = paired(groups, name)
+    # A run leaves out what the model cannot read as a whole.
     if model:
         n_all, pairs = len(pairs), [pair for pair in pairs if encode_pair(pair, model)]
         too_long = f"pairs longer than the context of {model.config.max_len} tokens, or alike"
@@ -129,6 +130,7 @@ def preferred(groups):
     """What an objective compares -> {prompt: set of (better response, worse response)}"""
     found = {}
     for prompt, scores in groups:
+        # Of all that it compares, not only of the pairs that a run learns from.
         pairs = [(a, b) for a, b in permutations(scores, 2) if scores[a] > scores[b]]
         found.setdefault(str(prompt), set()).update(pairs)
     return found
@@ -141,6 +143,7 @@ def conflict(first, second):
     shared = first.keys() & second.keys()
     n_prompts = n_ranked = n_opposite = 0
     for prompt in shared:
+        # What the first prefers, turned round: does the second say so?
         swapped = {(worse, better) for better, worse in first[prompt]}
         opposite = swapped & second[prompt]
         n_prompts += bool(opposite)
@@ -183,6 +186,7 @@ def main(argv=None):
             else:
                 groups = look_at_pairs(name, path, model)
                 compared[name] = compared.get(name, []) + groups
+        # Any objective may have labelled steps beside its pairs or questions.
         labelled = f"{args.data}/{name}.steps.jsonl"
         if os.path.exists(labelled):
             look_at_steps(labelled, model)
