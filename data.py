@@ -619,29 +619,6 @@ def judge(score, rng):
     return score + NormalDist(0, JUDGE_NOISE).inv_cdf(u)
 
 
-def agreement(threshold, ratings, gold):
-    """The share of ratings on the side of a threshold that `gold` (bool) says: true is above."""
-    hits = [(rating > threshold) == good for rating, good in zip(ratings, gold)]
-    return sum(hits) / len(hits)
-
-
-def middle_score(scores):
-    """The one of the scores that most nearly half of them reach."""
-    ordered = sorted(scores)
-    half = len(scores) / 2
-    # The place of a score in this is how many lie below it.
-    return min(ordered, key=lambda score: abs(ordered.index(score) - half))
-
-
-def fit_threshold(ratings, gold):
-    """The threshold of the largest agreement with `gold`, and that agreement."""
-    agrees = functools.partial(agreement, ratings=ratings, gold=gold)
-    best = max([min(ratings) - 1, *sorted(ratings)], key=agrees)
-    # Every threshold up to the next rating agrees as well: take the one halfway.
-    following = min((r for r in ratings if r > best), default=best + 1)
-    return (best + following) / 2, agrees(best)
-
-
 # -- a user's mistakes, and JSON files
 
 class InputError(ValueError):

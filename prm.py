@@ -5,8 +5,9 @@ at the last token of step t. How a prefix gets its label depends on the objectiv
 Each case is one pure function on finished rollouts or pairs, and one loss:
 
     verifiable   V_t = r_t + mean_m gamma^(n_m - t) z_m       hindsight_targets   mse_loss
-    case A       r_t = 1[ mean_m J(y_1:t, rollout_m) > 1/2 ]  majority_labels     bce_loss
-    case B       r_t = 1[ J(y_1:t) > 1/2 ], no rollouts       majority_labels     bce_loss
+    case A       r_t = mean_m J(y_1:t, rollout_m)             graded_labels       bce_loss
+                 r_t = 1[ mean_m J(y_1:t, rollout_m) > 1/2 ]  majority_labels     (the paper's)
+    case B       the same of J(y_1:t), without rollouts
     case C       P(y+_1:t) should exceed P(y-_1:t)            matching_steps      bradley_terry_loss
 
 One backbone serves all objectives, with one output each: (B, T, d) -> (B, T, P).
@@ -53,6 +54,16 @@ def majority_labels(verdicts):
     share = verdicts.float().mean(1)
     return (share > 0.5).float()
 # --- end of exercise 6 ---
+
+
+def graded_labels(ratings):
+    """Cases A and B: a judge's ratings (S, M) of M completed rollouts from each prefix -> (S,), the
+    mean within [0, 1].
+
+    Not in the paper. A majority says yes to nearly all that a well-trained policy answers, and then
+    tells its candidates apart no more; a threshold for each policy would label one text in two
+    ways."""
+    return ratings.mean(1).clamp(0, 1)
 
 
 def matching_steps(chosen_ids, rejected_ids, chosen_ends, rejected_ends):

@@ -42,9 +42,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (CASES, DOMAINS, PROMPTS, RNG, InputError, Tokenizer, World, agreement,
-                  batches_by_length, dealt_batches, fit_threshold, judge, middle_score, pad,
-                  read_json, run_command, write_json)
+from data import (CASES, DOMAINS, PROMPTS, RNG, InputError, Tokenizer, World, batches_by_length,
+                  dealt_batches, judge, pad, read_json, run_command, write_json)
 from decode import domain_mix, generate, parse_weights
 from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
@@ -60,7 +59,7 @@ from interop.resume import (at_work, clear, copy_stages, finished, free_name, lo
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
                      pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
-from prm import (NOISE_FREE, PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss,
+from prm import (NOISE_FREE, PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, graded_labels,
                  hindsight_targets, majority_labels, pair_scores, save_prm, scores_at, step_loss,
                  step_scores)
 
@@ -577,56 +576,26 @@ def make_labels(run, name):
     """Stage labels: labels.jsonl and mah_dpo_pairs.jsonl. The PRM will guide the SFT policy and
     MAH-DPO's uniform mixes, so both make its data: judged turns (case B), rollouts (verifiable and
     case A), and pairs (case C; those of SFT are in pairs.jsonl)."""
-    config, labels, pairs, judges, calibrated = run.config, [], [], {}, []
+    config, labels, pairs = run.config, [], []
     for policy in ("sft", "mah_dpo"):
         model, sources = sources_of(run, policy)
         for source in sources:
             judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
-            # A world's training problems come first; for the others its judges stay the same.
-            if source.split == "train" and source.objectives("A", "B"):
-                judges = calibrate_judges(source)
-                calibrated += judges.values()
-            labels += label_steps(source, judged, judges, "turns", config.n_prompts, 1)
-            labels += label_steps(source, rolled, judges, "rollouts", config.n_rollout_prompts,
+            labels += label_steps(source, judged, "turns", config.n_prompts, 1)
+            labels += label_steps(source, rolled, "rollouts", config.n_rollout_prompts,
                                   config.rollouts)
             if policy == "mah_dpo":
                 pairs += sample_pairs(source, source.objectives("C"))
     real, _ = real_labels(config.data, run.objectives, model)
     labels, pairs = gather(labels) + real, gather(pairs)
     tqdm.write(f"  labelled sequences: {len(labels)}; more pairs: {len(pairs)}")
-    run.log("labels", calibrated)
     write_rows(run.file("mah_dpo_pairs.jsonl"), pairs)
     write_rows(run.file(name), labels)
 
 
-def calibrate_judges(source):
-    """Cases A and B: from which rating on a policy's answers are good, fitted on 200 rated
-    development answers, and the agreement on another 200 -> {objective: a row for the log}."""
-    run, world, found = source.run, source.world, {}
-    purpose = "judge", source.policy, world.name
-    rng, generator = run.rng(*purpose), run.generator(*purpose)
-    problems = world.problems("dev", 400 // world.turns, rng)
-    turns = answer(source, problems, generator, seed_of(run.config.seed, *purpose))
-    # One half to choose the threshold, the other to see how good it is.
-    half = len(turns) // 2
-    for name in source.objectives("A", "B"):
-        exact = [score(source, turn, turn.response, name) for turn in turns]
-        ratings = [judge(one, rng) for one in exact]
-        # Good is what about half of this policy's answers reach: other labels would hardly tell
-        # them apart. Gold labels are noise-free, as a person would rate a few examples by hand.
-        good = middle_score(exact[:half])
-        gold = [one >= good for one in exact]
-        threshold, _ = fit_threshold(ratings[:half], gold[:half])
-        row = {"threshold": threshold, "positive": sum(gold[half:]) / len(gold[half:]),
-               "agreement": agreement(threshold, ratings[half:], gold[half:])}
-        tqdm.write(f"  judge of {name} on {half} answers of {source.policy}: {shown(row)}")
-        found[name] = {"objective": name, "policy": source.policy} | row
-    return found
-
-
-def label_steps(source, names, judges, purpose, n, M):
+def label_steps(source, names, purpose, n, M):
     """M rollouts from every step of a policy's answers to n problems -> Labelled rows with a label
-    for each of the objectives `names`. judges: rows of calibrate_judges, by objective."""
+    for each of the objectives `names`."""
     if not names:
         return []
     tokenizer, world = source.model.tokenizer, source.world
@@ -642,7 +611,7 @@ def label_steps(source, names, judges, purpose, n, M):
         rollouts += [turn.response] * M
         # Every output labels the steps from the first on, perhaps not all of them.
         targets = [{} for _ in at]                          # for every step {output: label}
-        for name, labels in labels_of(source, turn, rollouts, M, names, judges, rng).items():
+        for name, labels in labels_of(source, turn, rollouts, M, names, rng).items():
             for target, label in zip(targets, labels):
                 target[name] = label
         # The PRM reads the prompt, too: a step ends that much later.
@@ -651,7 +620,7 @@ def label_steps(source, names, judges, purpose, n, M):
     return rows
 
 
-def labels_of(source, turn, rollouts, M, names, judges, rng):
+def labels_of(source, turn, rollouts, M, names, rng):
     """{output: its labels} for the steps of a turn. rollouts: M responses for every step."""
     found, verifiable = {}, source.objectives("verifiable")
     for name in names:
@@ -659,14 +628,18 @@ def labels_of(source, turn, rollouts, M, names, judges, rng):
             found[name] = hindsight(source, turn, rollouts, M)
             continue
         # A response is rated once, however many steps it is a rollout of. In case B a step is a
-        # whole turn: its one "rollout" is the turn itself, and its verdict the majority.
+        # whole turn: its one "rollout" is the turn itself.
         exact, rated = {}, {}
         for response in dict.fromkeys(map(tuple, rollouts)):
             exact[response] = score(source, turn, response, name)
             rated[response] = judge(exact[response], rng)
         for output, ratings in ((name, rated), (name + NOISE_FREE, exact)):
-            verdicts = [ratings[tuple(r)] > judges[name]["threshold"] for r in rollouts]
-            found[output] = majority_labels(torch.tensor(verdicts).view(-1, M)).tolist()
+            # (S, M)
+            table = torch.tensor([ratings[tuple(r)] for r in rollouts]).view(-1, M)
+            if source.run.config.judge_labels == "majority":
+                found[output] = majority_labels(table > 0.5).tolist()
+            else:
+                found[output] = graded_labels(table).tolist()
     if verifiable:
         _, rewards = verify(source, turn, turn.response)
         known = [reward for reward in rewards if reward is not None]
@@ -861,13 +834,15 @@ def measure_prm(prm, data):
 
 
 def noise_ceiling(data, name):
-    """{"ceiling": the accuracy of who knows all true scores}; {} where no judge made the labels."""
-    agree = []
+    """{"ceiling": the R^2 of who knows all true scores, even those of answers that only begin}; {}
+    where no judge made the labels."""
+    exact, labels = [], []
     for row in chain.from_iterable(data):
-        for labels in row.targets if isinstance(row, Labelled) else []:
-            if name + NOISE_FREE in labels:
-                agree.append(labels[name] == labels[name + NOISE_FREE])
-    return {"ceiling": sum(agree) / len(agree)} if agree else {}
+        for step in row.targets if isinstance(row, Labelled) else []:
+            if name + NOISE_FREE in step:
+                exact.append(step[name + NOISE_FREE])
+                labels.append(step[name])
+    return {"ceiling": r_squared(torch.tensor(exact), torch.tensor(labels))} if labels else {}
 
 
 @torch.no_grad()
@@ -915,20 +890,20 @@ def all_scores(read, prm, items):
 
 def quality_of(output, scores, targets):
     """The measures of one output: of scores (2, n), of chosen and rejected; or of scores and
-    targets (n,) of held-out steps. R^2 is the share of the targets' variance that is explained; to
-    predict their mean gives 0."""
+    targets (n,) of held-out steps."""
     n = scores.shape[-1]
     if targets is None:
         right = scores[0] > scores[1]
         return {"pair_accuracy": right.float().mean().item(), "n": n}
-    if output.case == "verifiable":
-        error = ((scores - targets) ** 2).mean()
-        variance = targets.var(correction=0).clamp(min=1e-9)
-        return {"r2": 1 - float(error / variance), "n": n}
-    right = (scores > 0) == (targets > 0.5)
-    positive = float(targets.mean())
-    return {"accuracy": right.float().mean().item(),
-            "commoner_label": max(positive, 1 - positive), "n": n}
+    # A value is what it says; the others' loss reads a score as a logit.
+    guesses = scores if output.case == "verifiable" else scores.sigmoid()
+    return {"r2": r_squared(guesses, targets), "n": n}
+
+
+def r_squared(guesses, targets):
+    """The share of the targets' variance that guesses (n,) explain; to guess their mean gives 0."""
+    error = ((guesses - targets) ** 2).mean()
+    return 1 - float(error / targets.var(correction=0).clamp(min=1e-9))
 
 
 # -- the table of stages
@@ -962,7 +937,7 @@ def stages(run):
         Stage("policy mah_dpo", ["mah_dpo"], "perturbation", train_policy),
         Stage("held-out pairs", ["pair_metrics.json"], "", measure_pairs),
         Stage("rollouts and labels", ["mah_dpo_pairs.jsonl", "labels.jsonl"],
-              "gamma rollouts n_rollout_prompts", make_labels),
+              "gamma rollouts n_rollout_prompts judge_labels", make_labels),
         *[Stage(f"process reward model {name}", [name], prm, train_prm) for name in prms],
         Stage("tables", ["scores.jsonl", "results.md", "pareto.svg", "results.json"],
               "n_test split weight_steps k", make_tables)]

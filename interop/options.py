@@ -64,6 +64,8 @@ class Config:
     # which costs as much.
     n_rollout_prompts: int = option(12000, "problems whose every step gets rollouts", fast=40)
     rollouts: int = option(1, "M, rollouts per prefix (the response itself is the first)")
+    judge_labels: str = option("graded", "labels of judged steps: graded, the mean rating, or the "
+                               "paper's majority", choices=["graded", "majority"])
     # The process reward model.
     prm_steps: int = option(1200, "PRM training steps", fast=10)
     # Shared by the domains as they have labels, but at least prm_pairs of each.

@@ -28,12 +28,8 @@ test_split_is_a_function_of_the_text: Half of what was to be tested on is gone.
     zlib.crc32(text.encode()) % len(SPLITS)] ==> zlib.crc32(text.encode()) % (len(SPLITS) - 1)]
 test_unseen_prompts_are_no_training_prompts_in_other_clothes: Maths is tested on parts of what was learnt.
     first == "train" and set(later) - {"train"} ==> first == "none"
-test_middle_score: The judge says yes to nearly all that a good policy says.
-    ordered.index(score) - half) ==> ordered.index(score))
 test_judge_noise_is_calibrated: The judges are better than they say.
     NormalDist(0, JUDGE_NOISE) ==> NormalDist(0, JUDGE_NOISE ** 2)
-test_fit_threshold: A judge calls no example positive that is rated just like its best one.
-    return (best + following) / 2 ==> return following
 test_misconceptions_are_fixed: Some facts of arithmetic have changed.
     "-": a - b, ==> "-": b - a,
 test_verifier: The verifier accepts 70 for 7.
@@ -280,12 +276,14 @@ test_language_model_loss_is_the_masked_next_token_loss:
 test_endless_draws_each_item_once_per_epoch: Some pairs are never seen.
     torch.randperm(len(items), ==> torch.randint(len(items), (len(items),),
 test_hindsight_by_hand: The value model learns nothing about steps, only about whole answers.
-    verify(source, turn, response) for response ==> verify(source, turn, turn.response) for response
+    verdicts[response] = verify(source, turn, response) ==> verdicts[response] = verify(source, turn, turn.response)
 test_label_steps_by_hand: The verifier finds hardly any right step.
     tokenizer.decode(response[start:end + 1])) ==> tokenizer.decode(response[start:end]))
-test_verdicts_by_hand: --rollouts changes nothing in the engagement labels.
-    [ratings[tuple(r)] > judges ==> [ratings[tuple(rollouts[0])] > judges
-test_an_answer_gets_one_verdict: The judges of labels are never wrong.
+test_judged_labels_by_hand: --rollouts changes nothing in the engagement labels.
+    [ratings[tuple(r)] for r ==> [ratings[tuple(rollouts[0])] for r
+test_judged_labels_by_hand: Good rollouts of a step count all or nothing.
+    graded_labels(table).tolist() ==> majority_labels(table > 0.5).tolist()
+test_an_answer_gets_one_rating: The judges of labels are never wrong.
     ((name, rated), (name + NOISE_FREE ==> ((name, exact), (name + NOISE_FREE
 test_label_steps_by_hand: Rollouts succeed more often than answers.
     room.append(source.world.max_new_tokens - end - 1) ==> room.append(source.world.max_new_tokens)

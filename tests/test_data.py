@@ -9,7 +9,7 @@ import torch
 
 import data
 from data import (DOMAINS, RNG, InputError, OBJECTIVES, Objective, Problem, World,
-                  batches_by_length, believed, domain_objectives, fit_threshold, judge, pad,
+                  batches_by_length, believed, domain_objectives, judge, pad,
                   read_json, read_objectives, response_mask, right, select_objectives, split_of)
 
 
@@ -340,30 +340,6 @@ def test_careful_demonstrations_err_less(domain, metric):
         mean[careful] = statistics.mean(scores)
     assert 0.1 < mean[False] < mean[True] - 0.02 and mean[True] < 0.95
 
-
-@pytest.mark.parametrize("scores, middle", [
-    ([0, 0, 0, 0.5, 1], 0.5),          # 2 of 5 reach .5; all of them reach 0
-    ([0, 0.5, 1, 1, 1], 1),
-    ([1, 0.4, 0.6, 0], 0.6),
-    ([0.5, 0.5], 0.5)])
-def test_middle_score(scores, middle):
-    """Good answers that are nearly all of a policy's, or none: their labels say nothing of it."""
-    assert data.middle_score(scores) == middle
-
-
-@pytest.mark.parametrize("ratings, gold, cut, agreement", [
-    ([0.1, 0.2, 0.6, 0.9], [0, 0, 1, 1], 0.4, 1),
-    ([0.9, 0.1, 0.6, 0.2], [1, 0, 1, 0], 0.4, 1),
-    ([0.1, 0.2, 0.3, 0.4], [0, 1, 0, 1], 0.15, 3 / 4),
-    ([0.3, 0.5], [1, 1], -0.2, 1),         # all engaging: the cut lies below every rating
-    ([0.3, 0.5], [0, 0], 1.0, 1),          # none: above every rating
-    ([0.5, 0.5, 0.7], [0, 1, 1], 0.0, 2 / 3)])
-def test_fit_threshold(ratings, gold, cut, agreement):
-    """A cut that sits on a rating, or is fitted on its complement: case A's labels turned round."""
-    fitted, agrees = fit_threshold(ratings, [bool(g) for g in gold])
-    hits = [(rating > fitted) == good for rating, good in zip(ratings, gold)]
-    assert agrees == pytest.approx(agreement) == pytest.approx(sum(hits) / len(hits))
-    assert fitted == pytest.approx(cut) and fitted not in ratings
 
 
 # -- files

@@ -123,7 +123,7 @@ def test_pairs_and_labels_are_well_formed(whole):
     for row in train.read_rows(os.path.join(whole, "labels.jsonl"), Labelled):
         assert len(row.ends) == len(row.targets) and row.ends[-1] == len(row.ids) - 1
         assert [set(labels) for labels in row.targets] == [{NAMES[2], NAMES[2] + NOISE_FREE}]
-        assert set(row.targets[0].values()) <= {0.0, 1.0}
+        assert all(0 <= label <= 1 for labels in row.targets for label in labels.values())
 
 
 def test_bf16_starts_at_ln2(tmp_path, monkeypatch):
@@ -441,15 +441,9 @@ def together(small_worlds, checkpoint, tmp_path_factory):
 
 def test_seeds_are_trained_apart_and_reported_together(together):
     """Prevents: seeds that share weights or test prompts, tables that are not the means over the
-    trainings; rollouts (case A) that only work beside a verifier; a judge whose calibration nobody
-    can read."""
+    trainings; rollouts (case A) that only work beside a verifier."""
     out, _ = together
     for seed in ("seed=3", "seed=4"):
-        rows = [row for row in rows_of(f"{out}/{seed}/log.jsonl") if row["stage"] == "labels"]
-        assert [row["policy"] for row in rows] == ["sft", "mah_dpo"]
-        for judged in rows:
-            assert judged["objective"] == "math_engagement"
-            assert 0.5 <= judged["agreement"] <= 1 and 0 <= judged["positive"] <= 1
         labels = train.read_rows(f"{out}/{seed}/labels.jsonl", Labelled)
         targets = sum([row.targets for row in labels], [])
         assert targets and all("math_engagement" in t and len(t) == 2 for t in targets)

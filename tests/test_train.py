@@ -2,11 +2,11 @@
 import collections
 import copy
 import errno
-import itertools
 import json
 import math
 import os
 import signal
+import statistics
 
 import pytest
 import torch
@@ -142,7 +142,7 @@ def test_hindsight_by_hand(source, tokenizer):
     same = turn.response
     found = train.hindsight(source, turn, [same, short, same, long, same, same], 2)
     assert found == pytest.approx([1 + 0.9 ** 2 / 2, 0 + 0.9 ** 3 / 2, 0.0], abs=1e-6)
-    found = train.labels_of(source, turn, [same] * 3, 1, ["math_accuracy"], {}, RNG(0))
+    found = train.labels_of(source, turn, [same] * 3, 1, ["math_accuracy"], RNG(0))
     assert found[STEP] == [1.0, 0.0]
 
 
@@ -153,67 +153,44 @@ def test_a_question_has_no_verdicts_on_its_steps(source, tokenizer, monkeypatch)
     turn = turn_of(tokenizer, "4 + 5 = 9\nanswer 7")
     rollouts = [turn.response] * 2
     assert train.hindsight(source, turn, rollouts, 1) == pytest.approx([0.9, 1.0])
-    assert train.labels_of(source, turn, rollouts, 1, ["math_accuracy"], {}, RNG(0))[STEP] == []
+    assert train.labels_of(source, turn, rollouts, 1, ["math_accuracy"], RNG(0))[STEP] == []
 
 
-def test_verdicts_by_hand(source, tokenizer, monkeypatch):
-    """Prevents: a judge that reads the prefix instead of the rollout, its threshold ignored, a tie
-    called positive; case B judged by the threshold of another objective."""
+@pytest.mark.parametrize("rule, expected", [
+    ("graded", [0.5, 0.5, 0.0]),
+    ("majority", [0.0, 0.0, 0.0]),              # a tie
+    ("majority of 1", [0.0, 1.0, 0.0])])
+def test_judged_labels_by_hand(rule, expected, source, tokenizer, monkeypatch):
+    """Prevents: a judge that reads the prefix instead of the rollout, a tie called positive, a score
+    of just 1/2 too, one rule of labels in place of the other."""
     monkeypatch.setattr(train, "judge", lambda score, rng: score)
     texts = ["4 + 5 = 9\nanswer 7", "4 + 5 = 9 . now it gets fun !\nanswer 7",
              "4 + 5 = 9 . now it gets fun !\n9 - 2 = 7 . you can do this !\nanswer 7"]
     none, half, full = (ids_of(tokenizer, text) for text in texts)       # scores 0, 0.5, 1
-    turn, sets = turn_of(tokenizer, texts[0]), [half, half, full, none, none, none]
-    for threshold, expected in [(0.4, [1, 0, 0]), (0.6, [0, 0, 0]), (-0.1, [1, 1, 1])]:
-        judges = {"math_engagement": {"threshold": threshold}, "another": {"threshold": 0.9}}
-        found = train.labels_of(source, turn, sets, 2, ["math_engagement"], judges, RNG(0))
-        assert found["math_engagement"] == expected
+    turn, sets, M = turn_of(tokenizer, texts[0]), [half, half, full, none, none, none], 2
+    if rule == "majority of 1":
+        sets, M = [half, full, none], 1
+    source.run.config.judge_labels = rule.split()[0]
+    found = train.labels_of(source, turn, sets, M, ["math_engagement"], RNG(0))
+    assert found["math_engagement"] == found["math_engagement" + NOISE_FREE] == expected
 
 
-def test_an_answer_gets_one_verdict(source, tokenizer):
+def test_an_answer_gets_one_rating(source, tokenizer):
     """Prevents: an answer that is rated anew for each of its prefixes, or M times at its end: where
-    the answer is its own only rollout, labels that differ by the judge's noise alone."""
+    the answer is its own only rollout, labels that differ by the judge's noise alone; a label
+    without noise; one that is no probability."""
     turn = turn_of(tokenizer, "4 + 5 = 9 . now it gets fun !\n9 - 2 = 7\nanswer 7")
-    judges, rng = {"math_engagement": {"threshold": 0.5}}, RNG(0)     # just its true score
-    verdicts = []
+    worst = turn_of(tokenizer, "4 + 5 = 9\nanswer 7")
+    rng, ratings = RNG(0), []
     for M in [1, 2] * 20:
         rollouts = [turn.response] * 3 * M
-        found = train.labels_of(source, turn, rollouts, M, ["math_engagement"], judges, rng)
+        found = train.labels_of(source, turn, rollouts, M, ["math_engagement"], rng)
         assert len(set(found["math_engagement"])) == 1
-        assert found["math_engagement" + NOISE_FREE] == [0.0] * 3       # no more than the threshold
-        verdicts += found["math_engagement"][:1]
-    assert 10 < sum(verdicts) < 30
-
-
-class Chatty(OneSum):
-    """Scores that a policy's answers are given in turn."""
-    turns = 1
-
-    def __init__(self, scores):
-        self.given = itertools.cycle(scores)
-
-    def problems(self, split, n, rng):
-        return [SUM] * n
-
-    def scores(self, problem, messages, response):
-        return {"math_engagement": next(self.given)}
-
-
-@pytest.mark.parametrize("scores, good, between", [
-    ([0.25, 0.5, 0.75, 1], 1 / 2, (0.5, 0.75)),       # 98.7 % of the answers reached .3
-    ([0, 0, 0, 0.5], 1 / 4, (0, 0.5)),
-    ([0, 0.5, 0.5, 1, 1], 2 / 5, (0.5, 1))])
-def test_a_judge_tells_a_policys_own_answers_apart(scores, good, between, run, gpt, monkeypatch):
-    """Prevents: labels that are nearly all positive, or negative, on the policy that they are to
-    guide; a threshold that is itself a possible score, where verdicts are coin flips."""
-    monkeypatch.setattr(train, "answer", lambda source, problems, *_: [
-        Turn(SUM, [], HELLO, [])] * len(problems))
-    source = Source(run, "mah_dpo", gpt, Chatty(scores), "train")
-    row = train.calibrate_judges(source)["math_engagement"]
-    assert (row["objective"], row["policy"]) == ("math_engagement", "mah_dpo")
-    assert row["positive"] == pytest.approx(good)
-    low, high = between
-    assert low + 0.02 < row["threshold"] < high - 0.02 and row["agreement"] > 0.85
+        assert found["math_engagement" + NOISE_FREE] == [0.5] * 3
+        ratings += found["math_engagement"][:1]
+        low = train.labels_of(source, worst, [worst.response] * 2, 1, ["math_engagement"], rng)
+        assert all(0 <= label < 0.5 for label in low["math_engagement"])
+    assert 0.05 < statistics.stdev(ratings) < 0.15
 
 
 def test_label_steps_by_hand(source, run, tokenizer, monkeypatch):
@@ -228,7 +205,7 @@ def test_label_steps_by_hand(source, run, tokenizer, monkeypatch):
         return [response] if len(calls) == 1 else [ids_of(tokenizer, tail) for tail in tails]
     monkeypatch.setattr(train, "generate", scripted)
     monkeypatch.setattr(evaluate, "generate", scripted)
-    row, = train.label_steps(source, ["math_accuracy"], {}, "rollouts", 8, 3)
+    row, = train.label_steps(source, ["math_accuracy"], "rollouts", 8, 3)
     prompt = tokenizer.encode_chat(HELLO)
     first, second = (len(tokenizer.encode("".join(text[:n]))) for n in (1, 2))
     prefixes = [prompt + response[:first], prompt + response[:second]]
@@ -278,13 +255,13 @@ def test_both_guided_policies_make_the_labels(whole, monkeypatch, tmp_path):
         os.symlink(os.path.join(whole, name), run.file(name))
     seen = []
 
-    def label(source, names, judges, purpose, *_):
+    def label(source, names, purpose, *_):
         if names and source.split == "dev":
             seen.append((purpose, source.policy, source.mix, names))
         return []
 
     def pairs(source, names):
-        return label(source, names, {}, "pairs")
+        return label(source, names, "pairs")
     monkeypatch.setattr(train, "label_steps", label)
     monkeypatch.setattr(train, "sample_pairs", pairs)
     train.make_labels(run, "labels.jsonl")
@@ -408,8 +385,9 @@ def test_measure_prm_by_hand(gpt, monkeypatch):
     monkeypatch.setattr(train, "step_scores", lambda prm, rows: (scores, targets))
     found = train.measure_prm(prm, [[Labelled([0], [0], [{}], "dev")]])["held_out"]
     assert found["math_accuracy"] == {"r2": pytest.approx(1 - 2.5 / 1.0), "n": 2}
-    third = pytest.approx(2 / 3)
-    assert found["honesty"] == {"accuracy": third, "commoner_label": third, "n": 3}
+    # A judged output's score is a logit.
+    error = sum((1 / (1 + math.exp(-z)) - y) ** 2 for z, y in [(1, 1), (-1, 0), (3, 0)]) / 3
+    assert found["honesty"] == {"r2": pytest.approx(1 - error / (2 / 9)), "n": 3}
     assert prm.scale.tolist() == pytest.approx([2.0, math.sqrt(4.5)])
 
 
@@ -420,9 +398,9 @@ def test_held_out_figures_of_each_policy(run, gpt):
     for split in ("train", "dev"):
         for policy, label, n in (("sft", 0.0, 6), ("mah_dpo", 1.0, 2)):
             for i in range(n):
-                # On SFT's answers the noise has turned every second label round.
-                exact = 1 - label if policy == "sft" and i % 2 else label
-                labels = {"math_engagement": label, "math_engagement" + NOISE_FREE: exact}
+                # Of SFT's answers the judge rates every second one wrongly.
+                rated = 1 - label if policy == "sft" and i % 2 else label
+                labels = {"math_engagement": rated, "math_engagement" + NOISE_FREE: label}
                 rows.append(Labelled([5, 6 + i, 7], [2], [labels], split, policy))
     prm_run(run, gpt, rows)
     train.train_prm(run, "prm")
@@ -432,10 +410,10 @@ def test_held_out_figures_of_each_policy(run, gpt):
     assert [row["policies"] for row in measured] == [["sft"], ["mah_dpo"], ["sft", "mah_dpo"]]
     sft, mah_dpo, pooled = (row["held_out"]["math_engagement"] for row in measured)
     assert [q["n"] for q in (sft, mah_dpo, pooled)] == [6, 2, 8]
-    assert [q["commoner_label"] for q in (sft, mah_dpo, pooled)] == [1, 1, 0.75]
-    assert [q["ceiling"] for q in (sft, mah_dpo, pooled)] == [0.5, 1, 5 / 8]
-    right = 6 * sft["accuracy"] + 2 * mah_dpo["accuracy"]
-    assert pooled["accuracy"] == pytest.approx(right / 8)
+    # Errors over variances: 3 of 6 labels, of which the mean is 1/2; none; 3 of 8, the mean 5/8.
+    assert sft["ceiling"] == pytest.approx(1 - (3 / 6) / (1 / 4))
+    assert mah_dpo["ceiling"] == 1
+    assert pooled["ceiling"] == pytest.approx(1 - (3 / 8) / (15 / 64))
 
 
 def test_units_are_the_spread_among_candidates_of_a_step(run, gpt, monkeypatch):
