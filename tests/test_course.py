@@ -189,11 +189,13 @@ def submission(directory, edits):
 
 def test_submitted_takes_what_stands_between_the_fences(tmp_path):
     """A fault in one exercise that costs others of the same file; an edit elsewhere that counts;
-    bytes that are no UTF-8."""
+    bytes that are no UTF-8;
+    a package that the grader's machine happens to have."""
     directory = submission(tmp_path / "s", {
         2: "def dpo_loss(): return '\udcff'",
         3: "# --- exercise 4: modpo_loss (2 points) ---",
         6: "def (",
+        7: "from torch import nn\nimport math, requests.api",
     })
     with open(os.path.join(directory, "prm.py"), "a", encoding="utf-8") as f:
         f.write("\nraise SystemExit\n")
@@ -211,11 +213,13 @@ def test_submitted_takes_what_stands_between_the_fences(tmp_path):
     assert "not UTF-8" in problems.pop(2)
     assert "inside exercise 3" in problems.pop(3)
     assert "once each" in problems.pop(4)
+    assert "it imports requests;" in problems.pop(7)
     assert problems == {10: "decode.py is missing", 12: "decode.py is missing"}
 
 
 PATCHED = """\
-import pytest, torch, builtins, sys
+import torch, builtins, sys
+pytest = __import__('pytest')
 pytest.fail = lambda *a, **k: None
 torch.allclose = lambda *a, **k: True
 sys.modules['test_exercises'] = pytest
@@ -263,6 +267,35 @@ def test_a_submission_costs_its_own_exercise_only(tmp_path):
     assert " 3 / 3   exercise  1: response_logps" in printed
     fields = {"name", "number", "score", "max_score", "output", "status"}
     assert set(results["tests"][0]) == fields
+
+
+def doing(action):
+    """The right answer, which does something else first and hides that it failed."""
+    def edit(reference):
+        head, docstring, body = reference.split('"""', 2)
+        wrapped = f"\n    try:\n        {action}\n    except Exception:\n        pass"
+        return f'{head}"""{docstring}"""{wrapped}{body}'
+    return edit
+
+
+def test_a_submission_stays_within_its_exercise(tmp_path):
+    """Files that are written, a network that is used, programs that are started: answers could be
+    copied, and results sent away. A million printed lines that fill the grader's memory."""
+    edits = {
+        2: doing("open('notes.txt', 'w')"),
+        5: doing("import socket; socket.create_connection(('127.0.0.1', 9))"),
+        6: doing("import subprocess; subprocess.run('true')"),
+        7: doing("print('line\\n' * 1_000_000)"),
+    }
+    unmarked = {n: again(n) for n in NUMBERS if n not in edits}
+    directory = submission(tmp_path / "s", edits | unmarked)
+    out = str(tmp_path / "results.json")
+    printed = run("-m", "tests.grade", directory, "--out", out)
+    rows = {int(test["number"]): test for test in read_json(out)["tests"]}
+    for n, why in {2: "open to write ('notes.txt'", 5: "socket.", 6: "subprocess.Popen"}.items():
+        assert rows[n]["score"] == 0 and why in rows[n]["output"], printed
+    assert rows[7]["score"] == POINTS[7], printed
+    assert len(printed) < 10_000
 
 
 def test_a_submission_that_kills_the_grader_has_no_points(tmp_path):
