@@ -49,8 +49,8 @@ from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
 from interop.manifest import check_files, forget_files, note_files
 from interop.options import METHODS, check_config, read_command
-from interop.parallel import (even, gather, head_norm, join_processes, local_items, parameters_of,
-                              placed, rank, ranks, reaching, shard, total, whole)
+from interop.parallel import (even, gather, head_norm, in_threads, join_processes, local_items,
+                              parameters_of, placed, rank, ranks, reaching, shard, total, whole)
 from interop.real_data import (describe_data, load_base, objectives_of, real_labels, real_pairs,
                                worlds_of)
 from interop.resume import (at_work, clear, copy_stages, finished, free_name, load_checkpoint,
@@ -81,6 +81,8 @@ class Run:
         for o in objectives:
             self.domains.setdefault(o.domain, []).append(o.name)
         self.device = pick_device(config.device)
+        # Large models answer one after another.
+        self.alone = bool(config.init) or self.device != "cpu"
         self.key = run_key(asdict(config), objectives)      # of its options and data
 
     def file(self, name):
@@ -387,9 +389,10 @@ def rate(source, turn, response, name, rng):
     return exact if name in source.objectives("verifiable") else judge(exact, rng)
 
 
-def sample_pairs(source, names):
-    """Several answers to every prompt, rated for the objectives `names` -> list of Pair, of each
-    prompt's answers the best against the worst."""
+def sample_pairs(source, cases=CASES):
+    """Several answers to every prompt, rated for the objectives of these cases -> list of Pair, of
+    each prompt's answers the best against the worst."""
+    names = source.objectives(*cases)
     if not names:
         return []
     # What is answered: the problem itself, or every turn of a dialogue that the policy has led.
@@ -419,8 +422,8 @@ def make_pairs(run, name):
     policy's log-probabilities of both responses: the reference of preference training."""
     model, sources = sources_of(run, "sft")
     sampled = []
-    for source in sources:
-        sampled += sample_pairs(source, source.objectives(*CASES))
+    for found in in_threads(sample_pairs, sources, run.alone):
+        sampled += found
     pairs, _ = real_pairs(run.config.data, run.objectives, model)
     pairs += gather(sampled)
     n = Counter((pair.objective, pair.split) for pair in pairs)
@@ -576,21 +579,29 @@ def make_labels(run, name):
     """Stage labels: labels.jsonl and mah_dpo_pairs.jsonl. The PRM will guide the SFT policy and
     MAH-DPO's uniform mixes, so both make its data: judged turns (case B), rollouts (verifiable and
     case A), and pairs (case C; those of SFT are in pairs.jsonl)."""
-    config, labels, pairs = run.config, [], []
-    for policy in ("sft", "mah_dpo"):
-        model, sources = sources_of(run, policy)
-        for source in sources:
-            judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
-            labels += label_steps(source, judged, "turns", config.n_prompts, 1)
-            labels += label_steps(source, rolled, "rollouts", config.n_rollout_prompts,
-                                  config.rollouts)
-            if policy == "mah_dpo":
-                pairs += sample_pairs(source, source.objectives("C"))
-    real, _ = real_labels(config.data, run.objectives, model)
+    labels, pairs = [], []
+    model, sources = sources_of(run, "sft")
+    sources += sources_of(run, "mah_dpo")[1]
+    for found, more in in_threads(label_answers, sources, run.alone):
+        labels += found
+        pairs += more
+    real, _ = real_labels(run.config.data, run.objectives, model)
     labels, pairs = gather(labels) + real, gather(pairs)
     tqdm.write(f"  labelled sequences: {len(labels)}; more pairs: {len(pairs)}")
     write_rows(run.file("mah_dpo_pairs.jsonl"), pairs)
     write_rows(run.file(name), labels)
+
+
+def label_answers(source):
+    """Labelled rows of a source's judged turns and rollouts; and its pairs, if it is MAH-DPO."""
+    config = source.run.config
+    judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
+    labels = label_steps(source, judged, "turns", config.n_prompts, 1)
+    labels += label_steps(source, rolled, "rollouts", config.n_rollout_prompts, config.rollouts)
+    pairs = []
+    if source.policy == "mah_dpo":
+        pairs = sample_pairs(source, ["C"])
+    return labels, pairs
 
 
 def label_steps(source, names, purpose, n, M):

@@ -92,7 +92,7 @@ def test_run_writes_what_is_promised(whole):
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
             assert os.path.getsize(os.path.join(whole, name, file)) > 0
     log = rows_of(os.path.join(whole, "log.jsonl"))
-    assert {row["stage"] for row in log} == {*trained, "labels"}    # there a judge is calibrated
+    assert {row["stage"] for row in log} == set(trained)
     timings = rows_of(os.path.join(whole, "timings.jsonl"))
     assert {row["stage"] for row in timings if "tokens_per_second" in row} == set(trained)
     assert len(timings) == 13 + len(trained) and all(row["seconds"] >= 0 for row in timings)
@@ -176,8 +176,7 @@ def test_resume_repeats_only_what_is_missing(whole, tmp_path, capsys):
 def test_the_log_is_written_before_the_file_that_says_finished(whole, tmp_path, monkeypatch):
     """Prevents: a kill -9 right after a stage's last file, whose rows of log.jsonl then never
     come."""
-    last = {"base": "base/config.json", "sft": "sft/config.json", "labels": "labels.jsonl",
-            "prm": "prm/config.json"}
+    last = {"base": "base/config.json", "sft": "sft/config.json", "prm": "prm/config.json"}
     copied, late, plain = copy_of(whole, tmp_path, *last.values()), {}, train.Run.log
 
     def watch(run, stage, rows, *name):
@@ -554,7 +553,7 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
     quality = {}
     for row in rows_of(f"{out}/log.jsonl"):
         quality |= row.get("held_out", {})
-    assert "accuracy" in quality["honesty"] and "pair_accuracy" in quality["helpfulness"]
+    assert "r2" in quality["honesty"] and "pair_accuracy" in quality["helpfulness"]
     decode.main([out, "--prompt", "what is the color ?", "--guide", "honesty", "--weights",
                  "helpfulness=1,honesty=3", "--max-new-tokens", "6", "--k", "2"])
     assert "->" in capsys.readouterr().out

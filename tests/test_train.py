@@ -231,9 +231,10 @@ def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", answers)
     monkeypatch.setattr(train, "judge", lambda score, rng: score)
     run.config.n_prompts, run.config.n_samples = 10, 4
+    run.objectives = [OBJECTIVES[name] for name in ("helpfulness", "honesty")]
     world = DOMAINS["values"]
     source = Source(run, "sft", gpt, world, "train")
-    pairs = train.sample_pairs(source, ["helpfulness", "honesty"])
+    pairs = train.sample_pairs(source)
     rng = run.rng("samples", "sft", "values", "train")
     problems = {tuple(tokenizer.encode_chat(p.messages())): p
                 for p in world.problems("train", 10, rng)}
@@ -260,8 +261,8 @@ def test_both_guided_policies_make_the_labels(whole, monkeypatch, tmp_path):
             seen.append((purpose, source.policy, source.mix, names))
         return []
 
-    def pairs(source, names):
-        return label(source, names, "pairs")
+    def pairs(source, cases):
+        return label(source, source.objectives(*cases), "pairs")
     monkeypatch.setattr(train, "label_steps", label)
     monkeypatch.setattr(train, "sample_pairs", pairs)
     train.make_labels(run, "labels.jsonl")
