@@ -185,7 +185,7 @@ def test_a_run_on_two_processes(small_worlds, tmp_path):
     assert [r["policy"] for r in rows if r["guide"] is None] == plain
     assert len({json.dumps(r["metrics"]) for r in rows}) > 1 and len(rows) == 9 + 4
     stages = {row["stage"] for row in rows_of(run.file("log.jsonl"))}
-    assert stages >= {"base", "sft", "labels", "prm", "mah_dpo", "modpo"}
+    assert stages >= {"base", "sft", "prm", "mah_dpo", "modpo"}
     assert "checkpoint.safetensors" not in os.listdir(out)
     check_files(out)
     with pytest.raises(InputError, match="a run of 2 processes, not of 1; .*nproc_per_node 2"):
