@@ -113,17 +113,20 @@ def test_preference_training_starts_at_ln2(whole):
 
 def test_pairs_and_labels_are_well_formed(whole):
     """Prevents: train and held-out prompts mixed up, empty responses, labels outside the
-    sequence."""
+    sequence; two judges who are one."""
     pairs = train.read_rows(os.path.join(whole, "pairs.jsonl"), Pair)
     assert {p.objective for p in pairs} == set(NAMES)
     assert all(p.chosen and p.rejected and p.chosen != p.rejected for p in pairs)
     prompts = {split: {tuple(p.prompt) for p in pairs if p.split == split}
                for split in ("train", "dev")}
     assert all(prompts.values()) and not prompts["train"] & prompts["dev"]
+    judges = set()
     for row in train.read_rows(os.path.join(whole, "labels.jsonl"), Labelled):
+        judges |= {tuple(labels.values()) for labels in row.targets}
         assert len(row.ends) == len(row.targets) and row.ends[-1] == len(row.ids) - 1
         assert [set(labels) for labels in row.targets] == [{NAMES[2], NAMES[2] + SECOND}]
         assert all(0 <= label <= 1 for labels in row.targets for label in labels.values())
+    assert any(first != second for first, second in judges)
 
 
 def test_bf16_starts_at_ln2(tmp_path, monkeypatch):
@@ -350,8 +353,8 @@ def test_damage_is_noticed(whole, tmp_path, capsys):
 
 
 def test_damage_by_hand_is_noticed(whole, tmp_path, capsys):
-    """Prevents: tracebacks for an option of another kind in config.json, or for a manifest.json that
-    is JSON and no manifest; another run's PRM that guides although it is damaged."""
+    """Prevents: tracebacks for an option of another kind in config.json, or for a manifest.json
+    that is JSON and no manifest; another run's PRM that guides although it is damaged."""
     copied = copy_of(whole, tmp_path)
     config = read_json(f"{whole}/config.json")
     commands = [(["--resume", copied], train.main), ([copied], evaluate.main),

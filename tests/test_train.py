@@ -186,9 +186,9 @@ def test_an_answer_gets_one_rating(source, tokenizer):
     for M in [1, 2] * 20:
         rollouts = [turn.response] * 3 * M
         found = train.labels_of(source, turn, rollouts, M, ["math_engagement"], judges)
-        assert len(set(found["math_engagement"])) == len(set(found["math_engagement" + SECOND])) == 1
-        assert found["math_engagement"][0] == pytest.approx(judge(0.5, alone))
-        ratings.append((found["math_engagement"][0], found["math_engagement" + SECOND][0]))
+        steps = set(zip(found["math_engagement"], found["math_engagement" + SECOND]))
+        ratings += steps
+        assert len(steps) == 1 and ratings[-1][0] == pytest.approx(judge(0.5, alone))
         low = train.labels_of(source, worst, [worst.response] * 2, 1, ["math_engagement"], judges)
         assert all(0 <= label < 0.5 for label in low["math_engagement"])
         judge(0.0, alone)
