@@ -59,7 +59,7 @@ from interop.resume import (at_work, clear, copy_stages, finished, free_name, lo
 from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
                      pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, emulates_bf16, load_hf, pick_device, sampling_dtype, save_hf
-from prm import (NOISE_FREE, PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, graded_labels,
+from prm import (PRM, SECOND, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, graded_labels,
                  hindsight_targets, majority_labels, pair_scores, save_prm, scores_at, step_loss,
                  step_scores)
 
@@ -611,6 +611,8 @@ def label_steps(source, names, purpose, n, M):
         return []
     tokenizer, world = source.model.tokenizer, source.world
     turns, rng, generator = roll_out(source, purpose, n)
+    second = purpose, source.policy, world.name, source.split, "second judge", rank()
+    judges = rng, source.run.rng(*second)
     ends = [tokenizer.step_ends(turn.response, world.boundary) for turn in turns]
     # The response itself is the first rollout. M - 1 others go on from every step but the last.
     others = continuations(source, turns, [at[:-1] for at in ends], M - 1, generator)
@@ -622,7 +624,7 @@ def label_steps(source, names, purpose, n, M):
         rollouts += [turn.response] * M
         # Every output labels the steps from the first on, perhaps not all of them.
         targets = [{} for _ in at]                          # for every step {output: label}
-        for name, labels in labels_of(source, turn, rollouts, M, names, rng).items():
+        for name, labels in labels_of(source, turn, rollouts, M, names, judges).items():
             for target, label in zip(targets, labels):
                 target[name] = label
         # The PRM reads the prompt, too: a step ends that much later.
@@ -631,8 +633,9 @@ def label_steps(source, names, purpose, n, M):
     return rows
 
 
-def labels_of(source, turn, rollouts, M, names, rng):
-    """{output: its labels} for the steps of a turn. rollouts: M responses for every step."""
+def labels_of(source, turn, rollouts, M, names, judges):
+    """{output: its labels} for the steps of a turn. rollouts: M responses for every step. judges:
+    the draws of the judge, and of a second one."""
     found, verifiable = {}, source.objectives("verifiable")
     for name in names:
         if name in verifiable:
@@ -640,11 +643,11 @@ def labels_of(source, turn, rollouts, M, names, rng):
             continue
         # A response is rated once, however many steps it is a rollout of. In case B a step is a
         # whole turn: its one "rollout" is the turn itself.
-        exact, rated = {}, {}
+        exact = {}
         for response in dict.fromkeys(map(tuple, rollouts)):
             exact[response] = score(source, turn, response, name)
-            rated[response] = judge(exact[response], rng)
-        for output, ratings in ((name, rated), (name + NOISE_FREE, exact)):
+        for output, rng in zip((name, name + SECOND), judges):
+            ratings = {response: judge(value, rng) for response, value in exact.items()}
             # (S, M)
             table = torch.tensor([ratings[tuple(r)] for r in rollouts]).view(-1, M)
             if source.run.config.judge_labels == "majority":
@@ -845,15 +848,20 @@ def measure_prm(prm, data):
 
 
 def noise_ceiling(data, name):
-    """{"ceiling": the R^2 of who knows all true scores, even those of answers that only begin}; {}
-    where no judge made the labels."""
-    exact, labels = [], []
+    """{"ceiling": the best possible R^2, of who knows all true scores, even those of answers that
+    only begin}; {} where no judge made the labels.
+
+    Two judges' labels have nothing in common but what the true scores tell of them: their
+    correlation is the share of a label's variance that these explain."""
+    labels = []
     for row in chain.from_iterable(data):
         for step in row.targets if isinstance(row, Labelled) else []:
-            if name + NOISE_FREE in step:
-                exact.append(step[name + NOISE_FREE])
-                labels.append(step[name])
-    return {"ceiling": r_squared(torch.tensor(exact), torch.tensor(labels))} if labels else {}
+            if name + SECOND in step:
+                labels.append((step[name], step[name + SECOND]))
+    if not labels:
+        return {}
+    first, second = torch.tensor(labels).T                                          # (n,) each
+    return {"ceiling": F.cosine_similarity(first - first.mean(), second - second.mean(), 0).item()}
 
 
 @torch.no_grad()
@@ -1143,6 +1151,7 @@ def origin_of(config):
 
 def open_run(path, device="auto"):
     """The run in a directory, with its own options. InputError as in load_config."""
+    check_files(path, "config.json")
     config, objectives = load_config(path)
     if device != "auto":
         config.device = device

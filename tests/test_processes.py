@@ -13,7 +13,7 @@ import torch
 
 import train
 from conftest import TINY
-from data import DOMAINS, OBJECTIVES, InputError, dealt_batches, read_json
+from data import DOMAINS, OBJECTIVES, InputError, dealt_batches, read_json, run_command
 from interop import options
 from interop.manifest import check_files
 from interop.options import Config
@@ -69,6 +69,14 @@ def test_helpers_in_three_processes():
         assert part.to_local().untyped_storage().nbytes() <= 3 * 5 * 4
         assert torch.equal(whole(part), t) and gathered(part).is_meta == (rank() > 0)
     in_processes(3, work)
+
+
+def test_a_command_parts_from_the_others():
+    """Prevents: a finished command that aborts in one of 25 runs: torch's threads outlive it."""
+    def work():
+        run_command(lambda: None)
+        assert not torch.distributed.is_initialized()
+    in_processes(2, work)
 
 
 def the_run(path):
