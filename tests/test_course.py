@@ -433,6 +433,25 @@ def test_every_question_has_a_key_that_stays_behind(handed_out):
     assert not os.path.exists(os.path.join(handed_out, "docs/key.md"))
 
 
+def test_problem_sets_add_up():
+    """An exercise in two sets or in none, a question likewise, points that are not those it has."""
+    text = read(HOME, "docs/course.md")
+    found = re.findall(r"^\| [1-5]\. .*? \| lecture [1-3] \|(.*)\| ([0-9]+) \|$", text, re.M)
+    exercises, questions = [], []
+    for parts, total in found:
+        given = [int(points) for points in re.findall(r"\(([0-9]+)\)", parts)]
+        assert sum(given) == int(total), parts
+        first, second, _ = parts.split(" | ")
+        own = [int(n) for n in re.sub(r"\(.*", "", first).split(",")]
+        assert sum(POINTS[n] for n in own) == given[0], parts
+        exercises += own
+        asked = [int(n) for n in re.findall("[0-9]+", re.sub(r"\(.*", "", second))]
+        questions += range(asked[0], asked[-1] + 1)
+    assert sorted(exercises) == list(NUMBERS) and len(found) == 5
+    points = re.findall(r"^[0-9]+\. \(([0-9]) ", read(HOME, "docs/questions.md"), re.M)
+    assert sorted(questions) == list(range(1, len(points) + 1))
+
+
 def labels(r, z, gamma):
     """The labels of an answer of four steps that is its own only rollout."""
     n, z = torch.full((4, 1), 4), torch.full((4, 1), z)
