@@ -831,10 +831,10 @@ def measure_prm(prm, data):
             found[items[0].objective] = torch.stack((chosen, rejected)), None
             continue
         scores, targets = all_scores(step_scores, prm, items)                       # (N, P)
-        # Not every step has a label of every output.
+        # Not every step has a label of every output. Of equal labels nothing can be explained.
         for p, name in enumerate(prm.names):
             has = ~targets[:, p].isnan()
-            if has.any():
+            if len(targets[has, p].unique()) > 1:
                 found[name] = scores[has, p], targets[has, p]
     quality = {}
     for name, (scores, targets) in found.items():
@@ -922,7 +922,7 @@ def quality_of(output, scores, targets):
 def r_squared(guesses, targets):
     """The share of the targets' variance that guesses (n,) explain; to guess their mean gives 0."""
     error = ((guesses - targets) ** 2).mean()
-    return 1 - float(error / targets.var(correction=0).clamp(min=1e-9))
+    return 1 - float(error / targets.var(correction=0))
 
 
 # -- the table of stages

@@ -398,7 +398,8 @@ def test_measure_prm_by_hand(gpt, monkeypatch):
 
 def test_held_out_figures_of_each_policy(run, gpt):
     """Prevents: a pooled figure that hides a policy about whose answers an output says nothing; one
-    without the ceiling that the judge's noise leaves; a second judge's labels learnt."""
+    without the ceiling that the judge's noise leaves; a second judge's labels learnt; an R^2 of
+    -100,000,000 where all labels are alike."""
     rows = []
     for split in ("train", "dev"):
         for policy, label, n in (("sft", 0.0, 6), ("mah_dpo", 1.0, 2)):
@@ -413,11 +414,10 @@ def test_held_out_figures_of_each_policy(run, gpt):
     assert logged(run)[0]["math_engagement"]["labels"] == size
     measured = logged(run)[-3:]
     assert [row["policies"] for row in measured] == [["sft"], ["mah_dpo"], ["sft", "mah_dpo"]]
-    sft, mah_dpo, pooled = (row["held_out"]["math_engagement"] for row in measured)
-    assert [q["n"] for q in (sft, mah_dpo, pooled)] == [6, 2, 8]
-    # Covariance over variance: each judge says 1 of 1/6, both of none; both always; 3/8 and 2/8.
+    sft, mah_dpo, pooled = (row["held_out"].get("math_engagement") for row in measured)
+    assert (sft["n"], mah_dpo, pooled["n"]) == (6, None, 8)
+    # Covariance over variance: each judge says 1 of 1/6, both of none; each of 3/8, both of 2/8.
     assert sft["ceiling"] == pytest.approx((0 - 1 / 36) / (5 / 36))
-    assert mah_dpo["ceiling"] == 0
     assert pooled["ceiling"] == pytest.approx((2 / 8 - 9 / 64) / (15 / 64))
 
 
