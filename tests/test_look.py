@@ -46,7 +46,7 @@ def test_a_look_by_hand(tmp_path, capsys):
     assert "warmth.steps.jsonl: 3 rows, 3 responses of 6 steps, 3 of them right\n" in out
     assert "characters: prompts 2 to 2, median 2; steps 1 to 3, median 1\n" in out
     assert "math_accuracy.jsonl: 1 rows, 1 questions\n" in out
-    assert "solutions 12 to 12" in out and "answer   5\n" in out
+    assert "solutions 12 to 12" in out and "answers   5\n" in out
     assert "opposite" not in out
 
 
@@ -102,7 +102,7 @@ def test_the_command(tmp_path):
     assert ended[0] == (2, f"error: {data}/warmth.jsonl:2: 'rejected' is int 3: the content of a "
                         'message holds \'int\': give text, or a list of {"type": "text", "text": '
                         '"..."}\n')
-    assert ended[1][0] == 2 and "no objective here" in ended[1][1]
+    assert ended[1][0] == 2 and "no directory with an objective" in ended[1][1]
 
 
 def test_published_conflict(tmp_path, capsys):

@@ -342,17 +342,21 @@ def test_labels_of_ones_own(tmp_path, gpt):
 # -- mistakes
 
 @pytest.mark.parametrize("rows, argv, message", [
-    ({}, "", "no objective here; put the pairs of each into"),
+    ({}, "", "/d: no directory with an objective; put the pairs of each into"),
     ({"brevity": PAIRS}, "--objective clarity", "/d: unknown objective 'clarity': choose from all, "
      "d, brevity, or add <objective>.jsonl"),
     ({"brevity": PAIRS}, "--objective math", "/d: unknown objective 'math'"),
     ({"brevity": PAIRS}, "--alpha honesty=2", "--alpha: no 'honesty' here; choose from brevity"),
     ({"brevity": []}, "", "/d/brevity.jsonl: no rows to use"),
-    ({"brevity__steps": []}, "", "/d/brevity.jsonl: no such file"),
+    ({"brevity__steps": []}, "", "/d/brevity.steps.jsonl: labelled steps alone are too little; add "
+     "the pairs or questions of 'brevity' as"),
+    ({"brevity": [{"prompt": "p", "completions": ["a"], "labels": [True]}]}, "",
+     "/d/brevity.jsonl: labelled steps; they belong into brevity.steps.jsonl"),
     ({"brevity": [pair(i, "same", "same") for i in range(9)]}, "",
-     "/d/brevity.jsonl: no rows to use; 9 skipped: chosen equals rejected"),
+     "/d/brevity.jsonl: no rows to use; 9 left out: chosen equals rejected"),
     ({"all_alike": [rated(i, warmth=3) for i in range(9)]}, "",
-     "/d/all_alike.jsonl: no rows to use; 9 skipped: no two responses to the prompt have differe"),
+     "/d/all_alike.jsonl: 0 pairs for 'warmth' fit the context of 128 tokens; some to train on and "
+     "some to hold out are needed: add rows, or leave it out of --objective; 9 left out: no two "),
     ({name: [pair(1), pair(4)] for name in ("a", "b", "c")}, "",
      "/d: 3 objectives need more than 2 different prompts; add pairs, or choose fewer"),
     ({"brevity": [{"question": "q", "answer": "1"}]}, "", "/d/brevity.jsonl: questions with "
@@ -361,7 +365,7 @@ def test_labels_of_ones_own(tmp_path, gpt):
     ({"my-data": PAIRS}, "", "/d/my-data.jsonl: no objective can be called 'my-data'; give it "
      "another name, a single word that is none of all, unified"),
     ({"x": [rated(1, **{"to the point": 5})]}, "", "/d/x.jsonl: no objective can be called 'to "),
-    ({"": PAIRS}, "", "no objective here"),
+    ({"": PAIRS}, "", "no directory with an objective"),
     *[({name: PAIRS}, "", f"/d/{name}.jsonl: no objective can be called {name!r}")
       for name in ("all", "unified", "policy", "step_correctness", "guide", "run", "kl", "step")],
     ({"step__steps": PAIRS}, "", "/d/step.steps.jsonl: no objective can be called 'step'")])
