@@ -79,10 +79,10 @@ def objectives_of(spec, data):
     for name in [o.name for o in chosen]:
         where = ", ".join(files[name]) or f"{data}/{name}.steps.jsonl"
         # A name becomes a part of files' names, and a key beside others.
-        if name in TAKEN or not re.fullmatch(r"\w+", name):
+        if name in TAKEN or not re.fullmatch(r"\w{1,60}", name):
             raise InputError(f"{where}: no objective can be called {name!r}; give it another name, "
-                             f"a single word that is none of {', '.join(TAKEN)}; or leave it out "
-                             "of --objective")
+                             f"a single word that is none of {', '.join(TAKEN)}, nor longer than "
+                             "60 letters; or leave it out of --objective")
         if not files[name]:
             raise InputError(f"{where}: labelled steps alone are too little; add the pairs or "
                              f"questions of {name!r} as {data}/{name}.jsonl, or leave it out of "
@@ -211,14 +211,6 @@ def worlds_of(objectives, data, max_new_tokens, model):
 
 # -- what a run reads from its --data directory
 
-def fitting(rows, encode, dropped, reason):
-    """encode(row) of every row, without those that are None: these are counted in `dropped`."""
-    found = [encode(row) for row in rows]
-    kept = [encoded for encoded in found if encoded]
-    dropped[reason] += len(found) - len(kept)
-    return kept
-
-
 def real_pairs(data, objectives, model):
     """The pairs in a --data directory -> list of Pair, {reason: number of rows left out}; nothing
     where `data` is "". Pairs to train on come before those held out.
@@ -229,14 +221,16 @@ def real_pairs(data, objectives, model):
     limit = model.config.max_len
     too_long = f"longer than the context of {limit} tokens, or alike in this vocabulary"
     for objective in objectives if data else []:
-        name, rows, left = objective.name, [], Counter()
+        name, kept, left = objective.name, [], Counter()
         paths = [path for path in files.get(name, []) if not holds_questions(path, objective)]
         # Of an objective with questions alone the pairs are sampled.
         if not paths:
             continue
         for path in paths:
-            rows += read_preferences(path, name, left)
-        kept = fitting(rows, partial(encode_pair, model=model), left, too_long)
+            for preference in read_preferences(path, name, left):
+                pair = encode_pair(preference, model)
+                kept += [pair] if pair else []
+                left[too_long] += not pair
         where = ", ".join(paths)
         if len(kept) > 1 and len({tuple(pair.prompt) for pair in kept}) == 1:
             raise InputError(f"{where}: nothing can be held out: its {len(kept)} pairs have one "
@@ -256,25 +250,19 @@ def real_pairs(data, objectives, model):
     return found, dropped
 
 
-def encode_labelled(row, objective, model):
-    """Steps -> Labelled in the model's ids; None if it is longer than the context, or a step has no
-    token of this vocabulary."""
-    encoded = encode_steps(model.tokenizer, row.prompt, row.steps, objective.boundary)
-    if encoded is None or len(encoded[0]) > model.config.max_len:
-        return None
-    targets = [{objective.name: label} for label in row.labels]
-    return Labelled(*encoded, targets, train_or_dev(row.prompt))
-
-
 def real_labels(data, objectives, model):
     """DATA/<name>.steps.jsonl, where there is one, of Objective records -> list of Labelled,
     {reason: number of rows left out}."""
     found, dropped = [], Counter()
     for objective in objectives if data else []:
         path = os.path.join(data, f"{objective.name}.steps.jsonl")
-        rows = read_steps(path, dropped) if os.path.exists(path) else []
-        encode = partial(encode_labelled, objective=objective, model=model)
-        found += fitting(rows, encode, dropped, "too long for the context")
+        for row in read_steps(path, dropped) if os.path.exists(path) else []:
+            encoded = encode_steps(model.tokenizer, row.prompt, row.steps, objective.boundary)
+            if encoded is None or len(encoded[0]) > model.config.max_len:
+                dropped["too long for the context, or a step without a token"] += 1
+                continue
+            targets = [{objective.name: label} for label in row.labels]
+            found.append(Labelled(*encoded, targets, train_or_dev(row.prompt)))
     return found, dropped
 
 

@@ -254,6 +254,16 @@ def test_which_files_hold_questions(tmp_path, row, questions):
         assert not holds_questions(str(path), OBJECTIVES["honesty"])
 
 
+@pytest.mark.parametrize("row", [STEPS, LABEL, {"prompt": "p", "completions": "ab", "labels": [1]},
+                                 {"input": "p", "label": "p"}, {"label": {"steps": []}}])
+def test_labelled_steps_have_files_of_their_own(tmp_path, row):
+    """Labelled steps refused as faulty ratings or verdicts, which they were not meant to be."""
+    path = tmp_path / "honesty.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(InputError, match="honesty.jsonl: labelled steps; they belong into honesty.s"):
+        holds_questions(str(path), OBJECTIVES["honesty"])
+
+
 def rows_of_the_help():
     """(kind, row) for every example row of DATA_HELP."""
     kinds = ("pairs", "labels", "ratings", "verdicts", "questions", "steps", "outputs")
@@ -830,7 +840,7 @@ HARMLESS_SKIPPED = {"the transcript ends without a response": 1,
     ("pairs/truthfulness.jsonl", 145, 0, {})])
 def test_published_pairs(name, n, n_dialogues, skipped):
     """A published file that stops at one odd row, or dialogues that come as one message."""
-    counts = {}
+    counts = Counter()
     found = read_preferences(published(name), "honesty", counts)
     assert len(found) == n and counts == skipped
     assert all(p.prompt[-1]["role"] == "user" for p in found)

@@ -91,11 +91,29 @@ def test_conflicts_by_hand(tmp_path, capsys):
         ("honesty", "warmth"): [1, 1, 100, 1, 1], ("true", "warmth"): [1, 3, 33, 1, 2]}
 
 
+def test_an_objective_that_contradicts_itself(tmp_path, capsys):
+    """Opposite preferences, within a file or between two, of which nobody hears; the same one
+    twice taken for such."""
+    data = write(tmp_path, cold=[pair("p", "a", "b")] * 2 + [pair("q", "a", "b")],
+                 warm=[pair(*row) for row in ("pab", "pba", "qab")],
+                 feedback=[rated("q", warm="123"), rated("o", warm="123")])
+    out = looked(capsys, data)
+    assert "warm contradicts itself on 2 of 3 prompts\n" in out and "cold contradicts" not in out
+
+
+def test_half_a_character(tmp_path):
+    """An example that no terminal can print, and that ends the look."""
+    data = write(tmp_path, warmth=[pair("a \ud83d kite", "a", "b")])
+    done = subprocess.run([sys.executable, "-m", "interop.datasets", data], cwd=HOME,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "a ? kite" in done.stdout
+
+
 def test_the_command(tmp_path):
     """A fault that ends in a traceback, or without the line where it is."""
     data = write(tmp_path, warmth=[pair("p", "a", "b"), pair("p", "a", 3)])
     ended = []
-    for directory in (data, data + "/none"):
+    for directory in (data, ""):
         done = subprocess.run([sys.executable, "-m", "interop.datasets", directory], cwd=HOME,
                               capture_output=True, text=True)
         ended.append((done.returncode, done.stderr))
