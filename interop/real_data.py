@@ -107,8 +107,8 @@ def read_told(path, names):
                     "case": value in CASES, "boundary": value in BOUNDARIES}
             if not good.get(key):
                 raise InputError(f"{path}: {name!r}: {json.dumps(key)}: {json.dumps(value)} means "
-                                 "nothing; give a \"domain\" (a single word), a \"case\" "
-                                 f"({', '.join(CASES)}) or a \"boundary\" ({', '.join(BOUNDARIES)})")
+                                 'nothing; give a "domain" (a single word), a "case" '
+                                 f'({", ".join(CASES)}) or a "boundary" ({", ".join(BOUNDARIES)})')
     return told
 
 
@@ -244,8 +244,8 @@ def real_pairs(data, objectives, model):
     # With so few prompts, what heads learn would not be about the objectives.
     n, prompts = len({pair.objective for pair in found}), {tuple(pair.prompt) for pair in found}
     if len(prompts) < n:
-        raise InputError(f"{data}: {n} objectives need more than {len(prompts)} different prompts; "
-                         "add pairs, or choose fewer with --objective")
+        raise InputError(f"{data}: {n} objectives have only {len(prompts)} different prompts; add "
+                         "pairs, or choose fewer with --objective")
     found.sort(key=lambda pair: pair.split == "dev")
     return found, dropped
 

@@ -258,9 +258,9 @@ def test_which_files_hold_questions(tmp_path, row, questions):
                                  {"input": "p", "label": "p"}, {"label": {"steps": []}}])
 def test_labelled_steps_have_files_of_their_own(tmp_path, row):
     """Labelled steps refused as faulty ratings or verdicts, which they were not meant to be."""
-    path = tmp_path / "honesty.jsonl"
+    path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(row))
-    with pytest.raises(InputError, match="honesty.jsonl: labelled steps; they belong into honesty.s"):
+    with pytest.raises(InputError, match="x.jsonl: labelled steps; they belong into honesty.st"):
         holds_questions(str(path), OBJECTIVES["honesty"])
 
 
@@ -725,7 +725,7 @@ def test_messages_of_sharegpt(read):
                               {"completions": [5]}, {"completions": [{"annotations": 5}]}))])
 def test_objectives_that_rows_name(tmp_path, rows, names):
     """A file that rates several objectives taken for one that is named after it; an objective that
-    only later rows rate lost; an id taken for an objective; a broken row that ends in a traceback."""
+    only later rows rate lost; an id taken for an objective; a traceback at a broken row."""
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(row | {"id": 7, "model": "m"}) + "\n" for row in rows))
     assert objectives_in(str(path)) == names

@@ -382,7 +382,7 @@ def test_labels_of_ones_own(tmp_path, gpt):
      "/d/all_alike.jsonl: 0 pairs for 'warmth' fit the context of 128 tokens; some to train on and "
      "some to hold out are needed: add rows, or leave it out of --objective; 9 left out: no two "),
     ({name: [pair(1), pair(4)] for name in ("a", "b", "c")}, "",
-     "/d: 3 objectives need more than 2 different prompts; add pairs, or choose fewer"),
+     "/d: 3 objectives have only 2 different prompts; add pairs, or choose fewer"),
     ({"brevity": [{"question": "q", "answer": "1"}]}, "", "/d/brevity.jsonl: questions with "
      "answers are verified: give 'brevity' the \"case\" \"verifiable\" in an objectives.json"),
     ({"brevity": ["{"]}, "", "/d/brevity.jsonl:1: not JSON"),
@@ -391,7 +391,8 @@ def test_labels_of_ones_own(tmp_path, gpt):
     ({"x": [rated(1, **{"to the point": 5})]}, "", "/d/x.jsonl: no objective can be called 'to "),
     ({"": PAIRS}, "", "no directory with an objective"),
     *[({name: PAIRS}, "", f"/d/{name}.jsonl: no objective can be called {name!r}")
-      for name in ("a" * 61, "all", "unified", "policy", "step_correctness", "guide", "run", "kl", "step")],
+      for name in ("w" * 61, "all", "unified", "policy", "step_correctness", "guide", "run", "kl",
+                   "step")],
     ({"step__steps": PAIRS}, "", "/d/step.steps.jsonl: no objective can be called 'step'")])
 def test_directories_that_cannot_serve(rows, argv, message, checkpoint, tmp_path, capsys):
     """A traceback, or a run directory, for data that no run can use: the message says which file,

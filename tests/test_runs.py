@@ -611,7 +611,7 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     ("honesty", [preference(1), "{not json"], "honesty.jsonl:2: not JSON"),
     ("honesty", [preference(1), {"prompt": "a", "chosen": "b"}], "honesty.jsonl:2"),
     ("honesty", [preference(1, "same", "same")], "1 left out: chosen equals rejected"),
-    ("honesty", [], "no rows"), ("honesty", None, "labelled steps alone are too little; add the pairs or questions"),
+    ("honesty", [], "no rows"), ("honesty", None, "labelled steps alone are too little; add the "),
     ("honesty", [preference(i, "red " * 200) for i in range(20)], "0 pairs for 'honesty' fit"),
     ("honesty", [preference(1)], "1 pairs for 'honesty' fit the context"),
     ("honesty", [preference(1, "red " * i) for i in range(1, 41)], "nothing can be held out"),
