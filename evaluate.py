@@ -36,7 +36,7 @@ from decode import find_model, generate, guided_decode, next_turn, read_run
 from interop.answers import majority
 from interop.manifest import check_files, forget_files, note_files
 from interop.real_data import worlds_of
-from interop.parallel import gather, join_processes, local_items
+from interop.parallel import gather, in_threads, join_processes, local_items
 from interop.resume import check_key
 from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import GPT, load_hf, pick_device, sampling_dtype
@@ -271,6 +271,8 @@ class Bench:
         self.seed = self.config["seed"]
         self.device = pick_device(device or self.config["device"])
         self.dtype = sampling_dtype(self.config["dtype"], self.device)
+        # Of large models only one is in memory, and rows are measured one after another.
+        self.alone = bool(self.config["init"]) or self.device != "cpu"
         # SFT stays, for the KL; beside it only the last model and the last PRM are in memory: these
         # functions remember what they loaded last.
         self.sft = self.load("sft")
@@ -693,10 +695,10 @@ def evaluate(run, pair_rows, device=None):
     sweeps = [bench.sweep(domain) for domain in bench.worlds]
     jobs = list(itertools.chain(*tables, *sweeps))
     # Several processes share the rows; each then has all of them.
-    measured = []
-    for i in tqdm(local_items(range(len(jobs))), desc="tables", unit="row", disable=None):
-        measured.append((i, bench.row(jobs[i])))
-    found = dict(gather(measured))
+    own = local_items(range(len(jobs)))
+    measured = in_threads(bench.row, [jobs[i] for i in own], bench.alone)
+    bar = tqdm(measured, desc="tables", total=len(own), unit="row", disable=None)
+    found = dict(gather(list(zip(own, bar))))
     rows = [found[i] for i in range(len(jobs))]
     # What the means are made of, prompt by prompt: paired comparisons need it.
     lines = ""
