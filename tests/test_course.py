@@ -422,7 +422,7 @@ def place_of(mutant):
 
 def test_every_question_has_a_key_that_stays_behind(handed_out):
     """A question without an answer, points that do not add up, answers that are handed out."""
-    text = read(HOME, "docs/questions.md")
+    text = read(HOME, "docs/written.md")
     key, experiments = read(HOME, "docs/key.md").split("\n## Experiments")
     questions = re.findall(r"^([0-9]+)\. \(([0-9]) points?\) ", text, re.M)
     answers = re.findall(r"^([0-9]+)\. .* \*.*[0-9].*\*$", key, re.M)
@@ -432,7 +432,7 @@ def test_every_question_has_a_key_that_stays_behind(handed_out):
     assert re.findall(r"^([0-9])\. ", experiments, re.M) == tasks and len(tasks) >= 4
     total = sum(int(points) for _, points in questions)
     assert f", {total} points," in text and f", {total} points;" in read(HOME, "docs/course.md")
-    assert os.path.exists(os.path.join(handed_out, "docs/questions.md"))
+    assert os.path.exists(os.path.join(handed_out, "docs/written.md"))
     assert not os.path.exists(os.path.join(handed_out, "docs/key.md"))
 
 
@@ -451,7 +451,7 @@ def test_problem_sets_add_up():
         asked = [int(n) for n in re.findall("[0-9]+", re.sub(r"\(.*", "", second))]
         questions += range(asked[0], asked[-1] + 1)
     assert sorted(exercises) == list(NUMBERS) and len(found) == 5
-    points = re.findall(r"^[0-9]+\. \(([0-9]) ", read(HOME, "docs/questions.md"), re.M)
+    points = re.findall(r"^[0-9]+\. \(([0-9]) ", read(HOME, "docs/written.md"), re.M)
     assert sorted(questions) == list(range(1, len(points) + 1))
 
 
