@@ -73,7 +73,7 @@ def the_run(path):
     """The run in a directory, which saves a checkpoint after every step."""
     saved = read_json(f"{path}/config.json")
     config = Config(**{f.name: saved[f.name] for f in fields(Config)})
-    config.checkpoint_every = 1
+    config.checkpoint_every, config.conflict_every = 1, 0
     return Run(path, config)
 
 
@@ -83,11 +83,12 @@ def record_gradients(run, directory):
     os.makedirs(directory, exist_ok=True)
     plain, batches, count = train.gradient, train.dealt_batches, []
 
-    def gradient(optimizer, *args):
-        found = plain(optimizer, *args)
+    def gradient(optimizer, *args, **options):
+        found = plain(optimizer, *args, **options)
         grads = {str(i): whole(p.grad) for i, p in enumerate(train.parameters_of(optimizer))
                  if p.grad is not None}
-        save_safetensors(grads, os.path.join(directory, f"{stage}.{len(count)}.safetensors"))
+        name = f"{stage}-{run.config.combine}.{len(count)}.safetensors"
+        save_safetensors(grads, os.path.join(directory, name))
         count.append(stage)
         return found
 
@@ -100,10 +101,14 @@ def record_gradients(run, directory):
         patch.setattr(train, "set_units", lambda prm, run: None)
         patch.setattr(train, "set_margins", lambda run, pairs: [
             setattr(pair, "margin", 0.0) for pair in pairs])
-        for stage, work in (("prm", train.train_prm), ("mah_dpo", train.train_policy),
-                            ("modpo", train.train_policy), ("sft", train.train_sft),
-                            ("base", train.train_base)):
+        for stage, work, rule in (("prm", train.train_prm, "sum"),
+                                  ("mah_dpo", train.train_policy, "sum"),
+                                  ("mah_dpo", train.train_policy, "raco"),
+                                  ("modpo", train.train_policy, "sum"),
+                                  ("sft", train.train_sft, "sum"),
+                                  ("base", train.train_base, "sum")):
             count.clear()
+            run.config.combine = rule
             work(run, stage)
             # Only the PRM has an output for the value model.
             run.objectives = run.objectives[:len(run.names)]
@@ -125,8 +130,9 @@ def with_a_value_model(run):
 
 def test_two_processes_compute_what_one_computes(whole, tmp_path):
     """Prevents: a loss averaged over a process's own rows or steps, a head without gradient in one
-    process, a parameter that is sharded and never gathered, a file with a shard in it: first
-    gradients are equal, then losses, norms and weights."""
+    process, inner products of a process's own shards, a parameter that is sharded and never
+    gathered, a file with a shard in it: first gradients are equal, then losses, norms and
+    weights."""
     paths = [shutil.copytree(whole, str(tmp_path / name)) for name in ("one", "two")]
     one = with_a_value_model(the_run(paths[0]))
     shutil.copy(one.file("labels.jsonl"), os.path.join(paths[1], "labels.jsonl"))
