@@ -359,10 +359,11 @@ def stop_masks(model, boundary):
     return [mask.to(model.embed.weight.device) for mask in masks]
 
 
-def parse_weights(text, names, option="--weights", default=0.0):
+def parse_weights(text, names, option="--weights", default=0.0, free=False):
     """'a=0.7,b=0.3' -> list of numbers, one per name, `default` for those not named.
 
-    InputError for an unknown name, one given twice, a broken or negative number, all zero."""
+    InputError for an unknown name, one given twice, a broken number; and if not `free`, where they
+    may be anything up to a million, for a negative one, or all zero."""
     # What the text says, name by name.
     weights = {}
     for part in text.split(",") if text else []:
@@ -378,7 +379,9 @@ def parse_weights(text, names, option="--weights", default=0.0):
             raise InputError(f"{option}: {part!r} is not NAME=NUMBER") from None
     # In the order of the names, with the default for those that it does not mention.
     found = [weights.get(name, default) for name in names]
-    if not all(0 <= w < float("inf") for w in found) or sum(found) <= 0:
+    if free and not all(abs(w) <= 1e6 for w in found):
+        raise InputError(f"{option}: {text!r} must be numbers from -1e6 to 1e6")
+    if not free and (not all(0 <= w < float("inf") for w in found) or sum(found) <= 0):
         raise InputError(f"{option}: {text!r} must be non-negative numbers with a positive sum")
     return found
 
@@ -438,6 +441,8 @@ def parse_args(argv):
     add("--policy", default="mah_dpo", help="which model of the run answers (default mah_dpo)")
     add("--weights", help="mix of heads, NAME=NUMBER,...; default: uniform over the domain of the "
         "guide (of the run's first objective for 'unified')")
+    add("--free", action="store_true", help="take --weights as they are, any numbers: each says how "
+        "far to go from SFT's head towards its own, such as 1.5 or -0.5")
     add("--guide", help="objective that guides, or 'unified'; default: that of the largest "
         "weight, else the run's first")
     add("--prm", help="directory of another reward model that guides instead of the run's own")
@@ -495,13 +500,17 @@ def main(argv=None):
     # guide, else that of the largest weight, else the run's first.
     weights = heaviest = None
     if args.weights is not None:
-        weights = parse_weights(args.weights, heads)
+        weights = parse_weights(args.weights, heads, free=args.free)
         heaviest = heads[weights.index(max(weights))]
     objectives = config["objectives"]
     known = {o.name: o for o in objectives}
     leading = known.get(args.guide) or known.get(heaviest) or objectives[0]
     if weights is None:
         weights = domain_mix(heads, leading.domain, objectives)
+    if args.free:
+        check_files(args.run, "sft")
+        sft = load_hf(find_model(args.run, "sft"))
+        weights = model.fold_free(weights, sft.heads[0].weight)
     # A PRM from elsewhere may call its outputs what it likes: all of them guide.
     guide = args.guide or ("unified" if args.prm else leading.name)
     path = args.prm or find_model(args.run, f"prm_{guide}", "prm")

@@ -646,6 +646,14 @@ def test_parse_weights(text, more, weights):
     assert parse_weights(text, ["a", "b", "c"], *more) == weights
 
 
+@pytest.mark.parametrize("text, weights", [("a=-0.5,b=1.5", [-0.5, 1.5]), ("", [0, 0])])
+def test_free_weights(text, weights):
+    """Prevents: weights off the simplex that are refused, or that are let in unasked."""
+    assert parse_weights(text, ["a", "b"], free=True) == weights
+    with pytest.raises(InputError, match="^--weights: .* non-negative"):
+        parse_weights(text, ["a", "b"])
+
+
 @pytest.mark.parametrize("text, message", [
     ("d=1", "no 'd' here.*a, b"), ("a", "'a' is not NAME=NUMBER"),
     ("a=x", "'a=x' is not NAME=NUMBER"), ("a=1,b=1, a=2", "'a' is given twice"),
@@ -782,6 +790,25 @@ def test_an_answer_may_be_as_long_as_in_training(gpt, asked, tmp_path, init, arg
     write_json(path, decode.read_json(path) | {"init": init, "max_new_tokens": 200})
     decode.main([run, "--prompt", "2 + 3 = ?", *argv])
     assert [call["max_new_tokens"] for call in asked] == [limit]
+
+
+def test_free_weights_go_on_from_sfts_head(gpt, asked, tmp_path):
+    """Prevents: weights that are divided by their sum, a mix that starts from 0 or another head
+    than SFT's; numbers that are none."""
+    run, sft = write_run(tmp_path, gpt, prm=NAMES[:2]), gpt.with_heads(["policy"], 0.5, seeded(3))
+    save_hf(sft, os.path.join(run, "sft"), weights=0)
+    mixes = []
+    for text in (f"{ACCURACY}=1.5,{ENGAGEMENT}=-1", f"{ACCURACY}=0", f"{ENGAGEMENT}=1"):
+        decode.main([run, "--prompt", "2 + 3 = ?", "--free", "--weights", text])
+        mixes.append(gpt.fold(asked[-1]["weights"]))
+    reference, first, second = (h.weight.detach() for h in (*sft.heads, *gpt.heads))
+    expected = 0.5 * reference + 1.5 * first - second
+    torch.testing.assert_close(mixes[0], expected, atol=1e-5, rtol=0)
+    assert torch.equal(mixes[1], reference)
+    torch.testing.assert_close(mixes[2], second, atol=1e-6, rtol=0)
+    for bad in ("nan", "inf", "-inf", "1e300"):
+        with pytest.raises(InputError, match="^--weights: .* must be numbers from -1e6 to 1e6"):
+            decode.main([run, "--free", "--weights", f"{ACCURACY}={bad}"])
 
 
 def test_main_closes_an_answer_that_was_cut_off(tiny_run, gpt, asked, monkeypatch, capsys):
