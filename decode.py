@@ -201,7 +201,7 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
                   max_new_tokens, state=None, **sampling):
     """PRM-guided best-of-K (paper, Sec. 5) for B ragged prompts at once -> list of B Guided.
 
-    boundary: newline | sentence | turn. guide: one of the PRM's outputs, or "unified".
+    boundary: newline | sentence | turn. guide: as in PRM.guide.
     state: that of an earlier call for the same conversations, which this call changes in place;
     prompts are then only the new tokens (the end of the turn is in the caches already).
     sampling: temperature (0 makes all candidates equal, so there is one only), top_k, top_p and
@@ -236,8 +236,8 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         # Score them with every output of the PRM; the guide makes one number of some of these.
         rows, _ = alive_rows((left < 1).repeat_interleave(K), K)                   # (B', K)
         outputs, fed = score_candidates(prm, state.prm, candidates, rows)          # (B' K, P)
-        values, scores = prm.guide(outputs, guide, boundary)
-        values, scores = values.unflatten(0, (-1, K)), scores.view(-1, K)          # (B', K)
+        outputs = outputs.unflatten(0, (-1, K))                                    # (B', K, P)
+        values, scores = prm.guide(outputs, guide, boundary)                       # (B', K)
         if not bool(scores.isfinite().all()):      # the largest of NaN would be any of them
             number = len(going[0].steps) + 1
             raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
@@ -441,9 +441,10 @@ def parse_args(argv):
     add("--policy", default="mah_dpo", help="which model of the run answers (default mah_dpo)")
     add("--weights", help="mix of heads, NAME=NUMBER,...; default: uniform over the domain of the "
         "guide (of the run's first objective for 'unified')")
-    add("--free", action="store_true", help="take --weights as they are, any numbers: each says how "
-        "far to go from SFT's head towards its own, such as 1.5 or -0.5")
-    add("--guide", help="objective that guides, or 'unified'; default: that of the largest "
+    add("--free", action="store_true", help="take --weights as they are, any numbers: each says "
+        "how far to go from SFT's head towards its own, such as 1.5 or -0.5")
+    add("--guide", help="objective that guides, NAME=NUMBER,... for several, 'unified' for all of "
+        "a domain, 'worst' for the one that a step serves worst; default: that of the largest "
         "weight, else the run's first")
     add("--prm", help="directory of another reward model that guides instead of the run's own")
     add("--k", type=int, default=5, help="candidates per step (default 5; 1 with temperature 0)")
@@ -456,6 +457,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**31:
         raise InputError(f"--seed {args.seed} is out of range")
+    if args.free and args.weights is None:
+        raise InputError("--free needs --weights")
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("--prompt is blank; say something")
     return args
@@ -497,14 +500,15 @@ def main(argv=None):
     tokenizer, heads = model.tokenizer, model.config.objectives
     use_template_args(tokenizer, args.template_args)
     # The leading objective says where steps end, and without --weights which heads speak: the
-    # guide, else that of the largest weight, else the run's first.
+    # guide, of several the first, else that of the largest weight, else the run's first.
     weights = heaviest = None
     if args.weights is not None:
         weights = parse_weights(args.weights, heads, free=args.free)
         heaviest = heads[weights.index(max(weights))]
     objectives = config["objectives"]
     known = {o.name: o for o in objectives}
-    leading = known.get(args.guide) or known.get(heaviest) or objectives[0]
+    first = (args.guide or "").partition("=")[0].strip()
+    leading = known.get(first) or known.get(heaviest) or objectives[0]
     if weights is None:
         weights = domain_mix(heads, leading.domain, objectives)
     if args.free:
@@ -516,6 +520,8 @@ def main(argv=None):
     path = args.prm or find_model(args.run, f"prm_{guide}", "prm")
     check_files(args.run, os.path.basename(path))
     prm = load_prm(path)
+    if "=" in guide:
+        guide = dict(zip(prm.names, parse_weights(guide, prm.names, "--guide")))
     temperature = config["temperature"] if args.temperature is None else args.temperature
     # An embedded model's answers were never longer than its world lets them be.
     longest = config["max_new_tokens"] if config["init"] else DOMAINS[leading.domain].max_new_tokens

@@ -599,11 +599,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def fold_free(self, weights, reference):
-        """A mix off the simplex as one matrix (V, d) = W_ref + sum_i l_i (W_i - W_ref), which `fold`
-        takes for its weights.
-
-        weights: l (H,), any numbers: 0 is the reference, more than 1 goes further than training,
-        less than 0 the other way. reference: W_ref (V, d), the head of SFT."""
+        """A mix off the simplex: W_ref + sum_i l_i (W_i - W_ref) (V, d), which `fold` takes for
+        weights. l (H,): `weights`, any numbers; 0 is the reference, more than 1 goes further than
+        training, less than 0 the other way. W_ref (V, d): `reference`, the head of SFT."""
         head = reference.clone()
         for l, own in zip(weights, self.heads):
             head += l * (own.weight - reference)

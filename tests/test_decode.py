@@ -762,6 +762,8 @@ OTHER = "the directory of another PRM"
     (["--weights", f"{ENGAGEMENT}=3,{ACCURACY}=1"], [1, 3], ENGAGEMENT, 0.7),
     (["--weights", f"{ENGAGEMENT}=3", "--guide", ACCURACY], [0, 3], ACCURACY, 0.7),
     (["--temperature", "0.3"], [1, 1], ACCURACY, 0.3),
+    (["--guide", "worst"], [1, 1], "worst", 0.7),
+    (["--guide", f"{ENGAGEMENT}=3, {ACCURACY}=1"], [1, 1], {ACCURACY: 1.0, ENGAGEMENT: 3.0}, 0.7),
     (["--prm", OTHER], [1, 1], "unified", 0.7),
     (["--prm", OTHER, "--guide", ENGAGEMENT], [1, 1], ENGAGEMENT, 0.7)])
 def test_main_derives_what_is_not_said(tiny_run, gpt, asked, tmp_path, argv, weights, guide,
@@ -906,11 +908,13 @@ def test_a_system_message_stands_first(tiny_run, gpt, asked, monkeypatch, tmp_pa
     (["--guide", "cleverness"], "no PRM output 'cleverness'"),
     (["--guide", "honesty"], "no PRM output 'honesty' .*math_accuracy, math_engagement"),
     (["--weights", "honesty=1"], "no 'honesty' here"),
+    (["--guide", "honesty=1"], "--guide: no 'honesty' here"),
+    (["--guide", "math_accuracy=-1"], "--guide: .* non-negative"),
     (["--policy", "nothing"], "no nothing here; it holds mah_dpo, prm$"),
     (["--prompt", " "], "--prompt is blank"),
     (["--prompt", "1 + " * 100], "room for 128 with the answer; shorten the prompt"),
     (["--prompt", "x", "--k", "0"], "K must be"),
-    (["--seed", "-1"], "--seed -1 is out of range"),
+    (["--seed", "-1"], "--seed -1 is out of range"), (["--free"], "--free needs --weights"),
     (["--seed", str(2**31)], "--seed 2147483648 is out of range")])
 def test_main_refuses(tiny_run, argv, message):
     """Prevents: tracebacks, or an answer by another head or guide than the one asked for."""
