@@ -965,7 +965,7 @@ def stages(run):
               "gamma rollouts n_rollout_prompts judge_labels", make_labels),
         *[Stage(f"process reward model {name}", [name], prm, train_prm) for name in prms],
         Stage("tables", ["scores.jsonl", "results.md", "pareto.svg", "results.json"],
-              "n_test split weight_steps k", make_tables)]
+              "n_test split weight_steps spacing k", make_tables)]
 
 
 def make_tables(run, name):
@@ -1044,7 +1044,7 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, loss_of, names=(), 
                 asked, *_ = backward(batch, rule=look)
             found, norm, finite = backward(batch)
             if not finite:
-                refuse_step(f"{stage}, step {step}", batch, backward)
+                refuse_step(f"{stage}, step {step}", batch, partial(backward, rule=None))
             optimizer.step()
             seconds += time.perf_counter() - begun
             tokens += sum(map(len, batch))
@@ -1088,7 +1088,9 @@ def gradient(optimizer, parts_of, loss_of, heads, clip, names, batch, rule=None)
             (loss * ranks()).backward()
             found.update(metrics)
         if rule:
-            each.append(take_gradients(backbone))
+            each.append([p.grad for p in backbone])
+            for p in backbone:
+                p.grad = None
     if heads:                   # a head's gradient comes from its own objective alone
         found["gradient_norm"] = torch.stack([head_norm(head) for head in heads])
     found = {metric: total(value) for metric, value in found.items()}
@@ -1101,15 +1103,6 @@ def gradient(optimizer, parts_of, loss_of, heads, clip, names, batch, rule=None)
     # The loss of an objective without pairs is NaN.
     loss = found["loss"].nansum()
     return found, norm, bool(norm.isfinite() and loss.isfinite())
-
-
-def take_gradients(parameters):
-    """The gradients of parameters, 0 where there is none; they are left with none."""
-    taken = []
-    for p in parameters:
-        taken.append(torch.zeros_like(p) if p.grad is None else p.grad)
-        p.grad = None
-    return taken
 
 
 def refuse_step(where, batch, backward):

@@ -102,6 +102,9 @@ class Config:
     split: str = option("test", "prompts of the tables: test or dev", choices=["test", "dev"])
     weight_steps: int = option(10, "steps from one head to another in the sweep of weights, or 0",
                                fast=2, low=0)
+    spacing: str = option("equal", "weights of the sweep: equal, or by a second sweep at equal "
+                          "distances along the front that the first has measured",
+                          choices=["equal", "front"])
     k: int = option(5, "K, candidates per step of guided decoding, and whole answers of its rivals")
     max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
     checkpoint_every: int = option(100, "steps of a training between checkpoints for --resume")

@@ -186,10 +186,10 @@ def test_a_run_on_two_processes(small_worlds, tmp_path):
         for prompt in prompts:
             assert sum(ids[:len(prompt)] == prompt for ids in rows) == prompts.count(prompt)
     rows = [r for r in read_json(run.file("results.json")) if r["domain"] == "math"]
-    plain = ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo",
+    plain = ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mod", "mah_dpo",
              "mah_dpo_greedy", "mah_dpo:math_engagement"]
     assert [r["policy"] for r in rows if r["guide"] is None] == plain
-    assert len({json.dumps(r["metrics"]) for r in rows}) > 1 and len(rows) == 9 + 4
+    assert len({json.dumps(r["metrics"]) for r in rows}) > 1 and len(rows) == 10 + 4
     stages = {row["stage"] for row in rows_of(run.file("log.jsonl"))}
     assert stages >= {"base", "sft", "labels", "prm", "mah_dpo", "modpo"}
     assert "checkpoint.safetensors" not in os.listdir(out)

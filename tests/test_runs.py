@@ -712,6 +712,7 @@ def test_help_tells_every_option(module, capsys):
     ("--dpo-steps 0", "--dpo-steps 0"), ("--beta -1", "--beta -1.0"), ("--seed -1", "--seed -1"),
     ("--dpo-lr-heads inf", "--dpo-lr-heads inf"), ("--prm both", "choose unified or each"),
     ("--dtype fp8", "choose fp32 or bf16"), ("--split all", "choose test or dev"),
+    ("--spacing even", "choose equal or front"),
     ("--combine pcgrad", "choose sum or raco or cagrad or mgda"),
     ("--combine-c 1", "--combine-c 1.0 is out of range"), ("--combine-c -.1", "--combine-c -0.1"),
     ("--combine-c nan", "--combine-c nan is out"), ("--conflict-every -1", "--conflict-every -1"),
