@@ -287,14 +287,17 @@ def least_conflict(gram, b, s, p, steps=200):
         A = across[i] - across[j]
         B = p @ across
         d = b[i] - b[j]
-        gap, t = slope[j] - slope[i], p[j]
+        t = p[j]
         steep = s * s * A - d * d
         # All of it goes where b . p falls faster than the norm can grow; else to where they meet.
         if steep > 0:
             least = (A * square - B * B).clamp(min=0)   # A times the least |G_p|^2 on the line
             turn = B + d * (least / steep).sqrt()
             t = torch.minimum(t, -turn / A)
-        if not (gap > 1e-9 * slope.abs().max() and t > 0):
+        # Slopes that are equal but for rounding are equal.
+        gap = slope[j] - slope[i]
+        rounding = 1e-9 * slope.abs().max()
+        if not (gap > rounding and t > 0):
             break
         p[i] += t
         p[j] -= t

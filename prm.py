@@ -143,8 +143,10 @@ def worst_mix(V, strength=1.0, steps=100):
     Scores of preferences have no zero: a gain is counted from the mean of the candidates."""
     mean = V.mean(-2, keepdim=True)
     V = strength * (V - mean)
+    # The larger the scores, the shorter the steps that still converge.
     largest = V.abs().amax((-2, -1), keepdim=True)
-    rate = 2 / largest.square().clamp(min=1)
+    steepness = largest.square()
+    rate = 2 / steepness.clamp(min=1)
     u = torch.zeros_like(mean)                                                     # (..., 1, P)
     for _ in range(steps):
         # Exponentiated gradient: an output by which the better candidates gain loses weight.

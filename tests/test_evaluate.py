@@ -468,9 +468,13 @@ def test_results_have_the_promised_sweep(whole):
     assert honest["metrics"] == alone[0]["metrics"]
 
 
+BENT = [(0, 0), (0.3, 0), (0.4, 0), (0.4, 0.2)]
+
+
 @pytest.mark.parametrize("points, weights", [
-    ([(0, 0), (0.3, 0), (0.4, 0), (0.4, 0.2)], [0, 2 / 9, 2 / 3, 1]),
-    ([(0.5, 0.5)] * 3, [0, 0.5, 1]), ([(1, 0), (0.5, 0.5), (0, 1)], [0, 0.5, 1]),
+    (BENT, [0, 2 / 9, 2 / 3, 1]),
+    ([(0.5, 0.5)] * 3, [0, 0.5, 1]),
+    ([(1, 0), (0.5, 0.5), (0, 1)], [0, 0.5, 1]),
     ([(0, 0), (3, 4)], [0, 1])])
 def test_equal_arcs(points, weights):
     """Distances of one objective alone, weights that do not begin at 0 and end at 1, a front of no
@@ -482,29 +486,32 @@ def test_equal_arcs(points, weights):
 def test_a_sweep_along_the_front(whole, small_worlds, monkeypatch):
     """Weights of another pair or policy, a first sweep that stays in the tables, evaluations of
     what has been measured."""
-    bench = evaluate.Bench(whole)
-    first, jobs = bench.sweep("values"), []
-    rows = [dict(policy=job.policy, domain="values", sweep=NAMES[:2], metrics={
-        NAMES[0]: {"mean": i // 2 * (0.1 if job.policy == "soup" else 1.0)},
-        NAMES[1]: {"mean": i // 2 ** 2}}) for i, job in enumerate(first)]
-    for job in bench.spread(rows):
-        jobs.append((job.policy, job.weights["honesty"] if "honesty" in job.weights else 0.0))
-    mixes, soups = ([w for p, w in jobs if p == policy] for policy in ("mah_dpo", "soup"))
-    assert len(mixes) == len(soups) == 3 and mixes[0] == soups[0] == 0.0
-    assert mixes[-1] == soups[-1] == 1.0 and mixes[1] != soups[1]
-    measured = []
-    monkeypatch.setattr(evaluate.Bench, "measure", lambda self, job: measured.append(job) or {
-        name: [job.weights.get(name, 0.0) ** 2] for name in NAMES})
+    plain, measured, found = evaluate.read_run, [], []
+
+    def measure(self, job):
+        measured.append(repr(job._replace(policy="", sweep=None)))
+        w = job.weights.get("honesty", 0.0)
+        # Half of the way is done at a weight of .5 by the soup, of .8 by the heads.
+        if job.model == "mah_dpo":
+            w = max(0.25 * w, 1 - 5 * (1 - w))
+        return {"honesty": [w],
+                "helpfulness": [1 - w],
+                "tutor_engagement": [0.0]}
+    monkeypatch.setattr(evaluate.Bench, "measure", measure)
     monkeypatch.setattr(evaluate, "publish", lambda run, rows: found.extend(rows))
     monkeypatch.setattr(evaluate, "write_text", lambda path, text: None)
     monkeypatch.setattr(evaluate, "forget_files", lambda run, files: None)
-    plain, found = evaluate.read_run, []
     monkeypatch.setattr(evaluate, "read_run", lambda run: plain(run) | {"spacing": "front"})
     evaluate.evaluate(whole, [])
-    rows = [row for row in found if row.get("sweep") == NAMES[:2] and row["policy"] == "mah_dpo"]
-    assert [row["weights"]["helpfulness"] for row in rows] == [1.0, 0.5, 0.0]
-    known = [repr(job._replace(policy="", sweep=None)) for job in measured]
-    assert len(known) == len(set(known))
+    mixes, soups = [], []
+    for row in found:
+        if row.get("sweep") == NAMES[:2]:
+            seen = mixes if row["policy"] == "mah_dpo" else soups
+            weights = row["weights"]
+            seen.append((weights.get("helpfulness", 0), weights.get("honesty", 0)))
+    # The first sweep sees .125 at .5: of 1 the piece behind it is .875 long.
+    assert mixes == [(1, 0), (0.286, 0.714), (0, 1)] and soups == [(1, 0), (0.5, 0.5), (0, 1)]
+    assert len(measured) == len(set(measured))
 
 
 def test_scores_are_what_the_means_are_made_of(whole):
@@ -614,12 +621,14 @@ def test_mod_of_heads_of_one_backbone_is_their_fold(gpt, tokenizer):
         model = gpt.with_heads(["policy"])
         model.heads[0].weight.data = gpt.heads[i].weight.data
         heads.append(model)
-    prompts = [ids_of(tokenizer, text) for text in ("4 + 5 = 9", "the color is red . ok .", "2")]
+    texts = ("4 + 5 = 9", "the color is red . ok .", "2")
+    prompts = [ids_of(tokenizer, text) for text in texts]
     options = {"weights": [0.8, 0.2], "max_new_tokens": 12, "samples": 3, "temperature": 0.7}
     found = generate(Together(heads), prompts, generator=seeded(), **options)
-    assert found == generate(gpt, prompts, generator=seeded(), **options)
+    folded = generate(gpt, prompts, generator=seeded(), **options)
     options["weights"] = [0.2, 0.8]
-    assert found != generate(Together(heads), prompts, generator=seeded(), **options)
+    other = generate(Together(heads), prompts, generator=seeded(), **options)
+    assert found == folded and found != other
 
 
 def test_mod_mixes_the_log_probabilities_of_policies(whole):
@@ -628,12 +637,15 @@ def test_mod_mixes_the_log_probabilities_of_policies(whole):
     weights = {"helpfulness": 0.75, "honesty": 0.25}
     together, shares = bench.policy(Job("values", "mod", "mod", weights))
     ids = torch.arange(5, 17).view(2, 6)
-    logits = F.linear(together(ids), together.fold(shares))
+    h = together(ids)
+    logits = F.linear(h, together.fold(shares))
     expected = 0
     for name, w in weights.items():
         model = bench.load(f"dpo_{name}")
-        expected = expected + w * model.logits(model(ids)).log_softmax(-1)
-    torch.testing.assert_close(logits.log_softmax(-1), expected.log_softmax(-1))
+        logps = model.logits(model(ids)).log_softmax(-1)
+        expected = expected + w * logps
+    logps = expected.log_softmax(-1)
+    torch.testing.assert_close(logits.log_softmax(-1), logps)
 
 
 def test_tables_show_what_was_scored(whole):

@@ -327,21 +327,30 @@ EQUAL = [[1.0, 0.0], [1.0, 0.0]]
 PLANE = [[2.0, 0.0], [0.0, 1.0], [2.0, 1.0]]
 CANCEL = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]
 ZERO = [[1.0, 0.0], [0.0, 0.0]]
+ONES = [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("gradients, alpha, rule, expected", [
-    (OPPOSED, [1.4, 0.6], "sum", [0.8, 0]), (OPPOSED, [1.4, 0.6], "mgda", [0, 0]),
+    (OPPOSED, [1.4, 0.6], "sum", [0.8, 0]),
+    (OPPOSED, [1.4, 0.6], "mgda", [0, 0]),
     # g_0 = (.4, 0); the second is the worst served, and is served by c |g_0| = .16.
-    (OPPOSED, [1.4, 0.6], "cagrad", [0.48, 0]), (OPPOSED, [1.4, 0.6], "raco", [0.48, 0]),
+    (OPPOSED, [1.4, 0.6], "cagrad", [0.48, 0]),
+    (OPPOSED, [1.4, 0.6], "raco", [0.48, 0]),
     # Where all agree, the step grows by c.
-    (EQUAL, [1.0, 1.0], "sum", [2, 0]), (EQUAL, [1.0, 1.0], "mgda", [2, 0]),
-    (EQUAL, [1.0, 1.0], "cagrad", [2.8, 0]), (EQUAL, [1.0, 1.0], "raco", [2.8, 0]),
+    (EQUAL, ONES[:2], "sum", [2, 0]),
+    (EQUAL, ONES[:2], "mgda", [2, 0]),
+    (EQUAL, ONES[:2], "cagrad", [2.8, 0]),
+    (EQUAL, ONES[:2], "raco", [2.8, 0]),
     # The point of the triangle next to 0 is 1/5 (2, 0) + 4/5 (0, 1).
-    (PLANE, [1.0, 1.0, 1.0], "mgda", [1.2, 2.4]), (PLANE, [1.0, 1.0, 0.0], "mgda", [0.8, 1.6]),
+    (PLANE, ONES, "mgda", [1.2, 2.4]),
+    (PLANE, [1.0, 1.0, 0.0], "mgda", [0.8, 1.6]),
     # Two that cancel leave no direction in which all gain; so does one that asks for nothing.
-    (CANCEL, [1.0, 1.0, 1.0], "mgda", [0, 0]), (CANCEL, [1.0, 1.0, 1.0], "raco", [0, 1]),
-    (ZERO, [1.0, 1.0], "mgda", [0, 0]), (ZERO, [1.0, 1.0], "cagrad", [1, 0]),
-    (ZERO, [1.0, 1.0], "raco", [1, 0]), (ZERO, [1.0, 0.0], "mgda", [1, 0]),
+    (CANCEL, ONES, "mgda", [0, 0]),
+    (CANCEL, ONES, "raco", [0, 1]),
+    (ZERO, ONES[:2], "mgda", [0, 0]),
+    (ZERO, ONES[:2], "cagrad", [1, 0]),
+    (ZERO, ONES[:2], "raco", [1, 0]),
+    (ZERO, [1.0, 0.0], "mgda", [1, 0]),
     (ZERO[::-1], [1.0, 0.0], "cagrad", [0, 0])])
 def test_rules_on_hand_made_gradients(gradients, alpha, rule, expected):
     """Prevents: a rule of the wrong sign, of another length than the sum's, a division by a
@@ -354,15 +363,22 @@ def closed_form(gram, w, c):
     of 0, 1 and the roots of a quadratic."""
     (h11, h12), (_, h22) = gram.tolist()
     b1, b2 = (gram @ w).tolist()
+    d = b1 - b2
     s = c * math.sqrt(float(w @ gram @ w))
-    d, q2, q1, q0 = b1 - b2, h11 + h22 - 2 * h12, 2 * (h12 - h22), h22
-    x, y = d * d * q2 - s * s * q2 * q2, d * d * q1 - s * s * q1 * q2
-    z = d * d * q0 - s * s * q1 * q1 / 4
+    # |G_p|^2 = q2 l^2 + q1 l + q0
+    q2 = h11 + h22 - 2 * h12
+    q1 = 2 * (h12 - h22)
+    steep = d * d - s * s * q2
+    x, y = steep * q2, steep * q1
+    z = d * d * h22 - s * s * q1 * q1 / 4
     root = math.sqrt(max(0.0, y * y - 4 * x * z))
-    tried = [0.0, 1.0, (-y + root) / (2 * x), (-y - root) / (2 * x)]
+    tried = [0.0, 1.0]
+    for sign in (-1, 1):
+        tried.append((sign * root - y) / (2 * x))
 
     def value(l):
-        return b1 * l + b2 * (1 - l) + s * math.sqrt(max(0.0, q2 * l * l + q1 * l + q0))
+        square = q2 * l * l + q1 * l + h22
+        return d * l + s * math.sqrt(max(0.0, square))
     l = min([l for l in tried if 0 <= l <= 1], key=value)
     return torch.tensor([l, 1 - l]).double()
 
@@ -372,12 +388,15 @@ def test_raco_of_two_is_the_closed_form():
     sum again, CAGrad with a clip."""
     generator, clipped = torch.Generator().manual_seed(0), 0
     for k in range(200):
-        g = torch.randn(2, 3, generator=generator).double() * torch.tensor([[1.0], [0.1 + k / 50]])
+        g = torch.randn(2, 3, generator=generator).double()
+        g[1] *= 0.1 + k / 50
         alpha = torch.rand(2, generator=generator).double() + 0.1
-        w, gram, c = alpha / alpha.sum(), g @ g.T, (0.1, 0.4, 0.9)[k % 3]
+        c = (0.1, 0.4, 0.9)[k % 3]
+        w = alpha / alpha.sum()
+        gram = g @ g.T
         p = closed_form(gram, w, c)
         clip = torch.minimum(p, w)
-        clipped += bool(0 < p.min() and not torch.allclose(p / p.sum(), clip / clip.sum()))
+        clipped += bool(0 < p.min() and not torch.allclose(p, clip / clip.sum()))
         for rule, share in (("cagrad", p), ("raco", clip)):
             direction = share @ g
             expected = w @ g + c * (w @ g).norm() * direction / direction.norm()
@@ -394,15 +413,17 @@ def test_rules_of_many_do_what_they_promise():
     for k in range(10):
         g = torch.randn(6, 8, generator=generator).double() + 0.3
         alpha = torch.rand(6, generator=generator).double()
-        gram, mean = g @ g.T, alpha @ g / alpha.sum()
-        found = combine(gram, alpha, "cagrad", 0.5) @ g / alpha.sum()
-        assert float((found - mean).norm()) == pytest.approx(0.5 * float(mean.norm()))
+        gram = g @ g.T
+        mean = alpha @ g / alpha.sum()
+        reach = 0.5 * mean.norm()
+        best = combine(gram, alpha, "cagrad", 0.5) @ g / alpha.sum() - mean
+        torch.testing.assert_close(best.norm(), reach)
+        # Others as long, in all directions and in nearly the same one.
         others = torch.randn(5000, 8, generator=generator).double()
-        others = mean + 0.5 * mean.norm() * others / others.norm(dim=1, keepdim=True)
-        near = found + 0.05 * (others - mean)
-        near = mean + 0.5 * mean.norm() * (near - mean) / (near - mean).norm(dim=1, keepdim=True)
-        for steps in (others, near):
-            assert (steps @ g.T).min(1).values.max() <= (g @ found).min() + 1e-6
+        for steps in (others, best + 0.05 * reach * others):
+            steps = reach * steps / steps.norm(dim=1, keepdim=True)
+            worst = ((mean + steps) @ g.T).min(1).values
+            assert worst.max() <= (g @ (mean + best)).min() + 1e-6
         shortest = combine(gram, alpha, "mgda") @ g / alpha.sum()
         assert (g @ shortest).min() >= shortest @ shortest - 1e-4
         assert torch.equal(combine(gram, alpha, "sum"), alpha)

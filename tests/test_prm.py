@@ -271,13 +271,15 @@ def test_worst_mix_finds_the_minimum():
     grid = [(a, b, 20 - a - b) for a in range(21) for b in range(21 - a)]
     least = torch.stack([value(torch.tensor(w).double() / 20) for w in grid]).min(0).values
     assert float((value(worst_mix(V)) - least).max()) < 0.02
-    smaller = (value(worst_mix(V, strength=0.1)) - value(worst_mix(V))).max()
-    assert smaller > 0
+    other = worst_mix(V, strength=0.1)
+    assert (value(other) - value(worst_mix(V))).max() > 0
 
 
 def test_guide_worst_looks_at_the_candidates_of_a_step(prm):
     """Prevents: raw units in the worst mix, one mix for all sequences, outputs of other worlds."""
-    scores = torch.stack([SCORES, SCORES[[0, 0]] + torch.tensor([[0.0, 0, 0], [4, 8, 0]])])
+    better = SCORES[[0, 0]]
+    better[1] += torch.tensor([4, 8, 0])
+    scores = torch.stack([SCORES, better])
     values, compared = prm.guide(scores, "worst", "newline")
     # First scaled (3, -2), (1, 1): gains -2 and 3 cancel under .6, .4. Then both gain 2.
     assert values.tolist() == scores[..., :2].tolist()

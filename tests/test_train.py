@@ -568,7 +568,8 @@ def gradients_alone(run, batch):
 
 
 @pytest.mark.parametrize("rule", ["raco", "cagrad", "mgda"])
-def test_a_rule_combines_what_objectives_ask_of_the_backbone(rule, run, gpt, tokenizer, monkeypatch):
+def test_a_rule_combines_what_objectives_ask_of_the_backbone(rule, run, gpt, tokenizer,
+                                                             monkeypatch):
     """Prevents: a rule of the weighted losses' gradients, which counts the weights twice; gradients
     of a part of the batch; heads that a rule weighs too; a rule that is chosen and not used."""
     conflict_run(run, gpt, tokenizer, combine=rule, dpo_steps=1)
@@ -585,7 +586,10 @@ def test_a_rule_combines_what_objectives_ask_of_the_backbone(rule, run, gpt, tok
     (batch, grads, norm), = calls
     alone = gradients_alone(run, batch)
     names = [name for name in alone["honesty"] if not name.startswith("heads.")]
-    flat = [torch.cat([alone[o][n].flatten() for n in names]) for o in run.names]
+    flat = []
+    for o in run.names:
+        own = [alone[o][n].flatten() for n in names]
+        flat.append(torch.cat(own))
     flat = torch.stack(flat).double()
     assert float(flat[0] @ flat[2]) < 0
     alpha = torch.tensor([1.0, 2.0, 1.0]).double()
