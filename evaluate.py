@@ -137,7 +137,7 @@ def plain_responder(model, world, weights, temperature, generator, samples=1, pr
     return respond
 
 
-def guided_responder(model, prm, world, boundary=None, batch=256, **options):
+def guided_responder(model, prm, world, boundary=None, batch=64, **options):
     """What converse asks for answers: a guided policy. boundary: where a step ends, if not where
     the world's steps do; with "turn" a candidate is a whole answer. options: of guided_decode."""
     # Both caches go on from turn to turn: the state of every batch, by its first conversation.

@@ -923,6 +923,16 @@ def sampling_dtype(dtype, device):
     return torch.bfloat16 if dtype == "bf16" and on_gpu else torch.float32
 
 
+def emulates_bf16(device):
+    """Does this device compute in bfloat16 without instructions for it, and so more slowly than in
+    float32? Of an older torch, which cannot tell, nothing is said."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    if torch.device(device).type != "cpu" or ask is None:
+        return False
+    # On x86 and on ARM.
+    return not any(ask().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def pick_device(name):
     """"auto" -> cuda, mps or cpu, whichever is there; a name is checked. InputError if it is not
     available."""

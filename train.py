@@ -59,7 +59,7 @@ from interop.resume import (at_work, clear, copy_stages, finished, free_name, lo
                             save_checkpoint, save_config, stops_wait, write_rows)
 from mah_dpo import (Pair, balanced_mean, combine, mah_dpo_loss, make_optimizer, modpo_loss,
                      own_heads, pair_logps, pair_metrics, policy_logps)
-from model import GPT, GPTConfig, load_hf, pick_device, sampling_dtype, save_hf
+from model import GPT, GPTConfig, emulates_bf16, load_hf, pick_device, sampling_dtype, save_hf
 from prm import (NOISE_FREE, PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, graded_labels,
                  hindsight_targets, majority_labels, pair_scores, save_prm, scores_at, step_loss,
                  step_scores)
@@ -1137,6 +1137,8 @@ def log_row(found, names):
 def carry_out(run):
     """All that is unfinished of a run: the stages of its training, or of each of several, and then
     the tables over these."""
+    if run.config.dtype == "bf16" and emulates_bf16(run.device):
+        print("--dtype bf16: this processor has no instructions for bfloat16; fp32 is faster here")
     with at_work(run.path):
         check_files(run.path)
         trainings = seed_runs(run.path)

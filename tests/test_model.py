@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError
-from model import (DTYPES, GPT, GPTConfig, KVCache, linear, load_hf, load_safetensors,
+from model import (DTYPES, GPT, GPTConfig, KVCache, emulates_bf16, linear, load_hf,
+                   load_safetensors,
                    read_metadata, rotate, save_hf, save_safetensors)
 from test_exercises import F4, TWICE, entry, raw
 
@@ -848,3 +849,14 @@ def test_stories260k_tells_its_story(stories):
     # The head is a copy now.
     assert sum(p.numel() for p in model.parameters()) == 260_032 + 512 * 64
     assert model.tokenizer.n_vocab == 512
+
+
+@pytest.mark.parametrize("device, capabilities, emulated", [
+    ("cpu", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
+    ("cpu", {"avx512_bf16": True, "amx_bf16": False}, False),
+    ("cpu", {"neon": True, "bf16": True}, False), ("cpu", {"neon": True}, True),
+    ("cuda", {"avx2": True}, False)])
+def test_which_processors_only_emulate_bf16(device, capabilities, emulated, monkeypatch):
+    """A warning on the processors that compute fast in bfloat16, none on those that do not."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert emulates_bf16(device) == emulated
