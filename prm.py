@@ -212,8 +212,7 @@ class PRM(nn.Module):
         ends.discard("")
         if len(ends) > 1:
             found = ", ".join(sorted(ends))
-            raise InputError(f"the guide {guide!r} mixes outputs whose steps end differently: "
-                             f"{found}")
+            raise InputError(f"the steps of the outputs that guide end differently: {found}")
         values = scores[..., index]                                                # (..., K, P')
         scaled = values / self.scale[index]
         # One weight for each of them, or for every step its own.
@@ -221,8 +220,9 @@ class PRM(nn.Module):
         weights = scaled.new_tensor(weights)                                       # (P',)
         if guide == "worst":
             weights = worst_mix(scaled)                                            # (..., 1, P')
+        mixed = (weights * scaled).sum(-1)
         total = weights.sum(-1)
-        return values, (weights * scaled).sum(-1) / total
+        return values, mixed / total
 
 
 # -- scoring sequences

@@ -299,7 +299,7 @@ def test_guide_unknown(prm, guide, boundary):
 
 def test_guide_of_unlike_steps_is_refused(prm):
     """Prevents: an output that is read where none of its steps ends."""
-    words = "mixes outputs whose steps end differently: newline, turn$"
+    words = "^the steps of the outputs that guide end differently: newline, turn$"
     with pytest.raises(InputError, match=words):
         prm.guide(SCORES, {"math_accuracy": 1.0, "tutor_engagement": 1.0}, "newline")
 
