@@ -24,6 +24,7 @@ import os
 import sys
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -518,7 +519,7 @@ def main(argv=None):
     # A PRM from elsewhere may call its outputs what it likes: all of them guide.
     guide = args.guide or ("unified" if args.prm else leading.name)
     path = args.prm or find_model(args.run, f"prm_{guide}", "prm")
-    check_files(args.run, os.path.basename(path))
+    check_files(Path(path).parent, Path(path).name)
     prm = load_prm(path)
     if "=" in guide:
         guide = dict(zip(prm.names, parse_weights(guide, prm.names, "--guide")))

@@ -38,7 +38,7 @@ from decode import find_model, generate, guided_decode, next_turn, read_run
 from interop.answers import majority
 from interop.manifest import check_files, forget_files, note_files
 from interop.real_data import worlds_of
-from interop.parallel import gather, join_processes, local_items
+from interop.parallel import gather, in_threads, join_processes, local_items
 from interop.resume import check_key
 from mah_dpo import dpo_loss, log_ratio_margin, soup
 from model import GPT, load_hf, pick_device, sampling_dtype
@@ -306,6 +306,8 @@ class Bench:
         self.seed = self.config["seed"]
         self.device = pick_device(device or self.config["device"])
         self.dtype = sampling_dtype(self.config["dtype"], self.device)
+        # Of large models only one is in memory, and rows are measured one after another.
+        self.alone = bool(self.config["init"]) or self.device != "cpu"
         # SFT stays, for the KL; beside it only the last model and the last PRM are in memory: these
         # functions remember what they loaded last.
         self.sft = self.load("sft")
@@ -347,7 +349,9 @@ class Bench:
         # A single head has the name "policy".
         policies = [Job(domain, name, name, {"policy": 1.0}) for name in SINGLE]
         policies.append(Job(domain, "soup", "soup", uniform))
-        policies.append(Job(domain, "mod", "mod", uniform))
+        # Policies that decode together are in memory together: for large ones there is no room.
+        if not self.config["init"]:
+            policies.append(Job(domain, "mod", "mod", uniform))
         policies.append(Job(domain, "mah_dpo", "mah_dpo", self.mix(uniform)))
         for name in names:
             policies.append(Job(domain, f"mah_dpo:{name}", "mah_dpo", self.mix({name: 1.0})))
@@ -754,10 +758,10 @@ ROW_KEY = ("domain", "policy", "guide", "weights")
 
 def measure_all(bench, jobs):
     """The rows of jobs. Several processes share them; each then has all of them."""
-    measured = []
-    for i in tqdm(local_items(range(len(jobs))), desc="tables", unit="row", disable=None):
-        measured.append((i, bench.row(jobs[i])))
-    found = dict(gather(measured))
+    own = local_items(range(len(jobs)))
+    measured = in_threads(bench.row, [jobs[i] for i in own], bench.alone)
+    bar = tqdm(measured, desc="tables", total=len(own), unit="row", disable=None)
+    found = dict(gather(list(zip(own, bar))))
     return [found[i] for i in range(len(jobs))]
 
 

@@ -131,8 +131,9 @@ def step_loss(outputs, scores, targets, count=None):
 # Its label is r_t itself, of every step up to the first wrong one.
 STEP = "step_correctness"
 STEP_OUTPUT = Objective(STEP, "", "B", "")
-# Beside a judge's label stands what it would be without the judge's noise. No output learns it.
-NOISE_FREE = " without noise"
+# Beside a judge's label stands a second judge's, who is as noisy. No output learns it: what two
+# judges agree on is what can be learnt.
+SECOND = " by a second judge"
 
 
 def worst_mix(V, strength=1.0, steps=100):
@@ -230,7 +231,7 @@ class PRM(nn.Module):
 @dataclass
 class Labelled:
     """A sequence with labels: targets[s] is {output's name: number} of the step that ends at
-    index ends[s] of ids. The names are of objectives, STEP, or a name with NOISE_FREE."""
+    index ends[s] of ids. The names are of objectives, STEP, or a name with SECOND."""
     ids: list
     ends: list
     targets: list

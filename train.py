@@ -49,9 +49,9 @@ from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
 from interop.manifest import check_files, forget_files, note_files
 from interop.options import METHODS, check_config, read_command
-from interop.parallel import (even, gather, head_norm, inner_products, join_processes,
-                              local_items, parameters_of, placed, rank, ranks, reaching, shard,
-                              total, whole)
+from interop.parallel import (even, gather, head_norm, in_threads, inner_products,
+                              join_processes, local_items, parameters_of, placed, rank, ranks,
+                              reaching, shard, total, whole)
 from interop.real_data import (describe_data, load_base, objectives_of, real_labels, real_pairs,
                                worlds_of)
 from interop.resume import (at_work, clear, copy_stages, finished, free_name, load_checkpoint,
@@ -60,7 +60,7 @@ from interop.resume import (at_work, clear, copy_stages, finished, free_name, lo
 from mah_dpo import (Pair, balanced_mean, combine, mah_dpo_loss, make_optimizer, modpo_loss,
                      own_heads, pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, emulates_bf16, load_hf, pick_device, sampling_dtype, save_hf
-from prm import (NOISE_FREE, PRM, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, graded_labels,
+from prm import (PRM, SECOND, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, graded_labels,
                  hindsight_targets, majority_labels, pair_scores, save_prm, scores_at, step_loss,
                  step_scores)
 
@@ -82,6 +82,8 @@ class Run:
         for o in objectives:
             self.domains.setdefault(o.domain, []).append(o.name)
         self.device = pick_device(config.device)
+        # Large models answer one after another.
+        self.alone = bool(config.init) or self.device != "cpu"
         self.key = run_key(asdict(config), objectives)      # of its options and data
 
     def file(self, name):
@@ -388,9 +390,10 @@ def rate(source, turn, response, name, rng):
     return exact if name in source.objectives("verifiable") else judge(exact, rng)
 
 
-def sample_pairs(source, names):
-    """Several answers to every prompt, rated for the objectives `names` -> list of Pair, of each
-    prompt's answers the best against the worst."""
+def sample_pairs(source, cases=CASES):
+    """Several answers to every prompt, rated for the objectives of these cases -> list of Pair, of
+    each prompt's answers the best against the worst."""
+    names = source.objectives(*cases)
     if not names:
         return []
     # What is answered: the problem itself, or every turn of a dialogue that the policy has led.
@@ -420,8 +423,8 @@ def make_pairs(run, name):
     policy's log-probabilities of both responses: the reference of preference training."""
     model, sources = sources_of(run, "sft")
     sampled = []
-    for source in sources:
-        sampled += sample_pairs(source, source.objectives(*CASES))
+    for found in in_threads(sample_pairs, sources, run.alone):
+        sampled += found
     pairs, _ = real_pairs(run.config.data, run.objectives, model)
     pairs += gather(sampled)
     n = Counter((pair.objective, pair.split) for pair in pairs)
@@ -601,21 +604,29 @@ def make_labels(run, name):
     """Stage labels: labels.jsonl and mah_dpo_pairs.jsonl. The PRM will guide the SFT policy and
     MAH-DPO's uniform mixes, so both make its data: judged turns (case B), rollouts (verifiable and
     case A), and pairs (case C; those of SFT are in pairs.jsonl)."""
-    config, labels, pairs = run.config, [], []
-    for policy in ("sft", "mah_dpo"):
-        model, sources = sources_of(run, policy)
-        for source in sources:
-            judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
-            labels += label_steps(source, judged, "turns", config.n_prompts, 1)
-            labels += label_steps(source, rolled, "rollouts", config.n_rollout_prompts,
-                                  config.rollouts)
-            if policy == "mah_dpo":
-                pairs += sample_pairs(source, source.objectives("C"))
-    real, _ = real_labels(config.data, run.objectives, model)
+    labels, pairs = [], []
+    model, sources = sources_of(run, "sft")
+    sources += sources_of(run, "mah_dpo")[1]
+    for found, more in in_threads(label_answers, sources, run.alone):
+        labels += found
+        pairs += more
+    real, _ = real_labels(run.config.data, run.objectives, model)
     labels, pairs = gather(labels) + real, gather(pairs)
     tqdm.write(f"  labelled sequences: {len(labels)}; more pairs: {len(pairs)}")
     write_rows(run.file("mah_dpo_pairs.jsonl"), pairs)
     write_rows(run.file(name), labels)
+
+
+def label_answers(source):
+    """Labelled rows of a source's judged turns and rollouts; and its pairs, if it is MAH-DPO."""
+    config = source.run.config
+    judged, rolled = source.objectives("B"), source.objectives("verifiable", "A")
+    labels = label_steps(source, judged, "turns", config.n_prompts, 1)
+    labels += label_steps(source, rolled, "rollouts", config.n_rollout_prompts, config.rollouts)
+    pairs = []
+    if source.policy == "mah_dpo":
+        pairs = sample_pairs(source, ["C"])
+    return labels, pairs
 
 
 def label_steps(source, names, purpose, n, M):
@@ -625,6 +636,8 @@ def label_steps(source, names, purpose, n, M):
         return []
     tokenizer, world = source.model.tokenizer, source.world
     turns, rng, generator = roll_out(source, purpose, n)
+    second = purpose, source.policy, world.name, source.split, "second judge", rank()
+    judges = rng, source.run.rng(*second)
     ends = [tokenizer.step_ends(turn.response, world.boundary) for turn in turns]
     # The response itself is the first rollout. M - 1 others go on from every step but the last.
     others = continuations(source, turns, [at[:-1] for at in ends], M - 1, generator)
@@ -636,7 +649,7 @@ def label_steps(source, names, purpose, n, M):
         rollouts += [turn.response] * M
         # Every output labels the steps from the first on, perhaps not all of them.
         targets = [{} for _ in at]                          # for every step {output: label}
-        for name, labels in labels_of(source, turn, rollouts, M, names, rng).items():
+        for name, labels in labels_of(source, turn, rollouts, M, names, judges).items():
             for target, label in zip(targets, labels):
                 target[name] = label
         # The PRM reads the prompt, too: a step ends that much later.
@@ -645,8 +658,9 @@ def label_steps(source, names, purpose, n, M):
     return rows
 
 
-def labels_of(source, turn, rollouts, M, names, rng):
-    """{output: its labels} for the steps of a turn. rollouts: M responses for every step."""
+def labels_of(source, turn, rollouts, M, names, judges):
+    """{output: its labels} for the steps of a turn. rollouts: M responses for every step. judges:
+    the draws of the judge, and of a second one."""
     found, verifiable = {}, source.objectives("verifiable")
     for name in names:
         if name in verifiable:
@@ -654,11 +668,11 @@ def labels_of(source, turn, rollouts, M, names, rng):
             continue
         # A response is rated once, however many steps it is a rollout of. In case B a step is a
         # whole turn: its one "rollout" is the turn itself.
-        exact, rated = {}, {}
+        exact = {}
         for response in dict.fromkeys(map(tuple, rollouts)):
             exact[response] = score(source, turn, response, name)
-            rated[response] = judge(exact[response], rng)
-        for output, ratings in ((name, rated), (name + NOISE_FREE, exact)):
+        for output, rng in zip((name, name + SECOND), judges):
+            ratings = {response: judge(value, rng) for response, value in exact.items()}
             # (S, M)
             table = torch.tensor([ratings[tuple(r)] for r in rollouts]).view(-1, M)
             if source.run.config.judge_labels == "majority":
@@ -842,10 +856,10 @@ def measure_prm(prm, data):
             found[items[0].objective] = torch.stack((chosen, rejected)), None
             continue
         scores, targets = all_scores(step_scores, prm, items)                       # (N, P)
-        # Not every step has a label of every output.
+        # Not every step has a label of every output. Of equal labels nothing can be explained.
         for p, name in enumerate(prm.names):
             has = ~targets[:, p].isnan()
-            if has.any():
+            if len(targets[has, p].unique()) > 1:
                 found[name] = scores[has, p], targets[has, p]
     quality = {}
     for name, (scores, targets) in found.items():
@@ -859,15 +873,20 @@ def measure_prm(prm, data):
 
 
 def noise_ceiling(data, name):
-    """{"ceiling": the R^2 of who knows all true scores, even those of answers that only begin}; {}
-    where no judge made the labels."""
-    exact, labels = [], []
+    """{"ceiling": the best possible R^2, of who knows all true scores, even those of answers that
+    only begin}; {} where no judge made the labels.
+
+    Two judges' labels have nothing in common but what the true scores tell of them: their
+    correlation is the share of a label's variance that these explain."""
+    labels = []
     for row in chain.from_iterable(data):
         for step in row.targets if isinstance(row, Labelled) else []:
-            if name + NOISE_FREE in step:
-                exact.append(step[name + NOISE_FREE])
-                labels.append(step[name])
-    return {"ceiling": r_squared(torch.tensor(exact), torch.tensor(labels))} if labels else {}
+            if name + SECOND in step:
+                labels.append((step[name], step[name + SECOND]))
+    if not labels:
+        return {}
+    first, second = torch.tensor(labels).T                                          # (n,) each
+    return {"ceiling": F.cosine_similarity(first - first.mean(), second - second.mean(), 0).item()}
 
 
 @torch.no_grad()
@@ -928,7 +947,7 @@ def quality_of(output, scores, targets):
 def r_squared(guesses, targets):
     """The share of the targets' variance that guesses (n,) explain; to guess their mean gives 0."""
     error = ((guesses - targets) ** 2).mean()
-    return 1 - float(error / targets.var(correction=0).clamp(min=1e-9))
+    return 1 - float(error / targets.var(correction=0))
 
 
 # -- the table of stages
@@ -1180,6 +1199,7 @@ def origin_of(config):
 
 def open_run(path, device="auto"):
     """The run in a directory, with its own options. InputError as in load_config."""
+    check_files(path, "config.json")
     config, objectives = load_config(path)
     if device != "auto":
         config.device = device

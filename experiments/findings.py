@@ -21,6 +21,7 @@ from data import InputError, domain_objectives, run_command  # noqa: E402
 from decode import read_run  # noqa: E402
 from evaluate import by_domain, cell, half_width, load_rows, row_name, summary, table  # noqa: E402
 from experiments.claims import FINDINGS, JUMP, KEPT, OWN, comparisons, differences  # noqa: E402
+from interop.manifest import check_files  # noqa: E402
 
 
 def line(finding, domain, objective, compared, values, slack=0.0):
@@ -140,7 +141,9 @@ def main(argv=None):
     parser.add_argument("each_run", nargs="?", help="the same with --prm each")
     args = parser.parse_args(argv)
     each_rows = []
+    check_files(args.run)
     if args.each_run:
+        check_files(args.each_run)
         check_pair(args.run, args.each_run)
         each_rows = load_rows(args.each_run)
     lines = scorecard(load_rows(args.run), read_run(args.run)["objectives"], each_rows)

@@ -47,7 +47,11 @@ def forget_files(run, names):
 def read_manifest(run):
     """{file: hash} of a run; nothing where there is no manifest."""
     path = f"{run}/manifest.json"
-    return read_json(path) if os.path.exists(path) else {}
+    noted = read_json(path) if os.path.exists(path) else {}
+    if not isinstance(noted, dict):
+        raise InputError(f"{path}: not what a run has written; bring it back, or remove it: then "
+                         "nothing is checked")
+    return noted
 
 
 def is_there(path):

@@ -2,10 +2,11 @@
 
     join_processes, leave_processes   at the start: meet the others; at the end: part from them
     local_items, total, gather, once  what each does alone, and what all know afterwards
+    in_threads                        what one process does on several threads
     shard, placed, whole, gathered    parameters of which every process holds some rows
     whole_file, alone                 a file that appears whole, a directory held by one command
 
-With one process the functions of the first three lines do nothing. Imports nothing of this project;
+With one process the functions of lines one, two and four do nothing. Imports nothing of this project;
 any file may import it.
 """
 import contextlib
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -92,6 +94,23 @@ def gather(items):
     if ranks() > 1:
         dist.all_gather_object(parts, items)
     return sum(parts, [])
+
+
+def in_threads(work, items, alone):
+    """Yield work(item) for every item, in order. Small products gain little from a second thread,
+    so instead as many items as torch has threads, up to four, are worked on at once, on a thread
+    each. alone: one after another, as for large models, of which only one may be in memory."""
+    n = torch.get_num_threads()
+    if alone or n == 1:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(min(n, 4), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(work, items)
+    finally:
+        # After an error or a stop, what has not begun is not begun.
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(n)
 
 
 def once(work, *args):

@@ -303,7 +303,7 @@ test_judged_labels_by_hand: --rollouts changes nothing in the engagement labels.
 test_judged_labels_by_hand: Good rollouts of a step count all or nothing.
     graded_labels(table).tolist() ==> majority_labels(table > 0.5).tolist()
 test_an_answer_gets_one_rating: The judges of labels are never wrong.
-    ((name, rated), (name + NOISE_FREE ==> ((name, exact), (name + NOISE_FREE
+    judge(value, rng) for response ==> value for response
 test_label_steps_by_hand: Rollouts succeed more often than answers.
     room.append(source.world.max_new_tokens - end - 1) ==> room.append(source.world.max_new_tokens)
 test_label_steps_by_hand: Guidance in maths is a little worse than it could be.

@@ -226,6 +226,19 @@ def test_findings_of_a_run(whole, capsys):
     assert "| mah_dpo:honesty - modpo " in out and "worst step, " in out
 
 
+def test_findings_of_other_figures_are_refused(whole, tmp_path):
+    """Findings of a table that the run has not measured."""
+    copied = shutil.copytree(whole, str(tmp_path / "copied"))
+    path = os.path.join(copied, "scores.jsonl")
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text.replace("[0.", "[1.", 1))
+    for argv in ([copied], [whole, copied]):
+        with pytest.raises(InputError, match="scores.jsonl: not what the run has written"):
+            findings.main(argv)
+
+
 def test_findings_of_two_runs(whole, tmp_path, capsys):
     """F6+ between runs that cannot be compared, or from one run alone; rows of the wrong run."""
     other = str(tmp_path / "each")

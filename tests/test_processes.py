@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import time
 from dataclasses import fields
 
 import pytest
@@ -12,12 +13,13 @@ import torch
 
 import train
 from conftest import TINY
-from data import DOMAINS, OBJECTIVES, InputError, dealt_batches, read_json
+from data import DOMAINS, OBJECTIVES, InputError, dealt_batches, read_json, run_command
 from interop import options
 from interop.manifest import check_files
 from interop.options import Config
 from interop.parallel import (
-    gather, gathered, join_processes, leave_processes, local_items, placed, rank, total, whole)
+    gather, gathered, in_threads, join_processes, leave_processes, local_items, placed, rank, total,
+    whole)
 from model import load_hf, load_safetensors, save_safetensors
 from prm import STEP, Labelled
 from test_train import rows_of
@@ -67,6 +69,14 @@ def test_helpers_in_three_processes():
         assert part.to_local().untyped_storage().nbytes() <= 3 * 5 * 4
         assert torch.equal(whole(part), t) and gathered(part).is_meta == (rank() > 0)
     in_processes(3, work)
+
+
+def test_a_command_parts_from_the_others():
+    """Prevents: a finished command that aborts in one of 25 runs: torch's threads outlive it."""
+    def work():
+        run_command(lambda: None)
+        assert not torch.distributed.is_initialized()
+    in_processes(2, work)
 
 
 def the_run(path):
@@ -191,7 +201,7 @@ def test_a_run_on_two_processes(small_worlds, tmp_path):
     assert [r["policy"] for r in rows if r["guide"] is None] == plain
     assert len({json.dumps(r["metrics"]) for r in rows}) > 1 and len(rows) == 10 + 4
     stages = {row["stage"] for row in rows_of(run.file("log.jsonl"))}
-    assert stages >= {"base", "sft", "labels", "prm", "mah_dpo", "modpo"}
+    assert stages >= {"base", "sft", "prm", "mah_dpo", "modpo"}
     assert "checkpoint.safetensors" not in os.listdir(out)
     check_files(out)
     with pytest.raises(InputError, match="a run of 2 processes, not of 1; .*nproc_per_node 2"):
@@ -204,3 +214,42 @@ def test_batches_that_cannot_be_shared_are_refused(monkeypatch):
     with pytest.raises(InputError, match="3 processes cannot share --sft-batch 64"):
         options.check_config(Config(objective="math"))
     options.check_config(Config(objective="math", init=".", sft_batch=63, prm_batch=66, dpo_pairs=9))
+
+
+# -- several threads of one process
+
+def test_in_threads_keeps_order_and_numbers():
+    """Prevents: results in the order in which they are ready; others than one thread gives; a
+    process that is left with one thread; large models side by side in memory."""
+    threads, seen = torch.get_num_threads(), []
+
+    def work(n):
+        seen.append(torch.get_num_threads())
+        time.sleep(0.05 * (n == 0))
+        return torch.randn(50, generator=torch.Generator().manual_seed(n)).sum().item()
+    torch.set_num_threads(2)
+    try:
+        found = list(in_threads(work, range(6), alone=False))
+        assert torch.get_num_threads() == 2 and set(seen) == {1}
+        assert found == list(in_threads(work, range(6), alone=True))
+        assert set(seen[6:]) == {2}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_error_in_a_thread_ends_the_work():
+    """Prevents: a stop, or a mistake, that is only met when all rows of the tables are done."""
+    threads, begun = torch.get_num_threads(), []
+
+    def work(n):
+        begun.append(n)
+        time.sleep(0.01)
+        if n == 1:
+            raise InputError("broken")
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(InputError, match="broken"):
+            list(in_threads(work, range(1000), alone=False))
+        assert len(begun) < 100 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

@@ -29,7 +29,7 @@ from interop.options import HARMLESS, Config, flag, read_command
 from interop.parallel import alone
 from mah_dpo import Pair
 from model import load_hf, load_safetensors, save_hf, save_safetensors
-from prm import NOISE_FREE, Labelled, load_prm
+from prm import SECOND, Labelled, load_prm
 from test_train import rows_of
 
 pytestmark = pytest.mark.usefixtures("small_worlds")
@@ -92,7 +92,7 @@ def test_run_writes_what_is_promised(whole):
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
             assert os.path.getsize(os.path.join(whole, name, file)) > 0
     log = rows_of(os.path.join(whole, "log.jsonl"))
-    assert {row["stage"] for row in log} == {*trained, "labels"}    # there a judge is calibrated
+    assert {row["stage"] for row in log} == set(trained)
     timings = rows_of(os.path.join(whole, "timings.jsonl"))
     assert {row["stage"] for row in timings if "tokens_per_second" in row} == set(trained)
     assert len(timings) == 13 + len(trained) and all(row["seconds"] >= 0 for row in timings)
@@ -113,17 +113,20 @@ def test_preference_training_starts_at_ln2(whole):
 
 def test_pairs_and_labels_are_well_formed(whole):
     """Prevents: train and held-out prompts mixed up, empty responses, labels outside the
-    sequence."""
+    sequence; two judges who are one."""
     pairs = train.read_rows(os.path.join(whole, "pairs.jsonl"), Pair)
     assert {p.objective for p in pairs} == set(NAMES)
     assert all(p.chosen and p.rejected and p.chosen != p.rejected for p in pairs)
     prompts = {split: {tuple(p.prompt) for p in pairs if p.split == split}
                for split in ("train", "dev")}
     assert all(prompts.values()) and not prompts["train"] & prompts["dev"]
+    judges = set()
     for row in train.read_rows(os.path.join(whole, "labels.jsonl"), Labelled):
+        judges |= {tuple(labels.values()) for labels in row.targets}
         assert len(row.ends) == len(row.targets) and row.ends[-1] == len(row.ids) - 1
-        assert [set(labels) for labels in row.targets] == [{NAMES[2], NAMES[2] + NOISE_FREE}]
+        assert [set(labels) for labels in row.targets] == [{NAMES[2], NAMES[2] + SECOND}]
         assert all(0 <= label <= 1 for labels in row.targets for label in labels.values())
+    assert any(first != second for first, second in judges)
 
 
 def test_bf16_starts_at_ln2(tmp_path, monkeypatch, capsys):
@@ -176,8 +179,7 @@ def test_resume_repeats_only_what_is_missing(whole, tmp_path, capsys):
 def test_the_log_is_written_before_the_file_that_says_finished(whole, tmp_path, monkeypatch):
     """Prevents: a kill -9 right after a stage's last file, whose rows of log.jsonl then never
     come."""
-    last = {"base": "base/config.json", "sft": "sft/config.json", "labels": "labels.jsonl",
-            "prm": "prm/config.json"}
+    last = {"base": "base/config.json", "sft": "sft/config.json", "prm": "prm/config.json"}
     copied, late, plain = copy_of(whole, tmp_path, *last.values()), {}, train.Run.log
 
     def watch(run, stage, rows, *name):
@@ -351,6 +353,25 @@ def test_damage_is_noticed(whole, tmp_path, capsys):
             f.write(content)
     train.main(["--resume", copied])
     assert sorted(os.listdir(tmp_path)) == ["copied"]
+
+
+def test_damage_by_hand_is_noticed(whole, tmp_path, capsys):
+    """Prevents: tracebacks for an option of another kind in config.json, or for a manifest.json
+    that is JSON and no manifest; another run's PRM that guides although it is damaged."""
+    copied = copy_of(whole, tmp_path)
+    config = read_json(f"{whole}/config.json")
+    commands = [(["--resume", copied], train.main), ([copied], evaluate.main),
+                ([copied], decode.main)]
+    for name, value in (("config.json", config | {"checkpoint_every": None}),
+                        ("config.json", config | {"seeds": "two"}), ("manifest.json", []),
+                        ("manifest.json", None)):
+        write_json(f"{copied}/{name}", value)
+        for argv, main in commands:
+            assert f"copied/{name}: not what " in refused(argv, capsys, main)
+        shutil.copy(f"{whole}/{name}", copied)
+    os.truncate(f"{copied}/prm/tokenizer.json", 1000)
+    borrowed = [whole, "--prm", f"{copied}/prm/"]
+    assert "copied/prm/tokenizer.json: not what " in refused(borrowed, capsys, decode.main)
 
 
 def test_damage_in_a_training_of_several_is_noticed(together, tmp_path, capsys):
@@ -554,7 +575,7 @@ def test_real_data_run(pairs_dir, checkpoint, tmp_path, capsys):
     quality = {}
     for row in rows_of(f"{out}/log.jsonl"):
         quality |= row.get("held_out", {})
-    assert "accuracy" in quality["honesty"] and "pair_accuracy" in quality["helpfulness"]
+    assert "r2" in quality["honesty"] and "pair_accuracy" in quality["helpfulness"]
     decode.main([out, "--prompt", "what is the color ?", "--guide", "honesty", "--weights",
                  "helpfulness=1,honesty=3", "--max-new-tokens", "6", "--k", "2"])
     assert "->" in capsys.readouterr().out

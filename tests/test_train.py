@@ -16,12 +16,12 @@ import torch.nn.functional as F
 import evaluate
 import train
 from conftest import NAMES
-from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World
+from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World, judge
 from evaluate import Turn
 from interop.options import Config
 from mah_dpo import Pair, combine, dpo_loss, pair_logps
 from model import load_hf, load_safetensors, read_metadata, save_hf
-from prm import NOISE_FREE, PRM, STEP, Labelled, load_prm, pair_scores
+from prm import PRM, SECOND, STEP, Labelled, load_prm, pair_scores
 from test_templates import TALK, THINKING, chat
 from train import Run, Source
 
@@ -143,7 +143,7 @@ def test_hindsight_by_hand(source, tokenizer):
     same = turn.response
     found = train.hindsight(source, turn, [same, short, same, long, same, same], 2)
     assert found == pytest.approx([1 + 0.9 ** 2 / 2, 0 + 0.9 ** 3 / 2, 0.0], abs=1e-6)
-    found = train.labels_of(source, turn, [same] * 3, 1, ["math_accuracy"], RNG(0))
+    found = train.labels_of(source, turn, [same] * 3, 1, ["math_accuracy"], ())
     assert found[STEP] == [1.0, 0.0]
 
 
@@ -154,7 +154,7 @@ def test_a_question_has_no_verdicts_on_its_steps(source, tokenizer, monkeypatch)
     turn = turn_of(tokenizer, "4 + 5 = 9\nanswer 7")
     rollouts = [turn.response] * 2
     assert train.hindsight(source, turn, rollouts, 1) == pytest.approx([0.9, 1.0])
-    assert train.labels_of(source, turn, rollouts, 1, ["math_accuracy"], RNG(0))[STEP] == []
+    assert train.labels_of(source, turn, rollouts, 1, ["math_accuracy"], ())[STEP] == []
 
 
 @pytest.mark.parametrize("rule, expected", [
@@ -172,26 +172,30 @@ def test_judged_labels_by_hand(rule, expected, source, tokenizer, monkeypatch):
     if rule == "majority of 1":
         sets, M = [half, full, none], 1
     source.run.config.judge_labels = rule.split()[0]
-    found = train.labels_of(source, turn, sets, M, ["math_engagement"], RNG(0))
-    assert found["math_engagement"] == found["math_engagement" + NOISE_FREE] == expected
+    found = train.labels_of(source, turn, sets, M, ["math_engagement"], (RNG(0), RNG(1)))
+    assert found["math_engagement"] == found["math_engagement" + SECOND] == expected
 
 
 def test_an_answer_gets_one_rating(source, tokenizer):
     """Prevents: an answer that is rated anew for each of its prefixes, or M times at its end: where
     the answer is its own only rollout, labels that differ by the judge's noise alone; a label
-    without noise; one that is no probability."""
+    without noise; one that is no probability; a second judge who repeats the first, or whose
+    ratings change the first's."""
     turn = turn_of(tokenizer, "4 + 5 = 9 . now it gets fun !\n9 - 2 = 7\nanswer 7")
     worst = turn_of(tokenizer, "4 + 5 = 9\nanswer 7")
-    rng, ratings = RNG(0), []
+    judges, alone, ratings = (RNG(0), RNG(1)), RNG(0), []
     for M in [1, 2] * 20:
         rollouts = [turn.response] * 3 * M
-        found = train.labels_of(source, turn, rollouts, M, ["math_engagement"], rng)
-        assert len(set(found["math_engagement"])) == 1
-        assert found["math_engagement" + NOISE_FREE] == [0.5] * 3
-        ratings += found["math_engagement"][:1]
-        low = train.labels_of(source, worst, [worst.response] * 2, 1, ["math_engagement"], rng)
+        found = train.labels_of(source, turn, rollouts, M, ["math_engagement"], judges)
+        steps = set(zip(found["math_engagement"], found["math_engagement" + SECOND]))
+        ratings += steps
+        assert len(steps) == 1 and ratings[-1][0] == pytest.approx(judge(0.5, alone))
+        low = train.labels_of(source, worst, [worst.response] * 2, 1, ["math_engagement"], judges)
         assert all(0 <= label < 0.5 for label in low["math_engagement"])
-    assert 0.05 < statistics.stdev(ratings) < 0.15
+        judge(0.0, alone)
+    first, second = zip(*ratings)
+    assert 0.05 < statistics.stdev(first) < 0.15 and 0.05 < statistics.stdev(second) < 0.15
+    assert abs(statistics.correlation(first, second)) < 0.4
 
 
 def test_label_steps_by_hand(source, run, tokenizer, monkeypatch):
@@ -232,9 +236,10 @@ def test_pairs_prefer_the_better_rated(run, gpt, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", answers)
     monkeypatch.setattr(train, "judge", lambda score, rng: score)
     run.config.n_prompts, run.config.n_samples = 10, 4
+    run.objectives = [OBJECTIVES[name] for name in ("helpfulness", "honesty")]
     world = DOMAINS["values"]
     source = Source(run, "sft", gpt, world, "train")
-    pairs = train.sample_pairs(source, ["helpfulness", "honesty"])
+    pairs = train.sample_pairs(source)
     rng = run.rng("samples", "sft", "values", "train")
     problems = {tuple(tokenizer.encode_chat(p.messages())): p
                 for p in world.problems("train", 10, rng)}
@@ -261,8 +266,8 @@ def test_both_guided_policies_make_the_labels(whole, monkeypatch, tmp_path):
             seen.append((purpose, source.policy, source.mix, names))
         return []
 
-    def pairs(source, names):
-        return label(source, names, "pairs")
+    def pairs(source, cases):
+        return label(source, source.objectives(*cases), "pairs")
     monkeypatch.setattr(train, "label_steps", label)
     monkeypatch.setattr(train, "sample_pairs", pairs)
     train.make_labels(run, "labels.jsonl")
@@ -393,15 +398,16 @@ def test_measure_prm_by_hand(gpt, monkeypatch):
 
 
 def test_held_out_figures_of_each_policy(run, gpt):
-    """Prevents: a pooled accuracy that hides a policy on whose answers an output always says yes;
-    an accuracy without the ceiling that the judge's noise leaves; noise-free labels learnt."""
+    """Prevents: a pooled figure that hides a policy about whose answers an output says nothing; one
+    without the ceiling that the judge's noise leaves; a second judge's labels learnt; an R^2 of
+    -100,000,000 where all labels are alike."""
     rows = []
     for split in ("train", "dev"):
         for policy, label, n in (("sft", 0.0, 6), ("mah_dpo", 1.0, 2)):
             for i in range(n):
-                # Of SFT's answers the judge rates every second one wrongly.
-                rated = 1 - label if policy == "sft" and i % 2 else label
-                labels = {"math_engagement": rated, "math_engagement" + NOISE_FREE: label}
+                # Of SFT's first two answers the judges think otherwise: (1, 0) and (0, 1).
+                first, second = (label + (i == k and policy == "sft") for k in (0, 1))
+                labels = {"math_engagement": first, "math_engagement" + SECOND: second}
                 rows.append(Labelled([5, 6 + i, 7], [2], [labels], split, policy))
     prm_run(run, gpt, rows)
     train.train_prm(run, "prm")
@@ -409,12 +415,11 @@ def test_held_out_figures_of_each_policy(run, gpt):
     assert logged(run)[0]["math_engagement"]["labels"] == size
     measured = logged(run)[-3:]
     assert [row["policies"] for row in measured] == [["sft"], ["mah_dpo"], ["sft", "mah_dpo"]]
-    sft, mah_dpo, pooled = (row["held_out"]["math_engagement"] for row in measured)
-    assert [q["n"] for q in (sft, mah_dpo, pooled)] == [6, 2, 8]
-    # Errors over variances: 3 of 6 labels, of which the mean is 1/2; none; 3 of 8, the mean 5/8.
-    assert sft["ceiling"] == pytest.approx(1 - (3 / 6) / (1 / 4))
-    assert mah_dpo["ceiling"] == 1
-    assert pooled["ceiling"] == pytest.approx(1 - (3 / 8) / (15 / 64))
+    sft, mah_dpo, pooled = (row["held_out"].get("math_engagement") for row in measured)
+    assert (sft["n"], mah_dpo, pooled["n"]) == (6, None, 8)
+    # Covariance over variance: each judge says 1 of 1/6, both of none; each of 3/8, both of 2/8.
+    assert sft["ceiling"] == pytest.approx((0 - 1 / 36) / (5 / 36))
+    assert pooled["ceiling"] == pytest.approx((2 / 8 - 9 / 64) / (15 / 64))
 
 
 def test_units_are_the_spread_among_candidates_of_a_step(run, gpt, monkeypatch):
