@@ -335,11 +335,14 @@ def attend_first(q, k, v):
     return o.transpose(1, 2).flatten(2)
 
 
+# --- exercise 16: attend_one (5 points) ---
 def attend_one(q, prefix, step, mask):
-    """Attention of one new token per row to what its sequence has said and to its row's own step.
+    """Attention of one new token per row to what its sequence has said and to its row's own step:
+    softmax(q k / sqrt(hd) + mask) v, one softmax over both, in float32 at least.
 
     q (n, 1, n_head, hd); prefix (2, G', n_kv, P, hd), step (2, n, n_kv, S, hd) and mask
-    (G', 1, P + S) as in Past. -> (n, 1, n_head hd)"""
+    (G', 1, P + S) as in Past. Sequence g has n / G' rows in a row, and n_head / n_kv query heads
+    in a row share a head of keys and values. -> (n, 1, n_head hd)"""
     _, G, n_kv, P, hd = prefix.shape
     n = len(q)
     q = q.view(n, n_kv, -1, hd) * hd ** -0.5                                # (n, n_kv, g, hd)
@@ -358,6 +361,7 @@ def attend_one(q, prefix, step, mask):
     from_step = weights[..., P:].flatten(0, 1) @ step[1]                    # (n, n_kv, g, hd)
     o = from_prefix + from_step.view(G, m, n_kv, g, hd)
     return o.reshape(n, 1, -1)
+# --- end of exercise 16 ---
 
 
 def attend_many(q, prefix, step, mask):

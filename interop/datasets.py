@@ -14,6 +14,7 @@ import json
 import re
 import statistics
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -181,7 +182,7 @@ def parse_ratings(row):
     """UltraFeedback: completions, each with ratings of several objectives."""
     responses = []
     try:
-        for completion in row.get("completions"):
+        for completion in row.get("completions") or []:
             numbers = {}
             for name, note in completion["annotations"].items():
                 numbers[name] = read_number(note.get("Rating"), f"the rating of {name!r}")
@@ -208,9 +209,9 @@ def parse_unpaired(row):
     """TRL's unpaired preference: a response, and whether it is a good one."""
     prompt, [text] = answered(row, "completion")
     label = row.get("label")
-    if type(label) is not bool:
-        raise InputError(f"'label' is {shown(label)}: give true or false")
-    return Rated(prompt, [(text, {"": float(label)})])
+    if label is not None and type(label) is not bool:
+        raise InputError(f"'label' is {shown(label)}: give true or false, or null for neither")
+    return Rated(prompt, [(text, {"": label})])
 
 
 # How TruthfulQA's judges see an answer; the last line says what they judge.
@@ -393,35 +394,35 @@ def say_once(remark):
     print(remark)
 
 
-def objectives_in(columns):
-    """The objectives that a row of pairs names itself; () where the file's name does."""
-    row = Row(columns)
-    if not kind_of(row, ["pairs"]).named:
-        return ()
-    names = [key.removesuffix(LABEL) for key in columns if key.endswith(LABEL)]
-    names += row.keys("attribute")
-    # Rows are not checked yet: any of this may be something else.
-    completions = columns.get("completions")
-    for completion in completions if isinstance(completions, list) else []:
-        notes = completion.get("annotations") if isinstance(completion, dict) else None
-        names += notes if isinstance(notes, dict) else []
-    return tuple(dict.fromkeys(names))
+def objectives_in(path):
+    """The objectives that the rows of a file of pairs name; [] where the file's name does."""
+    names = []
+    for _, columns in read_jsonl(path):
+        row = Row(columns)
+        if not kind_of(row, ["pairs"]).named:
+            break
+        names += [key.removesuffix(LABEL) for key in columns if key.endswith(LABEL)]
+        names += row.keys("attribute")
+        # Rows are not checked yet: any of this may be something else.
+        completions = columns.get("completions")
+        for completion in completions if isinstance(completions, list) else []:
+            notes = completion.get("annotations") if isinstance(completion, dict) else None
+            names += notes if isinstance(notes, dict) else []
+        names = list(dict.fromkeys(names))
+    return names
 
 
-def check_found(found, path, skipped):
-    """InputError for a file that gives nothing."""
-    if not found:
-        reasons = [f"; {n} skipped: {reason}" for reason, n in skipped.items()]
-        raise InputError(f"{path}: no rows to use{''.join(reasons)}; python -m interop.datasets "
-                         "--help shows rows")
+def left_out(dropped):
+    """{reason: number of rows} -> text."""
+    return "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n)
 
 
 def read_all(path, skipped=None, *, use):
     """Every row of a file that is for `use` -> list of what the parsers make of them. Rows that
-    cannot serve are counted by reason in `skipped`, a dict or None; columns that mean nothing are
-    named. An InputError about a row gets its place in front."""
+    cannot serve are counted by reason in `skipped`, a Counter or None; columns that mean nothing
+    are named. An InputError about a row gets its place in front."""
     found, seen, ignored, named = [], set(), set(), set()
-    skipped = {} if skipped is None else skipped
+    skipped = Counter() if skipped is None else skipped
     for where, columns in read_jsonl(path):
         row = Row(columns)
         try:
@@ -436,14 +437,16 @@ def read_all(path, skipped=None, *, use):
                                  "name: put the two kinds into two files")
             found.append(kind.parse(row))
         except Unusable as e:
-            skipped[str(e)] = skipped.get(str(e), 0) + 1
+            skipped[str(e)] += 1
             continue
         except InputError as e:
             raise InputError(f"{where}: {e}") from None
         # A column may mean something in one row and nothing in another.
         ignored |= row.ignored
         seen |= columns.keys() - row.ignored
-    check_found(found, path, skipped)
+    if not found:
+        raise InputError(f"{path}: no rows to use{left_out(skipped)}; python -m interop.datasets "
+                         "--help shows rows")
     if ignored - seen:
         say_once(f"{path}: ignored columns: {', '.join(sorted(ignored - seen))}")
     return found
@@ -454,24 +457,27 @@ def compare(rows, objective, skipped):
     scores alike. Rows that give it nothing are counted in `skipped`."""
     groups, found = {}, []
     for number, row in enumerate(rows):
+        ratings = [(text, by.get(objective, by.get(""))) for text, by in row.responses]
+        ratings = [(text, rating) for text, rating in ratings if rating is not None]
+        if not ratings:
+            skipped[f"no rating of {objective}"] += 1
+            continue
         # Several responses of a row are compared with one another; one alone with all others that
         # stand alone and answer the same prompt.
         alone = len(row.responses) == 1
-        groups.setdefault(json.dumps(row.prompt) if alone else number, []).append(row)
-    for group in groups.values():
-        # {response: its ratings by this objective}
-        scores = {}
-        for text, numbers in chain.from_iterable(row.responses for row in group):
-            number = numbers.get(objective, numbers.get(""))
-            if number is not None:
-                scores.setdefault(text, []).append(number)
+        _, group = groups.setdefault(json.dumps(row.prompt) if alone else number, (row.prompt, []))
+        group.append(ratings)
+    for prompt, group in groups.values():
+        scores = {}                                          # {response: its ratings}
+        for text, rating in chain.from_iterable(group):
+            scores.setdefault(text, []).append(rating)
         # A text that was rated more than once has the mean.
         scores = {text: statistics.fmean(numbers) for text, numbers in scores.items()}
         if len(set(scores.values())) > 1:
-            found.append((group[0].prompt, scores))
+            found.append((prompt, scores))
         else:
             reason = f"no two responses to the prompt have different ratings of {objective}"
-            skipped[reason] = skipped.get(reason, 0) + len(group)
+            skipped[reason] += len(group)
     return found
 
 
@@ -504,20 +510,27 @@ read_outputs = partial(read_all, use="outputs")             # -> list of parse_o
 
 def read_preferences(path, objective, skipped=None):
     """A file of pairs, ratings or verdicts -> list[Preference]. `skipped`: see read_all."""
-    skipped = {} if skipped is None else skipped
-    found = paired(compare(read_rated(path, skipped), objective, skipped), objective)
-    check_found(found, path, skipped)
-    return found
+    skipped = Counter() if skipped is None else skipped
+    return paired(compare(read_rated(path, skipped), objective, skipped), objective)
 
 
 # -- rows in a model's ids
+
+def encode_prompt(tokenizer, prompt):
+    """Messages -> ids, ready for a response. InputError shows which prompt cannot be written."""
+    try:
+        return tokenizer.encode_chat(prompt)
+    except InputError as e:
+        end = prompt[-1]["content"][-60:]
+        raise InputError(f"{e}: the prompt that ends with {end!r}") from None
+
 
 def encode_pair(preference, model):
     """A Preference -> Pair in the model's ids, EOS behind both responses. None if it is longer than
     the context, or nothing of the responses is left to tell them apart."""
     # Encoded apart: tokens must not merge across the border of prompt and response.
     tokenizer, p = model.tokenizer, preference
-    prompt = tokenizer.encode_chat(p.prompt)
+    prompt = encode_prompt(tokenizer, p.prompt)
     chosen = tokenizer.encode(p.chosen) + [tokenizer.eos_id]
     rejected = tokenizer.encode(p.rejected) + [tokenizer.eos_id]
     short, long = sorted((len(chosen), len(rejected)))
@@ -537,7 +550,7 @@ def encode_steps(tokenizer, prompt, steps, boundary, marker=None):
     A step ends as guided decoding will end it: with a newline where steps are lines, the last
     one with EOS. A PRM with a marker is read at that, behind every step as it is. None if a step
     has no token."""
-    ids, ends = list(tokenizer.encode_chat(prompt)), []
+    ids, ends = list(encode_prompt(tokenizer, prompt)), []
     for number, step in enumerate(steps, 1):
         is_last = number == len(steps)
         if boundary == "newline" and marker is None and not is_last:

@@ -14,18 +14,18 @@ import os
 import statistics
 import textwrap
 from collections import Counter
-from itertools import combinations, permutations
+from itertools import chain, combinations_with_replacement, permutations
 from types import SimpleNamespace
 
 from data import InputError
-from interop.datasets import (DATA_HELP, compare, encode_pair, paired, read_questions, read_rated,
-                              read_steps, train_or_dev)
-from interop.real_data import holds_questions, left_out, objective_files, objectives_of
+from interop.datasets import (DATA_HELP, compare, encode_pair, encode_prompt, left_out, paired,
+                              read_questions, read_rated, read_steps, train_or_dev)
+from interop.real_data import holds_questions, objective_files, objectives_of
 from interop.tokenizer import load_tokenizer
 from model import read_config
 
 
-# -- lengths and examples
+# -- what an objective has
 
 def load_reader(directory):
     """What reads texts as a checkpoint does, without its weights: its tokenizer and its config."""
@@ -36,41 +36,39 @@ def load_reader(directory):
     return SimpleNamespace(config=config, tokenizer=tokenizer)
 
 
-def size(text, model):
-    """Tokens of a text; without a model its characters."""
-    return len(model.tokenizer.encode(text)) if model else len(text)
-
-
-def size_of_prompt(prompt, model):
-    """Tokens of a conversation as the template writes it; without a model its characters."""
+def size(said, model):
+    """Tokens of a text, or of a conversation as the template writes it; without a model the
+    characters."""
+    if isinstance(said, str):
+        return len(model.tokenizer.encode(said)) if model else len(said)
     if model:
-        return len(model.tokenizer.encode_chat(prompt))
-    return sum(len(message["content"]) for message in prompt)
+        return len(encode_prompt(model.tokenizer, said))
+    return sum(len(message["content"]) for message in said)
 
 
-def print_sizes(model, **sizes):
-    """A line about lengths: {of what: [length]}."""
+def print_texts(model, **columns):
+    """Two kinds of lines about {name: texts or conversations}: how long they are, then the first
+    of each, shortened."""
+    columns = {name: texts for name, texts in columns.items() if texts}
     parts = []
-    for name, numbers in sizes.items():
-        if numbers:
-            middle = statistics.median_low(numbers)
-            parts.append(f"{name} {min(numbers)} to {max(numbers)}, median {middle}")
-    print(f"  {'tokens' if model else 'characters'}: {'; '.join(parts)}")
+    for name, texts in columns.items():
+        sizes = [size(text, model) for text in texts]
+        middle = statistics.median_low(sizes)
+        parts.append(f"{name} {min(sizes)} to {max(sizes)}, median {middle}")
+    if parts:
+        print(f"  {'tokens' if model else 'characters'}: {'; '.join(parts)}")
+    for name, (first, *_) in columns.items():
+        text = first if isinstance(first, str) else first[-1]["content"]
+        # JSON can hold half a character, which no terminal prints.
+        text = text.encode(errors="replace").decode()
+        print(f"  {name:9} {textwrap.shorten(text, 88, placeholder=' ...')}")
 
-
-def print_example(**texts):
-    """Lines that show one row, shortened."""
-    for name, text in texts.items():
-        print(f"  {name:9}{textwrap.shorten(text, 88, placeholder=' ...')}")
-
-
-# -- what an objective has
 
 @functools.cache
 def rated_rows(path):
     """The rows of a file of pairs, ratings or verdicts, and why others were left out: read once for
     all objectives that it rates."""
-    left = {}
+    left = Counter()
     return read_rated(path, left), left
 
 
@@ -87,41 +85,31 @@ def look_at_pairs(name, path, model):
         dropped[too_long] = n_all - len(pairs)
     splits = Counter(train_or_dev(pair.prompt) for pair in pairs)
     n_prompts = len({str(pair.prompt) for pair in pairs})
-    print(f"  {path}: {len(rows) + sum(left.values())} rows, {len(pairs)} pairs on {n_prompts} "
-          f"prompts, {splits['train']} to train on, {splits['dev']} to hold out{left_out(dropped)}")
-    if pairs:
-        print_sizes(model, prompts=[size_of_prompt(pair.prompt, model) for pair in pairs],
-                    chosen=[size(pair.chosen, model) for pair in pairs],
-                    rejected=[size(pair.rejected, model) for pair in pairs])
-        first = pairs[0]
-        print_example(prompt=first.prompt[-1]["content"], chosen=first.chosen,
-                      rejected=first.rejected)
+    print(f"  {path}: {len(rows) + left.total()} rows, {len(pairs)} pairs on {n_prompts} prompts, "
+          f"{splits['train']} to train on, {splits['dev']} to hold out{left_out(dropped)}")
+    print_texts(model, prompts=[pair.prompt for pair in pairs],
+                chosen=[pair.chosen for pair in pairs], rejected=[pair.rejected for pair in pairs])
     return groups
 
 
 def look_at_questions(path, model):
     """Print what is in a file of questions."""
-    left = {}
+    left = Counter()
     rows = read_questions(path, left)
-    print(f"  {path}: {len(rows) + sum(left.values())} rows, {len(rows)} questions{left_out(left)}")
-    print_sizes(model, prompts=[size_of_prompt(row.prompt, model) for row in rows],
-                solutions=[size(row.solution, model) for row in rows if row.solution])
-    print_example(prompt=rows[0].prompt[-1]["content"], answer=rows[0].answer)
+    print(f"  {path}: {len(rows) + left.total()} rows, {len(rows)} questions{left_out(left)}")
+    print_texts(model, prompts=[row.prompt for row in rows], answers=[row.answer for row in rows],
+                solutions=[row.solution or row.answer for row in rows])
 
 
 def look_at_steps(path, model):
     """Print what is in a file of labelled steps."""
-    left, steps, labels = {}, [], []
+    left = Counter()
     rows = read_steps(path, left)
-    for row in rows:
-        steps += row.steps
-        labels += row.labels
-    n_right = sum(label >= 0.5 for label in labels)
-    print(f"  {path}: {len(rows) + sum(left.values())} rows, {len(rows)} responses of {len(steps)} "
+    steps = list(chain.from_iterable(row.steps for row in rows))
+    n_right = sum(label >= 0.5 for label in chain.from_iterable(row.labels for row in rows))
+    print(f"  {path}: {len(rows) + left.total()} rows, {len(rows)} responses of {len(steps)} "
           f"steps, {n_right} of them right{left_out(left)}")
-    print_sizes(model, prompts=[size_of_prompt(row.prompt, model) for row in rows],
-                steps=[size(step, model) for step in steps])
-    print_example(prompt=rows[0].prompt[-1]["content"], step=steps[0])
+    print_texts(model, prompts=[row.prompt for row in rows], steps=steps)
 
 
 # -- where objectives pull apart
@@ -153,11 +141,15 @@ def conflict(first, second):
 
 
 def print_conflicts(compared):
-    """A line for every two objectives that share prompts. compared: {objective: what it compares}"""
+    """A line for every two objectives that share prompts, and for one that prefers both of two
+    answers. compared: {objective: what it compares}"""
     known = {name: preferred(groups) for name, groups in compared.items()}
-    for one, other in combinations(known, 2):
+    for one, other in combinations_with_replacement(known, 2):
         n_shared, n_prompts, n_ranked, n_opposite = conflict(known[one], known[other])
-        if n_shared:
+        if one == other:
+            if n_prompts:
+                print(f"{one} contradicts itself on {n_prompts} of {n_shared} prompts")
+        elif n_shared:
             print(f"{one} and {other} prefer opposite answers on {n_prompts} of {n_shared} shared "
                   f"prompts ({n_prompts / n_shared:.0%}), {n_opposite} of {n_ranked} pairs of "
                   "answers that both rank")
@@ -171,7 +163,8 @@ def main(argv=None):
         prog="python -m interop.datasets", epilog=DATA_HELP,
         description="Tell what the files of a directory hold, before a run with --data DIR.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", metavar="DIR", help="directory as of train.py --data")
+    parser.add_argument("data", metavar="DIR", type=os.path.normpath,
+                        help="directory as of train.py --data")
     parser.add_argument("--init", metavar="MODEL", help="directory as of train.py --init: lengths "
                         "are in its tokens, and what exceeds its context is left out")
     args = parser.parse_args(argv)

@@ -16,10 +16,10 @@ from dataclasses import replace
 from functools import partial
 
 from data import (BOUNDARIES, CASES, DOMAINS, OBJECTIVES, SPLITS, InputError, Objective, Problem,
-                  World, read_json, read_jsonl, select_objectives, split_of)
+                  World, read_json, select_objectives, split_of)
 from interop.answers import final_answer, same_answer
-from interop.datasets import (encode_pair, encode_steps, objectives_in, read_preferences,
-                              read_questions, read_steps, train_or_dev, use_of)
+from interop.datasets import (encode_pair, encode_prompt, encode_steps, left_out, objectives_in,
+                              read_preferences, read_questions, read_steps, train_or_dev, use_of)
 from interop.parallel import placed
 from interop.tokenizer import use_template_args
 from model import load_hf
@@ -37,8 +37,8 @@ TAKEN = ("all", "unified", "worst", "policy", STEP, "stage", "step", "split", "g
 def objective_files(data):
     """A --data directory -> {objective: paths of its pairs or questions}; {} where `data` is "".
 
-    DIR/<name>.jsonl is about that objective. A file whose first row rates several objectives is
-    about all of them, unless it has the name of one, or a name of the paper's."""
+    DIR/<name>.jsonl is about that objective. A file whose rows rate several objectives is about all
+    of them, unless it has the name of one, or a name of the paper's."""
     found = {}
     for path in sorted(glob.glob(f"{glob.escape(data)}/*.jsonl")) if data else []:
         name = os.path.basename(path).removesuffix(".jsonl")
@@ -46,15 +46,9 @@ def objective_files(data):
         if name.endswith(".steps"):
             found.setdefault(name.removesuffix(".steps"), [])
             continue
-        names = [name]
-        if name not in OBJECTIVES:
-            # The first row tells; a file may be empty.
-            _, columns = next(read_jsonl(path), ("", {}))
-            rated = objectives_in(columns)
-            if rated and name not in rated:
-                names = rated
-        for name in names:
-            found.setdefault(name, []).append(path)
+        rated = [] if name in OBJECTIVES else objectives_in(path)
+        for about in rated if rated and name not in rated else [name]:
+            found.setdefault(about, []).append(path)
     return found
 
 
@@ -68,7 +62,7 @@ def objectives_of(spec, data):
         return select_objectives(spec)
     files = objective_files(data)
     if not files:
-        raise InputError(f"{data}: no objective here; put the pairs of each into "
+        raise InputError(f"{data}: no directory with an objective; put the pairs of each into "
                          f"{data}/<objective>.jsonl")
     told = read_told(f"{data}/objectives.json", files)
     # A domain is a single word, as what a user types in --objective.
@@ -82,13 +76,17 @@ def objectives_of(spec, data):
         chosen = select_objectives(spec, known)
     except InputError as e:
         raise InputError(f"{data}: {e}, or add <objective>.jsonl") from None
-    # A name becomes a part of files' names, and a key beside others.
     for name in [o.name for o in chosen]:
-        if name in TAKEN or not re.fullmatch(r"\w+", name):
-            where = ", ".join(files[name]) or f"{data}/{name}.steps.jsonl"
+        where = ", ".join(files[name]) or f"{data}/{name}.steps.jsonl"
+        # A name becomes a part of files' names, and a key beside others.
+        if name in TAKEN or not re.fullmatch(r"\w{1,60}", name):
             raise InputError(f"{where}: no objective can be called {name!r}; give it another name, "
-                             f"a single word that is none of {', '.join(TAKEN)}; or leave it out "
-                             "of --objective")
+                             f"a single word that is none of {', '.join(TAKEN)}, nor longer than "
+                             "60 letters; or leave it out of --objective")
+        if not files[name]:
+            raise InputError(f"{where}: labelled steps alone are too little; add the pairs or "
+                             f"questions of {name!r} as {data}/{name}.jsonl, or leave it out of "
+                             "--objective")
     return chosen
 
 
@@ -109,8 +107,8 @@ def read_told(path, names):
                     "case": value in CASES, "boundary": value in BOUNDARIES}
             if not good.get(key):
                 raise InputError(f"{path}: {name!r}: {json.dumps(key)}: {json.dumps(value)} means "
-                                 "nothing; give a \"domain\" (a single word), a \"case\" "
-                                 f"({', '.join(CASES)}) or a \"boundary\" ({', '.join(BOUNDARIES)})")
+                                 'nothing; give a "domain" (a single word), a "case" '
+                                 f'({", ".join(CASES)}) or a "boundary" ({", ".join(BOUNDARIES)})')
     return told
 
 
@@ -127,7 +125,7 @@ class Questions(World):
         self.boundary = objective.boundary
         self.objective = objective.name
         self.max_new_tokens = max_new_tokens
-        self.dropped = {}
+        self.dropped = Counter()
         rows = read_questions(path, self.dropped)
 
         context = model.config.max_len
@@ -145,7 +143,7 @@ class Questions(World):
     def length(self, question, tokenizer):
         """Tokens of a question and of what may follow it."""
         solution = len(tokenizer.encode(question.solution)) + 1           # and EOS
-        return len(tokenizer.encode_chat(question.prompt)) + max(self.max_new_tokens, solution)
+        return len(encode_prompt(tokenizer, question.prompt)) + max(self.max_new_tokens, solution)
 
     @property
     def objectives(self):
@@ -180,13 +178,15 @@ class Questions(World):
 
 def holds_questions(path, objective):
     """Does a file of an Objective hold questions, not pairs? InputError if it does, and the
-    objective is not verifiable."""
-    if use_of(path, ["pairs", "questions"]) == "pairs":
-        return False
-    if objective.case != "verifiable":
+    objective is not verifiable; or if it holds labelled steps."""
+    use = use_of(path, ["pairs", "questions", "steps"])
+    if use == "steps":
+        raise InputError(f"{path}: labelled steps; they belong into {objective.name}.steps.jsonl, "
+                         "beside the pairs or questions")
+    if use == "questions" and objective.case != "verifiable":
         raise InputError(f"{path}: questions with answers are verified: give {objective.name!r} "
                          'the "case" "verifiable" in an objectives.json beside them')
-    return True
+    return use == "questions"
 
 
 def worlds_of(objectives, data, max_new_tokens, model):
@@ -211,14 +211,6 @@ def worlds_of(objectives, data, max_new_tokens, model):
 
 # -- what a run reads from its --data directory
 
-def fitting(rows, encode, dropped, reason):
-    """encode(row) of every row, without those that are None: these are counted in `dropped`."""
-    found = [encode(row) for row in rows]
-    kept = [encoded for encoded in found if encoded]
-    dropped[reason] += len(found) - len(kept)
-    return kept
-
-
 def real_pairs(data, objectives, model):
     """The pairs in a --data directory -> list of Pair, {reason: number of rows left out}; nothing
     where `data` is "". Pairs to train on come before those held out.
@@ -229,40 +221,33 @@ def real_pairs(data, objectives, model):
     limit = model.config.max_len
     too_long = f"longer than the context of {limit} tokens, or alike in this vocabulary"
     for objective in objectives if data else []:
-        rows, paths = [], files.get(objective.name) or [f"{data}/{objective.name}.jsonl"]
-        for path in paths:
-            if not holds_questions(path, objective):
-                rows += read_preferences(path, objective.name, dropped)
+        name, kept, left = objective.name, [], Counter()
+        paths = [path for path in files.get(name, []) if not holds_questions(path, objective)]
         # Of an objective with questions alone the pairs are sampled.
-        if not rows:
+        if not paths:
             continue
-        path = ", ".join(paths)
-        kept = fitting(rows, partial(encode_pair, model=model), dropped, too_long)
+        for path in paths:
+            for preference in read_preferences(path, name, left):
+                pair = encode_pair(preference, model)
+                kept += [pair] if pair else []
+                left[too_long] += not pair
+        where = ", ".join(paths)
         if len(kept) > 1 and len({tuple(pair.prompt) for pair in kept}) == 1:
-            raise InputError(f"{path}: nothing can be held out: its {len(kept)} pairs have one "
+            raise InputError(f"{where}: nothing can be held out: its {len(kept)} pairs have one "
                              "prompt, which is held out or trained on as a whole; add prompts")
         if {pair.split for pair in kept} != {"train", "dev"}:
-            raise InputError(f"{path}: of its rows {len(kept)} fit the context of {limit} tokens; "
-                             "pairs to train on and to hold out are both needed: add rows, or "
-                             f"shorter ones{left_out(dropped)}")
+            raise InputError(f"{where}: {len(kept)} pairs for {name!r} fit the context of {limit} "
+                             "tokens; some to train on and some to hold out are needed: add rows, "
+                             f"or leave it out of --objective{left_out(left)}")
         found += kept
+        dropped += left
     # With so few prompts, what heads learn would not be about the objectives.
     n, prompts = len({pair.objective for pair in found}), {tuple(pair.prompt) for pair in found}
     if len(prompts) < n:
-        raise InputError(f"{data}: {n} objectives need more than {len(prompts)} different prompts; "
-                         "add pairs, or choose fewer with --objective")
+        raise InputError(f"{data}: {n} objectives have only {len(prompts)} different prompts; add "
+                         "pairs, or choose fewer with --objective")
     found.sort(key=lambda pair: pair.split == "dev")
     return found, dropped
-
-
-def encode_labelled(row, objective, model):
-    """Steps -> Labelled in the model's ids; None if it is longer than the context, or a step has no
-    token of this vocabulary."""
-    encoded = encode_steps(model.tokenizer, row.prompt, row.steps, objective.boundary)
-    if encoded is None or len(encoded[0]) > model.config.max_len:
-        return None
-    targets = [{objective.name: label} for label in row.labels]
-    return Labelled(*encoded, targets, train_or_dev(row.prompt))
 
 
 def real_labels(data, objectives, model):
@@ -271,9 +256,13 @@ def real_labels(data, objectives, model):
     found, dropped = [], Counter()
     for objective in objectives if data else []:
         path = os.path.join(data, f"{objective.name}.steps.jsonl")
-        rows = read_steps(path, dropped) if os.path.exists(path) else []
-        encode = partial(encode_labelled, objective=objective, model=model)
-        found += fitting(rows, encode, dropped, "too long for the context")
+        for row in read_steps(path, dropped) if os.path.exists(path) else []:
+            encoded = encode_steps(model.tokenizer, row.prompt, row.steps, objective.boundary)
+            if encoded is None or len(encoded[0]) > model.config.max_len:
+                dropped["too long for the context, or a step without a token"] += 1
+                continue
+            targets = [{objective.name: label} for label in row.labels]
+            found.append(Labelled(*encoded, targets, train_or_dev(row.prompt)))
     return found, dropped
 
 
@@ -289,11 +278,6 @@ def describe_data(data, objectives, max_new_tokens, model):
     for world in worlds_of(objectives, data, max_new_tokens, model).values():
         counts = [f"{n} {split}" for split, n in world.counts().items()]
         print(f"questions: {', '.join(counts)}{left_out(world.dropped)}")
-
-
-def left_out(dropped):
-    """{reason: number of rows} -> text."""
-    return "".join(f"; {n} left out: {reason}" for reason, n in dropped.items() if n)
 
 
 def data_files(data, objectives):

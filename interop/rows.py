@@ -112,7 +112,7 @@ def read_number(value, where):
         number = math.nan
     # Nor are NaN and infinity.
     if not abs(number) < 1e9:
-        raise InputError(f"{where} is {shown(value)}: give a number, or null for none")
+        raise InputError(f"{where} is {shown(value)}: give a number (below 1e9), or null for none")
     return number
 
 

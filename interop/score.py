@@ -13,6 +13,7 @@ import math
 import os
 import statistics
 import zlib
+from collections import Counter
 from functools import partial
 from itertools import chain
 
@@ -21,7 +22,7 @@ import torch
 from data import RNG, InputError, batches_by_length, read_json, read_jsonl, run_command
 from evaluate import Bench, half_width, pair_metrics_rows, seed_runs, summary, table
 from interop.answers import final_answer, same_answer
-from interop.datasets import (DATA_HELP, encode_pair, encode_steps, read_outputs,
+from interop.datasets import (DATA_HELP, encode_pair, encode_steps, left_out, read_outputs,
                               read_preferences, read_steps, use_of)
 from interop.parallel import join_processes
 from mah_dpo import pair_logps
@@ -64,7 +65,7 @@ def pass_at(k, right):
 
 def score_answers(path):
     """Models' answers to questions, verified -> a row per model, {why rows were left out: n}."""
-    rows, left = [], {}
+    rows, left = [], Counter()
     outputs = read_outputs(path, left)
     # The models that any row has; a question without a response has a wrong one.
     names = dict.fromkeys(chain.from_iterable(said for _, said in outputs))
@@ -161,7 +162,7 @@ def score_first_errors(scorer, path):
     """ProcessBench's measure of a PRM's output on labelled steps -> a row, what was left out."""
     prm, tokenizer = scorer.prm, scorer.prm.backbone.tokenizer
     boundary = prm.outputs[prm.names.index(scorer.output)].boundary
-    sequences, labels, folds, left = [], [], [], {"seen in training": 0, "too long": 0}
+    sequences, labels, folds, left = [], [], [], Counter()
     for row in read_steps(path, left):
         encoded = encode_steps(tokenizer, row.prompt, row.steps, boundary, prm.marker)
         if scorer.seen(tokenizer.encode_chat(row.prompt)):
@@ -177,8 +178,8 @@ def score_first_errors(scorer, path):
     errs = torch.tensor([label >= 0 for label in labels])
     # Every threshold needs both kinds to be chosen by.
     if len(set(zip(folds, errs.tolist()))) < 4:
-        raise InputError(f"{path}: {len(labels)} responses are left ({left}); each half of them, "
-                         "by hash of the prompt, must hold right and wrong ones")
+        raise InputError(f"{path}: {len(labels)} responses are left; each half of them, by hash "
+                         f"of the prompt, must hold right and wrong ones{left_out(left)}")
     scores = score_sequences(prm, scorer.output, sequences)
     hits = localise(list(zip(scores, labels, folds)))
     metrics = {"errors found": summary(hits[errs].double().tolist()),
@@ -192,12 +193,10 @@ def score_first_errors(scorer, path):
 def score_preferences(scorer, path):
     """Accuracy on real pairs: of the implicit rewards of a run's policies, and of a PRM's output
     on whole responses -> rows, what was left out."""
-    bench, prm, output, left = scorer.bench, scorer.prm, scorer.output, {}
+    bench, prm, output, left = scorer.bench, scorer.prm, scorer.output, Counter()
     reader = bench.sft if bench else prm.backbone
-    preferences = list(read_preferences(path, output, left))
-    left |= {"seen in training": 0, "too long or alike": 0}
     pairs, whole = [], []
-    for p in preferences:
+    for p in read_preferences(path, output, left):
         pair = encode_pair(p, reader)
         if not pair:
             left["too long or alike"] += 1
@@ -210,7 +209,7 @@ def score_preferences(scorer, path):
                 step = encode_steps(reader.tokenizer, p.prompt, [text], "turn", prm.marker)
                 whole.append(step)
     if not pairs:
-        raise InputError(f"{path}: no pair is left ({left})")
+        raise InputError(f"{path}: no pair is left{left_out(left)}")
     rows = []
     if bench:
         # A policy's implicit reward of a response is beta log(pi / pi_sft).

@@ -5,13 +5,15 @@ make_assignment.py). It runs in a process of its own, one per exercise, on a fre
 project's files. The exercise's tests run here, in a process that no line of the submission
 enters: calls of the exercise's functions go to the student's process as JSON, and so do their
 results come back. A submission may hang, exit, print, patch pytest or rewrite the tests: all that
-it can do to its mark is to answer rightly or not. An exercise counts if all its tests pass; they
-draw other random numbers than the tests that were handed out.
+it can do to its mark is to answer rightly or not. One that writes files, uses the network, starts
+programs or imports what its file does not has no points for that exercise. An exercise counts if
+all its tests pass; they draw other random numbers than the tests that were handed out.
 
 The results are written as Gradescope reads them. What this does not do is hide files: run it
 where a submission cannot read or write this project's own (a container, another user).
 """
 import argparse
+import ast
 import base64
 import contextlib
 import importlib
@@ -26,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -39,6 +42,11 @@ from tests.make_assignment import FILES, HOME, between, folder, read, read_exerc
 LARGEST = 2**26          # bytes of one answer
 ERRORS = {"ValueError": ValueError, "InputError": InputError}     # what a function may raise
 SEQUENCES = {"list": list, "tuple": tuple, "set": set}
+
+# What Python tells an audit hook before it happens (sys.addaudithook), and a submission may not do.
+FORBIDDEN = {"socket.connect", "socket.bind", "socket.getaddrinfo", "subprocess.Popen", "os.system",
+             "os.exec", "os.posix_spawn", "os.remove", "os.rename", "os.mkdir", "os.rmdir"}
+REFUSED = []             # why, in the student's process
 
 
 # -- values as JSON
@@ -126,6 +134,16 @@ def decode_object(module, name, fields, old, build):
 
 # -- the student's process
 
+def refuse(event, args):
+    """An audit hook, which nobody can take away: it ends what is forbidden, and remembers it."""
+    writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if writes or event in FORBIDDEN:
+        what = "open to write" if writes else event
+        REFUSED.append(f"an exercise writes no files, uses no network and starts no programs: "
+                       f"{what} {args[:1]}"[:300])
+        raise PermissionError(REFUSED[-1])
+
+
 def serve():
     """Answer calls until the grader is satisfied. Nothing of the submission is imported before the
     first call."""
@@ -137,6 +155,8 @@ def serve():
     os.dup2(nothing, 1)
     torch.set_num_threads(1)
     sys.path.append("tests")             # where classes of the tests' own are found
+    sys.dont_write_bytecode = True
+    sys.addaudithook(refuse)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in calls:
         print(json.dumps(answer(line)), file=answers, flush=True)
@@ -148,6 +168,8 @@ def answer(line):
         module, name, args, kwargs = decode(json.loads(line), build=True)
         function = operator.attrgetter(name)(importlib.import_module(module))
         result = function(*args, **kwargs)
+        if REFUSED:                      # the submission may have caught the error
+            raise PermissionError(REFUSED[0])
         return {"result": encode(result), "args": encode(args)}
     except BaseException as e:           # SystemExit too is an answer
         return {"error": type(e).__name__, "message": str(e)[:2000]}
@@ -256,7 +278,25 @@ def submitted(directory, exercise):
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"what stands there is not UTF-8; save {file} as UTF-8") from None
+    foreign = imports(lines[first:stop]) - imports(own) - sys.stdlib_module_names
+    if foreign:
+        raise ValueError(f"it imports {', '.join(sorted(foreign))}; an exercise needs no more than "
+                         f"Python's library and what {file} imports")
     return text
+
+
+def imports(lines):
+    """The names of the packages that lines of a program import; none if they are no program, which
+    shows when they are run."""
+    with contextlib.suppress(SyntaxError, ValueError):
+        found = set()
+        for node in ast.walk(ast.parse(textwrap.dedent("\n".join(lines)))):
+            if isinstance(node, ast.Import):
+                found.update(alias.name.split(".")[0] for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                found.add((node.module or "").split(".")[0])
+        return found
+    return set()
 
 
 def own_files():

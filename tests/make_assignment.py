@@ -24,6 +24,7 @@ FILES = [f"{name}.py" for name in "data model prm mah_dpo decode evaluate train"
 BESIDE = ["README.md", "pareto.svg", "requirements.txt", "LICENSE", ".gitignore"]
 FOLDERS = ["interop", "experiments", "docs", "tests"]
 TOOLS = [f"tests/{name}.py" for name in ("make_assignment", "grade", "mutants", "test_course")]
+TOOLS += ["docs/key.md"]
 
 # A comment line before or after an exercise: (end of)? number, and before it: title, points.
 FENCE = re.compile(

@@ -82,7 +82,7 @@ test_ex8_keep: In guided decoding the chosen step is followed by words that nobo
     self.held[groups] += counts ==> self.held[groups] += self.own
 test_ex8_rollback: After a rollback a sequence may be longer than it ever was.
     self.held = torch.minimum(self.held, lengths) ==> self.held = self.held * 0 + lengths
-test_ex13_folded_head: --weights 1,1 draws wilder text than 0.5,0.5.
+test_ex13_folded_head: --weights 1,1 draws tamer text than 0.5,0.5.
     return w / w.sum() ==> return w
 test_ex13_folded_head: A mix of the first and the last of three heads sounds like another.
     * self.heads[i].weight for i in used) ==> * self.heads[i].weight for i in range(len(used)))

@@ -2,15 +2,25 @@
 
 Every docstring states the bug that its test prevents.
 """
+import ast
+import itertools
+import math
 import os
 import re
 import subprocess
 import sys
+from statistics import NormalDist
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
-from data import InputError, read_json
+from data import DOMAINS, JUDGE_NOISE, SPLITS, InputError, Problem, believed, operations, read_json
+from data import right as truth_of
+from evaluate import half_width, summary
+from mah_dpo import dpo_loss, modpo_loss, pair_metrics
+from model import GPT, GPTConfig
+from prm import hindsight_targets, majority_labels, matching_steps
 from tests.grade import Pupil, own_files, submitted
 from tests.grade import main as grade_main
 from tests.make_assignment import (FILES, HOME, TOOLS, Exercise, between, copied_files, folder,
@@ -189,11 +199,13 @@ def submission(directory, edits):
 
 def test_submitted_takes_what_stands_between_the_fences(tmp_path):
     """A fault in one exercise that costs others of the same file; an edit elsewhere that counts;
-    bytes that are no UTF-8."""
+    bytes that are no UTF-8;
+    a package that the grader's machine happens to have."""
     directory = submission(tmp_path / "s", {
         2: "def dpo_loss(): return '\udcff'",
         3: "# --- exercise 4: modpo_loss (2 points) ---",
         6: "def (",
+        7: "from torch import nn\nimport math, requests.api",
     })
     with open(os.path.join(directory, "prm.py"), "a", encoding="utf-8") as f:
         f.write("\nraise SystemExit\n")
@@ -211,11 +223,13 @@ def test_submitted_takes_what_stands_between_the_fences(tmp_path):
     assert "not UTF-8" in problems.pop(2)
     assert "inside exercise 3" in problems.pop(3)
     assert "once each" in problems.pop(4)
+    assert "it imports requests;" in problems.pop(7)
     assert problems == {10: "decode.py is missing", 12: "decode.py is missing"}
 
 
 PATCHED = """\
-import pytest, torch, builtins, sys
+import torch, builtins, sys
+pytest = __import__('pytest')
 pytest.fail = lambda *a, **k: None
 torch.allclose = lambda *a, **k: True
 sys.modules['test_exercises'] = pytest
@@ -263,6 +277,35 @@ def test_a_submission_costs_its_own_exercise_only(tmp_path):
     assert " 3 / 3   exercise  1: response_logps" in printed
     fields = {"name", "number", "score", "max_score", "output", "status"}
     assert set(results["tests"][0]) == fields
+
+
+def doing(action):
+    """The right answer, which does something else first and hides that it failed."""
+    def edit(reference):
+        head, docstring, body = reference.split('"""', 2)
+        wrapped = f"\n    try:\n        {action}\n    except Exception:\n        pass"
+        return f'{head}"""{docstring}"""{wrapped}{body}'
+    return edit
+
+
+def test_a_submission_stays_within_its_exercise(tmp_path):
+    """Files that are written, a network that is used, programs that are started: answers could be
+    copied, and results sent away. A million printed lines that fill the grader's memory."""
+    edits = {
+        2: doing("open('notes.txt', 'w')"),
+        5: doing("import socket; socket.create_connection(('127.0.0.1', 9))"),
+        6: doing("import subprocess; subprocess.run('true')"),
+        7: doing("print('line\\n' * 1_000_000)"),
+    }
+    unmarked = {n: again(n) for n in NUMBERS if n not in edits}
+    directory = submission(tmp_path / "s", edits | unmarked)
+    out = str(tmp_path / "results.json")
+    printed = run("-m", "tests.grade", directory, "--out", out)
+    rows = {int(test["number"]): test for test in read_json(out)["tests"]}
+    for n, why in {2: "open to write ('notes.txt'", 5: "socket.", 6: "subprocess.Popen"}.items():
+        assert rows[n]["score"] == 0 and why in rows[n]["output"], printed
+    assert rows[7]["score"] == POINTS[7], printed
+    assert len(printed) < 10_000
 
 
 def test_a_submission_that_kills_the_grader_has_no_points(tmp_path):
@@ -358,6 +401,125 @@ def test_the_handout_hands_out_what_there_is():
     hints = [mutant.hint for mutant in MUTANTS]
     assert shown == [(str(hints.index(hint) + 1), hint) for _, hint in shown]
     assert len(shown) >= 10
+    # Symptoms: the bug of that number stands in the function that the row names.
+    rows = re.findall(r"^\| .* \| `(\w+\.py)`, `(\w+)` \| ([0-9]+) \|$", text, re.M)
+    found = [(*place_of(MUTANTS[int(n) - 1]), n) for _, _, n in rows]
+    assert rows == found and len(rows) >= 15
+    assert not {n for _, _, n in rows} & {n for n, _ in shown}, "a bug to be found is told"
+
+
+def place_of(mutant):
+    """The file of a bug, and the function at the top of it (or method of a class) that holds it."""
+    text = read(HOME, mutant.file)
+    line = text[:text.index(mutant.old)].count("\n") + 1
+    tops = []
+    for node in ast.parse(text).body:
+        tops += node.body if isinstance(node, ast.ClassDef) else [node]
+    return mutant.file, next(f.name for f in tops if f.lineno <= line <= f.end_lineno)
+
+
+# -- written questions
+
+def test_every_question_has_a_key_that_stays_behind(handed_out):
+    """A question without an answer, points that do not add up, answers that are handed out."""
+    text = read(HOME, "docs/questions.md")
+    key, experiments = read(HOME, "docs/key.md").split("\n## Experiments")
+    questions = re.findall(r"^([0-9]+)\. \(([0-9]) points?\) ", text, re.M)
+    answers = re.findall(r"^([0-9]+)\. .* \*.*[0-9].*\*$", key, re.M)
+    numbers = [str(n) for n in range(1, len(questions) + 1)]
+    assert [n for n, _ in questions] == answers == numbers and len(numbers) >= 20
+    tasks = re.findall(r"^([0-9])\. \*\*", read(HOME, "docs/course.md"), re.M)
+    assert re.findall(r"^([0-9])\. ", experiments, re.M) == tasks and len(tasks) >= 4
+    total = sum(int(points) for _, points in questions)
+    assert f", {total} points," in text and f", {total} points;" in read(HOME, "docs/course.md")
+    assert os.path.exists(os.path.join(handed_out, "docs/questions.md"))
+    assert not os.path.exists(os.path.join(handed_out, "docs/key.md"))
+
+
+def test_problem_sets_add_up():
+    """An exercise in two sets or in none, a question likewise, points that are not those it has."""
+    text = read(HOME, "docs/course.md")
+    found = re.findall(r"^\| [1-5]\. .*? \| lecture [1-3] \|(.*)\| ([0-9]+) \|$", text, re.M)
+    exercises, questions = [], []
+    for parts, total in found:
+        given = [int(points) for points in re.findall(r"\(([0-9]+)\)", parts)]
+        assert sum(given) == int(total), parts
+        first, second, _ = parts.split(" | ")
+        own = [int(n) for n in re.sub(r"\(.*", "", first).split(",")]
+        assert sum(POINTS[n] for n in own) == given[0], parts
+        exercises += own
+        asked = [int(n) for n in re.findall("[0-9]+", re.sub(r"\(.*", "", second))]
+        questions += range(asked[0], asked[-1] + 1)
+    assert sorted(exercises) == list(NUMBERS) and len(found) == 5
+    points = re.findall(r"^[0-9]+\. \(([0-9]) ", read(HOME, "docs/questions.md"), re.M)
+    assert sorted(questions) == list(range(1, len(points) + 1))
+
+
+def labels(r, z, gamma):
+    """The labels of an answer of four steps that is its own only rollout."""
+    n, z = torch.full((4, 1), 4), torch.full((4, 1), z)
+    return [round(v, 3) for v in hindsight_targets(torch.tensor(r), n, z, gamma).tolist()]
+
+
+def positive(M):
+    """How often majority_labels says 1 if every verdict is a fair coin's."""
+    verdicts = torch.tensor(list(itertools.product((0, 1), repeat=M)))
+    return majority_labels(verdicts).mean().item()
+
+
+def key_numbers(tokenizer):
+    """{question: numbers that the code gives and the key must state}"""
+    model = GPT(GPTConfig(tokenizer.n_vocab), torch.Generator().manual_seed(0))
+    config, head = model.config, model.heads[0].weight.numel()
+    one = sum(p.numel() for p in model.parameters())
+    stranger = {"color": ("seen", "gold", "gold"), "size": ("none", "long", None),
+                "home": ("heard", "hill", "cave"), "food": ("seen", "rice", "rice"),
+                "job": ("heard", "baker", "baker")}
+    said = "the color is gold . the home may be cave . the food is rice . the job is baker ."
+    score = DOMAINS["values"].scores(Problem("", stranger), [], said)
+    facts = {(value, op, b) for value in range(21) for op, b in operations(value)}
+    wrong = sum(believed(*fact) != truth_of(*fact) for fact in facts)
+    train = SPLITS.count("train") / len(SPLITS)
+    normal, apart = NormalDist(), 0.1 / (JUDGE_NOISE * math.sqrt(2))
+    kept = normal.cdf(-2 * apart)
+    zero, delta = torch.zeros(2), torch.tensor([0.0, 20.0], requires_grad=True)
+    dpo_loss(delta, zero, zero, zero, 0.1).sum().backward()
+    moved = torch.tensor([2.0]), torch.tensor([-3.0]), torch.zeros(1), torch.zeros(1)
+    pair = pair_metrics(dpo_loss(*moved, 0.1), *moved, torch.tensor([0]), 1, 0.1)
+    modpo = modpo_loss(torch.tensor([2.0]), *[torch.zeros(1)] * 3, torch.tensor([0.05]), 1 / 3, 0.1)
+    half = [half_width(summary([0.0, 1.0] * n)) for n in (100, 6)]
+    return {
+        1: [math.log(tokenizer.n_vocab), tokenizer.n_vocab],
+        2: [one, one + 6 * head, one - head, math.ceil((one - head) / head)],
+        3: [8 * config.n_layer * config.n_kv_head * config.head_dim],
+        5: [5 * score["helpfulness"], 5 * score["honesty"], 5 * score["truthfulness"]],
+        7: [wrong, len(facts), (1 - wrong / len(facts)) ** 4],
+        8: [train, round(train ** 4, 2)],
+        9: [*labels([1.0] * 4, 1.0, 0.9), *labels([1.0, 1.0, 0.0, 0.0], 0.0, 0.9)],
+        10: [*labels([1.0] * 4, 1.0, 1.0), *labels([1.0] * 4, 1.0, 0.0)],
+        11: [round(normal.cdf(-apart), 2), kept, kept / (kept + 0.5)],
+        12: [positive(3), round(positive(4), 4)],
+        13: [len(matching_steps("abc", "axyzu", [0, 1, 2], [0, 1, 2, 3, 4]))],
+        16: [7 * math.log(2)],
+        19: [pair["margin"].item(), pair["loss"].item(), pair["kl"].item()],
+        20: [delta.grad[0].item(), round(delta.grad[1].item(), 4)],
+        22: [modpo.item()],
+        25: [math.log(5) - 4 / 5],
+        26: half,
+    }
+
+
+def test_the_key_is_what_the_code_gives(tokenizer):
+    """A key of last year's numbers: right answers are marked wrong."""
+    answers = read(HOME, "docs/key.md").split("\n## Experiments")[0]
+    key = dict(re.findall(r"^([0-9]+)\. (.*)$", answers, re.M))
+    for question, numbers in key_numbers(tokenizer).items():
+        for number in numbers:
+            exact = round(number, 4 if question in (12, 20) else 3)
+            text = re.sub(r"^(-?)0\.", r"\1.", f"{exact:,}")
+            text = text.removesuffix(".0") if exact else "0"
+            stated = re.search(rf"(?<![\w.]){re.escape(text)}0*(?!\d)", key[str(question)])
+            assert stated, f"question {question}: {text}"
 
 
 def test_links_of_the_documents_lead_somewhere():

@@ -43,7 +43,7 @@ def read_file(kind, path, skipped=None):
 def read(tmp_path):
     """read(kind, *rows) -> (what is read from a file of these rows, counts of skipped ones)."""
     def read(kind, *rows):
-        path, skipped = tmp_path / "rows.jsonl", {}
+        path, skipped = tmp_path / "rows.jsonl", Counter()
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return read_file(kind, path, skipped), skipped
     return read
@@ -164,8 +164,6 @@ UNUSABLE = [
     *((SIGNED, {"overall_preference": v}, "neither response is preferred") for v in (0, None)),
     (SIGNED, {"response2": "a"}, "response1 equals response2"),
     (LABELS, {"response_1": "a"}, "response_0 equals response_1"),
-    (LABELS, {"safer_response_id": None},
-     "no two responses to the prompt have different ratings of safer"),
     *((STEPS, {"steps": steps}, "no steps, or an empty one") for steps in (None, [], ["a", " "])),
     *((STEPS, {"labels": labels}, "a step has no label") for labels in ([None], [None, 1])),
     (LABEL, {"steps": []}, "no steps, or an empty one"),
@@ -183,7 +181,7 @@ def test_rows_that_cannot_serve_are_left_out(read, good, change, reason):
     kind = "labels" if good is LABELS else kind
     found, skipped = read(kind, good, row, good, row)
     assert len(found) == 2 and skipped == {reason: 2}
-    with pytest.raises(InputError, match="no rows to use; 1 skipped: "):
+    with pytest.raises(InputError, match="no rows to use; 1 left out: "):
         read(kind, row)
 
 
@@ -254,6 +252,16 @@ def test_which_files_hold_questions(tmp_path, row, questions):
             holds_questions(str(path), OBJECTIVES["honesty"])
     else:
         assert not holds_questions(str(path), OBJECTIVES["honesty"])
+
+
+@pytest.mark.parametrize("row", [STEPS, LABEL, {"prompt": "p", "completions": "ab", "labels": [1]},
+                                 {"input": "p", "label": "p"}, {"label": {"steps": []}}])
+def test_labelled_steps_have_files_of_their_own(tmp_path, row):
+    """Labelled steps refused as faulty ratings or verdicts, which they were not meant to be."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(InputError, match="x.jsonl: labelled steps; they belong into honesty.st"):
+        holds_questions(str(path), OBJECTIVES["honesty"])
 
 
 def rows_of_the_help():
@@ -431,7 +439,7 @@ def test_transcripts_that_cannot_serve_are_counted(read, chosen, rejected, reaso
     odd = {"chosen": chosen, "rejected": rejected}
     found, skipped = read("pairs", {"chosen": talk("a", "b"), "rejected": talk("a", "c")}, odd, odd)
     assert len(found) == 1 and skipped == {reason: 2}
-    with pytest.raises(InputError, match=f"no rows to use; 1 skipped: {reason}"):
+    with pytest.raises(InputError, match=f"no rows to use; 1 left out: {reason}"):
         read("pairs", odd)
 
 
@@ -564,23 +572,40 @@ def test_ratings_give_pairs_of_every_objective(tmp_path):
     rows[2]["completions"].append({"response": None, "annotations": {"honesty": {"Rating": 9}}})
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    skipped = {}
+    skipped, absent = Counter(), Counter()
     assert read_preferences(str(path), "honesty", skipped) == [
         Preference("honesty", [user("i")], "b", "c"),
         Preference("honesty", [user("k")], "c", "a")]
     assert skipped == {"no two responses to the prompt have different ratings of honesty": 1}
     assert read_preferences(str(path), "helpfulness") == [
         Preference("helpfulness", [user("i")], "a", "c")]
-    with pytest.raises(InputError, match="3 skipped: no two .* different ratings of truthf"):
-        read_preferences(str(path), "truthfulness")
+    assert not read_preferences(str(path), "truthfulness", absent)
+    assert absent == {"no rating of truthfulness": 3}
 
 
 def test_ratings_of_the_same_text(read):
     """A text preferred to itself: two completions that are alike, with different ratings."""
     row = rated("i", honesty=("1", "2", "N/A"))
     row["completions"][1]["response"] = "a"
-    with pytest.raises(InputError, match="no rows to use"):
-        read("ratings", row)
+    found, skipped = read("ratings", row)
+    assert not found and skipped == {
+        "no two responses to the prompt have different ratings of honesty": 1}
+
+
+@pytest.mark.parametrize("kind, rows, reason", [
+    ("labels", [LABELS, LABELS | {"safer_response_id": None}], "no rating of safer"),
+    ("attributes", [GRADED, GRADED | {"response": "b", "helpfulness": 1},
+                    GRADED | {"response": "c", "helpfulness": None}], "no rating of helpfulness"),
+    ("verdicts", [UNPAIRED, UNPAIRED | {"completion": "b", "label": False},
+                  UNPAIRED | {"completion": "c", "label": None}], "no rating of honesty"),
+    *(("ratings", [rated("p", honesty="123"), row], "no rating of honesty") for row in (
+        RATED, RATED | {"completions": None}, RATED | {"completions": []},
+        rated("p", honesty=("N/A", None, "")), rated("p", brevity="123")))])
+def test_rows_without_a_rating_are_counted(read, kind, rows, reason):
+    """A null that stops the run, or that vanishes without a word because other rows answer the same
+    prompt."""
+    found, skipped = read(kind, *rows)
+    assert len(found) == 1 and skipped == {reason: 1}
 
 
 def test_attributes_of_single_responses(read):
@@ -592,11 +617,12 @@ def test_attributes_of_single_responses(read):
         rows.append({"prompt": prompt, "response": response, "helpfulness": number, "coherence": 1})
     expected = [Preference("helpfulness", [user("p")], "a", "c"),
                 Preference("helpfulness", [user("q")], "d", "b")]
-    reason = "no two responses to the prompt have different ratings of helpfulness"
+    reasons = {"no two responses to the prompt have different ratings of helpfulness": 1,
+               "no rating of helpfulness": 1}
     rng = random.Random(0)
     for _ in range(8):
         found, skipped = read("attributes", *rows)
-        assert sorted(found, key=str) == expected and skipped == {reason: 1}
+        assert sorted(found, key=str) == expected and skipped == reasons
         rng.shuffle(rows)
 
 
@@ -686,17 +712,23 @@ def test_messages_of_sharegpt(read):
     assert found == [Preference("honesty", [SYSTEM, user("p")], "chosen", "rejected")]
 
 
-@pytest.mark.parametrize("row, names", [
-    (LABELS, ("better", "safer")), (GRADED, ("helpfulness", "verbosity")),
-    (rated("p", honesty="123", brevity="N1N"), ("honesty", "brevity")),
-    (GRADED | {"helpfulness": None, "response": ""}, ("verbosity", "helpfulness")),
-    (PAIR | {"verbosity": 2}, ()),
-    *((row, ()) for row in (PAIR, SIGNED, UNPAIRED, JUDGED, ASKED, STEPS, LABEL, {},
-                            {"completions": [5]}, {"completions": [{"annotations": 5}]}))])
-def test_objectives_that_rows_name(row, names):
-    """A file that rates several objectives taken for one that is named after it; an id taken for an
-    objective; a broken row that ends in a traceback."""
-    assert objectives_in(row | {"id": 7, "model": "m"}) == names
+@pytest.mark.parametrize("rows, names", [
+    ([LABELS], ["better", "safer"]), ([GRADED], ["helpfulness", "verbosity"]),
+    ([rated("p", honesty="123", brevity="N1N")], ["honesty", "brevity"]),
+    ([GRADED | {"helpfulness": None, "response": ""}], ["verbosity", "helpfulness"]),
+    ([PAIR | {"verbosity": 2}], []), ([], []), ([PAIR, LABELS], []),
+    ([RATED | {"completions": []}, rated("p", honesty="123"), rated("p", brevity="123")],
+     ["honesty", "brevity"]),
+    ([GRADED, LABELS, PAIR, rated("p", honesty="123")], ["helpfulness", "verbosity", "better",
+                                                         "safer"]),
+    *(([row], []) for row in (PAIR, SIGNED, UNPAIRED, JUDGED, ASKED, STEPS, LABEL, {},
+                              {"completions": [5]}, {"completions": [{"annotations": 5}]}))])
+def test_objectives_that_rows_name(tmp_path, rows, names):
+    """A file that rates several objectives taken for one that is named after it; an objective that
+    only later rows rate lost; an id taken for an objective; a traceback at a broken row."""
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row | {"id": 7, "model": "m"}) + "\n" for row in rows))
+    assert objectives_in(str(path)) == names
 
 
 @pytest.mark.parametrize("first, second", [(PAIR, LABELS), (GRADED, JUDGED), (RATED, SIGNED)])
@@ -808,7 +840,7 @@ HARMLESS_SKIPPED = {"the transcript ends without a response": 1,
     ("pairs/truthfulness.jsonl", 145, 0, {})])
 def test_published_pairs(name, n, n_dialogues, skipped):
     """A published file that stops at one odd row, or dialogues that come as one message."""
-    counts = {}
+    counts = Counter()
     found = read_preferences(published(name), "honesty", counts)
     assert len(found) == n and counts == skipped
     assert all(p.prompt[-1]["role"] == "user" for p in found)
@@ -864,7 +896,7 @@ def test_published_verdicts_on_answers():
     for _, row in read_jsonl(published("truthfulqa_judge_truth.jsonl")):
         question, answer = re.fullmatch(r"Q: (.*)\nA:(.*)\nTrue:", row["prompt"], re.S).groups()
         verdicts[question, answer.strip()] = row["completion"]
-    skipped = {}
+    skipped = Counter()
     found = read_preferences(published("truthfulqa_judge_truth.jsonl"), "truthful", skipped)
     assert len(found) == 646 and skipped == {"the answer is empty": 4}
     assert len({p.prompt[0]["content"] for p in found}) == 73

@@ -18,7 +18,7 @@ from data import InputError, ends_step
 from decode import State, select, sample
 from evaluate import hypervolume
 from mah_dpo import balanced_mean, dpo_loss, mah_dpo_loss, modpo_loss, response_logps
-from model import GPT, GPTConfig, KVCache, attention_mask, read_header
+from model import GPT, GPTConfig, KVCache, attend_one, attention_mask, read_header
 from prm import bradley_terry_loss, hindsight_targets, majority_labels
 
 # A grader draws other numbers than those that were handed out.
@@ -908,3 +908,85 @@ def test_ex15_random(rng):
             for j in range(b, 9):
                 cells += any(x > i and y > j for x, y in points)
         volume(points, cells, "cell by cell another area is covered", (a, b))
+
+
+# -- 16: attend_one
+
+def slow_attend(q, prefix, step, mask, scale=0.5, sequences=None, key_heads=None, apart=False):
+    """By the definition, row by row and head by head; hd is 4. The last arguments are mistakes:
+    which sequence a row reads, which keys a query head; a softmax for each part."""
+    n, _, n_head, hd = q.shape
+    G, n_kv, P = prefix.shape[1:4]
+    own = [row // (n // G) for row in range(n)]
+    shared = [head // (n_head // n_kv) for head in range(n_head)]
+    out = torch.zeros(n, n_head, hd, dtype=torch.float64)
+    for row, g in enumerate(sequences or own):
+        for head, i in enumerate(key_heads or shared):
+            both = torch.cat((prefix[:, g, i], step[:, row, i]), 1)
+            keys, values = both.double()                                    # (P + S, hd) each
+            scores = keys @ q[row, 0, head].double() * scale
+            scores = scores + mask[own[row], 0].double()
+            weights = scores.softmax(0)
+            if apart:
+                weights = torch.cat((scores[:P].softmax(0), scores[P:].softmax(0)))
+            out[row, head] = weights @ values
+    return out.reshape(n, 1, -1)
+
+
+def attend_mistakes(q, prefix, step, mask):
+    """What common mistakes give."""
+    arguments = q, prefix, step, mask
+    G, n_kv, P = prefix.shape[1:4]
+    by_turns = [row % G for row in range(len(q))]
+    heads_by_turns = [head % n_kv for head in range(q.shape[2])]
+    blind, deaf = mask.clone(), mask.clone()
+    blind[..., :P] = deaf[..., P:] = -math.inf
+    return {
+        "the scores are not divided by sqrt(hd)": slow_attend(*arguments, scale=1.0),
+        "the mask is left out: it is added to the scores":
+            slow_attend(q, prefix, step, torch.zeros_like(mask)),
+        "the prefix is not seen": slow_attend(q, prefix, step, blind),
+        "the row's own step is not seen": slow_attend(q, prefix, step, deaf),
+        "rows read the prefix of another sequence: the rows of a sequence stand together, row r is "
+        "of sequence r // m": slow_attend(*arguments, sequences=by_turns),
+        "query heads read another head's keys: those that share a key head stand together, head h "
+        "reads h // (n_head / n_kv)": slow_attend(*arguments, key_heads=heads_by_turns),
+        "prefix and step have a softmax each: one goes over both, so that all weights of a token "
+        "sum to 1": slow_attend(*arguments, apart=True),
+        "keys and values are exchanged": slow_attend(q, prefix.flip(0), step.flip(0), mask),
+    }
+
+
+def test_ex16_hand_values():
+    """Prevents: two softmaxes, a mask that is left out, keys taken for values. One row, one head of
+    four channels (the scores are halved); the odds are 2 : 1 : 3, and a fourth place is hidden."""
+    q = torch.tensor([2.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
+    keys = torch.zeros(4, 4)
+    keys[:, 0] = torch.tensor([2.0, 9.0, 1.0, 3.0]).log()
+    values = torch.eye(4)
+    both = torch.stack((keys, values))[:, None, None]               # (2, 1, 1, 4, 4)
+    mask = torch.tensor([[[0.0, -math.inf, 0.0, 0.0]]])
+    arguments = q, both[..., :2, :], both[..., 2:, :], mask
+    found = attend_one(*arguments)
+    check(found, [[[2 / 6, 0.0, 1 / 6, 3 / 6]]], "attend_one", attend_mistakes(*arguments))
+
+
+@pytest.mark.parametrize("G, m, n_kv, g, P, S", [
+    (1, 1, 1, 1, 3, 2), (2, 3, 1, 2, 4, 1), (3, 2, 2, 2, 5, 3), (2, 1, 2, 3, 1, 4)])
+def test_ex16_random(rng, G, m, n_kv, g, P, S):
+    """Prevents: rows, sequences and heads that are mixed up, which shows only with several of each;
+    an answer in another precision than the question's."""
+    hd, n = 4, G * m
+    q = torch.randn(n, 1, n_kv * g, hd, generator=rng)
+    prefix = torch.randn(2, G, n_kv, P, hd, generator=rng)
+    step = torch.randn(2, n, n_kv, S, hd, generator=rng)
+    hidden = torch.rand(G, 1, P + S, generator=rng) < 0.3
+    hidden[..., -1] = False                                         # a token sees itself
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)
+    arguments = q, prefix, step, mask
+    found = attend_one(*arguments)
+    check(found, slow_attend(*arguments), "attend_one", attend_mistakes(*arguments))
+    low = attend_one(*[x.bfloat16() for x in arguments])
+    if low.dtype != torch.bfloat16:
+        fail(f"attend_one of bfloat16 is {low.dtype}: the softmax is taken in float32, its weights "
+             "go back to the type of the scores")

@@ -46,7 +46,7 @@ def test_a_look_by_hand(tmp_path, capsys):
     assert "warmth.steps.jsonl: 3 rows, 3 responses of 6 steps, 3 of them right\n" in out
     assert "characters: prompts 2 to 2, median 2; steps 1 to 3, median 1\n" in out
     assert "math_accuracy.jsonl: 1 rows, 1 questions\n" in out
-    assert "solutions 12 to 12" in out and "answer   5\n" in out
+    assert "solutions 12 to 12" in out and "answers   5\n" in out
     assert "opposite" not in out
 
 
@@ -91,18 +91,36 @@ def test_conflicts_by_hand(tmp_path, capsys):
         ("honesty", "warmth"): [1, 1, 100, 1, 1], ("true", "warmth"): [1, 3, 33, 1, 2]}
 
 
+def test_an_objective_that_contradicts_itself(tmp_path, capsys):
+    """Opposite preferences, within a file or between two, of which nobody hears; the same one
+    twice taken for such."""
+    data = write(tmp_path, cold=[pair("p", "a", "b")] * 2 + [pair("q", "a", "b")],
+                 warm=[pair(*row) for row in ("pab", "pba", "qab")],
+                 feedback=[rated("q", warm="123"), rated("o", warm="123")])
+    out = looked(capsys, data)
+    assert "warm contradicts itself on 2 of 3 prompts\n" in out and "cold contradicts" not in out
+
+
+def test_half_a_character(tmp_path):
+    """An example that no terminal can print, and that ends the look."""
+    data = write(tmp_path, warmth=[pair("a \ud83d kite", "a", "b")])
+    done = subprocess.run([sys.executable, "-m", "interop.datasets", data], cwd=HOME,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "a ? kite" in done.stdout
+
+
 def test_the_command(tmp_path):
     """A fault that ends in a traceback, or without the line where it is."""
     data = write(tmp_path, warmth=[pair("p", "a", "b"), pair("p", "a", 3)])
     ended = []
-    for directory in (data, data + "/none"):
+    for directory in (data, ""):
         done = subprocess.run([sys.executable, "-m", "interop.datasets", directory], cwd=HOME,
                               capture_output=True, text=True)
         ended.append((done.returncode, done.stderr))
     assert ended[0] == (2, f"error: {data}/warmth.jsonl:2: 'rejected' is int 3: the content of a "
                         'message holds \'int\': give text, or a list of {"type": "text", "text": '
                         '"..."}\n')
-    assert ended[1][0] == 2 and "no objective here" in ended[1][1]
+    assert ended[1][0] == 2 and "no directory with an objective" in ended[1][1]
 
 
 def test_published_conflict(tmp_path, capsys):

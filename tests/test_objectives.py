@@ -106,6 +106,30 @@ def test_a_file_may_rate_several(tmp_path):
     assert objective_files(data) == found and objective_files("") == {}
 
 
+def test_a_file_without_a_pair_beside_others(tmp_path, gpt):
+    """A run that stops at a file of ties, although another has the pairs of the objective; ties of
+    one objective told of another."""
+    ties = [rated(i, warmth=3, caution=1) for i in range(9)]
+    data = files(tmp_path / "d", rated=ties, warmth=PAIRS)
+    pairs, dropped = real_pairs(data, objectives_of("all", data), gpt)
+    assert sum(p.objective == "warmth" for p in pairs) == len(PAIRS)
+    reason = "no two responses to the prompt have different ratings of warmth"
+    assert {why: n for why, n in dropped.items() if n} == {reason: len(ties)}
+    os.remove(f"{data}/warmth.jsonl")
+    with pytest.raises(InputError, match=r"rated.jsonl: 0 pairs for 'warmth' fit .*: add rows, or "
+                       f"leave it out of --objective; 9 left out: {reason}$"):
+        real_pairs(data, objectives_of("all", data), gpt)
+
+
+def test_the_prompt_that_no_template_writes(tmp_path, gpt):
+    """A call of a tool among thousands of rows, refused without a word about which it is."""
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    chat = [{"role": "user", "content": "ask f"}, called, {"role": "tool", "content": "five kites"}]
+    data = files(tmp_path / "d", warmth=[*PAIRS, PAIRS[0] | {"prompt": chat}])
+    with pytest.raises(InputError, match="hold no message .*: the prompt that ends with 'five kit"):
+        real_pairs(data, objectives_of("all", data), gpt)
+
+
 def test_pairs_come_from_all_files_of_an_objective(tmp_path, checkpoint):
     """One file of several read, or an objective that learns from another's ratings."""
     both = [rated(i, warmth=5, caution=1) for i in range(12)]
@@ -342,28 +366,33 @@ def test_labels_of_ones_own(tmp_path, gpt):
 # -- mistakes
 
 @pytest.mark.parametrize("rows, argv, message", [
-    ({}, "", "no objective here; put the pairs of each into"),
+    ({}, "", "/d: no directory with an objective; put the pairs of each into"),
     ({"brevity": PAIRS}, "--objective clarity", "/d: unknown objective 'clarity': choose from all, "
      "d, brevity, or add <objective>.jsonl"),
     ({"brevity": PAIRS}, "--objective math", "/d: unknown objective 'math'"),
     ({"brevity": PAIRS}, "--alpha honesty=2", "--alpha: no 'honesty' here; choose from brevity"),
     ({"brevity": []}, "", "/d/brevity.jsonl: no rows to use"),
-    ({"brevity__steps": []}, "", "/d/brevity.jsonl: no such file"),
+    ({"brevity__steps": []}, "", "/d/brevity.steps.jsonl: labelled steps alone are too little; add "
+     "the pairs or questions of 'brevity' as"),
+    ({"brevity": [{"prompt": "p", "completions": ["a"], "labels": [True]}]}, "",
+     "/d/brevity.jsonl: labelled steps; they belong into brevity.steps.jsonl"),
     ({"brevity": [pair(i, "same", "same") for i in range(9)]}, "",
-     "/d/brevity.jsonl: no rows to use; 9 skipped: chosen equals rejected"),
+     "/d/brevity.jsonl: no rows to use; 9 left out: chosen equals rejected"),
     ({"all_alike": [rated(i, warmth=3) for i in range(9)]}, "",
-     "/d/all_alike.jsonl: no rows to use; 9 skipped: no two responses to the prompt have differe"),
+     "/d/all_alike.jsonl: 0 pairs for 'warmth' fit the context of 128 tokens; some to train on and "
+     "some to hold out are needed: add rows, or leave it out of --objective; 9 left out: no two "),
     ({name: [pair(1), pair(4)] for name in ("a", "b", "c")}, "",
-     "/d: 3 objectives need more than 2 different prompts; add pairs, or choose fewer"),
+     "/d: 3 objectives have only 2 different prompts; add pairs, or choose fewer"),
     ({"brevity": [{"question": "q", "answer": "1"}]}, "", "/d/brevity.jsonl: questions with "
      "answers are verified: give 'brevity' the \"case\" \"verifiable\" in an objectives.json"),
     ({"brevity": ["{"]}, "", "/d/brevity.jsonl:1: not JSON"),
     ({"my-data": PAIRS}, "", "/d/my-data.jsonl: no objective can be called 'my-data'; give it "
      "another name, a single word that is none of all, unified"),
     ({"x": [rated(1, **{"to the point": 5})]}, "", "/d/x.jsonl: no objective can be called 'to "),
-    ({"": PAIRS}, "", "no objective here"),
+    ({"": PAIRS}, "", "no directory with an objective"),
     *[({name: PAIRS}, "", f"/d/{name}.jsonl: no objective can be called {name!r}")
-      for name in ("all", "unified", "policy", "step_correctness", "guide", "run", "kl", "step")],
+      for name in ("w" * 61, "all", "unified", "policy", "step_correctness", "guide", "run", "kl",
+                   "step")],
     ({"step__steps": PAIRS}, "", "/d/step.steps.jsonl: no objective can be called 'step'")])
 def test_directories_that_cannot_serve(rows, argv, message, checkpoint, tmp_path, capsys):
     """A traceback, or a run directory, for data that no run can use: the message says which file,

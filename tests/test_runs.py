@@ -631,10 +631,10 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
 @pytest.mark.parametrize("file, rows, message", [
     ("honesty", [preference(1), "{not json"], "honesty.jsonl:2: not JSON"),
     ("honesty", [preference(1), {"prompt": "a", "chosen": "b"}], "honesty.jsonl:2"),
-    ("honesty", [preference(1, "same", "same")], "1 skipped: chosen equals rejected"),
-    ("honesty", [], "no rows"), ("honesty", None, "no such file"),
-    ("honesty", [preference(i, "red " * 200) for i in range(20)], "0 fit the context of 128"),
-    ("honesty", [preference(1)], "1 fit the context"),
+    ("honesty", [preference(1, "same", "same")], "1 left out: chosen equals rejected"),
+    ("honesty", [], "no rows"), ("honesty", None, "labelled steps alone are too little; add the "),
+    ("honesty", [preference(i, "red " * 200) for i in range(20)], "0 pairs for 'honesty' fit"),
+    ("honesty", [preference(1)], "1 pairs for 'honesty' fit the context"),
     ("honesty", [preference(1, "red " * i) for i in range(1, 41)], "nothing can be held out"),
     ("honesty.steps", [{"prompt": "a", "steps": ["x"], "labels": [1, 0]}],
      "honesty.steps.jsonl:1: 1 steps but 2 labels")])
