@@ -202,7 +202,7 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
                   max_new_tokens, state=None, **sampling):
     """PRM-guided best-of-K (paper, Sec. 5) for B ragged prompts at once -> list of B Guided.
 
-    boundary: newline | sentence | turn. guide: one of the PRM's outputs, or "unified".
+    boundary: newline | sentence | turn. guide: as in PRM.guide.
     state: that of an earlier call for the same conversations, which this call changes in place;
     prompts are then only the new tokens (the end of the turn is in the caches already).
     sampling: temperature (0 makes all candidates equal, so there is one only), top_k, top_p and
@@ -237,8 +237,8 @@ def guided_decode(model, prm, prompts, *, boundary, K=5, weights=0, guide="unifi
         # Score them with every output of the PRM; the guide makes one number of some of these.
         rows, _ = alive_rows((left < 1).repeat_interleave(K), K)                   # (B', K)
         outputs, fed = score_candidates(prm, state.prm, candidates, rows)          # (B' K, P)
-        values, scores = prm.guide(outputs, guide, boundary)
-        values, scores = values.unflatten(0, (-1, K)), scores.view(-1, K)          # (B', K)
+        outputs = outputs.unflatten(0, (-1, K))                                    # (B', K, P)
+        values, scores = prm.guide(outputs, guide, boundary)                       # (B', K)
         if not bool(scores.isfinite().all()):      # the largest of NaN would be any of them
             number = len(going[0].steps) + 1
             raise InputError(f"step {number}: the PRM's scores are not finite: {scores.tolist()}")
@@ -360,10 +360,11 @@ def stop_masks(model, boundary):
     return [mask.to(model.embed.weight.device) for mask in masks]
 
 
-def parse_weights(text, names, option="--weights", default=0.0):
+def parse_weights(text, names, option="--weights", default=0.0, free=False):
     """'a=0.7,b=0.3' -> list of numbers, one per name, `default` for those not named.
 
-    InputError for an unknown name, one given twice, a broken or negative number, all zero."""
+    InputError for an unknown name, one given twice, a broken number; and if not `free`, where they
+    may be anything up to a million, for a negative one, or all zero."""
     # What the text says, name by name.
     weights = {}
     for part in text.split(",") if text else []:
@@ -379,7 +380,9 @@ def parse_weights(text, names, option="--weights", default=0.0):
             raise InputError(f"{option}: {part!r} is not NAME=NUMBER") from None
     # In the order of the names, with the default for those that it does not mention.
     found = [weights.get(name, default) for name in names]
-    if not all(0 <= w < float("inf") for w in found) or sum(found) <= 0:
+    if free and not all(abs(w) <= 1e6 for w in found):
+        raise InputError(f"{option}: {text!r} must be numbers from -1e6 to 1e6")
+    if not free and (not all(0 <= w < float("inf") for w in found) or sum(found) <= 0):
         raise InputError(f"{option}: {text!r} must be non-negative numbers with a positive sum")
     return found
 
@@ -439,7 +442,10 @@ def parse_args(argv):
     add("--policy", default="mah_dpo", help="which model of the run answers (default mah_dpo)")
     add("--weights", help="mix of heads, NAME=NUMBER,...; default: uniform over the domain of the "
         "guide (of the run's first objective for 'unified')")
-    add("--guide", help="objective that guides, or 'unified'; default: that of the largest "
+    add("--free", action="store_true", help="take --weights as they are, any numbers: each says "
+        "how far to go from SFT's head towards its own, such as 1.5 or -0.5")
+    add("--guide", help="objective that guides, NAME=NUMBER,... for several, 'unified' for all of "
+        "a domain, 'worst' for the one that a step serves worst; default: that of the largest "
         "weight, else the run's first")
     add("--prm", help="directory of another reward model that guides instead of the run's own")
     add("--k", type=int, default=5, help="candidates per step (default 5; 1 with temperature 0)")
@@ -452,6 +458,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**31:
         raise InputError(f"--seed {args.seed} is out of range")
+    if args.free and args.weights is None:
+        raise InputError("--free needs --weights")
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("--prompt is blank; say something")
     return args
@@ -493,21 +501,28 @@ def main(argv=None):
     tokenizer, heads = model.tokenizer, model.config.objectives
     use_template_args(tokenizer, args.template_args)
     # The leading objective says where steps end, and without --weights which heads speak: the
-    # guide, else that of the largest weight, else the run's first.
+    # guide, of several the first, else that of the largest weight, else the run's first.
     weights = heaviest = None
     if args.weights is not None:
-        weights = parse_weights(args.weights, heads)
+        weights = parse_weights(args.weights, heads, free=args.free)
         heaviest = heads[weights.index(max(weights))]
     objectives = config["objectives"]
     known = {o.name: o for o in objectives}
-    leading = known.get(args.guide) or known.get(heaviest) or objectives[0]
+    first = (args.guide or "").partition("=")[0].strip()
+    leading = known.get(first) or known.get(heaviest) or objectives[0]
     if weights is None:
         weights = domain_mix(heads, leading.domain, objectives)
+    if args.free:
+        check_files(args.run, "sft")
+        sft = load_hf(find_model(args.run, "sft"))
+        weights = model.fold_free(weights, sft.heads[0].weight)
     # A PRM from elsewhere may call its outputs what it likes: all of them guide.
     guide = args.guide or ("unified" if args.prm else leading.name)
     path = args.prm or find_model(args.run, f"prm_{guide}", "prm")
     check_files(Path(path).parent, Path(path).name)
     prm = load_prm(path)
+    if "=" in guide:
+        guide = dict(zip(prm.names, parse_weights(guide, prm.names, "--guide")))
     temperature = config["temperature"] if args.temperature is None else args.temperature
     # An embedded model's answers were never longer than its world lets them be.
     longest = config["max_new_tokens"] if config["init"] else DOMAINS[leading.domain].max_new_tokens

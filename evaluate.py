@@ -23,9 +23,11 @@ import math
 import os
 import statistics
 import zlib
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -245,6 +247,39 @@ def average(models, weights=None):
     return GPT.from_state(models[0].config, state, models[0].tokenizer).eval()
 
 
+class Together:
+    """MOD (arXiv 2406.18853): policies of one shape, with one head each, that decode together by
+    the mix of their log-probabilities: pi ~ prod_i pi_i^w_i = softmax(sum_i w_i W_i h_i).
+
+    That is one product again, of all hidden states one behind the other with all heads w_i W_i side
+    by side: to what decodes it is a model with a wide h. Of heads of one backbone it is GPT.fold."""
+
+    def __init__(self, models):
+        self.models, self.tokenizer, self.embed = models, models[0].tokenizer, models[0].embed
+        # One cache has the layers of all.
+        layers = list(itertools.chain.from_iterable(model.layers for model in models))
+        self.config = replace(models[0].config, n_layer=len(layers))
+        for i, layer in enumerate(layers):
+            layer.attn.layer = i
+
+    new_cache = GPT.new_cache
+
+    def __call__(self, ids, cache=None, rows=None):
+        """ids (B, T) -> h (B, T, n d), the hidden states of n models; as GPT.forward."""
+        own, each = cache and cache.own, []
+        for model in self.models:
+            # All of them read the same tokens at the same places.
+            if cache:
+                cache.own = own
+            each.append(model(ids, cache, rows))
+        return torch.cat(each, -1)
+
+    def fold(self, weights):
+        """n numbers -> one head (V, n d)."""
+        heads = [w * model.heads[0].weight for w, model in zip(weights, self.models)]
+        return torch.cat(heads, 1)
+
+
 SINGLE = ("base", "sft", "single_head_dpo", "modpo")           # policies with a single head
 
 
@@ -252,8 +287,8 @@ class Job(NamedTuple):
     """How a row of the tables is made."""
     domain: str
     policy: str                     # the row's name: mah_dpo_greedy is another policy than mah_dpo,
-    model: str                      # of the same model, a directory of the run; a "soup" has none
-    weights: dict                   # {head: its share}, of a soup {objective: its policy's share}
+    model: str                      # of the same model, a directory; "soup" and "mod" have none
+    weights: dict                   # {head: its share}, of these {objective: its policy's share}
     guide: str = None
     temperature: float = None       # None: the run's own
     samples: int = 1                # of which the majority's answer counts
@@ -314,6 +349,9 @@ class Bench:
         # A single head has the name "policy".
         policies = [Job(domain, name, name, {"policy": 1.0}) for name in SINGLE]
         policies.append(Job(domain, "soup", "soup", uniform))
+        # Policies that decode together are in memory together: for large ones there is no room.
+        if not self.config["init"]:
+            policies.append(Job(domain, "mod", "mod", uniform))
         policies.append(Job(domain, "mah_dpo", "mah_dpo", self.mix(uniform)))
         for name in names:
             policies.append(Job(domain, f"mah_dpo:{name}", "mah_dpo", self.mix({name: 1.0})))
@@ -344,11 +382,30 @@ class Bench:
         jobs = []
         for pair in itertools.combinations(names, 2):
             for i in range(steps + 1 if steps else 0):
-                # The mix of heads costs nothing; the soup is another model at every step.
-                weights = dict(zip(pair, ((steps - i) / steps, i / steps)))
-                parts = {name: w for name, w in weights.items() if w > 0}
-                jobs.append(Job(domain, "mah_dpo", "mah_dpo", self.mix(weights), sweep=pair))
-                jobs.append(Job(domain, "soup", "soup", parts, sweep=pair))
+                jobs.append(self.swept(domain, "mah_dpo", pair, i / steps))
+                jobs.append(self.swept(domain, "soup", pair, i / steps))
+        return jobs
+
+    def swept(self, domain, policy, pair, w):
+        """A job of a sweep, in which the second objective of the pair has the weight w."""
+        weights = dict(zip(pair, (round(1 - w, 3), round(w, 3))))
+        # The mix of heads costs nothing; the soup is another model at every step.
+        if policy == "mah_dpo":
+            weights = self.mix(weights)
+        else:
+            weights = {name: share for name, share in weights.items() if share > 0}
+        return Job(domain, policy, policy, weights, sweep=pair)
+
+    def spread(self, rows):
+        """The jobs of sweeps whose points stand at equal distances along the fronts that the rows
+        of other sweeps have measured, with as many points."""
+        fronts = {}
+        for row in rows:
+            key = row["domain"], row["policy"], tuple(row["sweep"])
+            fronts.setdefault(key, []).append(means_of(row, row["sweep"]))
+        jobs = []
+        for key, points in fronts.items():
+            jobs += [self.swept(*key, w) for w in equal_arcs(points)]
         return jobs
 
     # -- one row
@@ -361,6 +418,8 @@ class Bench:
             device = "cpu" if len(weights) > 1 else self.device
             parts = [self.model(f"dpo_{name}", device) for name in job.weights]
             return average(parts, weights).to(self.device), 0           # head 0, the only one
+        if job.model == "mod":
+            return Together([self.load(f"dpo_{name}") for name in job.weights]), weights
         model = self.sft if job.model == "sft" else self.model(job.model)
         return model, weights
 
@@ -518,6 +577,17 @@ def hypervolume(points, reference=(0.0, 0.0)):
 # --- end of exercise 15 ---
 
 
+def equal_arcs(points):
+    """A curve measured at n equal steps of its weight, from 0 to 1 -> the n weights, with both
+    ends, that cut it into arcs of equal length (SURF, arXiv 2605.20619). points: n times (x, y);
+    between two of them the curve counts as straight, and its weight as even."""
+    # How long the curve is up to each point. Not even one of no length divides by 0.
+    arcs = [math.dist(here, there) + 1e-9 for here, there in zip(points, points[1:])]
+    length = np.cumsum([0.0, *arcs])
+    even = np.linspace(0, 1, len(points))
+    return np.interp(even * length[-1], length, even).tolist()
+
+
 def means_of(row, pair):
     """A row's mean scores of two objectives: a point of a front."""
     return [row["metrics"][name]["mean"] for name in pair]
@@ -558,7 +628,7 @@ def sweep_table(domain, pair, mixes):
     for row in sorted(mixes, key=lambda r: r["policy"]):
         line = {"policy": row["policy"]}
         for name in pair:
-            line[f"w {name}"] = f"{row['weights'].get(name, 0.0):.1f}"
+            line[f"w {name}"] = str(row["weights"].get(name, 0.0))
         lines.append(line | cells(row, row["metrics"], ()))
     return table(f"{domain}, a sweep of weights", lines)
 
@@ -622,7 +692,7 @@ def side_by_side(runs):
 
 # Every method has a colour that is readable on a light page and on a dark one.
 COLOURS = {"base": "#888", "sft": "#c70", "single_head_dpo": "#095", "modpo": "#b5b",
-           "soup": "#47d", "mah_dpo": "#d33"}
+           "soup": "#47d", "mod": "#0ab", "mah_dpo": "#d33"}
 STYLE = ("svg{background:#fff}text{font:13px sans-serif;fill:#222}path{stroke:#888;fill:none}"
          "polyline{fill:none}circle,polyline{stroke-width:2}"
          "@media(prefers-color-scheme:dark){svg{background:#111}text{fill:#ddd}}")
@@ -686,6 +756,15 @@ OUTPUTS = ("scores.jsonl", "results.md", "pareto.svg", "results.json")
 ROW_KEY = ("domain", "policy", "guide", "weights")
 
 
+def measure_all(bench, jobs):
+    """The rows of jobs. Several processes share them; each then has all of them."""
+    own = local_items(range(len(jobs)))
+    measured = in_threads(bench.row, [jobs[i] for i in own], bench.alone)
+    bar = tqdm(measured, desc="tables", total=len(own), unit="row", disable=None)
+    found = dict(gather(list(zip(own, bar))))
+    return [found[i] for i in range(len(jobs))]
+
+
 def evaluate(run, pair_rows, device=None):
     """Measure every row of a run of one seed, then publish. pair_rows: the rows of held-out pairs;
     device: if not the run's own."""
@@ -693,13 +772,12 @@ def evaluate(run, pair_rows, device=None):
     # First the tables of all domains, then the sweeps.
     tables = [bench.jobs(domain) for domain in bench.worlds]
     sweeps = [bench.sweep(domain) for domain in bench.worlds]
-    jobs = list(itertools.chain(*tables, *sweeps))
-    # Several processes share the rows; each then has all of them.
-    own = local_items(range(len(jobs)))
-    measured = in_threads(bench.row, [jobs[i] for i in own], bench.alone)
-    bar = tqdm(measured, desc="tables", total=len(own), unit="row", disable=None)
-    found = dict(gather(list(zip(own, bar))))
-    rows = [found[i] for i in range(len(jobs))]
+    rows = measure_all(bench, list(itertools.chain(*tables, *sweeps)))
+    # A second sweep takes the place of the first, which has shown how the fronts run. (Runs of
+    # earlier versions know one spacing.)
+    if bench.config.get("spacing") == "front":
+        swept = [row for row in rows if "sweep" in row]
+        rows = [row for row in rows if "sweep" not in row] + measure_all(bench, bench.spread(swept))
     # What the means are made of, prompt by prompt: paired comparisons need it.
     lines = ""
     for row in rows:

@@ -12,7 +12,9 @@ made, so a head that saw no pair keeps grad None.
 
 Read response_logps and policy_logps, then the losses: DPO, MAH-DPO, and the baselines MODPO (the
 other objectives' rewards as a margin) and DPO soup (a policy per objective, parameters averaged).
+Last come rules beside the plain sum for what the objectives ask of the backbone that they share.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -224,6 +226,82 @@ def soup(state_dicts, weights):
         for name, t in state.items():
             mixed[name] = mixed.get(name, 0) + w / total * t
     return mixed
+
+
+# -- what objectives ask of the backbone
+#
+# Heads share nothing, but every objective's gradient pulls on the backbone, perhaps against the
+# others. A rule chooses how much of each goes into the update, and all that it looks at is how the
+# gradients g_i of the losses L_i stand to each other: gram (H, H), gram[i, j] = g_i . g_j.
+
+RULES = ["sum", "raco", "cagrad", "mgda"]
+
+
+def combine(gram, alpha, rule, c=0.4):
+    """gram (H, H) and the objectives' weights alpha (H,) -> (H,), how much of each g_i goes into
+    the update sum_i coefficient_i g_i. With w = alpha / sum(alpha) and g_0 = sum_i w_i g_i:
+
+    sum     g_0, the gradient of sum_i alpha_i L_i
+    mgda    the shortest vector G_p = sum_i p_i g_i, p on the simplex (Desideri 2012)
+    cagrad  g_0 + c |g_0| G_p / |G_p|, p = argmin G_p . g_0 + c |g_0| |G_p|: of all updates that
+            differ from g_0 by c |g_0| the one that serves the worst served objective most
+            (Liu et al. 2021, arXiv 2110.14048)
+    raco    the same with p_i cut to at most w_i: no objective is served at the cost of the weights
+            that were asked for (arXiv 2602.02495, Algorithm 1)
+
+    Each is taken sum(alpha) times, as the sum is. c, in [0, 1), says how far they part from it."""
+    if rule == "sum":
+        return alpha
+    total = alpha.sum()
+    w = alpha / total
+    if rule == "mgda":
+        return total * least_conflict(gram, torch.zeros_like(w), 1.0, w)
+    along = gram @ w                                    # (H,) every g_i . g_0
+    reach = c * (w @ along).clamp(min=0).sqrt()         # c |g_0|
+    p = least_conflict(gram, along, reach, w)
+    if rule == "raco":
+        p = torch.minimum(p, w)
+    length = (p @ gram @ p).clamp(min=0).sqrt()         # |G_p|
+    # Without a direction g_0 stays as it is.
+    if length == 0:
+        return alpha
+    return alpha + total * reach / length * p
+
+
+def least_conflict(gram, b, s, p, steps=200):
+    """The shares p (H,) on the simplex that minimise b . p + s |sum_i p_i g_i|. They begin at p, and
+    a share that is 0 there stays 0.
+
+    Each step moves what is best from the share where the slope is largest to that where it is
+    smallest. Along such a line, of two objectives all there is, the minimum is known exactly."""
+    p, allowed = p.clone(), p > 0
+    for _ in range(steps):
+        pull = gram @ p                                 # (H,) every g_i . G_p
+        square = (p @ pull).clamp(min=0)                # |G_p|^2
+        norm = square.sqrt().clamp(min=1e-30)
+        slope = b + s * pull / norm                     # (H,)
+        i = slope.where(allowed, math.inf).argmin()
+        j = slope.where(p > 0, -math.inf).argmax()
+        # With a share t moved: b . p changes by d t, |G_p|^2 is A t^2 + 2 B t + |G_p|^2.
+        across = gram[i] - gram[j]                      # (H,) every g . (g_i - g_j)
+        A = across[i] - across[j]
+        B = p @ across
+        d = b[i] - b[j]
+        t = p[j]
+        steep = s * s * A - d * d
+        # All of it goes where b . p falls faster than the norm can grow; else to where they meet.
+        if steep > 0:
+            least = (A * square - B * B).clamp(min=0)   # A times the least |G_p|^2 on the line
+            turn = B + d * (least / steep).sqrt()
+            t = torch.minimum(t, -turn / A)
+        # Slopes that are equal but for rounding are equal.
+        gap = slope[j] - slope[i]
+        rounding = 1e-9 * slope.abs().max()
+        if not (gap > rounding and t > 0):
+            break
+        p[i] += t
+        p[j] -= t
+    return p
 
 
 def make_optimizer(model, lr_backbone, lr_heads):

@@ -590,13 +590,26 @@ class GPT(nn.Module):
     # --- exercise 13: GPT.fold (2 points) ---
     def fold(self, weights):
         """The mix of heads as one matrix (V, d) = sum_i w_i W_i (paper, Sec. 5): H heads decode at
-        the price of one. A head of weight 0 is not touched, and one alone is itself."""
+        the price of one. A head of weight 0 is not touched, and one alone is itself; so is what
+        fold_free gives."""
+        if isinstance(weights, torch.Tensor) and weights.dim() == 2:
+            return weights
         w = self.weights(weights)
         used = [i for i in range(len(w)) if w[i] > 0]
         if len(used) == 1:
             return self.heads[used[0]].weight
         return sum(w[i] * self.heads[i].weight for i in used)
     # --- end of exercise 13 ---
+
+    @torch.no_grad()
+    def fold_free(self, weights, reference):
+        """A mix off the simplex: W_ref + sum_i l_i (W_i - W_ref) (V, d), which `fold` takes for
+        weights. l (H,): `weights`, any numbers; 0 is the reference, more than 1 goes further than
+        training, less than 0 the other way. W_ref (V, d): `reference`, the head of SFT."""
+        head = reference.clone()
+        for l, own in zip(weights, self.heads):
+            head += l * (own.weight - reference)
+        return head
 
     def logits(self, h, weights=0):
         """h (..., d) -> (..., V) of a mix of heads, or of one head: 0 is the first one's number."""

@@ -136,6 +136,29 @@ STEP_OUTPUT = Objective(STEP, "", "B", "")
 SECOND = " by a second judge"
 
 
+def worst_mix(V, strength=1.0, steps=100):
+    """RMOD (arXiv 2503.08796): scores V (..., K, P) of K candidates -> the weights w (..., 1, P) on
+    the simplex that minimise log mean_k exp(strength sum_p w_p V_kp): those of the mix by which the
+    candidates gain least, which is guidance against the worst objective.
+
+    Scores of preferences have no zero: a gain is counted from the mean of the candidates."""
+    mean = V.mean(-2, keepdim=True)
+    V = strength * (V - mean)
+    # The larger the scores, the shorter the steps that still converge.
+    largest = V.abs().amax((-2, -1), keepdim=True)
+    steepness = largest.square()
+    rate = 2 / steepness.clamp(min=1)
+    u = torch.zeros_like(mean)                                                     # (..., 1, P)
+    for _ in range(steps):
+        # Exponentiated gradient: an output by which the better candidates gain loses weight.
+        w = u.softmax(-1)
+        mixed = (w * V).sum(-1, keepdim=True)                                      # (..., K, 1)
+        better = mixed.softmax(-2)
+        gain = (better * V).sum(-2, keepdim=True)                                  # (..., 1, P)
+        u = u - rate * gain
+    return u.softmax(-1)
+
+
 class PRM(nn.Module):
     """A backbone and an MLP (Linear, ReLU, Linear) with P scores for every token.
 
@@ -169,19 +192,38 @@ class PRM(nn.Module):
         return torch.cat((above[..., :-1], below[..., -1:]), -1)
 
     def guide(self, scores, guide, boundary):
-        """scores (..., P) -> the outputs' own scores that guide (..., P'), of one output, or for
-        "unified" of those whose steps end at `boundary`, a world's say; and what is compared, their
-        mean in units of their spread (...). InputError for an unknown guide."""
-        names = [guide]
-        if guide == "unified":
+        """scores (..., K, P) of K candidates -> the outputs' own scores that guide (..., K, P'); and
+        what is compared, their weighted mean in units of their spread (..., K).
+
+        guide: an output; {output: weight}; "unified", all whose steps end at `boundary`, a world's
+        say, weighted alike; "worst", the same ones as in worst_mix. InputError for one that names
+        no output, or some whose steps end differently."""
+        shares = guide if isinstance(guide, dict) else {guide: 1.0}
+        if guide in ("unified", "worst"):
             # A released reward model has no boundary of its own: it fits all.
-            names = [o.name for o in self.outputs if o.boundary in ("", boundary)]
-        index = [p for p, name in enumerate(self.names) if name in names]
-        if not index:
-            raise InputError(f"no PRM output {guide!r} here: this PRM has "
-                             f"{', '.join(self.names)}, and 'unified'")
-        values = scores[..., index]                                                # (..., P')
-        return values, (values / self.scale[index]).mean(-1)
+            fitting = [o.name for o in self.outputs if o.boundary in ("", boundary)]
+            shares = dict.fromkeys(fitting, 1.0)
+        index = [p for p, name in enumerate(self.names) if shares.get(name)]
+        unknown = shares.keys() - set(self.names)
+        if unknown or not index:
+            known = ", ".join(self.names)
+            raise InputError(f"no PRM output {guide!r} here: this PRM has {known}, 'unified' and "
+                             "'worst'")
+        ends = {self.outputs[p].boundary for p in index}
+        ends.discard("")
+        if len(ends) > 1:
+            found = ", ".join(sorted(ends))
+            raise InputError(f"the steps of the outputs that guide end differently: {found}")
+        values = scores[..., index]                                                # (..., K, P')
+        scaled = values / self.scale[index]
+        # One weight for each of them, or for every step its own.
+        weights = [shares[self.names[p]] for p in index]
+        weights = scaled.new_tensor(weights)                                       # (P',)
+        if guide == "worst":
+            weights = worst_mix(scaled)                                            # (..., 1, P')
+        mixed = (weights * scaled).sum(-1)
+        total = weights.sum(-1)
+        return values, mixed / total
 
 
 # -- scoring sequences

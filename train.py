@@ -49,15 +49,16 @@ from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
 from interop.manifest import check_files, forget_files, note_files
 from interop.options import METHODS, check_config, read_command
-from interop.parallel import (even, gather, head_norm, in_threads, join_processes, local_items,
-                              parameters_of, placed, rank, ranks, reaching, shard, total, whole)
+from interop.parallel import (even, gather, head_norm, in_threads, inner_products,
+                              join_processes, local_items, parameters_of, placed, rank, ranks,
+                              reaching, shard, total, whole)
 from interop.real_data import (describe_data, load_base, objectives_of, real_labels, real_pairs,
                                worlds_of)
 from interop.resume import (at_work, clear, copy_stages, finished, free_name, load_checkpoint,
                             load_config, new_directory, put_rows, read_rows, run_key,
                             save_checkpoint, save_config, stops_wait, write_rows)
-from mah_dpo import (Pair, balanced_mean, mah_dpo_loss, make_optimizer, modpo_loss, own_heads,
-                     pair_logps, pair_metrics, policy_logps)
+from mah_dpo import (Pair, balanced_mean, combine, mah_dpo_loss, make_optimizer, modpo_loss,
+                     own_heads, pair_logps, pair_metrics, policy_logps)
 from model import GPT, GPTConfig, emulates_bf16, load_hf, pick_device, sampling_dtype, save_hf
 from prm import (PRM, SECOND, STEP, STEP_OUTPUT, Labelled, bradley_terry_loss, graded_labels,
                  hindsight_targets, majority_labels, pair_scores, save_prm, scores_at, step_loss,
@@ -459,6 +460,24 @@ def choose(pairs, names, split):
     return [pair for pair in pairs if pair.objective in names and pair.split == split]
 
 
+def pull(config, rule, names, gram):
+    """What `gradient` asks a rule of `combine`: the share of each objective's gradient on the
+    backbone, and for the log their norms and cosines.
+
+    gram (O, O): of the gradients of alpha_i L_i, which are what a training step computes."""
+    norms = gram.diagonal().sqrt()
+    cosines = gram / torch.outer(norms, norms)
+    # That with itself, and of a gradient that is 0, says nothing: the log leaves NaN out.
+    about = {"backbone_norm": norms}
+    for name, column in zip(names, cosines.fill_diagonal_(math.nan)):
+        about[f"cosine {name}"] = column
+    # The rules take the gradients of L_i. An objective of weight 0 has a gradient of 0.
+    alpha = gram.new_tensor(parse_weights(config.alpha, names, "--alpha", 1.0))     # (O,)
+    scale = alpha.clamp(min=1e-9)
+    shares = combine(gram / torch.outer(scale, scale), alpha, rule, config.combine_c) / scale
+    return shares.tolist(), about
+
+
 def preference_loss(run, pairs, logps, count=None):
     """The loss of n pairs: DPO's objective by objective, or MODPO's where the pairs have margins.
 
@@ -522,11 +541,17 @@ def train_policy(run, name):
     for o in names:
         dev += choose(pairs, [o], "dev")[:4 * n]
         streams.append(endless(choose(pairs, [o], "train"), run.generator("pairs", o)))
+    # A rule is for what the objectives share apart from their heads: MAH-DPO's backbone. How they
+    # pull on it is logged for every policy of several objectives.
+    rule = config.combine if name == "mah_dpo" else "sum"
+    shares = partial(pull, config, rule, names) if len(names) > 1 else None
+    plain = rule == "sum"
     # Every policy's epochs are those of the objective with the most pairs.
     most = max(len(choose(pairs, [o], "train")) for o in run.names)
     batches = mixed_batches(streams, [n] * len(names))
     fit(run, name, model, optimizer, config.dpo_steps, most / n, batches, loss_of, run.names,
-        develop if dev else None, heads=model.heads if len(heads) > 1 else (), clip=10.0)
+        develop if dev else None, heads=model.heads if len(heads) > 1 else (), clip=10.0,
+        rule=None if plain else shares, look=shares if plain and config.conflict_every else None)
     save_hf(model, run.file(name), weights=None if name == "mah_dpo" else 0)
 
 
@@ -953,13 +978,13 @@ def stages(run):
               "objective data max_new_tokens sft_steps sft_batch sft_lr", train_sft),
         Stage("samples and judges", ["pairs.jsonl"], "temperature n_prompts n_samples", make_pairs),
         *[Stage(f"policy {name}", [name], policies, train_policy) for name in baselines],
-        Stage("policy mah_dpo", ["mah_dpo"], "perturbation", train_policy),
+        Stage("policy mah_dpo", ["mah_dpo"], "perturbation combine combine_c", train_policy),
         Stage("held-out pairs", ["pair_metrics.json"], "", measure_pairs),
         Stage("rollouts and labels", ["mah_dpo_pairs.jsonl", "labels.jsonl"],
               "gamma rollouts n_rollout_prompts judge_labels", make_labels),
         *[Stage(f"process reward model {name}", [name], prm, train_prm) for name in prms],
         Stage("tables", ["scores.jsonl", "results.md", "pareto.svg", "results.json"],
-              "n_test split weight_steps k", make_tables)]
+              "n_test split weight_steps spacing k", make_tables)]
 
 
 def make_tables(run, name):
@@ -993,7 +1018,8 @@ def run_stages(run):
 # gradients, checkpoints, the log.
 
 def fit(run, stage, model, optimizer, steps, epoch, batches, loss_of, names=(), develop=None, *,
-        parts_of=dealt_parts, heads=(), clip=1.0, warm_up=20, decay="constant"):
+        parts_of=dealt_parts, heads=(), clip=1.0, warm_up=20, decay="constant", rule=None,
+        look=None):
     """Updates, each by the gradient of one batch: as many as `steps`, but at most config.epochs
     passes over the data, of `epoch` batches each -> the rows of its log.
 
@@ -1002,11 +1028,12 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, loss_of, names=(), 
     loss_of(part, batch): a part's share of the batch's loss, and numbers for the log, {metric:
     tensor}, scalars or one for each objective of `names`; both add up over parts and processes.
     develop(): such numbers on held-out data, four times. heads: those whose gradients' norms are
-    logged, one for each of `names`. clip: largest norm of a gradient. Every
-    config.checkpoint_every steps, and before a stop, all that the next step needs is saved."""
+    logged, one for each of `names`. clip: largest norm of a gradient. rule: as in `gradient`; look:
+    the same, for the log alone, every config.conflict_every steps. Every config.checkpoint_every
+    steps, and before a stop, all that the next step needs is saved."""
     steps = min(steps, max(1, math.ceil(run.config.epochs * epoch)))
     top = [group["lr"] for group in optimizer.param_groups]
-    backward = partial(gradient, optimizer, parts_of, loss_of, heads, clip)
+    backward = partial(gradient, optimizer, parts_of, loss_of, heads, clip, names, rule=rule)
     start, log = load_checkpoint(run, stage, model, optimizer)
     seconds, tokens = 0.0, 0
     # The batches of the steps that a checkpoint holds are drawn again, and not used.
@@ -1031,15 +1058,19 @@ def fit(run, stage, model, optimizer, steps, epoch, batches, loss_of, names=(), 
             # One step: the rates, the gradient, and if it is a number, the update.
             for group, lr in zip(optimizer.param_groups, top):
                 group["lr"] = lr * rate_factor(step, steps, warm_up, decay)
+            asked = {}
+            if look and step % run.config.conflict_every == 0:
+                asked, *_ = backward(batch, rule=look)
             found, norm, finite = backward(batch)
             if not finite:
-                refuse_step(f"{stage}, step {step}", batch, backward)
+                refuse_step(f"{stage}, step {step}", batch, partial(backward, rule=None))
             optimizer.step()
             seconds += time.perf_counter() - begun
             tokens += sum(map(len, batch))
             # What a person wants to see.
-            if step % 10 == 0 or step == steps - 1:
-                log.append({"step": step, "gradient_norm": norm.item()} | log_row(found, names))
+            if asked or step % 10 == 0 or step == steps - 1:
+                row = log_row(asked | found, names)
+                log.append({"step": step, "gradient_norm": norm.item()} | row)
                 bar.set_postfix(loss=float(found["loss"].nanmean()), refresh=False)
             bar.update()
     run.log(stage, log)
@@ -1057,19 +1088,36 @@ def rate_factor(step, steps, warm_up, decay):
     return warm * (0.05 + 0.95 * left)
 
 
-def gradient(optimizer, parts_of, loss_of, heads, clip, batch):
+def gradient(optimizer, parts_of, loss_of, heads, clip, names, batch, rule=None):
     """Leave a batch's gradient, clipped, in the parameters -> numbers for the log, the norm before
-    clipping, are loss and norm finite? All over all processes."""
+    clipping, are loss and norm finite? All over all processes.
+
+    rule(gram): of the gradients of the objectives `names` on the backbone, which `gram` holds the
+    inner products of, how much of each is taken, and numbers for the log. Without it, all."""
     optimizer.zero_grad()
-    found = Counter()
-    for part in parts_of(batch):
-        loss, metrics = loss_of(part, batch)
-        # FSDP takes the mean of the processes' gradients, so each is made larger by their number.
-        (loss * ranks()).backward()
-        found.update(metrics)
+    found, backbone = Counter(), optimizer.param_groups[0]["params"]
+    # For a rule one objective comes after another, and its gradient on the backbone is put aside.
+    groups, each = [batch], []
+    if rule:
+        groups = [[pair for pair in batch if pair.objective == name] for name in names]
+    for group in groups:
+        for part in parts_of(group):
+            loss, metrics = loss_of(part, batch)
+            # FSDP takes the mean of the processes' gradients: each is made larger by their number.
+            (loss * ranks()).backward()
+            found.update(metrics)
+        if rule:
+            each.append([p.grad for p in backbone])
+            for p in backbone:
+                p.grad = None
     if heads:                   # a head's gradient comes from its own objective alone
         found["gradient_norm"] = torch.stack([head_norm(head) for head in heads])
     found = {metric: total(value) for metric, value in found.items()}
+    if rule:
+        shares, about = rule(inner_products(each))
+        for p, own in zip(backbone, zip(*each)):
+            p.grad = sum(share * g for share, g in zip(shares, own))
+        found |= about
     norm = whole(torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip))
     # The loss of an objective without pairs is NaN.
     loss = found["loss"].nansum()

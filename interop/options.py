@@ -12,6 +12,7 @@ from decode import parse_weights
 from interop.datasets import DATA_HELP
 from interop.parallel import ranks
 from interop.real_data import objectives_of
+from mah_dpo import RULES
 
 # The names under which --dpo-lr-factor knows the preference-trained policies.
 METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]
@@ -19,7 +20,8 @@ METHODS = ["mah_dpo", "single_head_dpo", "modpo", "soup"]
 
 def option(default, text, **about):
     """A field of Config: its default, its line in --help; perhaps `fast`, its value under --fast,
-    and what it may be: at least `low` (if not said: 0, of a whole number 1), one of `choices`."""
+    and what it may be: at least `low` (if not said: 0, of a whole number 1), below `high`, one of
+    `choices`."""
     return field(default=default, metadata={"help": text} | about)
 
 
@@ -86,19 +88,30 @@ class Config:
     # temperature 1 on development prompts, mean of the domains. Names: METHODS; 1 where not named.
     dpo_lr_factor: str = option("single_head_dpo=0.55,modpo=0.55", "factors on the heads' rate, "
                                 "NAME=NUMBER,... of mah_dpo, single_head_dpo, modpo, soup")
+    # sum is the plain gradient of the loss; the others are in mah_dpo.combine.
+    combine: str = option("sum", "rule by which MAH-DPO's objectives share the backbone: "
+                          f"{', '.join(RULES)}", choices=RULES)
+    combine_c: float = option(0.4, "how far raco and cagrad part from the sum, in [0, 1)",
+                              high=1)
+    conflict_every: int = option(20, "steps between looks, for log.jsonl, at the cosines of the "
+                                 "objectives' gradients on the backbone; 0: never, which saves a "
+                                 "gradient's memory for each", low=0)
     # The tables.
     n_test: int = option(200, "prompts per domain that the tables measure", fast=12)
     # dev while settings are still being chosen.
     split: str = option("test", "prompts of the tables: test or dev", choices=["test", "dev"])
     weight_steps: int = option(10, "steps from one head to another in the sweep of weights, or 0",
                                fast=2, low=0)
+    spacing: str = option("equal", "weights of the sweep: equal, or by a second sweep at equal "
+                          "distances along the front that the first has measured",
+                          choices=["equal", "front"])
     k: int = option(5, "K, candidates per step of guided decoding, and whole answers of its rivals")
     max_new_tokens: int = option(256, "most tokens of a sampled answer to a real question")
     checkpoint_every: int = option(100, "steps of a training between checkpoints for --resume")
 
 
 # Options that change no figure: a run may go on, or be started from, under other values.
-HARMLESS = ["out", "from_", "seeds", "device", "checkpoint_every"]
+HARMLESS = ["out", "from_", "seeds", "device", "checkpoint_every", "conflict_every"]
 
 
 def flag(name):
@@ -139,7 +152,7 @@ def check_config(config, objectives=None):
     for f in fields(config):
         value = getattr(config, f.name)
         low = f.metadata.get("low", 1 if f.type is int else 0)
-        if f.type in (int, float) and not low <= value < 2**31:
+        if f.type in (int, float) and not low <= value < f.metadata.get("high", 2**31):
             raise InputError(f"{flag(f.name)} {value} is out of range")
         if value not in f.metadata.get("choices", [value]):
             choices = " or ".join(f.metadata["choices"])

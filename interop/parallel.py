@@ -199,6 +199,18 @@ def like(t, other):
     return t.to(other.device)
 
 
+def inner_products(gradients):
+    """A list of tensors for each of H objectives, of the same parameters -> (H, H) in float64 on
+    the CPU, their inner products over all parameters and all processes."""
+    found = 0
+    for own in zip(*gradients):
+        # Of a parameter that is shared out, every process adds the products of its rows.
+        rows = [g.to_local() if is_sharded(g) else g for g in own]
+        flat = torch.stack(rows).flatten(1)                                 # (H, numbers)
+        found = found + (flat @ flat.T).double()
+    return total(found).cpu()
+
+
 def reaching(loss, parameters):
     """A loss that has a gradient, of 0 perhaps, for all of these parameters: FSDP wants it for the
     same parameters in every process."""

@@ -30,8 +30,8 @@ from prm import STEP, Labelled
 
 # No objective can have these names: they mean something else in --objective and --guide, as a head,
 # as an output of a PRM, in the rows of a log, in the columns of a table.
-TAKEN = ("all", "unified", "policy", STEP, "stage", "step", "split", "gradient_norm", "run",
-         "guide", "kl", "tokens", "drawn")
+TAKEN = ("all", "unified", "worst", "policy", STEP, "stage", "step", "split", "gradient_norm",
+         "run", "guide", "kl", "tokens", "drawn")
 
 
 def objective_files(data):

@@ -122,6 +122,8 @@ test_pairs_each_through_its_own_head:
 test_pairs_each_through_its_own_head:
   After prompts of unequal length words stand in places that are not theirs.
     t).repeat_interleave(n // len(held), 0) ==> t).repeat(n // len(held), 1)
+test_free_weights_go_on_from_sfts_head: --free with weights of 0 does not talk like SFT.
+    head += l * (own.weight - reference) ==> head = l * (own.weight - reference)
 [prm.py]
 test_ex5_hand_values: The value of a finished right answer is 1.9 at most, never 2.
     gamma ** (lengths - t) * correct ==> gamma ** (lengths - t + 1) * correct
@@ -139,7 +141,7 @@ test_mse_hand_value_and_mask: The loss is small where few steps have labels.
     mask.sum().clamp(min=1) ==> mask.numel()
 test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain:
   Unified guidance follows one objective only.
-    (values / self.scale[index]).mean(-1) ==> values.mean(-1)
+    scaled = values / self.scale[index] ==> scaled = values
 test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain:
   Unified guidance of maths listens to the tutors.
     if o.boundary in ("", boundary)] ==> if o.boundary not in ("", boundary)]
@@ -154,6 +156,10 @@ test_weights_come_from_the_generator: The PRM's loss starts in the thousands.
     std=d ** -0.5 ==> std=d ** 0.5
 test_step_correctness_is_not_saved: A finished PRM has an output that is no objective.
     if name != STEP ==> if True
+test_the_worst_served_objective_weighs_most: --guide worst helps whom it need not help.
+    u = u - rate * gain ==> u = u + rate * gain
+test_guide_of_unlike_steps_is_refused: An output is read where none of its steps ends.
+    if len(ends) > 1: ==> if len(ends) > 2:
 [mah_dpo.py]
 test_ex1_hand_values: No policy ever learns to end.
     row, t = mask[:, 1:].nonzero(as_tuple=True) ==> row, t = mask[:, :-1].nonzero(as_tuple=True)
@@ -195,6 +201,10 @@ test_optimizer_covers_every_parameter_once: Parameters without a gradient's sign
 test_pairs_each_through_its_own_head:
   With several pairs a step, answers begin as if something else had been asked.
     last = h[b, lengths - 1].repeat_interleave(2, 0) ==> last = h[b, lengths - 1].repeat(2, 1)
+test_raco_of_two_is_the_closed_form: --combine raco and cagrad train the same policy.
+    p = torch.minimum(p, w) ==> p = torch.maximum(p, p)
+test_raco_of_two_is_the_closed_form: Of two objectives a rule serves the wrong one more.
+    d = b[i] - b[j] ==> d = b[j] - b[i]
 [decode.py]
 test_ex10_draws: The lower the temperature, the wilder the text.
     F.softmax(logits / temperature, -1) ==> F.softmax(logits * temperature, -1)
@@ -245,6 +255,8 @@ test_main_derives_what_is_not_said: --weights alone never decides who guides.
     heaviest = heads[weights.index(max(weights))] ==> heaviest = args.guide
 test_main_closes_an_answer_that_was_cut_off: With a short --max-new-tokens conversations derail.
     return closing + tokenizer ==> return tokenizer
+test_free_weights: A weight of -0.5 is taken although nobody asked for --free.
+    if not free and (not all( ==> if not found and (not all(
 [evaluate.py]
 test_seeds_depend_on_seed_and_purpose: All domains meet the same luck.
     zlib.crc32(repr((seed, *what)).encode()) ==> zlib.crc32(repr((seed, what[0])).encode())
@@ -265,6 +277,13 @@ test_pair_metrics_rows_by_hand: All objectives have the same loss in the table o
     metrics = {metric: summary(v[own].tolist()) for ==> metrics = {metric: summary(v.tolist()) for
 test_ex15_hand_values: Adding a policy to a front can make its area smaller.
     for x, y in sorted(points, reverse=True): ==> for x, y in sorted(points):
+test_mod_mixes_the_log_probabilities_of_policies: In the row mod every policy counts alike.
+    heads = [w * model.heads[0].weight ==> heads = [model.heads[0].weight / len(weights)
+test_mod_of_heads_of_one_backbone_is_their_fold:
+  The row mod is fine for a first token, and worse from token to token.
+    cache.own = own ==> cache.own = cache.own
+test_equal_arcs: --spacing front changes nothing.
+    np.interp(even * length[-1], length, even) ==> np.interp(even, even, even)
 [train.py]
 test_train_policy_weighs_the_objectives: --alpha changes nothing.
     alpha = torch.tensor(weights, device=device) ==> alpha = torch.ones(len(weights), device=device)
@@ -311,6 +330,10 @@ test_train_prm_adds_step_correctness_and_drops_it:
 test_train_prm_leaves_no_source_without_its_share:
   Guidance in the domain with few labels hardly learns anything.
     max(config.prm_pairs, config.prm_batch * n ==> max(1, config.prm_batch * n
+test_a_rule_combines_what_objectives_ask_of_the_backbone: With --combine, --alpha counts twice.
+    alpha, rule, config.combine_c) / scale ==> alpha, rule, config.combine_c)
+test_a_look_at_the_conflict_changes_nothing: All gradients on the backbone are of one length.
+    {"backbone_norm": norms} ==> {"backbone_norm": norms / norms}
 [interop/answers.py]
 test_final_answers: Of two boxed results the wrong one counts.
     return text[ends[-1]:] if ends ==> return text[ends[0]:] if ends
@@ -333,6 +356,9 @@ test_ratings_give_pairs_of_every_objective: Trained on published ratings, the mo
     Preference(objective, prompt, best, worst) ==> Preference(objective, prompt, worst, best)
 test_spellings_of_steps: The first wrong step is praised.
     n_right = n if label == -1 else label ==> n_right = n if label == -1 else min(n, label + 1)
+[interop/parallel.py]
+test_two_processes_compute_what_one_computes: With two processes every rule is another one.
+    return total(found).cpu() ==> return found.cpu()
 [interop/reward_models.py]
 test_released_reward_models: A released reward model with two labels ranks answers oddly.
     tensors[key] = t[1:] - t[:1] ==> tensors[key] = t[1:]

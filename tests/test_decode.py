@@ -646,6 +646,14 @@ def test_parse_weights(text, more, weights):
     assert parse_weights(text, ["a", "b", "c"], *more) == weights
 
 
+@pytest.mark.parametrize("text, weights", [("a=-0.5,b=1.5", [-0.5, 1.5]), ("", [0, 0])])
+def test_free_weights(text, weights):
+    """Prevents: weights off the simplex that are refused, or that are let in unasked."""
+    assert parse_weights(text, ["a", "b"], free=True) == weights
+    with pytest.raises(InputError, match="^--weights: .* non-negative"):
+        parse_weights(text, ["a", "b"])
+
+
 @pytest.mark.parametrize("text, message", [
     ("d=1", "no 'd' here.*a, b"), ("a", "'a' is not NAME=NUMBER"),
     ("a=x", "'a=x' is not NAME=NUMBER"), ("a=1,b=1, a=2", "'a' is given twice"),
@@ -754,6 +762,8 @@ OTHER = "the directory of another PRM"
     (["--weights", f"{ENGAGEMENT}=3,{ACCURACY}=1"], [1, 3], ENGAGEMENT, 0.7),
     (["--weights", f"{ENGAGEMENT}=3", "--guide", ACCURACY], [0, 3], ACCURACY, 0.7),
     (["--temperature", "0.3"], [1, 1], ACCURACY, 0.3),
+    (["--guide", "worst"], [1, 1], "worst", 0.7),
+    (["--guide", f"{ENGAGEMENT}=3, {ACCURACY}=1"], [1, 1], {ACCURACY: 1.0, ENGAGEMENT: 3.0}, 0.7),
     (["--prm", OTHER], [1, 1], "unified", 0.7),
     (["--prm", OTHER, "--guide", ENGAGEMENT], [1, 1], ENGAGEMENT, 0.7)])
 def test_main_derives_what_is_not_said(tiny_run, gpt, asked, tmp_path, argv, weights, guide,
@@ -782,6 +792,25 @@ def test_an_answer_may_be_as_long_as_in_training(gpt, asked, tmp_path, init, arg
     write_json(path, decode.read_json(path) | {"init": init, "max_new_tokens": 200})
     decode.main([run, "--prompt", "2 + 3 = ?", *argv])
     assert [call["max_new_tokens"] for call in asked] == [limit]
+
+
+def test_free_weights_go_on_from_sfts_head(gpt, asked, tmp_path):
+    """Prevents: weights that are divided by their sum, a mix that starts from 0 or another head
+    than SFT's; numbers that are none."""
+    run, sft = write_run(tmp_path, gpt, prm=NAMES[:2]), gpt.with_heads(["policy"], 0.5, seeded(3))
+    save_hf(sft, os.path.join(run, "sft"), weights=0)
+    mixes = []
+    for text in (f"{ACCURACY}=1.5,{ENGAGEMENT}=-1", f"{ACCURACY}=0", f"{ENGAGEMENT}=1"):
+        decode.main([run, "--prompt", "2 + 3 = ?", "--free", "--weights", text])
+        mixes.append(gpt.fold(asked[-1]["weights"]))
+    reference, first, second = (h.weight.detach() for h in (*sft.heads, *gpt.heads))
+    expected = 0.5 * reference + 1.5 * first - second
+    torch.testing.assert_close(mixes[0], expected, atol=1e-5, rtol=0)
+    assert torch.equal(mixes[1], reference)
+    torch.testing.assert_close(mixes[2], second, atol=1e-6, rtol=0)
+    for bad in ("nan", "inf", "-inf", "1e300"):
+        with pytest.raises(InputError, match="^--weights: .* must be numbers from -1e6 to 1e6"):
+            decode.main([run, "--free", "--weights", f"{ACCURACY}={bad}"])
 
 
 def test_main_closes_an_answer_that_was_cut_off(tiny_run, gpt, asked, monkeypatch, capsys):
@@ -879,11 +908,13 @@ def test_a_system_message_stands_first(tiny_run, gpt, asked, monkeypatch, tmp_pa
     (["--guide", "cleverness"], "no PRM output 'cleverness'"),
     (["--guide", "honesty"], "no PRM output 'honesty' .*math_accuracy, math_engagement"),
     (["--weights", "honesty=1"], "no 'honesty' here"),
+    (["--guide", "honesty=1"], "--guide: no 'honesty' here"),
+    (["--guide", "math_accuracy=-1"], "--guide: .* non-negative"),
     (["--policy", "nothing"], "no nothing here; it holds mah_dpo, prm$"),
     (["--prompt", " "], "--prompt is blank"),
     (["--prompt", "1 + " * 100], "room for 128 with the answer; shorten the prompt"),
     (["--prompt", "x", "--k", "0"], "K must be"),
-    (["--seed", "-1"], "--seed -1 is out of range"),
+    (["--seed", "-1"], "--seed -1 is out of range"), (["--free"], "--free needs --weights"),
     (["--seed", str(2**31)], "--seed 2147483648 is out of range")])
 def test_main_refuses(tiny_run, argv, message):
     """Prevents: tracebacks, or an answer by another head or guide than the one asked for."""

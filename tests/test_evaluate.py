@@ -17,7 +17,8 @@ import evaluate
 from conftest import NAMES
 from data import (DOMAINS, OBJECTIVES, PROMPTS, RNG, InputError, Problem, read_json, read_jsonl,
                   write_json)
-from evaluate import (Conversation, Job, Turn, converse, guided_responder, kl_to_sft,
+from decode import generate
+from evaluate import (Conversation, Job, Together, Turn, converse, guided_responder, kl_to_sft,
                       plain_responder)
 from mah_dpo import Pair
 from model import GPTConfig
@@ -430,7 +431,7 @@ def test_results_have_the_promised_rows(whole, domain, names):
     assert all(row["metrics"][name]["n"] == 2 for row in rows for name in names)
     alone = [f"mah_dpo:{name}" for name in names]
     assert [row["policy"] for row in rows if row["guide"] is None] == [
-        "base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo",
+        "base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mod", "mah_dpo",
         "mah_dpo_greedy", *alone]
     guided = [(row["policy"], row["guide"]) for row in rows if row["guide"]]
     guides = [*names, "unified"]
@@ -438,7 +439,7 @@ def test_results_have_the_promised_rows(whole, domain, names):
     weights = {evaluate.row_name(row): row["weights"] for row in rows}
     assert weights["mah_dpo"] == {n: float(n in names) / len(names) for n in NAMES}
     assert weights[alone[0]] == {n: float(n == names[0]) for n in NAMES}
-    assert weights["soup"] == dict.fromkeys(names, 1 / len(names))
+    assert weights["soup"] == weights["mod"] == dict.fromkeys(names, 1 / len(names))
     for row in rows:
         plain = not row["guide"] and "greedy" not in row["policy"]
         assert ("kl" in row["metrics"]) == plain == (evaluate.KL_AT_1 in row["metrics"])
@@ -465,6 +466,52 @@ def test_results_have_the_promised_sweep(whole):
     honest = next(row for row in rows if row["weights"].get("honesty") == 1.0)
     alone = [row for row in domain_rows(whole, "values") if row["policy"] == "mah_dpo:honesty"]
     assert honest["metrics"] == alone[0]["metrics"]
+
+
+BENT = [(0, 0), (0.3, 0), (0.4, 0), (0.4, 0.2)]
+
+
+@pytest.mark.parametrize("points, weights", [
+    (BENT, [0, 2 / 9, 2 / 3, 1]),
+    ([(0.5, 0.5)] * 3, [0, 0.5, 1]),
+    ([(1, 0), (0.5, 0.5), (0, 1)], [0, 0.5, 1]),
+    ([(0, 0), (3, 4)], [0, 1])])
+def test_equal_arcs(points, weights):
+    """Distances of one objective alone, weights that do not begin at 0 and end at 1, a front of no
+    length. The first curve is .6 long: .2 lies on its first piece of three, .4 at its third point.
+    """
+    assert evaluate.equal_arcs(points) == approx(weights, abs=1e-6)
+
+
+def test_a_sweep_along_the_front(whole, small_worlds, monkeypatch):
+    """Weights of another pair or policy, a first sweep that stays in the tables, evaluations of
+    what has been measured."""
+    plain, measured, found = evaluate.read_run, [], []
+
+    def measure(self, job):
+        measured.append(repr(job._replace(policy="", sweep=None)))
+        w = job.weights.get("honesty", 0.0)
+        # Half of the way is done at a weight of .5 by the soup, of .8 by the heads.
+        if job.model == "mah_dpo":
+            w = max(0.25 * w, 1 - 5 * (1 - w))
+        return {"honesty": [w],
+                "helpfulness": [1 - w],
+                "tutor_engagement": [0.0]}
+    monkeypatch.setattr(evaluate.Bench, "measure", measure)
+    monkeypatch.setattr(evaluate, "publish", lambda run, rows: found.extend(rows))
+    monkeypatch.setattr(evaluate, "write_text", lambda path, text: None)
+    monkeypatch.setattr(evaluate, "forget_files", lambda run, files: None)
+    monkeypatch.setattr(evaluate, "read_run", lambda run: plain(run) | {"spacing": "front"})
+    evaluate.evaluate(whole, [])
+    mixes, soups = [], []
+    for row in found:
+        if row.get("sweep") == NAMES[:2]:
+            seen = mixes if row["policy"] == "mah_dpo" else soups
+            weights = row["weights"]
+            seen.append((weights.get("helpfulness", 0), weights.get("honesty", 0)))
+    # The first sweep sees .125 at .5: of 1 the piece behind it is .875 long.
+    assert mixes == [(1, 0), (0.286, 0.714), (0, 1)] and soups == [(1, 0), (0.5, 0.5), (0, 1)]
+    assert len(measured) == len(set(measured))
 
 
 def test_scores_are_what_the_means_are_made_of(whole):
@@ -502,7 +549,7 @@ def test_report_and_picture(whole):
     for line in root.iter(SVG + "polyline"):
         assert len(line.get("points").split()) == 3
     circles = list(root.iter(SVG + "circle"))
-    assert len(circles) == 8 + 2 + 2 * 3
+    assert len(circles) == 9 + 2 + 2 * 3
 
 
 def test_evaluate_command_measures_again(whole, small_worlds, tmp_path, capsys):
@@ -565,6 +612,40 @@ def test_soup_is_the_average_of_the_single_policies(whole):
         expected = 0.75 * first[name] + 0.25 * second[name]
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
     assert not torch.equal(mixed["heads.0.weight"], first["heads.0.weight"])
+
+
+def test_mod_of_heads_of_one_backbone_is_their_fold(gpt, tokenizer):
+    """Weights that are forgotten, or go to another policy; caches that are not kept together."""
+    heads = []
+    for i in range(2):
+        model = gpt.with_heads(["policy"])
+        model.heads[0].weight.data = gpt.heads[i].weight.data
+        heads.append(model)
+    texts = ("4 + 5 = 9", "the color is red . ok .", "2")
+    prompts = [ids_of(tokenizer, text) for text in texts]
+    options = {"weights": [0.8, 0.2], "max_new_tokens": 12, "samples": 3, "temperature": 0.7}
+    found = generate(Together(heads), prompts, generator=seeded(), **options)
+    folded = generate(gpt, prompts, generator=seeded(), **options)
+    options["weights"] = [0.2, 0.8]
+    other = generate(Together(heads), prompts, generator=seeded(), **options)
+    assert found == folded and found != other
+
+
+def test_mod_mixes_the_log_probabilities_of_policies(whole):
+    """A mix of probabilities, of policies' weights, or of policies of other domains."""
+    bench = evaluate.Bench(whole)
+    weights = {"helpfulness": 0.75, "honesty": 0.25}
+    together, shares = bench.policy(Job("values", "mod", "mod", weights))
+    ids = torch.arange(5, 17).view(2, 6)
+    h = together(ids)
+    logits = F.linear(h, together.fold(shares))
+    expected = 0
+    for name, w in weights.items():
+        model = bench.load(f"dpo_{name}")
+        logps = model.logits(model(ids)).log_softmax(-1)
+        expected = expected + w * logps
+    logps = expected.log_softmax(-1)
+    torch.testing.assert_close(logits.log_softmax(-1), logps)
 
 
 def test_tables_show_what_was_scored(whole):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import mah_dpo
 from data import pad, response_mask
-from mah_dpo import (Pair, mah_dpo_loss, make_optimizer, pair_logps, pair_metrics, policy_logps,
-                     response_logps, soup)
+from mah_dpo import (Pair, combine, mah_dpo_loss, make_optimizer, pair_logps, pair_metrics,
+                     policy_logps, response_logps, soup)
 from model import GPT, GPTConfig
 
 NAMES = ("math_accuracy", "math_engagement", "honesty")
@@ -311,6 +311,123 @@ def test_soup_refuses_different_models():
     """Prevents: averaging what is not the same parameter."""
     with pytest.raises(ValueError, match="^the models of a soup must have the same parameters$"):
         soup([{"x": torch.ones(1)}, {"y": torch.ones(1)}], [1.0, 1.0])
+
+
+# -- rules for the backbone
+
+def update(gradients, alpha, rule, c=0.4):
+    """The backbone's gradient that a rule makes of the objectives' (H, N), in float64."""
+    gradients = torch.tensor(gradients).double()
+    shares = combine(gradients @ gradients.T, torch.tensor(alpha).double(), rule, c)
+    return (shares @ gradients).tolist()
+
+
+OPPOSED = [[1.0, 0.0], [-1.0, 0.0]]
+EQUAL = [[1.0, 0.0], [1.0, 0.0]]
+PLANE = [[2.0, 0.0], [0.0, 1.0], [2.0, 1.0]]
+CANCEL = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]
+ZERO = [[1.0, 0.0], [0.0, 0.0]]
+ONES = [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("gradients, alpha, rule, expected", [
+    (OPPOSED, [1.4, 0.6], "sum", [0.8, 0]),
+    (OPPOSED, [1.4, 0.6], "mgda", [0, 0]),
+    # g_0 = (.4, 0); the second is the worst served, and is served by c |g_0| = .16.
+    (OPPOSED, [1.4, 0.6], "cagrad", [0.48, 0]),
+    (OPPOSED, [1.4, 0.6], "raco", [0.48, 0]),
+    # Where all agree, the step grows by c.
+    (EQUAL, ONES[:2], "sum", [2, 0]),
+    (EQUAL, ONES[:2], "mgda", [2, 0]),
+    (EQUAL, ONES[:2], "cagrad", [2.8, 0]),
+    (EQUAL, ONES[:2], "raco", [2.8, 0]),
+    # The point of the triangle next to 0 is 1/5 (2, 0) + 4/5 (0, 1).
+    (PLANE, ONES, "mgda", [1.2, 2.4]),
+    (PLANE, [1.0, 1.0, 0.0], "mgda", [0.8, 1.6]),
+    # Two that cancel leave no direction in which all gain; so does one that asks for nothing.
+    (CANCEL, ONES, "mgda", [0, 0]),
+    (CANCEL, ONES, "raco", [0, 1]),
+    (ZERO, ONES[:2], "mgda", [0, 0]),
+    (ZERO, ONES[:2], "cagrad", [1, 0]),
+    (ZERO, ONES[:2], "raco", [1, 0]),
+    (ZERO, [1.0, 0.0], "mgda", [1, 0]),
+    (ZERO[::-1], [1.0, 0.0], "cagrad", [0, 0])])
+def test_rules_on_hand_made_gradients(gradients, alpha, rule, expected):
+    """Prevents: a rule of the wrong sign, of another length than the sum's, a division by a
+    gradient of 0, an objective of weight 0 that has a say."""
+    assert update(gradients, alpha, rule) == pytest.approx(expected, abs=1e-6)
+
+
+def closed_form(gram, w, c):
+    """The shares (l, 1 - l) that minimise G_p . g_0 + c |g_0| |G_p| for two objectives: the best
+    of 0, 1 and the roots of a quadratic."""
+    (h11, h12), (_, h22) = gram.tolist()
+    b1, b2 = (gram @ w).tolist()
+    d = b1 - b2
+    s = c * math.sqrt(float(w @ gram @ w))
+    # |G_p|^2 = q2 l^2 + q1 l + q0
+    q2 = h11 + h22 - 2 * h12
+    q1 = 2 * (h12 - h22)
+    steep = d * d - s * s * q2
+    x, y = steep * q2, steep * q1
+    z = d * d * h22 - s * s * q1 * q1 / 4
+    root = math.sqrt(max(0.0, y * y - 4 * x * z))
+    tried = [0.0, 1.0]
+    for sign in (-1, 1):
+        tried.append((sign * root - y) / (2 * x))
+
+    def value(l):
+        square = q2 * l * l + q1 * l + h22
+        return d * l + s * math.sqrt(max(0.0, square))
+    l = min([l for l in tried if 0 <= l <= 1], key=value)
+    return torch.tensor([l, 1 - l]).double()
+
+
+def test_raco_of_two_is_the_closed_form():
+    """Prevents: an iteration that stops beside the minimum, RACO without its clip or divided by its
+    sum again, CAGrad with a clip."""
+    generator, clipped = torch.Generator().manual_seed(0), 0
+    for k in range(200):
+        g = torch.randn(2, 3, generator=generator).double()
+        g[1] *= 0.1 + k / 50
+        alpha = torch.rand(2, generator=generator).double() + 0.1
+        c = (0.1, 0.4, 0.9)[k % 3]
+        w = alpha / alpha.sum()
+        gram = g @ g.T
+        p = closed_form(gram, w, c)
+        clip = torch.minimum(p, w)
+        clipped += bool(0 < p.min() and not torch.allclose(p, clip / clip.sum()))
+        for rule, share in (("cagrad", p), ("raco", clip)):
+            direction = share @ g
+            expected = w @ g + c * (w @ g).norm() * direction / direction.norm()
+            found = combine(gram, alpha, rule, c) @ g
+            torch.testing.assert_close(found, alpha.sum() * expected, atol=1e-6, rtol=1e-6)
+    assert clipped > 20
+
+
+def test_rules_of_many_do_what_they_promise():
+    """Prevents: for more than two objectives, a minimum along one edge for that of the simplex: no
+    step of CAGrad's length serves the worst served objective better, no mix is shorter than
+    MGDA's."""
+    generator = torch.Generator().manual_seed(1)
+    for k in range(10):
+        g = torch.randn(6, 8, generator=generator).double() + 0.3
+        alpha = torch.rand(6, generator=generator).double()
+        gram = g @ g.T
+        mean = alpha @ g / alpha.sum()
+        reach = 0.5 * mean.norm()
+        best = combine(gram, alpha, "cagrad", 0.5) @ g / alpha.sum() - mean
+        torch.testing.assert_close(best.norm(), reach)
+        # Others as long, in all directions and in nearly the same one.
+        others = torch.randn(5000, 8, generator=generator).double()
+        for steps in (others, best + 0.05 * reach * others):
+            steps = reach * steps / steps.norm(dim=1, keepdim=True)
+            worst = ((mean + steps) @ g.T).min(1).values
+            assert worst.max() <= (g @ (mean + best)).min() + 1e-6
+        shortest = combine(gram, alpha, "mgda") @ g / alpha.sum()
+        assert (g @ shortest).min() >= shortest @ shortest - 1e-4
+        assert torch.equal(combine(gram, alpha, "sum"), alpha)
+        assert torch.allclose(combine(gram, alpha, "raco", 0.0), alpha)
 
 
 def test_optimizer_covers_every_parameter_once(model):

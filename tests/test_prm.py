@@ -14,7 +14,7 @@ from interop.score import score_sequences
 from mah_dpo import Pair
 from model import GPT, GPTConfig, load_safetensors, save_hf, save_safetensors
 from prm import (PRM, STEP, STEP_OUTPUT, Labelled, bce_loss, load_prm, matching_steps, mse_loss,
-                 pair_scores, save_prm, step_loss, step_scores)
+                 pair_scores, save_prm, step_loss, step_scores, worst_mix)
 
 NAMES = ["math_accuracy", "math_engagement", "tutor_engagement"]
 OUTPUTS = [OBJECTIVES[name] for name in NAMES]
@@ -234,12 +234,74 @@ def test_guide_unified_is_the_scaled_mean_of_the_boundarys_domain(prm):
     assert prm.guide(SCORES, "unified", "turn")[1].tolist() == [2.0, 6.0]
 
 
+def test_guide_of_several_is_their_weighted_mean(prm):
+    """Prevents: weights on raw scores of unequal units, or on the wrong output; a mix that depends
+    on the sum of its weights, or is wider than what has a weight."""
+    for weights in ({"math_engagement": 3.0, "math_accuracy": 1.0},
+                    {"math_accuracy": 0.25, "math_engagement": 0.75, "tutor_engagement": 0.0}):
+        values, compared = prm.guide(SCORES, weights, "newline")
+        assert values.tolist() == SCORES[:, :2].tolist()
+        assert compared.tolist() == [(3 - 3 * 2) / 4, (1 + 3 * 1) / 4]
+
+
+@pytest.mark.parametrize("scores, weights", [
+    # Only the second output tells the candidates apart: the mix by which they gain least is the
+    # first. Opposed ones cancel, whatever they say beside their differences.
+    ([[5.0, 2.0], [5.0, -1.0], [5.0, 0.0]], [1, 0]),
+    ([[5.0, -2.0], [3.0, 0.0]], [0.5, 0.5]), ([[9.0, 0.0], [3.0, 2.0]], [0.25, 0.75]),
+    ([[1.0, 1.0]], [0.5, 0.5])])
+def test_the_worst_served_objective_weighs_most(scores, weights):
+    """Prevents: weights of the best served objective, of another sequence's candidates, of scores
+    that are compared although they have no zero, an iteration that has not arrived."""
+    other = torch.tensor([[-3.0, 1.0]] * len(scores))
+    found = worst_mix(torch.stack([torch.tensor(scores), other])).squeeze(1)
+    assert found[0].tolist() == pytest.approx(weights, abs=0.05)
+    assert found[1].tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_worst_mix_finds_the_minimum():
+    """Prevents: a step that is too long for large scores, or too short for small ones."""
+    V = torch.randn(60, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+    V[::2, :, 1] = 0.3 * V[::2, :, 2] - V[::2, :, 0]
+    V[::3] *= 3
+    centred = V - V.mean(1, keepdim=True)
+
+    def value(w):
+        return (centred * w).sum(-1).logsumexp(1)
+    grid = [(a, b, 20 - a - b) for a in range(21) for b in range(21 - a)]
+    least = torch.stack([value(torch.tensor(w).double() / 20) for w in grid]).min(0).values
+    assert float((value(worst_mix(V)) - least).max()) < 0.02
+    other = worst_mix(V, strength=0.1)
+    assert (value(other) - value(worst_mix(V))).max() > 0
+
+
+def test_guide_worst_looks_at_the_candidates_of_a_step(prm):
+    """Prevents: raw units in the worst mix, one mix for all sequences, outputs of other worlds."""
+    better = SCORES[[0, 0]]
+    better[1] += torch.tensor([4, 8, 0])
+    scores = torch.stack([SCORES, better])
+    values, compared = prm.guide(scores, "worst", "newline")
+    # First scaled (3, -2), (1, 1): gains -2 and 3 cancel under .6, .4. Then both gain 2.
+    assert values.tolist() == scores[..., :2].tolist()
+    assert compared[0].tolist() == pytest.approx([1, 1], abs=0.05)
+    assert float(compared[1, 1] - compared[1, 0]) == pytest.approx(2)
+
+
 @pytest.mark.parametrize("guide, boundary", [
-    ("honesty", "sentence"), ("unified", "sentence"), ("nonsense", "newline")])
+    ("honesty", "sentence"), ("unified", "sentence"), ("worst", "sentence"),
+    ("nonsense", "newline"), ({"math_accuracy": 1.0, "honesty": 1.0}, "newline"),
+    ({"math_accuracy": 0.0}, "newline")])
 def test_guide_unknown(prm, guide, boundary):
     """Prevents: guidance by an output that was never trained, or by the mean of nothing (NaN)."""
     with pytest.raises(InputError, match="^no PRM output"):
         prm.guide(torch.zeros(2, 3), guide, boundary)
+
+
+def test_guide_of_unlike_steps_is_refused(prm):
+    """Prevents: an output that is read where none of its steps ends."""
+    words = "^the steps of the outputs that guide end differently: newline, turn$"
+    with pytest.raises(InputError, match=words):
+        prm.guide(SCORES, {"math_accuracy": 1.0, "tutor_engagement": 1.0}, "newline")
 
 
 def test_weights_come_from_the_generator():

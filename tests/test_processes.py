@@ -83,7 +83,7 @@ def the_run(path):
     """The run in a directory, which saves a checkpoint after every step."""
     saved = read_json(f"{path}/config.json")
     config = Config(**{f.name: saved[f.name] for f in fields(Config)})
-    config.checkpoint_every = 1
+    config.checkpoint_every, config.conflict_every = 1, 0
     return Run(path, config)
 
 
@@ -93,11 +93,12 @@ def record_gradients(run, directory):
     os.makedirs(directory, exist_ok=True)
     plain, batches, count = train.gradient, train.dealt_batches, []
 
-    def gradient(optimizer, *args):
-        found = plain(optimizer, *args)
+    def gradient(optimizer, *args, **options):
+        found = plain(optimizer, *args, **options)
         grads = {str(i): whole(p.grad) for i, p in enumerate(train.parameters_of(optimizer))
                  if p.grad is not None}
-        save_safetensors(grads, os.path.join(directory, f"{stage}.{len(count)}.safetensors"))
+        name = f"{stage}-{run.config.combine}.{len(count)}.safetensors"
+        save_safetensors(grads, os.path.join(directory, name))
         count.append(stage)
         return found
 
@@ -110,10 +111,14 @@ def record_gradients(run, directory):
         patch.setattr(train, "set_units", lambda prm, run: None)
         patch.setattr(train, "set_margins", lambda run, pairs: [
             setattr(pair, "margin", 0.0) for pair in pairs])
-        for stage, work in (("prm", train.train_prm), ("mah_dpo", train.train_policy),
-                            ("modpo", train.train_policy), ("sft", train.train_sft),
-                            ("base", train.train_base)):
+        for stage, work, rule in (("prm", train.train_prm, "sum"),
+                                  ("mah_dpo", train.train_policy, "sum"),
+                                  ("mah_dpo", train.train_policy, "raco"),
+                                  ("modpo", train.train_policy, "sum"),
+                                  ("sft", train.train_sft, "sum"),
+                                  ("base", train.train_base, "sum")):
             count.clear()
+            run.config.combine = rule
             work(run, stage)
             # Only the PRM has an output for the value model.
             run.objectives = run.objectives[:len(run.names)]
@@ -135,8 +140,9 @@ def with_a_value_model(run):
 
 def test_two_processes_compute_what_one_computes(whole, tmp_path):
     """Prevents: a loss averaged over a process's own rows or steps, a head without gradient in one
-    process, a parameter that is sharded and never gathered, a file with a shard in it: first
-    gradients are equal, then losses, norms and weights."""
+    process, inner products of a process's own shards, a parameter that is sharded and never
+    gathered, a file with a shard in it: first gradients are equal, then losses, norms and
+    weights."""
     paths = [shutil.copytree(whole, str(tmp_path / name)) for name in ("one", "two")]
     one = with_a_value_model(the_run(paths[0]))
     shutil.copy(one.file("labels.jsonl"), os.path.join(paths[1], "labels.jsonl"))
@@ -190,10 +196,10 @@ def test_a_run_on_two_processes(small_worlds, tmp_path):
         for prompt in prompts:
             assert sum(ids[:len(prompt)] == prompt for ids in rows) == prompts.count(prompt)
     rows = [r for r in read_json(run.file("results.json")) if r["domain"] == "math"]
-    plain = ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mah_dpo",
+    plain = ["base", "sft", "sft_greedy", "single_head_dpo", "modpo", "soup", "mod", "mah_dpo",
              "mah_dpo_greedy", "mah_dpo:math_engagement"]
     assert [r["policy"] for r in rows if r["guide"] is None] == plain
-    assert len({json.dumps(r["metrics"]) for r in rows}) > 1 and len(rows) == 9 + 4
+    assert len({json.dumps(r["metrics"]) for r in rows}) > 1 and len(rows) == 10 + 4
     stages = {row["stage"] for row in rows_of(run.file("log.jsonl"))}
     assert stages >= {"base", "sft", "prm", "mah_dpo", "modpo"}
     assert "checkpoint.safetensors" not in os.listdir(out)

@@ -2,6 +2,7 @@
 import collections
 import copy
 import errno
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from conftest import NAMES
 from data import DOMAINS, OBJECTIVES, RNG, InputError, Problem, World, judge
 from evaluate import Turn
 from interop.options import Config
-from mah_dpo import Pair, pair_logps
+from mah_dpo import Pair, combine, dpo_loss, pair_logps
 from model import load_hf, load_safetensors, read_metadata, save_hf
 from prm import PRM, SECOND, STEP, Labelled, load_prm, pair_scores
 from test_templates import TALK, THINKING, chat
@@ -493,7 +494,7 @@ def policy_run(run, gpt, tokenizer, held_out=6, **settings):
         pair.split = "dev" if i >= 18 - held_out else "train"
         pair.reference = reference[i].tolist()
     train.write_rows(run.file("pairs.jsonl"), pairs)
-    vars(run.config).update({"dpo_steps": 3, "dpo_pairs": 2} | settings)
+    vars(run.config).update({"dpo_steps": 3, "dpo_pairs": 2, "conflict_every": 0} | settings)
     return pairs
 
 
@@ -542,6 +543,98 @@ def test_train_policy_weighs_the_objectives(run, gpt, tokenizer):
     train.train_policy(run, "mah_dpo")
     trained, sft = load_hf(run.file("mah_dpo")), load_hf(run.file("sft")).heads[0].weight
     assert [torch.equal(head.weight, sft) for head in trained.heads] == [False, True, False]
+
+
+def conflict_run(run, gpt, tokenizer, **settings):
+    """policy_run with all pairs in a batch, but honesty prefers what accuracy rejects, and so does
+    engagement, which weighs more, half of the time."""
+    pairs = policy_run(run, gpt, tokenizer, held_out=0, alpha="math_engagement=2", dpo_pairs=6,
+                       **settings)
+    for i, pair in enumerate(pairs):
+        if pair.objective == "honesty" or i % 6 == 1:
+            pair.chosen, pair.rejected = pair.rejected, pair.chosen
+            pair.reference = pair.reference[::-1]
+    train.write_rows(run.file("pairs.jsonl"), pairs)
+
+
+def gradients_alone(run, batch):
+    """Before the first step: {objective: its own loss's gradients by name}, by a model of its own
+    for each."""
+    found = {}
+    for name in run.names:
+        noise = run.generator("mah_dpo", "heads")
+        model = run.load("sft").with_heads(run.names, run.config.perturbation, noise)
+        pairs = [pair for pair in batch if pair.objective == name]
+        logps = train.policy_logps(model, pairs, train.own_heads(model, pairs))
+        reference = torch.tensor([pair.reference for pair in pairs]).T
+        dpo_loss(*logps, *reference, run.config.beta).mean().backward()
+        found[name] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return found
+
+
+@pytest.mark.parametrize("rule", ["raco", "cagrad", "mgda"])
+def test_a_rule_combines_what_objectives_ask_of_the_backbone(rule, run, gpt, tokenizer,
+                                                             monkeypatch):
+    """Prevents: a rule of the weighted losses' gradients, which counts the weights twice; gradients
+    of a part of the batch; heads that a rule weighs too; a rule that is chosen and not used."""
+    conflict_run(run, gpt, tokenizer, combine=rule, dpo_steps=1)
+    plain, batches, calls = train.gradient, train.dealt_batches, []
+
+    def gradient(optimizer, *args, **options):
+        found = plain(optimizer, *args, **options)
+        grads = [p.grad.clone() for p in train.parameters_of(optimizer)]
+        calls.append((args[-1], grads, float(found[1])))
+        return found
+    monkeypatch.setattr(train, "gradient", gradient)
+    monkeypatch.setattr(train, "dealt_batches", lambda lengths: batches(lengths, 60))
+    train.train_policy(run, "mah_dpo")
+    (batch, grads, norm), = calls
+    alone = gradients_alone(run, batch)
+    names = [name for name in alone["honesty"] if not name.startswith("heads.")]
+    flat = []
+    for o in run.names:
+        own = [alone[o][n].flatten() for n in names]
+        flat.append(torch.cat(own))
+    flat = torch.stack(flat).double()
+    assert float(flat[0] @ flat[2]) < 0
+    alpha = torch.tensor([1.0, 2.0, 1.0]).double()
+    shares = combine(flat @ flat.T, alpha, rule, 0.4)
+    assert (shares - alpha).abs().max() > 0.05
+    clipped = min(1.0, 10 / norm)
+    found = torch.cat([g.flatten() for g in grads[:-3]]).double()
+    torch.testing.assert_close(found, clipped * shares @ flat, atol=1e-5, rtol=1e-3)
+    for i, o in enumerate(run.names):
+        expected = clipped * alpha[i].float() * alone[o][f"heads.{i}.weight"]
+        torch.testing.assert_close(grads[i - 3], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_look_at_the_conflict_changes_nothing(run, gpt, tokenizer):
+    """Prevents: a training that is another one because it was looked at; cosines of other gradients
+    than the losses' own on the backbone."""
+    conflict_run(run, gpt, tokenizer)
+    found = []
+    for every in (0, 2):
+        run.config.conflict_every = every
+        train.train_policy(run, "mah_dpo")
+        found.append(load_safetensors(run.file("mah_dpo/model.safetensors")))
+    assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())
+    rows = logged(run)
+    assert ["backbone_norm" in row["honesty"] for row in rows] == [True, True]
+    batch = []
+    for o in run.names:
+        pairs = train.read_rows(run.file("pairs.jsonl"), Pair)
+        own = train.endless(train.choose(pairs, [o], "train"), run.generator("pairs", o))
+        batch += itertools.islice(own, 6)
+    alone = gradients_alone(run, batch)
+    for o, weight in zip(run.names, (1, 2, 1)):
+        grads = {n: g for n, g in alone[o].items() if not n.startswith("heads.")}
+        norm = math.sqrt(sum(float((g ** 2).sum()) for g in grads.values()))
+        assert rows[0][o]["backbone_norm"] == pytest.approx(weight * norm, rel=1e-3)
+        assert f"cosine {o}" not in rows[0][o]
+    assert rows[0]["honesty"]["cosine math_accuracy"] < -0.9
+    assert abs(rows[0]["math_accuracy"]["cosine math_engagement"]) < 0.9
+    train.train_policy(run, "dpo_honesty")
+    assert not any("backbone_norm" in row["honesty"] for row in logged(run)[2:])
 
 
 @pytest.mark.parametrize("method", ["mah_dpo", "single_head_dpo", "modpo", "dpo_honesty"])
@@ -678,11 +771,11 @@ def stopped_in_training(run, gpt, tokenizer, monkeypatch, step=2):
     policy_run(run, gpt, tokenizer)
     plain, calls = train.gradient, []
 
-    def gradient(*args):
+    def gradient(*args, **options):
         calls.append(args)
         if len(calls) == step:
             signal.raise_signal(signal.SIGTERM)
-        return plain(*args)
+        return plain(*args, **options)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "gradient", gradient)
         train.train_policy(run, "mah_dpo")
