@@ -251,8 +251,9 @@ class Together:
     """MOD (arXiv 2406.18853): policies of one shape, with one head each, that decode together by
     the mix of their log-probabilities: pi ~ prod_i pi_i^w_i = softmax(sum_i w_i W_i h_i).
 
-    That is one product again, of all hidden states one behind the other with all heads w_i W_i side
-    by side: to what decodes it is a model with a wide h. Of heads of one backbone it is GPT.fold."""
+    That is one product again, of all hidden states one behind the other with all heads w_i W_i
+    side by side: to what decodes it is a model with a wide h. Of heads of one backbone it is
+    GPT.fold."""
 
     def __init__(self, models):
         self.models, self.tokenizer, self.embed = models, models[0].tokenizer, models[0].embed

@@ -269,17 +269,17 @@ def combine(gram, alpha, rule, c=0.4):
 
 
 def least_conflict(gram, b, s, p, steps=200):
-    """The shares p (H,) on the simplex that minimise b . p + s |sum_i p_i g_i|. They begin at p, and
-    a share that is 0 there stays 0.
+    """The shares p (H,) on the simplex that minimise b . p + s |sum_i p_i g_i|. They begin at p,
+    and a share that is 0 there stays 0.
 
     Each step moves what is best from the share where the slope is largest to that where it is
     smallest. Along such a line, of two objectives all there is, the minimum is known exactly."""
     p, allowed = p.clone(), p > 0
     for _ in range(steps):
-        pull = gram @ p                                 # (H,) every g_i . G_p
-        square = (p @ pull).clamp(min=0)                # |G_p|^2
+        products = gram @ p                             # (H,) every g_i . G_p
+        square = (p @ products).clamp(min=0)            # |G_p|^2
         norm = square.sqrt().clamp(min=1e-30)
-        slope = b + s * pull / norm                     # (H,)
+        slope = b + s * products / norm                 # (H,)
         i = slope.where(allowed, math.inf).argmin()
         j = slope.where(p > 0, -math.inf).argmax()
         # With a share t moved: b . p changes by d t, |G_p|^2 is A t^2 + 2 B t + |G_p|^2.

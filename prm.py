@@ -136,18 +136,17 @@ STEP_OUTPUT = Objective(STEP, "", "B", "")
 SECOND = " by a second judge"
 
 
-def worst_mix(V, strength=1.0, steps=100):
+def worst_mix(V, steps=100):
     """RMOD (arXiv 2503.08796): scores V (..., K, P) of K candidates -> the weights w (..., 1, P) on
-    the simplex that minimise log mean_k exp(strength sum_p w_p V_kp): those of the mix by which the
+    the simplex that minimise log mean_k exp(sum_p w_p V_kp): those of the mix by which the
     candidates gain least, which is guidance against the worst objective.
 
     Scores of preferences have no zero: a gain is counted from the mean of the candidates."""
     mean = V.mean(-2, keepdim=True)
-    V = strength * (V - mean)
+    V = V - mean
     # The larger the scores, the shorter the steps that still converge.
     largest = V.abs().amax((-2, -1), keepdim=True)
-    steepness = largest.square()
-    rate = 2 / steepness.clamp(min=1)
+    rate = 2 / largest.square().clamp(min=1)
     u = torch.zeros_like(mean)                                                     # (..., 1, P)
     for _ in range(steps):
         # Exponentiated gradient: an output by which the better candidates gain loses weight.
@@ -192,8 +191,8 @@ class PRM(nn.Module):
         return torch.cat((above[..., :-1], below[..., -1:]), -1)
 
     def guide(self, scores, guide, boundary):
-        """scores (..., K, P) of K candidates -> the outputs' own scores that guide (..., K, P'); and
-        what is compared, their weighted mean in units of their spread (..., K).
+        """scores (..., K, P) of K candidates -> the outputs' own scores that guide (..., K, P');
+        and what is compared, their weighted mean in units of their spread (..., K).
 
         guide: an output; {output: weight}; "unified", all whose steps end at `boundary`, a world's
         say, weighted alike; "worst", the same ones as in worst_mix. InputError for one that names

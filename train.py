@@ -460,8 +460,8 @@ def choose(pairs, names, split):
     return [pair for pair in pairs if pair.objective in names and pair.split == split]
 
 
-def pull(config, rule, names, gram):
-    """What `gradient` asks a rule of `combine`: the share of each objective's gradient on the
+def backbone_shares(config, rule, names, gram):
+    """A rule for `gradient`: the share that `combine` gives to each objective's gradient on the
     backbone, and for the log their norms and cosines.
 
     gram (O, O): of the gradients of alpha_i L_i, which are what a training step computes."""
@@ -544,7 +544,7 @@ def train_policy(run, name):
     # A rule is for what the objectives share apart from their heads: MAH-DPO's backbone. How they
     # pull on it is logged for every policy of several objectives.
     rule = config.combine if name == "mah_dpo" else "sum"
-    shares = partial(pull, config, rule, names) if len(names) > 1 else None
+    shares = partial(backbone_shares, config, rule, names) if len(names) > 1 else None
     plain = rule == "sum"
     # Every policy's epochs are those of the objective with the most pairs.
     most = max(len(choose(pairs, [o], "train")) for o in run.names)
@@ -636,6 +636,7 @@ def label_steps(source, names, purpose, n, M):
         return []
     tokenizer, world = source.model.tokenizer, source.world
     turns, rng, generator = roll_out(source, purpose, n)
+    # What the judge's noise leaves to be learnt shows beside a second judge: see noise_ceiling.
     second = purpose, source.policy, world.name, source.split, "second judge", rank()
     judges = rng, source.run.rng(*second)
     ends = [tokenizer.step_ends(turn.response, world.boundary) for turn in turns]
@@ -673,8 +674,8 @@ def labels_of(source, turn, rollouts, M, names, judges):
             exact[response] = score(source, turn, response, name)
         for output, rng in zip((name, name + SECOND), judges):
             ratings = {response: judge(value, rng) for response, value in exact.items()}
-            # (S, M)
-            table = torch.tensor([ratings[tuple(r)] for r in rollouts]).view(-1, M)
+            each = [ratings[tuple(r)] for r in rollouts]
+            table = torch.tensor(each).view(-1, M)                                  # (S, M)
             if source.run.config.judge_labels == "majority":
                 found[output] = majority_labels(table > 0.5).tolist()
             else:

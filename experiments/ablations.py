@@ -4,9 +4,9 @@
 
 Each value becomes a run of its own, in RUN-FIELD=a and so on. It starts from copies of what RUN has
 finished and the option does not change (train.py --from), so `k` costs new tables only, `gamma`
-also new labels and a new PRM. A run of several seeds is varied seed by seed. Values that have commas
-themselves are separated by semicolons: "dpo_lr_factor=mah_dpo=2;modpo=0.5,soup=2". A command that
-was stopped goes on when it is given again.
+also new labels and a new PRM. A run of several seeds is varied seed by seed. Values that have
+commas themselves are separated by semicolons: "dpo_lr_factor=mah_dpo=2;modpo=0.5,soup=2". A command
+that was stopped goes on when it is given again.
 """
 import argparse
 import os

@@ -1,6 +1,6 @@
 """experiments/candidates.py: do more candidates make guidance better?
 
-    python experiments/candidates.py RUN [GUIDE ...]     guides: objectives; default: the run's first
+    python experiments/candidates.py RUN [GUIDE ...]    guides: objectives; default: the run's first
 
 The best of K candidates by a PRM's score is more and more often one that the PRM is wrong about.
 Beside each other, as K grows: what the guide thinks of the answers that it has chosen, and what

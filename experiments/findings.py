@@ -3,8 +3,8 @@
     python experiments/findings.py RUN [EACH_RUN]
 
 RUN is a finished run, best one with several seeds. A finding is a set of comparisons: one row of
-the tables should score better on an objective than another. A comparison holds if the mean of
-the paired differences lies above zero by more than half its 95 % interval, and does not hold if it lies
+the tables should score better on an objective than another. A comparison holds if the mean of the
+paired differences lies above zero by more than half its 95 % interval, and does not hold if it lies
 below by more; where something may be lost, that stands for zero. Pairs are prompts, or the
 trainings of a run with several seeds. F6+ compares RUN, whose PRM is unified, with EACH_RUN,
 trained alike but with --prm each; without that it is not run.

@@ -12,6 +12,7 @@ import os
 import sys
 import timeit
 from functools import partial
+from itertools import chain
 
 import torch
 from tqdm import tqdm
@@ -61,10 +62,13 @@ def time_training(model, H, generator):
     """Seconds of forward and backward for PAIRS pairs of H objectives, the best of five."""
     names = [f"objective_{i}" for i in range(H)]
     model = model.with_heads(names)
-    ids = torch.randint(0, model.config.vocab_size, (PAIRS, 3, T), generator=generator).tolist()
-    pairs = [Pair(names[i % H], *ids[i], "train") for i in range(PAIRS)]
-    train_step(model, pairs)                                                  # warms up
-    return min(timeit.repeat(partial(train_step, model, pairs), number=1, repeat=5))
+    # Prompt, chosen and rejected of every pair; the objectives take turns.
+    size = PAIRS, 3, T
+    ids = torch.randint(0, model.config.vocab_size, size, generator=generator).tolist()
+    pairs = [Pair(names[i % H], *texts, "train") for i, texts in enumerate(ids)]
+    work = partial(train_step, model, pairs)
+    work()                                                                    # warms up
+    return min(timeit.repeat(work, number=1, repeat=5))
 
 
 def decoding_table(model, prm, text):
@@ -76,10 +80,12 @@ def decoding_table(model, prm, text):
             if prefix + 5 * (N + 1) > len(text):
                 continue
             seconds, size = time_decoding(model, prm, text[:prefix], K)
-            times[K].append(1e3 * seconds)
-            sizes[K].append(size / 1e6)
-            lines.append({"K": str(K), "prefix": str(prefix), "ms/token": f"{1e3 * seconds:.2f}",
-                          "cache MB": f"{size / 1e6:.2f}"})
+            ms = 1e3 * seconds
+            MB = size / 1e6
+            times[K].append(ms)
+            sizes[K].append(MB)
+            lines.append({"K": str(K), "prefix": str(prefix), "ms/token": f"{ms:.2f}",
+                          "cache MB": f"{MB:.2f}"})
     if not lines:
         raise InputError(f"a context of {len(text)} tokens is too short for a prefix of "
                          f"{PREFIXES[0]}")
@@ -89,31 +95,33 @@ def decoding_table(model, prm, text):
 
 def training_table(model, generator):
     """Print the cost of a step for all numbers of objectives."""
-    seconds = {H: time_training(model, H, generator) for H in HS}
+    # The first number of objectives is 1, which the others are compared with.
+    times = [1e3 * time_training(model, H, generator) for H in HS]
     lines = []
-    for H in HS:
-        lines.append({"H": str(H), "ms": f"{1e3 * seconds[H]:.1f}",
-                      "x H = 1": f"{seconds[H] / seconds[1]:.2f}"})
+    for H, ms in zip(HS, times):
+        lines.append({"H": str(H), "ms": f"{ms:.1f}", "x H = 1": f"{ms / times[0]:.2f}"})
     print(table(f"training: forward and backward of {PAIRS} pairs", lines))
 
 
 def plot(title, numbers, x):
     """{K: a number for each prefix} -> an SVG plot of SIDE x SIDE at x. Each prefix is one place to
     the right; up is a logarithm."""
-    every = [math.log2(y) for line in numbers.values() for y in line]
-    low, high = min(every), max(every)
+    every = list(chain.from_iterable(numbers.values()))
+    least, most = min(every), max(every)
+    # The largest stands at the top, the least at the bottom; all may be equal.
+    height = max(math.log2(most / least), 1e-9)
     out = [f'<g transform="translate({x} 40)"><path d="M0 0V{SIDE}H{SIDE}"/>',
-           f'<text y="-12">{title}: {2 ** low:.2g} to {2 ** high:.2g}</text>',
+           f'<text y="-12">{title}: {least:.2g} to {most:.2g}</text>',
            f'<text y="{SIDE + 20}">prefix: {", ".join(map(str, PREFIXES))}</text>']
     for colour, (K, line) in zip(COLOURS.values(), numbers.items()):
         points = []
         for i, y in enumerate(line):
-            up = (math.log2(y) - low) / max(high - low, 1e-9)
-            points.append(f"{SIDE * i // len(PREFIXES)},{SIDE - SIDE * up:.0f}")
+            right = SIDE * i // len(PREFIXES)
+            up = SIDE * math.log2(y / least) / height
+            points.append(f"{right},{SIDE - up:.0f}")
         out.append(f'<polyline points="{" ".join(points)}" stroke="{colour}"/>')
         # The name stands where the line ends.
-        right, down = points[-1].split(",")
-        out.append(f'<text x="{right}" dx="6" y="{down}">K = {K}</text>')
+        out.append(f'<text x="{right}" dx="6" y="{SIDE - up:.0f}">K = {K}</text>')
     return [*out, "</g>"]
 
 

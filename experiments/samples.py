@@ -2,7 +2,7 @@
 
     python experiments/samples.py RUN N        N prompts of each domain; of several seeds the first
 
-Every answer stands below its policy's name with its noise-free scores, and > marks the user's words.
+Every answer stands below its policy's name with its noise-free scores; > marks the user's words.
 """
 import argparse
 import os

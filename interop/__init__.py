@@ -1,1 +1,1 @@
-"""What meets other people's files and machines: read only by who needs it. See the table in README.md."""
+"""What meets other people's files and machines: read only by who needs it. See README.md."""

@@ -6,8 +6,8 @@
     shard, placed, whole, gathered    parameters of which every process holds some rows
     whole_file, alone                 a file that appears whole, a directory held by one command
 
-With one process the functions of lines one, two and four do nothing. Imports nothing of this project;
-any file may import it.
+With one process the functions of lines one, two and four do nothing. Imports nothing of this
+project; any file may import it.
 """
 import contextlib
 import functools

@@ -28,7 +28,7 @@ CHARACTERS = 10**7       # that a template may write
 # -- what templates may use, as in transformers
 
 class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}: marks answers for training; here it does nothing."""
+    """{% generation %} ... {% endgeneration %} marks answers for training; here it does nothing."""
     tags = {"generation"}
 
     def parse(self, parser):

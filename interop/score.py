@@ -1,7 +1,7 @@
 """interop/score.py: score real outputs.
 
     python -m interop.score FILE                  models' answers to questions, verified
-    python -m interop.score RUN|PRM_DIR FILE      labelled steps: ProcessBench's F1 of a PRM's output
+    python -m interop.score RUN|PRM_DIR FILE      steps: ProcessBench's F1 of a PRM's output
                                                   preference pairs: accuracy of a PRM's output, and
                                                   of the implicit rewards of a run's policies
 

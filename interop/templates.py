@@ -27,8 +27,9 @@ WORLDS = (
     "{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>"
     "{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-# For checkpoints that bring no template. They have learnt to continue any text. CUT: no token reaches
-# from one side of an answer's edges to the other, so that a prompt is the start of what follows.
+# For checkpoints that bring no template. They have learnt to continue any text. CUT: no token
+# reaches from one side of an answer's edges to the other, so that a prompt is the start of what
+# follows.
 CUT = "\U000FFFF2"
 PLAIN = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}"
@@ -63,8 +64,8 @@ def tidy(message, template):
     """A message -> the same with its content as text, and without the empty fields that a file of
     data has where a row does not use a column.
 
-    InputError for a field, or the role of a tool, that `template`, the text of a chat template, does
-    not mention: what it says would be lost."""
+    InputError for a field, or the role of a tool, that `template`, the text of a chat template,
+    does not mention: what it says would be lost."""
     text = text_of(message)
     fields = {name: value for name, value in message.items() if value not in (None, "", [])}
     wrong = sorted(fields.keys() - {"role", "content", "name", "tool_call_id"})

@@ -271,7 +271,7 @@ def test_worst_mix_finds_the_minimum():
     grid = [(a, b, 20 - a - b) for a in range(21) for b in range(21 - a)]
     least = torch.stack([value(torch.tensor(w).double() / 20) for w in grid]).min(0).values
     assert float((value(worst_mix(V)) - least).max()) < 0.02
-    other = worst_mix(V, strength=0.1)
+    other = worst_mix(0.1 * V)
     assert (value(other) - value(worst_mix(V))).max() > 0
 
 
