@@ -237,6 +237,7 @@ def soup(state_dicts, weights):
 RULES = ["sum", "raco", "cagrad", "mgda"]
 
 
+# --- exercise 17: combine (3 points) ---
 def combine(gram, alpha, rule, c=0.4):
     """gram (H, H) and the objectives' weights alpha (H,) -> (H,), how much of each g_i goes into
     the update sum_i coefficient_i g_i. With w = alpha / sum(alpha) and g_0 = sum_i w_i g_i:
@@ -249,7 +250,8 @@ def combine(gram, alpha, rule, c=0.4):
     raco    the same with p_i cut to at most w_i: no objective is served at the cost of the weights
             that were asked for (arXiv 2602.02495, Algorithm 1)
 
-    Each is taken sum(alpha) times, as the sum is. c, in [0, 1), says how far they part from it."""
+    Each is taken sum(alpha) times, as the sum is. c, in [0, 1), says how far they part from it.
+    least_conflict, below, finds p, beginning at w; where G_p is 0, g_0 stays."""
     if rule == "sum":
         return alpha
     total = alpha.sum()
@@ -262,10 +264,10 @@ def combine(gram, alpha, rule, c=0.4):
     if rule == "raco":
         p = torch.minimum(p, w)
     length = (p @ gram @ p).clamp(min=0).sqrt()         # |G_p|
-    # Without a direction g_0 stays as it is.
     if length == 0:
         return alpha
     return alpha + total * reach / length * p
+# --- end of exercise 17 ---
 
 
 def least_conflict(gram, b, s, p, steps=200):

@@ -6,7 +6,7 @@ project's files. The exercise's tests run here, in a process that no line of the
 enters: calls of the exercise's functions go to the student's process as JSON, and so do their
 results come back. A submission may hang, exit, print, patch pytest or rewrite the tests: all that
 it can do to its mark is to answer rightly or not. One that writes files, uses the network, starts
-programs or imports what its file does not has no points for that exercise. An exercise counts if
+programs, imports what its file does not or prints half a megabyte has no points for that exercise. An exercise counts if
 all its tests pass; they draw other random numbers than the tests that were handed out.
 
 The results are written as Gradescope reads them. What this does not do is hide files: run it
@@ -40,6 +40,7 @@ from data import InputError, run_command, write_json
 from tests.make_assignment import FILES, HOME, between, folder, read, read_exercises, write
 
 LARGEST = 2**26          # bytes of one answer
+PRINTED = 500_000        # bytes that an exercise may print
 ERRORS = {"ValueError": ValueError, "InputError": InputError}     # what a function may raise
 SEQUENCES = {"list": list, "tuple": tuple, "set": set}
 
@@ -149,13 +150,16 @@ def serve():
     first call."""
     calls = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # What a submission prints or reads goes nowhere.
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)
+    # What a submission reads comes from nowhere; what it prints is counted.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
     torch.set_num_threads(1)
     sys.path.append("tests")             # where classes of the tests' own are found
     sys.dont_write_bytecode = True
+    # No file grows, whoever writes it: torch.save asks no audit hook.
+    with contextlib.suppress(ImportError):
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     sys.addaudithook(refuse)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in calls:
@@ -198,8 +202,17 @@ class Pupil:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.grade", "--serve"], cwd=self.directory,
-            start_new_session=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL,
-            encoding="utf-8")
+            start_new_session=True, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8")
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def listen(self):
+        """Throw away what the process prints; end it when that is too much."""
+        printed = 0
+        while chunk := self.process.stderr.buffer.read1(2**16):
+            printed += len(chunk)
+            if printed > PRINTED:
+                self.over = f"it prints more than {PRINTED:,} bytes: take its prints out"
+                self.process.kill()
 
     def ask(self, line):
         """One line to the process, one back; "" if none comes in time."""
@@ -210,7 +223,8 @@ class Pupil:
         try:
             found = answers.get(timeout=max(0.0, self.left))
             if not found:
-                self.over = "its process ended without an answer: does it exit, or crash?"
+                why = "its process ended without an answer: does it exit, or crash?"
+                self.over = self.over or why
         except queue.Empty:
             found = ""
             self.over = "it did not answer in time: does it wait for something, or run for ever?"

@@ -47,7 +47,7 @@ def run(*argv, cwd=HOME):
 
 def test_exercises_are_fenced():
     """A fence that lost its partner in an edit: the students' copy would hold the answer."""
-    assert 12 <= len(EXERCISES) <= 16
+    assert 12 <= len(EXERCISES) <= 17
     assert [exercise.number for exercise in EXERCISES] == list(NUMBERS)
     third = EXERCISES[2]
     assert (third.title, third.points, third.file) == ("mah_dpo_loss", 3, "mah_dpo.py")
@@ -242,18 +242,20 @@ def again(n):
     return f"# --- exercise {n}: again (1 point) ---"
 
 
-def chatty(reference):
-    """The right answer, which prints when it is called."""
-    head, docstring, body = reference.split('"""', 2)
-    first = len(head.split("\n")[-1])
-    return f'{head}"""{docstring}"""\n{" " * first}print("hello" * 9999){body}'
+def after(action):
+    """The right answer, which does something else first."""
+    def edit(reference):
+        head, docstring, body = reference.split('"""', 2)
+        first = len(head.split("\n")[-1])
+        return f'{head}"""{docstring}"""\n{" " * first}{action}{body}'
+    return edit
 
 
 def test_a_submission_costs_its_own_exercise_only(tmp_path):
     """A grader that a submission ends, silences or persuades: by leaving, by patching pytest and
     torch, by tests of its own. `-k ex1` that runs ex10 to ex15 too would give their points."""
     edits = {
-        1: chatty,
+        1: after('print("hello" * 9999)'),
         2: "import os\nos._exit(0)",
         3: PATCHED,
         4: "import sys\nsys.exit(0)",
@@ -290,21 +292,23 @@ def doing(action):
 
 def test_a_submission_stays_within_its_exercise(tmp_path):
     """Files that are written, a network that is used, programs that are started: answers could be
-    copied, and results sent away. A million printed lines that fill the grader's memory."""
+    copied, and results sent away. A million printed lines that fill the grader's memory; a file
+    that is written past Python."""
     edits = {
         2: doing("open('notes.txt', 'w')"),
         5: doing("import socket; socket.create_connection(('127.0.0.1', 9))"),
         6: doing("import subprocess; subprocess.run('true')"),
         7: doing("print('line\\n' * 1_000_000)"),
+        13: after("torch.save({}, 'notes.pt')"),
     }
     unmarked = {n: again(n) for n in NUMBERS if n not in edits}
     directory = submission(tmp_path / "s", edits | unmarked)
     out = str(tmp_path / "results.json")
     printed = run("-m", "tests.grade", directory, "--out", out)
     rows = {int(test["number"]): test for test in read_json(out)["tests"]}
-    for n, why in {2: "open to write ('notes.txt'", 5: "socket.", 6: "subprocess.Popen"}.items():
+    for n, why in {2: "open to write ('notes.txt'", 5: "socket.", 6: "subprocess.Popen",
+                   7: "it prints more than 500,000 bytes", 13: "iostream error"}.items():
         assert rows[n]["score"] == 0 and why in rows[n]["output"], printed
-    assert rows[7]["score"] == POINTS[7], printed
     assert len(printed) < 10_000
 
 
