@@ -15,6 +15,7 @@ import re
 import statistics
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -399,17 +400,13 @@ def objectives_in(path):
     names = []
     for _, columns in read_jsonl(path):
         row = Row(columns)
-        if not kind_of(row, ["pairs"]).named:
+        kind = kind_of(row, ["pairs"])
+        if not kind.named:
             break
-        names += [key.removesuffix(LABEL) for key in columns if key.endswith(LABEL)]
-        names += row.keys("attribute")
-        # Rows are not checked yet: any of this may be something else.
-        completions = columns.get("completions")
-        for completion in completions if isinstance(completions, list) else []:
-            notes = completion.get("annotations") if isinstance(completion, dict) else None
-            names += notes if isinstance(notes, dict) else []
-        names = list(dict.fromkeys(names))
-    return names
+        # What is wrong with a row is told when it is read to be used.
+        with suppress(InputError, Unusable):
+            names += chain.from_iterable(ratings for _, ratings in kind.parse(row).responses)
+    return list(dict.fromkeys(names))
 
 
 def left_out(dropped):

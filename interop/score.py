@@ -235,7 +235,7 @@ class Scorer:
         if directory is None:
             raise InputError(f"{path}: name the run or the PRM that is to be scored: "
                              f"python -m interop.score RUN {path}")
-        self.bench, self.prompts, self.labelled = None, set(), []
+        self.bench, self.trained = None, []
         # Only a run's configuration says how many seeds it has.
         if "seeds" in read_json(f"{directory}/config.json"):
             if not os.path.isfile(f"{directory}/results.json"):
@@ -266,22 +266,16 @@ class Scorer:
         """Keep what a run was trained on: prompts, and labelled sequences, which begin with one."""
         for name in ("pairs.jsonl", "mah_dpo_pairs.jsonl", "labels.jsonl"):
             for _, row in read_jsonl(f"{bench.run}/{name}"):
-                if row["split"] != "train":
-                    continue
-                if "prompt" in row:
-                    self.prompts.add(tuple(row["prompt"]))
-                else:
-                    self.labelled.append(row["ids"])
+                if row["split"] == "train":
+                    self.trained.append(row.get("prompt") or row["ids"])
         # It may have been trained on any of the training questions in --data.
         for world in bench.worlds.values() if bench.config["data"] else ():
             for problem in world.problems("train", len(world.rows), RNG(0)):
-                self.prompts.add(tuple(bench.tokenizer.encode_chat(problem.messages())))
+                self.trained.append(bench.tokenizer.encode_chat(problem.messages()))
 
     def seen(self, ids):
         """Was the run trained on a response to this prompt?"""
-        # A labelled sequence begins with its prompt; of pairs the prompts are kept by themselves.
-        begun = any(row[:len(ids)] == ids for row in self.labelled)
-        return begun or tuple(ids) in self.prompts
+        return any(row[:len(ids)] == ids for row in self.trained)
 
 
 @torch.no_grad()
