@@ -397,7 +397,7 @@ def say_once(remark):
 
 def objectives_in(path):
     """The objectives that the rows of a file of pairs name; [] where the file's name does."""
-    names = []
+    names = {}
     for _, columns in read_jsonl(path):
         row = Row(columns)
         kind = kind_of(row, ["pairs"])
@@ -405,8 +405,9 @@ def objectives_in(path):
             break
         # What is wrong with a row is told when it is read to be used.
         with suppress(InputError, Unusable):
-            names += chain.from_iterable(ratings for _, ratings in kind.parse(row).responses)
-    return list(dict.fromkeys(names))
+            for _, ratings in kind.parse(row).responses:
+                names |= ratings
+    return list(names)
 
 
 def left_out(dropped):
