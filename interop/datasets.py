@@ -15,7 +15,6 @@ import re
 import statistics
 import zlib
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -397,17 +396,20 @@ def say_once(remark):
 
 def objectives_in(path):
     """The objectives that the rows of a file of pairs name; [] where the file's name does."""
-    names = {}
+    names = []
     for _, columns in read_jsonl(path):
         row = Row(columns)
-        kind = kind_of(row, ["pairs"])
-        if not kind.named:
+        if not kind_of(row, ["pairs"]).named:
             break
-        # What is wrong with a row is told when it is read to be used.
-        with suppress(InputError, Unusable):
-            for _, ratings in kind.parse(row).responses:
-                names |= ratings
-    return list(names)
+        names += [key.removesuffix(LABEL) for key in columns if key.endswith(LABEL)]
+        names += row.keys("attribute")
+        # Rows are not checked yet: any of this may be something else.
+        completions = columns.get("completions")
+        for completion in completions if isinstance(completions, list) else []:
+            notes = completion.get("annotations") if isinstance(completion, dict) else None
+            names += notes if isinstance(notes, dict) else []
+        names = list(dict.fromkeys(names))
+    return names
 
 
 def left_out(dropped):

@@ -714,8 +714,8 @@ def test_messages_of_sharegpt(read):
 
 @pytest.mark.parametrize("rows, names", [
     ([LABELS], ["better", "safer"]), ([GRADED], ["helpfulness", "verbosity"]),
-    ([rated("p", honesty="123", brevity=["N/A", 1, None])], ["honesty", "brevity"]),
-    ([GRADED | {"helpfulness": None}], ["verbosity", "helpfulness"]),
+    ([rated("p", honesty="123", brevity="N1N")], ["honesty", "brevity"]),
+    ([GRADED | {"helpfulness": None, "response": ""}], ["verbosity", "helpfulness"]),
     ([PAIR | {"verbosity": 2}], []), ([], []), ([PAIR, LABELS], []),
     ([RATED | {"completions": []}, rated("p", honesty="123"), rated("p", brevity="123")],
      ["honesty", "brevity"]),
