@@ -116,7 +116,7 @@ def test_a_file_without_a_pair_beside_others(tmp_path, gpt):
     reason = "no two responses to the prompt have different ratings of warmth"
     assert {why: n for why, n in dropped.items() if n} == {reason: len(ties)}
     os.remove(f"{data}/warmth.jsonl")
-    with pytest.raises(InputError, match=r"rated.jsonl: 0 pairs for 'warmth' fit .*: add rows, or "
+    with pytest.raises(InputError, match=r"rated.jsonl: 0 pairs for 'warmth' fit .*: add prompts, or "
                        f"leave it out of --objective; 9 left out: {reason}$"):
         real_pairs(data, objectives_of("all", data), gpt)
 
