@@ -297,8 +297,7 @@ def score(directory, path, output, device):
         line = {name: written(name, row["metrics"].get(name)) for name in columns}
         lines.append({"scored": row["policy"], "n": str(n)} | line)
     print(table(path, lines))
-    reasons = [f"{n} rows left out: {why}." for why, n in left.items() if n]
-    print("Mean [95 % interval].", *reasons)
+    print(f"Mean [95 % interval]{left_out(left)}")
 
 
 def main(argv=None):
@@ -310,11 +309,11 @@ def main(argv=None):
     parser.add_argument("--objective", help="what FILE is about, where its name does not tell")
     parser.add_argument("--device", help="auto, cpu, cuda or mps (default: the run's own)")
     args = parser.parse_args(argv)
-    if len(args.paths) > 2:
+    *runs, path = args.paths
+    if len(runs) > 1:
         raise InputError("give a run and one file: python -m interop.score RUN FILE")
     join_processes()
-    directory = args.paths[0] if len(args.paths) == 2 else None
-    score(directory, args.paths[-1], args.objective, args.device)
+    score(next(iter(runs), None), path, args.objective, args.device)
 
 
 if __name__ == "__main__":
