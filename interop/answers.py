@@ -18,6 +18,7 @@ import operator
 import re
 import unicodedata
 from fractions import Fraction
+from functools import lru_cache, partial
 
 
 # -- where a text gives its answer
@@ -378,6 +379,7 @@ UNREADABLE = (SyntaxError, LookupError, ValueError, ArithmeticError, AttributeEr
               RecursionError, MemoryError)
 
 
+@lru_cache(1000)
 def normal_form(answer):
     """An answer -> the name that it gives its value, or "", and its values as texts, sorted."""
     # No final answer is that long, and arithmetic on it would only cost time.
@@ -403,12 +405,6 @@ def normal_form(answer):
         return name, [re.sub(r"(?<!\d)\s+|\s+(?!\d)|\\(?=[a-z])", "", text)]
 
 
-def same_form(a, b):
-    """Are two normal forms the same? A name counts where both have one: x = 3 is not y = 3."""
-    (name, values), (other, others) = a, b
-    return values == others and (name == other or not name or not other)
-
-
 def same_answer(a, b):
     """Are two final answers the same? None, for no answer, equals nothing.
 
@@ -417,7 +413,9 @@ def same_answer(a, b):
     does the order of 3, 5 or of a set; that of (3, 5) does."""
     if a is None or b is None:
         return False
-    return same_form(normal_form(a), normal_form(b))
+    (name, values), (other, others) = normal_form(a), normal_form(b)
+    # A name counts where both have one: x = 3 is not y = 3.
+    return values == others and (name == other or not name or not other)
 
 
 # -- several answers to one question
@@ -428,9 +426,6 @@ def majority(texts):
     answers = [marked_answer(text) for text in texts]
     if not any(answers):
         answers = [final_answer(text) for text in texts]
-    forms = [normal_form(answer) for answer in answers if answer]
-    votes = []
-    for answer in answers:
-        agree = [same_form(normal_form(answer), form) for form in forms] if answer else []
-        votes.append(sum(agree))
+    # Each answer gets a vote from every one that is the same.
+    votes = [sum(map(partial(same_answer, answer), answers)) for answer in answers]
     return votes.index(max(votes))

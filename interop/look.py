@@ -115,29 +115,25 @@ def look_at_steps(path, model):
 # -- where objectives pull apart
 
 def preferred(groups):
-    """What an objective compares -> {prompt: set of (better response, worse response)}"""
-    found = {}
+    """What an objective compares -> set of (prompt, better response, worse response)"""
+    found = set()
     for prompt, scores in groups:
         # Of all that it compares, not only of the pairs that a run learns from.
-        pairs = [(a, b) for a, b in permutations(scores, 2) if scores[a] > scores[b]]
-        found.setdefault(str(prompt), set()).update(pairs)
+        for a, b in permutations(scores, 2):
+            if scores[a] > scores[b]:
+                found.add((str(prompt), a, b))
     return found
 
 
 def conflict(first, second):
-    """What two objectives prefer, {prompt: set of (better, worse)} each -> (number of prompts that
-    both have; of those on which they prefer opposite answers; of pairs of answers that both rank;
-    of those that they rank in opposite ways)."""
-    shared = first.keys() & second.keys()
-    n_prompts = n_ranked = n_opposite = 0
-    for prompt in shared:
-        # What the first prefers, turned round: does the second say so?
-        swapped = {(worse, better) for better, worse in first[prompt]}
-        opposite = swapped & second[prompt]
-        n_prompts += bool(opposite)
-        n_opposite += len(opposite)
-        n_ranked += len(opposite) + len(first[prompt] & second[prompt])
-    return len(shared), n_prompts, n_ranked, n_opposite
+    """What two objectives prefer, sets as of `preferred` -> (number of prompts that both have; of
+    those on which they prefer opposite answers; of pairs of answers that both rank; of those that
+    they rank in opposite ways)."""
+    # What the first prefers, turned round: does the second say so?
+    opposite = {(prompt, worse, better) for prompt, better, worse in first} & second
+    n_ranked = len(opposite) + len(first & second)
+    shared = {prompt for prompt, *_ in first} & {prompt for prompt, *_ in second}
+    return len(shared), len({prompt for prompt, *_ in opposite}), n_ranked, len(opposite)
 
 
 def print_conflicts(compared):

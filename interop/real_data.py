@@ -232,13 +232,13 @@ def real_pairs(data, objectives, model):
                 kept += [pair] if pair else []
                 left[too_long] += not pair
         where = ", ".join(paths)
-        if len(kept) > 1 and len({tuple(pair.prompt) for pair in kept}) == 1:
-            raise InputError(f"{where}: nothing can be held out: its {len(kept)} pairs have one "
-                             "prompt, which is held out or trained on as a whole; add prompts")
+        # A prompt is trained on or held out as a whole.
         if {pair.split for pair in kept} != {"train", "dev"}:
+            n_prompts = len({tuple(pair.prompt) for pair in kept})
             raise InputError(f"{where}: {len(kept)} pairs for {name!r} fit the context of {limit} "
-                             "tokens; some to train on and some to hold out are needed: add rows, "
-                             f"or leave it out of --objective{left_out(left)}")
+                             f"tokens, on {n_prompts} prompts; some to train on and some to hold "
+                             f"out are needed: add prompts, or leave it out of --objective"
+                             f"{left_out(left)}")
         found += kept
         dropped += left
     # With so few prompts, what heads learn would not be about the objectives.

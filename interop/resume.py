@@ -5,9 +5,9 @@
     directories    a new one appears with all that belongs in it
     stops          Ctrl-C waits for the end of a step
     stages         what is finished of a run, and what another run can take over from it
-    fingerprint    a hash that tells whether a file belongs to these options and data
+    run_key        a hash that tells whether a file belongs to these options and data
 
-`run` is a train.Run: run.file(name) gives a path in its directory, run.key its fingerprint.
+`run` is a train.Run: run.file(name) gives a path in its directory, run.key its hash.
 """
 import contextlib
 import hashlib
@@ -254,12 +254,7 @@ def run_key(options, objectives):
     """A hash of options ({name: value}) and data: files made under others have another key."""
     options = {name: value for name, value in options.items() if name not in HARMLESS}
     records = [asdict(o) for o in objectives]
-    return fingerprint([options, records], data_files(options.get("data"), objectives))
-
-
-def fingerprint(values, paths):
-    """A hash of values (as JSON) and of the contents of files: any change gives another."""
-    digest = hashlib.sha256(json.dumps(values).encode())
-    for path in paths:
+    digest = hashlib.sha256(json.dumps([options, records]).encode())
+    for path in data_files(options.get("data"), objectives):
         digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()

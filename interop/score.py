@@ -235,7 +235,7 @@ class Scorer:
         if directory is None:
             raise InputError(f"{path}: name the run or the PRM that is to be scored: "
                              f"python -m interop.score RUN {path}")
-        self.bench, self.prompts, self.labelled = None, set(), []
+        self.bench, self.trained = None, []
         # Only a run's configuration says how many seeds it has.
         if "seeds" in read_json(f"{directory}/config.json"):
             if not os.path.isfile(f"{directory}/results.json"):
@@ -266,22 +266,16 @@ class Scorer:
         """Keep what a run was trained on: prompts, and labelled sequences, which begin with one."""
         for name in ("pairs.jsonl", "mah_dpo_pairs.jsonl", "labels.jsonl"):
             for _, row in read_jsonl(f"{bench.run}/{name}"):
-                if row["split"] != "train":
-                    continue
-                if "prompt" in row:
-                    self.prompts.add(tuple(row["prompt"]))
-                else:
-                    self.labelled.append(row["ids"])
+                if row["split"] == "train":
+                    self.trained.append(row.get("prompt") or row["ids"])
         # It may have been trained on any of the training questions in --data.
         for world in bench.worlds.values() if bench.config["data"] else ():
             for problem in world.problems("train", len(world.rows), RNG(0)):
-                self.prompts.add(tuple(bench.tokenizer.encode_chat(problem.messages())))
+                self.trained.append(bench.tokenizer.encode_chat(problem.messages()))
 
     def seen(self, ids):
         """Was the run trained on a response to this prompt?"""
-        # A labelled sequence begins with its prompt; of pairs the prompts are kept by themselves.
-        begun = any(row[:len(ids)] == ids for row in self.labelled)
-        return begun or tuple(ids) in self.prompts
+        return any(row[:len(ids)] == ids for row in self.trained)
 
 
 @torch.no_grad()
@@ -303,8 +297,7 @@ def score(directory, path, output, device):
         line = {name: written(name, row["metrics"].get(name)) for name in columns}
         lines.append({"scored": row["policy"], "n": str(n)} | line)
     print(table(path, lines))
-    reasons = [f"{n} rows left out: {why}." for why, n in left.items() if n]
-    print("Mean [95 % interval].", *reasons)
+    print(f"Mean [95 % interval]{left_out(left)}")
 
 
 def main(argv=None):
@@ -316,11 +309,11 @@ def main(argv=None):
     parser.add_argument("--objective", help="what FILE is about, where its name does not tell")
     parser.add_argument("--device", help="auto, cpu, cuda or mps (default: the run's own)")
     args = parser.parse_args(argv)
-    if len(args.paths) > 2:
+    *runs, path = args.paths
+    if len(runs) > 1:
         raise InputError("give a run and one file: python -m interop.score RUN FILE")
     join_processes()
-    directory = args.paths[0] if len(args.paths) == 2 else None
-    score(directory, args.paths[-1], args.objective, args.device)
+    score(next(iter(runs), None), path, args.objective, args.device)
 
 
 if __name__ == "__main__":

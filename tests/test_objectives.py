@@ -116,8 +116,8 @@ def test_a_file_without_a_pair_beside_others(tmp_path, gpt):
     reason = "no two responses to the prompt have different ratings of warmth"
     assert {why: n for why, n in dropped.items() if n} == {reason: len(ties)}
     os.remove(f"{data}/warmth.jsonl")
-    with pytest.raises(InputError, match=r"rated.jsonl: 0 pairs for 'warmth' fit .*: add rows, or "
-                       f"leave it out of --objective; 9 left out: {reason}$"):
+    with pytest.raises(InputError, match=r"rated.jsonl: 0 pairs for 'warmth' fit .*: add prompts, "
+                       f"or leave it out of --objective; 9 left out: {reason}$"):
         real_pairs(data, objectives_of("all", data), gpt)
 
 
@@ -379,8 +379,9 @@ def test_labels_of_ones_own(tmp_path, gpt):
     ({"brevity": [pair(i, "same", "same") for i in range(9)]}, "",
      "/d/brevity.jsonl: no rows to use; 9 left out: chosen equals rejected"),
     ({"all_alike": [rated(i, warmth=3) for i in range(9)]}, "",
-     "/d/all_alike.jsonl: 0 pairs for 'warmth' fit the context of 128 tokens; some to train on and "
-     "some to hold out are needed: add rows, or leave it out of --objective; 9 left out: no two "),
+     "/d/all_alike.jsonl: 0 pairs for 'warmth' fit the context of 128 tokens, on 0 prompts; some "
+     "to train on and some to hold out are needed: add prompts, or leave it out of --objective; 9 "
+     "left out: no two "),
     ({name: [pair(1), pair(4)] for name in ("a", "b", "c")}, "",
      "/d: 3 objectives have only 2 different prompts; add pairs, or choose fewer"),
     ({"brevity": [{"question": "q", "answer": "1"}]}, "", "/d/brevity.jsonl: questions with "

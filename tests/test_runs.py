@@ -635,7 +635,7 @@ def test_questions_go_through_the_whole_pipeline(gpt, tokenizer, tmp_path, capsy
     ("honesty", [], "no rows"), ("honesty", None, "labelled steps alone are too little; add the "),
     ("honesty", [preference(i, "red " * 200) for i in range(20)], "0 pairs for 'honesty' fit"),
     ("honesty", [preference(1)], "1 pairs for 'honesty' fit the context"),
-    ("honesty", [preference(1, "red " * i) for i in range(1, 41)], "nothing can be held out"),
+    ("honesty", [preference(1, "red " * i) for i in range(1, 41)], "tokens, on 1 prompts; some"),
     ("honesty.steps", [{"prompt": "a", "steps": ["x"], "labels": [1, 0]}],
      "honesty.steps.jsonl:1: 1 steps but 2 labels")])
 def test_broken_data_leaves_nothing_behind(file, rows, message, capsys, checkpoint, pairs_dir,

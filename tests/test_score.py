@@ -95,7 +95,7 @@ def test_scoring_answers(judged, capsys):
         rows.append({"question": "q", "answer": f"#### {i}"} | said)
     score.main([judged.write("answers.jsonl", [*rows, rows[0] | {"answer": ""}])])
     found, out = cells(capsys)
-    assert "1 rows left out: the answer is empty." in out
+    assert "; 1 left out: the answer is empty" in out
     # Wilson's interval of 4 of 4 is 4 / (4 + 1.96^2) to 1.
     assert found == [["a", "4", "1.000 [0.510, 1.000]"], ["b", "4", "0.250 [0.046, 0.699]"]]
 
@@ -179,8 +179,8 @@ def test_scoring_first_errors(judged, capsys):
     odd = {"problem": "4 ?", "steps": [], "label": -1}
     score.main([judged.prm, judged.write("steps.jsonl", [*rows, long, odd])])
     ((name, n, *_, f1),), out = cells(capsys)
-    assert (name, n) == ("PRM math_accuracy", "12") and "1 rows left out: too long." in out
-    assert "1 rows left out: no steps, or an empty one." in out
+    assert (name, n) == ("PRM math_accuracy", "12") and "; 1 left out: too long\n" in out
+    assert "; 1 left out: no steps, or an empty one" in out
     prm, responses = load_prm(judged.prm), []
     tokenizer = prm.backbone.tokenizer
     for row in rows:
@@ -219,7 +219,7 @@ def test_scoring_pairs_by_a_prm(judged, capsys):
         right.append(float(values[0] > values[1]))
     share = score.written("reward_accuracy", evaluate.summary(right))
     assert found == [["PRM honesty", "9", share]]
-    assert "1 rows left out: too long or alike." in out
+    assert "; 1 left out: too long or alike" in out
 
 
 def test_scoring_ratings(judged, capsys):
@@ -232,7 +232,7 @@ def test_scoring_ratings(judged, capsys):
             completions.append({"response": text, "annotations": about})
         rows.append({"instruction": "what ?", "completions": completions})
     score.main([judged.prm, judged.write("rated.jsonl", rows), "--objective", "honesty"])
-    left = "1 rows left out: no two responses to the prompt have different ratings of honesty."
+    left = "; 1 left out: no two responses to the prompt have different ratings of honesty"
     assert left in capsys.readouterr().out
 
 
@@ -253,7 +253,7 @@ def test_scoring_pairs_by_a_run(whole, judged, capsys):
     found, out = cells(capsys)
     assert [line[0] for line in found] == ["sft", "base", "single_head_dpo", "modpo", "dpo_honesty",
                                            "mah_dpo", "PRM honesty"]
-    assert {line[1] for line in found} == {"2"} and "1 rows left out: seen in training." in out
+    assert {line[1] for line in found} == {"2"} and "; 1 left out: seen in training" in out
     assert found[0][2].startswith("0.693") and found[-1][2:5] == ["-"] * 3
 
 
