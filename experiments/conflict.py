@@ -10,7 +10,8 @@ opposite, and a single head has nothing to learn. Scores are of the first object
 the second one, mah_dpo:honesty, should lower them as the dial turns.
 
 "fitted": accuracy on the training pairs, each under its own head if a policy has several. Cosines,
-from log.jsonl: of both objectives' gradients on the backbone, at the first and the last look.
+from log.jsonl: of both objectives' gradients on the backbone, at the first and the last look. Each
+draws pairs of its own in a step: at 0 they are not quite 1.
 """
 import os
 import sys
@@ -20,9 +21,10 @@ from functools import partial
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data import run_command  # noqa: E402
-from evaluate import over_trainings, summary, table  # noqa: E402
+from evaluate import summary, table  # noqa: E402
 from experiments.noise import flip  # noqa: E402
-from experiments.vary import lines_of, picture, read_arguments, retrain  # noqa: E402
+from experiments.vary import (averaged, lines_of, picture, read_arguments,  # noqa: E402
+                              retrain, rows_of)
 from interop.resume import log_rows, read_rows  # noqa: E402
 from mah_dpo import Pair, pair_logps  # noqa: E402
 
@@ -39,10 +41,9 @@ def dial(share, pairs, run):
     return own + flip(share, again, run)
 
 
-def row_of(bench, job, names):
-    """A row of the tables with what the policy makes of the pairs that it was trained on: accuracy
-    for each objective, and cosines where it learnt from both."""
-    row, (model, _) = bench.row(job), bench.policy(job)
+def with_fit(row, model, bench, names):
+    """A row of the tables with what its policy, a model, makes of the pairs that it was trained on:
+    accuracy for each objective, and cosines where it learnt from both."""
     pairs = read_rows(f"{bench.run}/pairs.jsonl", Pair)
     logps = pair_logps(model, pairs)                                           # (N, 2)
     reference = logps.new_tensor([pair.reference for pair in pairs])           # (N, 2)
@@ -75,9 +76,14 @@ def main(argv=None):
         for run in args.trainings:
             edit = partial(dial, share)
             bench = retrain(args, run, f"conflict={share}", policies, edit)
-            jobs = [job for job in bench.jobs(args.domain) if job.policy in wanted]
-            results.append([row_of(bench, job, names) for job in jobs if not job.guide])
-        rows = over_trainings(results) if len(results) > 1 else results[0]
+            rows = []
+            for job in bench.jobs(args.domain):
+                if job.policy in wanted and not job.guide:
+                    row, = rows_of(bench, [job])
+                    model, _ = bench.policy(job)
+                    rows.append(with_fit(row, model, bench, names))
+            results.append(rows)
+        rows = averaged(results)
         lines += lines_of(("in conflict", f"{share:.2f}"), rows, metrics)
         # In the picture the heads alone are left out: they fit what MAH-DPO fits.
         for row in [row for row in rows if row["policy"] in METHODS]:

@@ -18,8 +18,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch  # noqa: E402
 
 from data import run_command  # noqa: E402
-from evaluate import Bench, cells, over_trainings, summary, table  # noqa: E402
-from experiments.vary import FAST, picture, read_arguments  # noqa: E402
+from evaluate import Bench, cells, summary, table  # noqa: E402
+from experiments.vary import averaged, picture, read_arguments  # noqa: E402
 from interop.resume import read_rows  # noqa: E402
 from mah_dpo import Pair  # noqa: E402
 from model import linear  # noqa: E402
@@ -76,23 +76,24 @@ def distances(own, other):
 
 
 def row_of(way, bench, other, domain, held_out):
-    """The row of one way of mixing, beside the other one's Bench; under "tv" the total variation
-    at every token. held_out: Pairs."""
+    """The row of one way of mixing, beside the other one's Bench. held_out: Pairs. A value of TV
+    and KL is the mean over an answer's tokens, as one of kl is."""
     job = next(job for job in bench.jobs(domain) if job.policy == "mah_dpo")
-    row, found, likelihood = bench.row(job), [], []
-    # Compare: at every token that was said.
-    for talk in bench.rollout(job)[0]:
+    row, each = bench.row(job), {"TV": [], "KL": [], "log-likelihood": []}
+    talks, _, _ = bench.rollout(job)
+    for talk in talks:
         for turn in talk.turns:
             said = job, turn.before, turn.response
-            found.append(distances(log_probs(bench, *said), log_probs(other, *said)))
-    tv, kl = [torch.cat(values) for values in zip(*found)]
-    # Calibrate: on what others said.
+            tv, kl = distances(log_probs(bench, *said), log_probs(other, *said))
+            each["TV"].append(tv.mean().item())
+            each["KL"].append(kl.mean().item())
     for pair in held_out:
-        logps = log_probs(bench, job, pair.prompt, pair.chosen)
-        likelihood += logps.gather(-1, torch.tensor(pair.chosen)[:, None])[:, 0].tolist()
-    found = {"TV": tv.tolist(), "KL": kl.tolist(), "log-likelihood": likelihood}
-    metrics = {name: summary(values) for name, values in found.items()}
-    return row | {"policy": way, "metrics": row["metrics"] | metrics, "tv": tv}
+        logps = log_probs(bench, job, pair.prompt, pair.chosen)                # (n, V)
+        # Of every distribution, what it says of the token that came.
+        n = torch.arange(len(pair.chosen))
+        each["log-likelihood"].append(logps[n, pair.chosen].mean().item())
+    metrics = {name: summary(values) for name, values in each.items()}
+    return row | {"policy": way, "metrics": row["metrics"] | metrics, "tv": each["TV"]}
 
 
 def main(argv=None):
@@ -101,22 +102,18 @@ def main(argv=None):
     results = []
     for run in args.trainings:
         logits, mixed = Bench(run.path, "cpu"), Mixed(run.path, "cpu")
-        for bench in (logits, mixed):
-            bench.config |= FAST if args.fast else {}
+        logits.config["n_test"] = mixed.config["n_test"] = run.config.n_test
         held_out = choose(read_rows(run.file("pairs.jsonl"), Pair), args.names, "dev")
         results.append([row_of("logits", logits, mixed, args.domain, held_out),
                         row_of("probabilities", mixed, logits, args.domain, held_out)])
-    rows = over_trainings(results) if len(results) > 1 else results[0]
+    rows = averaged(results)
     metrics = [*args.names, "TV", "KL", "log-likelihood", "kl"]
     lines = [cells(row, metrics, ["policy"]) for row in rows]
     print(table(f"{args.domain}, the heads' uniform mix", lines))
-    # Of the first training: how far the two part at most tokens, and at the few where they do.
-    curves, shares = {}, torch.linspace(0, 1, 21)
-    for row in rows:
-        points = torch.stack((shares, row["tv"].quantile(shares)), 1)
-        curves[row["policy"]] = points.tolist()
+    # Answers of the first training, from the one at which both agree most.
+    curves = {row["policy"]: list(enumerate(sorted(row["tv"]))) for row in rows}
     os.makedirs(args.out, exist_ok=True)
-    picture(f"{args.out}/ensemble.svg", [("TV", "share of tokens below", curves)])
+    picture(f"{args.out}/ensemble.svg", [("TV", "answers", curves)])
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data import run_command  # noqa: E402
-from evaluate import (Bench, cells, means_of, over_trainings, row_name, summary,  # noqa: E402
-                      table)
-from experiments.vary import FAST, picture, read_arguments  # noqa: E402
+from evaluate import Bench, cells, means_of, row_name, summary, table  # noqa: E402
+from experiments.vary import averaged, picture, read_arguments  # noqa: E402
 
 def with_lowest(row, names):
     """A row of a table with the scores of these objectives alone, and the lowest of them in both
@@ -98,12 +97,13 @@ def main(argv=None):
     guided, spaced = [], []
     for run in args.trainings:
         bench = Bench(run.path)
-        # Ten steps, whatever the run's own tables have.
-        bench.config |= {"weight_steps": 2, **FAST} if args.fast else {"weight_steps": 10}
+        # Ten steps, whatever the run's own tables have; fewer of both in a trial.
+        bench.config["weight_steps"] = 2 if args.fast else 10
+        bench.config["n_test"] = run.config.n_test
         guided.append(guided_rows(bench, args.domain, args.names))
         spaced.append(spaced_rows(bench, args.domain))
     for title, results in (("guides", guided), ("evenness of fronts", spaced)):
-        rows = over_trainings(results) if len(results) > 1 else results[0]
+        rows = averaged(results)
         lines = [cells(row, row["metrics"]) for row in rows]
         print(table(f"{args.domain}, {title}", lines))
     # The picture shows fronts: a row over trainings keeps the first one's curves, and its

@@ -3,7 +3,7 @@
     python experiments/many.py RUN             a finished run of train.py, of one or several seeds
 
 MAH-DPO is trained on ever more objectives: first those of the domain, then the run's others. A run
-has seven, so more are made by dealing the training pairs of each out to copies of it: "honesty 2"
+has seven, so more are made by dealing the training pairs of each out to copies of it: "honesty_2"
 learns from other pairs than "honesty", but wants the same. At every number an objective has the
 same pairs, and as many in every step; what changes is what else the backbone learns. A negative
 transfer is a score of a domain's objective, by its own head, that falls as others join.
@@ -19,8 +19,9 @@ from functools import partial
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data import run_command  # noqa: E402
-from evaluate import over_trainings, summary, table  # noqa: E402
-from experiments.vary import lines_of, picture, read_arguments, retrain  # noqa: E402
+from evaluate import summary, table  # noqa: E402
+from experiments.vary import (averaged, lines_of, picture, read_arguments,  # noqa: E402
+                              retrain, rows_of)
 from interop.resume import log_rows  # noqa: E402
 from train import Run  # noqa: E402
 
@@ -35,7 +36,7 @@ def with_copies(run, first, most):
     # A second round of all, a third...
     while len(found) < most:
         number = len(found) // len(own) + 1
-        found += [replace(o, name=f"{o.name} {number}") for o in own]
+        found += [replace(o, name=f"{o.name}_{number}") for o in own]
     return Run(run.path, run.config, found)
 
 
@@ -47,7 +48,7 @@ def deal(rounds, pairs, run):
         key = pair.objective, pair.split
         seen[key] = seen.get(key, -1) + 1
         hand = seen[key] % rounds + 1
-        name = pair.objective if hand == 1 else f"{pair.objective} {hand}"
+        name = pair.objective if hand == 1 else f"{pair.objective}_{hand}"
         if name in run.names:
             found.append(replace(pair, objective=name))
     return found
@@ -61,7 +62,7 @@ def cost(bench):
             "M in heads": summary([heads / 1e6])}
 
 
-def rows_of(bench, domain, names):
+def own_rows(bench, domain, names):
     """What the heads of the domain's objectives, those of `names` that a training has, score for
     themselves -> rows, with the cost of the training."""
     rows, about = [], cost(bench)
@@ -69,7 +70,7 @@ def rows_of(bench, domain, names):
         # A head alone is called mah_dpo:<objective>.
         name = job.policy.removeprefix("mah_dpo:")
         if name in names:
-            row = bench.row(job)
+            row, = rows_of(bench, [job])
             found = {"own score": row["metrics"][name], "kl": row["metrics"]["kl"]}
             rows.append(row | {"policy": name, "metrics": found | about})
     return rows
@@ -89,8 +90,8 @@ def main(argv=None):
             # No looks at the gradients, which would take time.
             bench = retrain(few, origin, f"objectives={count}", ["mah_dpo"], edit,
                             conflict_every=0)
-            results.append(rows_of(bench, args.domain, args.names))
-        rows = over_trainings(results) if len(results) > 1 else results[0]
+            results.append(own_rows(bench, args.domain, args.names))
+        rows = averaged(results)
         lines += lines_of(("objectives", str(count)), rows, rows[0]["metrics"])
         for row in rows:
             curve = curves.setdefault(row["policy"], [])

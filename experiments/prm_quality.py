@@ -15,8 +15,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import train  # noqa: E402
 from data import run_command  # noqa: E402
-from evaluate import Bench, cells, over_trainings, row_name, summary, table  # noqa: E402
-from experiments.vary import FAST, picture, read_arguments  # noqa: E402
+from evaluate import Bench, cells, row_name, summary, table  # noqa: E402
+from experiments.vary import averaged, picture, read_arguments  # noqa: E402
 from interop.resume import log_rows  # noqa: E402
 
 STEPS = (75, 150, 300, 600)
@@ -27,7 +27,9 @@ def with_prm(args, origin, steps):
     if steps == origin.config.prm_steps:
         return Bench(origin.path)
     path = f"{args.out}/seed={origin.config.seed}/prm_steps={steps}"
-    # As with train.py --from: all that comes before the PRM is copied.
+    # As with train.py --from: all that comes before the PRM is copied, if no option but this differs
+    # from the run's own.
+    origin = train.open_run(origin.path)
     config = replace(origin.config, prm_steps=steps, out=path, from_=origin.path)
     run = train.begin(path, config, origin.objectives)
     if not os.path.isdir(run.file("prm")):
@@ -41,12 +43,14 @@ def quality(run, name):
     nothing was held out that differs."""
     rows = [row for row in log_rows(f"{run}/log.jsonl") if row.get("policies") == ["sft"]]
     found = rows[-1]["held_out"].get(name, {})
+    # Labels have R^2, comparisons have an accuracy.
     return found.get("r2", found.get("pair_accuracy", 0.0))
 
 
-def rows_of(bench, args, steps):
+def guided_rows(bench, args, steps):
     """SFT guided by each objective of the domain -> rows, with quality, own score and gain."""
     jobs = {row_name(job._asdict()): job for job in bench.jobs(args.domain)}
+    # What SFT is worth without a guide, prompt by prompt.
     alone, rows = bench.row(jobs["sft"])["each"], []
     for name in args.names:
         row = bench.row(jobs[f"sft + {name}"])
@@ -61,17 +65,16 @@ def rows_of(bench, args, steps):
 
 def main(argv=None):
     """The command line."""
-    # Of two domains the last one counts.
-    args = read_arguments(__doc__, ["--domain", "math", *(argv or sys.argv[1:])])
+    args = read_arguments(__doc__, argv, domain=("math", "math, values or tutoring"))
     own = args.trainings[0].config.prm_steps
     lines, curves = [], {}
-    for steps in (2, own) if args.fast else (*STEPS, own):
+    for steps in (1, own) if args.fast else (*STEPS, own):
         results = []
         for run in args.trainings:
             bench = with_prm(args, run, steps)
-            bench.config |= FAST if args.fast else {}
-            results.append(rows_of(bench, args, steps))
-        rows = over_trainings(results) if len(results) > 1 else results[0]
+            bench.config["n_test"] = run.config.n_test
+            results.append(guided_rows(bench, args, steps))
+        rows = averaged(results)
         for row in rows:
             lines.append(cells(row, row["metrics"]))
             point = row["metrics"]["quality"]["mean"], row["metrics"]["gain"]["mean"]

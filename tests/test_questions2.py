@@ -1,5 +1,6 @@
 """experiments/front.py, noise.py, conflict.py, prm_quality.py, many.py, ensemble.py. Every docstring
 states the bug that its test prevents."""
+import importlib
 import math
 import os
 import re
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 import train
-from data import InputError, Objective
+from data import InputError, Objective, read_json
 from decode import generate
-from experiments import conflict, ensemble, front, many, noise, prm_quality
+from experiments import conflict, ensemble, front, many, noise
 from interop.options import Config
 from mah_dpo import Pair
 
@@ -39,7 +40,8 @@ def test_a_share_of_the_training_pairs_is_flipped():
     for share, count in ((0, (0, 0)), (.1, (1, 2)), (.3, (3, 6)), (.5, (5, 10))):
         found = noise.flip(share, given, run)
         flipped = {i for i, pair in enumerate(found) if pair != given[i]}
-        assert (len([i for i in flipped if i < 10]), len([i for i in flipped if 10 <= i < 30])) == count
+        of_a = [i for i in flipped if i < 10]
+        assert (len(of_a), len(flipped) - len(of_a)) == count
         assert max(flipped, default=0) < 30 and before <= flipped
         before = flipped
         for i in flipped:
@@ -103,21 +105,23 @@ def test_objectives_and_their_copies_share_no_pair():
     whole.objectives = [Objective(name, "values", "C", "sentence") for name in ("a", "b", "c")]
     whole.path, whole.config = "", Config(device="cpu")
     few = many.with_copies(whole, ["b", "c"], 4)
-    assert few.names == ["b", "c", "a", "b 2", "c 2", "a 2"]
+    assert few.names == ["b", "c", "a", "b_2", "c_2", "a_2"]
     given = [*pairs(6), *pairs(6, "b"), *pairs(6, "c"), *pairs(4, "b", "dev")]
     alone = many.deal(2, given, Named("b"))
-    found = many.deal(2, given, Named("b", "c", "a", "b 2"))
+    found = many.deal(2, given, Named("b", "c", "a", "b_2"))
     assert [pair for pair in found if pair.objective == "b"] == alone
     counts = {}
     for pair in found:
         counts.setdefault((pair.objective, pair.split), []).append(pair.prompt[0])
-    assert counts == {("a", "train"): [0, 2, 4], ("b", "train"): [0, 2, 4], ("c", "train"): [0, 2, 4],
-                      ("b 2", "train"): [1, 3, 5], ("b", "dev"): [0, 2], ("b 2", "dev"): [1, 3]}
+    assert counts == {("a", "train"): [0, 2, 4], ("b", "train"): [0, 2, 4],
+                      ("c", "train"): [0, 2, 4], ("b_2", "train"): [1, 3, 5],
+                      ("b", "dev"): [0, 2], ("b_2", "dev"): [1, 3]}
 
 
 def test_distances_of_distributions():
     """Prevents: twice the total variation, a KL divergence in the other direction."""
-    own, other = torch.tensor([[.5, .5], [.9, .1]]).log(), torch.tensor([[.25, .75], [.9, .1]]).log()
+    own = torch.tensor([[.5, .5], [.9, .1]]).log()
+    other = torch.tensor([[.25, .75], [.9, .1]]).log()
     tv, kl = ensemble.distances(own, other)
     assert tv.tolist() == pytest.approx([.25, 0])
     assert kl.tolist() == pytest.approx([.5 * math.log(2) + .5 * math.log(2 / 3), 0], abs=1e-6)
@@ -152,32 +156,69 @@ def test_probabilities_mixed(whole):
     assert torch.allclose(counts[top.indices], top.values, atol=.04)
 
 
-PROGRAMS = {front: "front", noise: "noise", conflict: "conflict", many: "many",
-            ensemble: "ensemble", prm_quality: "prm_quality"}
+NAMES = ["front", "noise", "conflict", "many", "ensemble", "prm_quality"]
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=PROGRAMS.values())
-def test_every_program_prints_a_table_and_draws(program, whole, tmp_path, capsys):
+def table_of(name, run, out, capsys):
+    """Run a program for a trial -> the lines of its tables as lists of texts, all that it said."""
+    program = importlib.import_module(f"experiments.{name}")
+    program.main([run, "--domain", "values", "--fast", "--out", out])
+    said = capsys.readouterr().out
+    lines = re.findall(r"^\| (.*) \|$", said, re.M)
+    return [re.split(r" +\| ", line) for line in lines], said
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory):
+    """A directory for what all programs train."""
+    return str(tmp_path_factory.mktemp("questions"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_program_prints_a_table_and_draws(name, whole, where, capsys):
     """Prevents: a program that fails on a finished run, a table without its rows, a picture that is
-    no XML or shows nothing, what is trained trained again."""
-    name, out = PROGRAMS[program], str(tmp_path / "out")
-    argv = [whole, "--domain", "values", "--fast", "--out", out]
-    program.main(argv)
-    first = capsys.readouterr().out
-    tables = re.findall(r"^(\|.*\|)$", first, re.M)
-    assert len(tables) >= 4 and "nan" not in first
+    no XML or shows nothing, and what such a program is for: one head cannot want both of two
+    opposites, two heads can; a head more for every objective; a PRM of the steps asked for."""
+    out = f"{where}/{name}"
+    lines, said = table_of(name, whole, out, capsys)
+    assert len(lines) >= 4 and "nan" not in said
     root = ElementTree.parse(f"{out}/{name}.svg").getroot()
     assert len(list(root.iter("{http://www.w3.org/2000/svg}polyline"))) >= 2
-    if program in (front, ensemble):
-        return
-    program.main(argv)
-    again = capsys.readouterr().out
-    assert re.findall(r"^(\|.*\|)$", again, re.M) == tables and f"{out}/seed" not in again
+    titles, _, *rows = lines
+    found = [dict(zip(titles, row)) for row in rows]
+    if name == "conflict":
+        for row in found:
+            dial, a, b = [float(row[title].split()[0]) for title in (
+                "in conflict", "helpfulness fitted", "honesty fitted")]
+            if not row["policy"].startswith("mah_dpo"):
+                assert a == b if dial == 0 else a + b == pytest.approx(1, abs=.002)
+            if row["first cosine"] != "-":
+                assert (float(row["first cosine"]) > 0) == (dial == 0)
+    if name == "many":
+        heads = {int(row["objectives"]): float(row["M in heads"]) for row in found}
+        assert list(heads) == [1, 2, 4]
+        assert heads[4] == pytest.approx(4 * heads[1], abs=.003)
+    if name == "prm_quality":
+        assert [row["policy"] for row in found] == ["1 steps"] * 2 + ["2 steps"] * 2
+        assert read_json(f"{out}/seed=0/prm_steps=1/config.json")["prm_steps"] == 1
+        assert not os.path.exists(f"{out}/seed=0/prm_steps=2")
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=PROGRAMS.values())
-def test_mistakes_are_named(program, whole, tmp_path):
+@pytest.mark.parametrize("name", ["noise", "prm_quality"])
+def test_nothing_is_trained_again(name, whole, where, capsys):
+    """Prevents: hours spent twice, or other figures at the second time."""
+    out = f"{where}/{name}"
+    first, _ = table_of(name, whole, out, capsys)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit", lambda *args, **options: pytest.fail("trained again"))
+        again, said = table_of(name, whole, out, capsys)
+    assert again == first and f"{out}/seed" not in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mistakes_are_named(name, whole, tmp_path):
     """Prevents: a traceback for a domain of one objective, or for a directory that is no run."""
+    program = importlib.import_module(f"experiments.{name}")
     with pytest.raises(InputError, match="fewer than two objectives of the domain 'tutoring'"):
         program.main([whole, "--domain", "tutoring"])
     with pytest.raises(InputError, match="config.json"):
