@@ -66,6 +66,7 @@ def guided_rows(bench, args, steps):
 def main(argv=None):
     """The command line."""
     args = read_arguments(__doc__, argv, domain=("math", "math, values or tutoring"))
+    # The run's own PRM ends the curve.
     own = args.trainings[0].config.prm_steps
     lines, curves = [], {}
     for steps in (1, own) if args.fast else (*STEPS, own):
