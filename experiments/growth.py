@@ -12,16 +12,16 @@ import os
 import sys
 import timeit
 from functools import partial
-from itertools import chain
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from data import InputError, run_command, write_text  # noqa: E402
+from data import InputError, run_command  # noqa: E402
 from decode import State, guided_decode  # noqa: E402
-from evaluate import COLOURS, STYLE, table  # noqa: E402
+from evaluate import table  # noqa: E402
+from experiments.vary import picture  # noqa: E402
 from interop.reward_models import REWARD  # noqa: E402
 from mah_dpo import Pair, mah_dpo_loss, own_heads, policy_logps  # noqa: E402
 from model import GPT, GPTConfig, load_hf, pick_device  # noqa: E402
@@ -30,7 +30,6 @@ from prm import PRM  # noqa: E402
 PREFIXES, KS, HS = (128, 512, 2048, 4096), (1, 4, 16), (1, 4, 16)
 N = 16                      # tokens of a step
 PAIRS, T = 16, 32           # pairs of a training step; tokens of a prompt, and of a response
-SIDE = 300                  # a plot, in pixels
 
 
 def time_decoding(model, prm, text, K):
@@ -49,6 +48,7 @@ def time_decoding(model, prm, text, K):
 def train_step(model, pairs):
     """The gradient of one batch of pairs."""
     model.zero_grad()
+    # As in train.py, but that the reference is not asked.
     head = own_heads(model, pairs)
     chosen, rejected = policy_logps(model, pairs, head)
     # Where the reference has said 0 costs what any other number costs.
@@ -67,30 +67,36 @@ def time_training(model, H, generator):
     ids = torch.randint(0, model.config.vocab_size, size, generator=generator).tolist()
     pairs = [Pair(names[i % H], *texts, "train") for i, texts in enumerate(ids)]
     work = partial(train_step, model, pairs)
-    work()                                                                    # warms up
+    # The first step is slower than all others, and not counted.
+    work()
     return min(timeit.repeat(work, number=1, repeat=5))
 
 
 def decoding_table(model, prm, text):
-    """Print the costs of all Ks and prefixes that fit -> {title of a plot: {K: its numbers}}."""
+    """Print the costs of all Ks and prefixes that fit -> two plots, with a curve for every K."""
     lines, times, sizes = [], {}, {}
     for K in tqdm(KS, desc="decoding", unit="K", disable=None):
-        times[K], sizes[K] = [], []
+        name = f"K = {K}"
+        times[name], sizes[name] = [], []
         for prefix in PREFIXES:
+            # A small checkpoint has no room for the long ones.
             if prefix + 5 * (N + 1) > len(text):
                 continue
             seconds, size = time_decoding(model, prm, text[:prefix], K)
             ms = 1e3 * seconds
             MB = size / 1e6
-            times[K].append(ms)
-            sizes[K].append(MB)
+            # Prefixes stand at equal distances, and what grows in proportion is straight.
+            across = math.log2(prefix)
+            times[name].append((across, math.log2(ms)))
+            sizes[name].append((across, math.log2(MB)))
             lines.append({"K": str(K), "prefix": str(prefix), "ms/token": f"{ms:.2f}",
                           "cache MB": f"{MB:.2f}"})
     if not lines:
         raise InputError(f"a context of {len(text)} tokens is too short for a prefix of "
                          f"{PREFIXES[0]}")
     print(table("decoding", lines))
-    return {"ms per token": times, "MB of caches": sizes}
+    across = "log2 of the prefix"
+    return [("log2 of ms per token", across, times), ("log2 of MB of caches", across, sizes)]
 
 
 def training_table(model, generator):
@@ -103,28 +109,6 @@ def training_table(model, generator):
     print(table(f"training: forward and backward of {PAIRS} pairs", lines))
 
 
-def plot(title, numbers, x):
-    """{K: a number for each prefix} -> an SVG plot of SIDE x SIDE at x. Each prefix is one place to
-    the right; up is a logarithm."""
-    every = list(chain.from_iterable(numbers.values()))
-    least, most = min(every), max(every)
-    # The largest stands at the top, the least at the bottom; all may be equal.
-    height = max(math.log2(most / least), 1e-9)
-    out = [f'<g transform="translate({x} 40)"><path d="M0 0V{SIDE}H{SIDE}"/>',
-           f'<text y="-12">{title}: {least:.2g} to {most:.2g}</text>',
-           f'<text y="{SIDE + 20}">prefix: {", ".join(map(str, PREFIXES))}</text>']
-    for colour, (K, line) in zip(COLOURS.values(), numbers.items()):
-        points = []
-        for i, y in enumerate(line):
-            right = SIDE * i // len(PREFIXES)
-            up = SIDE * math.log2(y / least) / height
-            points.append(f"{right},{SIDE - up:.0f}")
-        out.append(f'<polyline points="{" ".join(points)}" stroke="{colour}"/>')
-        # The name stands where the line ends.
-        out.append(f'<text x="{right}" dx="6" y="{SIDE - up:.0f}">K = {K}</text>')
-    return [*out, "</g>"]
-
-
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -134,6 +118,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args(argv)
     device, generator = pick_device(args.device), torch.Generator().manual_seed(0)
+    # The policy: a checkpoint, or a model with random weights and room for the longest prefix.
     if args.directory:
         model = load_hf(args.directory)
     else:
@@ -143,18 +128,15 @@ def main(argv=None):
     # Without a tokenizer no answer ends by itself.
     model, model.tokenizer = model.to(device), None
     prm = PRM(model.with_heads(()), [REWARD], generator).to(device).eval()
+    # The words do not matter: any costs what any other costs.
     room, size = model.config.max_len, sum(p.numel() for p in model.parameters())
     text = torch.randint(0, model.config.vocab_size, (room,), generator=generator).tolist()
     print(f"{size / 1e6:.1f} M parameters, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}; steps of {N} tokens")
-    costs = decoding_table(model, prm, text)
+    # Two tables, and two plots beside each other.
+    plots = decoding_table(model, prm, text)
     training_table(model, generator)
-    # The picture: two plots beside each other.
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 380">',
-           f"<style>{STYLE}</style>"]
-    for number, (title, numbers) in enumerate(costs.items()):
-        out += plot(title, numbers, 40 + 400 * number)
-    write_text(args.out, "".join([*out, "</svg>\n"]))
+    picture(args.out, plots)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,33 @@
-"""experiments/vary.py: what the programs behind docs/questions.md share. Policies of a finished run
-are trained again with one thing changed; their rows of all trainings become lines of a table and
-of a picture.
+"""experiments/vary.py: what the programs behind docs/questions.md share.
 
-A variant of a training is a small run directory: SFT, the PRM if there is one, and the pairs of
-some objectives come from the run, the policies are its own. What is there is not trained again.
+Policies of a finished run are trained again with one thing changed: a variant. Its rows, averaged
+over the run's trainings, become lines of a table and points of a picture.
+
+    read_arguments    the command line of these programs
+    retrain           a variant of one training, a small run directory of its own: SFT, the PRM and
+                      pairs are copies of the run's, the policies are new
+    measured          rows of the tables, over all trainings
+    lines_of          rows -> lines of a table
+    plot, picture     curves -> SVG
+
+What a variant has trained and measured is kept in its directory, and not made again: a command that
+was stopped goes on when it is given again.
 """
 import argparse
+import json
 import os
 import shutil
 import sys
 from dataclasses import replace
+from itertools import chain, cycle
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import train  # noqa: E402
-from data import InputError, domain_objectives, write_text  # noqa: E402
+from data import InputError, domain_objectives, read_json, write_text  # noqa: E402
 from evaluate import (COLOURS, SIDE, STYLE, Bench, cells, over_trainings, row_name,  # noqa: E402
                       seed_runs)
+from interop.manifest import is_there  # noqa: E402
 from interop.options import check_config  # noqa: E402
 from interop.resume import new_directory, read_rows, save_config, write_rows  # noqa: E402
 from mah_dpo import Pair  # noqa: E402
@@ -25,21 +36,35 @@ from mah_dpo import Pair  # noqa: E402
 FAST = {"dpo_steps": 6, "n_test": 12}
 
 
-def read_arguments(doc, argv):
+def read_arguments(doc, argv, **more):
     """The command line that all of these programs have -> its arguments, with `trainings`, the Runs
-    of RUN's trainings, and `names`, the objectives of the domain."""
+    of RUN's trainings, and `names`, the objectives of the domain.
+
+    more: options of one program, or another default of --domain: name=(default, line in --help).
+    InputError for a run that has no pairs, or only one objective of the domain."""
     parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a finished run of train.py")
-    parser.add_argument("--domain", default="values", help="math, values (default) or tutoring")
+    options = {"domain": ("values", "math, values or tutoring")} | more
+    for name, (default, text) in options.items():
+        parser.add_argument(f"--{name}", default=default, help=f"{text} (default {default})")
     parser.add_argument("--out", help="directory of what is trained (default RUN-<program>)")
     parser.add_argument("--fast", action="store_true", help="a minute's trial; means nothing")
     args = parser.parse_args(argv)
     program = os.path.splitext(os.path.basename(parser.prog))[0]
-    args.out = args.out or f"{args.run.rstrip('/')}-{program}"
+    # A trial must not leave anything that the experiment would go on from.
+    args.out = args.out or f"{args.run.rstrip('/')}-{program}{'-fast' * args.fast}"
     args.trainings = [train.open_run(path) for path in seed_runs(args.run)]
+    # Variants have the options of their training, but for what is varied: here, these.
     if args.fast:
-        args.trainings = args.trainings[:1]
+        first = args.trainings[0]
+        first.config = replace(first.config, **FAST)
+        args.trainings = [first]
+    # All that can be wrong with the run shows here, before anything is trained.
+    for run in args.trainings:
+        if not is_there(run.file("pairs.jsonl")):
+            raise InputError(f"{run.path}: no pairs.jsonl to train on; finish the run with "
+                             f"train.py --resume {args.run}")
     first = args.trainings[0]
     args.names = [o.name for o in domain_objectives(args.domain, first.objectives)]
     if len(args.names) < 2:
@@ -51,31 +76,66 @@ def read_arguments(doc, argv):
 def retrain(args, origin, variant, policies, edit=None, **options):
     """Train policies of one training again, on the pairs of the domain's objectives -> its Bench.
 
-    variant: a name for what is changed; policies: their directories (MODPO comes after dpo_...);
-    edit(pairs, run) -> the pairs that they learn from; options: fields of Config."""
+    origin: the training's Run; variant: a name for what is changed; policies: their directories
+    (MODPO comes after all dpo_...); edit(pairs, run) -> the pairs that they learn from; options:
+    fields of Config. InputError where the variant is there already under other options."""
+    # The training's own options, but for what is varied.
     path = f"{args.out}/seed={origin.config.seed}/{variant}"
+    config = replace(origin.config, objective=",".join(args.names), out=path, **options)
+    objectives = [o for o in origin.objectives if o.name in args.names]
+    check_config(config, objectives)
+    run = train.Run(path, config, objectives)
     if not os.path.isdir(path):
-        options = options | FAST if args.fast else options
-        config = replace(origin.config, objective=",".join(args.names), out=path, **options)
-        objectives = [o for o in origin.objectives if o.name in args.names]
-        check_config(config, objectives)
-        run = train.Run(path, config, objectives)
-        pairs = read_rows(origin.file("pairs.jsonl"), Pair)
-        pairs = [pair for pair in pairs if pair.objective in args.names]
-        if edit:
-            pairs = edit(pairs, run)
-        with new_directory(path) as unfinished:
-            save_config(run, unfinished)
-            write_rows(f"{unfinished}/pairs.jsonl", pairs)
-            for name in ("sft", "prm"):
-                if os.path.isdir(origin.file(name)):
-                    shutil.copytree(origin.file(name), f"{unfinished}/{name}")
-    run = train.open_run(path)
+        begin_variant(origin, run, edit)
+    # The key is a hash of all options that change a figure.
+    if train.open_run(path).key != run.key:
+        raise InputError(f"{path}: made under other options; give another --out, or remove it")
+    # A model is whole when all of its files are there.
     for policy in policies:
-        if not os.path.isdir(run.file(policy)):
+        if not is_there(run.file(policy)):
             print(f"{path}: {policy}", flush=True)
             train.train_policy(run, policy)
-    return Bench(path)
+    # What it has measured before it knows already.
+    bench = Bench(path)
+    if is_there(measured_file(bench)):
+        bench.known = read_json(measured_file(bench))
+    return bench
+
+
+def begin_variant(origin, run, edit):
+    """Make the directory of a variant: its options, its pairs, and copies of the models."""
+    pairs = read_rows(origin.file("pairs.jsonl"), Pair)
+    pairs = [pair for pair in pairs if pair.objective in run.names]
+    if edit:
+        pairs = edit(pairs, run)
+    with new_directory(run.path) as unfinished:
+        save_config(run, unfinished)
+        write_rows(f"{unfinished}/pairs.jsonl", pairs)
+        for name in ("sft", "prm"):
+            # Not every run has one PRM for all objectives.
+            if os.path.isdir(origin.file(name)):
+                shutil.copytree(origin.file(name), f"{unfinished}/{name}")
+
+
+def measured_file(bench):
+    """Where a variant keeps what it has measured."""
+    return f"{bench.run}/measured.json"
+
+
+def rows_of(bench, jobs):
+    """The rows of these jobs of one training."""
+    rows = []
+    for job in jobs:
+        rows.append(bench.row(job))
+        # After every row: a stop loses one at most.
+        write_text(measured_file(bench), json.dumps(bench.known))
+    return rows
+
+
+def averaged(results):
+    """Rows of every training -> rows over trainings; those of a single one as they are, with
+    intervals over prompts."""
+    return results[0] if len(results) == 1 else over_trainings(results)
 
 
 def measured(benches, wanted, domain):
@@ -83,8 +143,8 @@ def measured(benches, wanted, domain):
     results = []
     for bench in benches:
         jobs = [job for job in bench.jobs(domain) if row_name(job._asdict()) in wanted]
-        results.append([bench.row(job) for job in jobs])
-    return results[0] if len(results) == 1 else over_trainings(results)
+        results.append(rows_of(bench, jobs))
+    return averaged(results)
 
 
 def lines_of(label, rows, metrics):
@@ -92,32 +152,49 @@ def lines_of(label, rows, metrics):
     return [dict([label]) | cells(row, metrics) for row in rows]
 
 
+# -- the picture
+
+def span(values):
+    """Numbers -> the least, and how far it is from there to the largest: more than 0."""
+    return min(values), max(max(values) - min(values), 1e-9)
+
+
 def plot(title, across, curves, x):
     """{name: [(x, y)]} -> an SVG plot at x pixels. Both axes go from the least to the largest."""
-    points = [point for curve in curves.values() for point in curve]
-    least, most = [[f(values) for values in zip(*points)] for f in (min, max)]
-    # All values of an axis may be equal.
-    wide, high = [max(b - a, 1e-9) for a, b in zip(least, most)]
+    # Where the axes begin, and how far they go.
+    points = list(chain.from_iterable(curves.values()))
+    rights, ups = zip(*points)
+    left, wide = span(rights)
+    low, high = span(ups)
     out = [f'<g transform="translate({x} 40)"><path d="M0 0V{SIDE}H{SIDE}"/>',
-           f'<text y="-12">{title}: {least[1]:.3g} to {most[1]:.3g}</text>',
-           f'<text y="{SIDE + 20}">{across}: {least[0]:.3g} to {most[0]:.3g}</text>']
-    for colour, (name, curve) in zip(COLOURS.values(), curves.items()):
+           f'<text y="-12">{title}: {low:.3g} to {max(ups):.3g}</text>',
+           f'<text y="{SIDE + 20}">{across}: {left:.3g} to {max(rights):.3g}</text>']
+    for colour, (name, curve) in zip(cycle(COLOURS.values()), curves.items()):
         drawn = []
         for right, up in curve:
-            place = SIDE * (right - least[0]) / wide, SIDE * (1 - (up - least[1]) / high)
-            drawn.append("{:.0f},{:.0f}".format(*place))
+            # In pixels, counted from the upper left corner.
+            column = SIDE * (right - left) / wide
+            line = SIDE - SIDE * (up - low) / high
+            drawn.append(f"{column:.0f},{line:.0f}")
+            # A curve may have a single point, which no line shows.
+            out.append(f'<circle cx="{column:.0f}" cy="{line:.0f}" r="3" fill="{colour}"/>')
         out.append(f'<polyline points="{" ".join(drawn)}" stroke="{colour}"/>')
         # The name stands where the curve ends.
-        right, up = drawn[-1].split(",")
-        out.append(f'<text x="{right}" dx="6" y="{up}">{name}</text>')
+        out.append(f'<text x="{column + 6:.0f}" y="{line:.0f}">{name}</text>')
     return [*out, "</g>"]
 
 
 def picture(path, plots):
-    """Write plots beside each other as an SVG file. plots: (title, across, curves) of each."""
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {500 * len(plots)} 420">',
+    """Write plots, three beside each other, as an SVG file. plots: (title, across, curves) each."""
+    # A plot and its texts fill 500 x 430.
+    wide = 500 * min(3, len(plots))
+    high = 430 * (1 + (len(plots) - 1) // 3)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}">',
            f"<style>{STYLE}</style>"]
     for number, (title, across, curves) in enumerate(plots):
-        out += plot(title, across, curves, 40 + 500 * number)
+        row, column = divmod(number, 3)
+        out.append(f'<g transform="translate(0 {430 * row})">')
+        out += plot(title, across, curves, 40 + 500 * column)
+        out.append("</g>")
     write_text(path, "".join([*out, "</svg>\n"]))
     print(f"picture: {path}")
