@@ -5,10 +5,8 @@
 The uniform mix of the heads z_i = W_i h of the domain, in MAH-DPO, in two ways:
     logits           softmax(sum_i w_i z_i) ~ prod_i pi_i^w_i, which folds into one head
     probabilities    sum_i w_i softmax(z_i), as if for every token a head were drawn, then the token
-Both speak at the run's temperature about the same prompts, with the same random numbers. TV (total
-variation) and KL are distances of the next token's distribution from the other way's, at the tokens
-that a way has said; kl is that from SFT. Calibration: the log-likelihood of a token of the chosen
-answers of held-out pairs.
+TV (total variation) and KL compare a next token's distributions at what a way has said; kl is that
+from SFT. Calibration: the log-likelihood of a token of the chosen answers of held-out pairs.
 """
 import os
 import sys
@@ -18,7 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch  # noqa: E402
 
 from data import run_command  # noqa: E402
-from evaluate import Bench, cells, summary, table  # noqa: E402
+from evaluate import Bench, cells, row_name, summary, table  # noqa: E402
 from experiments.vary import averaged, picture, read_arguments  # noqa: E402
 from interop.resume import read_rows  # noqa: E402
 from mah_dpo import Pair  # noqa: E402
@@ -41,7 +39,8 @@ class Probabilities:
         each = []
         for i in self.w.nonzero()[:, 0].tolist():
             logits = self.model.logits(h, i) / self.temperature
-            each.append(logits.log_softmax(-1) + self.w[i].log())
+            log_pi = logits.log_softmax(-1)
+            each.append(self.w[i].log() + log_pi)
         return self.temperature * torch.stack(each).logsumexp(0)
 
     def fold(self, weights):
@@ -71,29 +70,32 @@ def log_probs(bench, job, prompt, answer):
 def distances(own, other):
     """Log-probabilities of two distributions (n, V) -> their total variation, and KL(own || other)
     in nats (n,)."""
-    tv = (own.exp() - other.exp()).abs().sum(-1) / 2
-    return tv, (own.exp() * (own - other)).sum(-1)
+    p = own.exp()
+    tv = (p - other.exp()).abs().sum(-1) / 2
+    return tv, (p * (own - other)).sum(-1)
 
 
 def row_of(way, bench, other, domain, held_out):
-    """The row of one way of mixing, beside the other one's Bench. held_out: Pairs. A value of TV
-    and KL is the mean over an answer's tokens, as one of kl is."""
-    job = next(job for job in bench.jobs(domain) if job.policy == "mah_dpo")
-    row, each = bench.row(job), {"TV": [], "KL": [], "log-likelihood": []}
+    """The row of one way of mixing, beside the other one's Bench. held_out: Pairs. TV and KL are
+    means over an answer's tokens, as kl is."""
+    job, = [job for job in bench.jobs(domain) if row_name(job._asdict()) == "mah_dpo"]
+    row = bench.row(job)
+    each = {"TV": [], "KL": [], "log-likelihood": []}
     talks, _, _ = bench.rollout(job)
     for talk in talks:
         for turn in talk.turns:
             said = job, turn.before, turn.response
-            tv, kl = distances(log_probs(bench, *said), log_probs(other, *said))
+            own = log_probs(bench, *said)
+            tv, kl = distances(own, log_probs(other, *said))
             each["TV"].append(tv.mean().item())
             each["KL"].append(kl.mean().item())
     for pair in held_out:
         logps = log_probs(bench, job, pair.prompt, pair.chosen)                # (n, V)
         # Of every distribution, what it says of the token that came.
-        n = torch.arange(len(pair.chosen))
-        each["log-likelihood"].append(logps[n, pair.chosen].mean().item())
-    metrics = {name: summary(values) for name, values in each.items()}
-    return row | {"policy": way, "metrics": row["metrics"] | metrics, "tv": each["TV"]}
+        said = logps[range(len(pair.chosen)), pair.chosen]
+        each["log-likelihood"].append(said.mean().item())
+    metrics = row["metrics"] | {name: summary(values) for name, values in each.items()}
+    return row | {"policy": way, "metrics": metrics, "tv": each["TV"]}
 
 
 def main(argv=None):
@@ -103,16 +105,15 @@ def main(argv=None):
     for run in args.trainings:
         logits, mixed = Bench(run.path, "cpu"), Mixed(run.path, "cpu")
         logits.config["n_test"] = mixed.config["n_test"] = run.config.n_test
-        held_out = choose(read_rows(run.file("pairs.jsonl"), Pair), args.names, "dev")
-        results.append([row_of("logits", logits, mixed, args.domain, held_out),
-                        row_of("probabilities", mixed, logits, args.domain, held_out)])
-    rows = averaged(results)
-    metrics = [*args.names, "TV", "KL", "log-likelihood", "kl"]
+        pairs = read_rows(run.file("pairs.jsonl"), Pair)
+        about = args.domain, choose(pairs, args.names, "dev")
+        results.append([row_of("logits", logits, mixed, *about),
+                        row_of("probabilities", mixed, logits, *about)])
+    rows, metrics = averaged(results), [*args.names, "TV", "KL", "log-likelihood", "kl"]
     lines = [cells(row, metrics, ["policy"]) for row in rows]
     print(table(f"{args.domain}, the heads' uniform mix", lines))
     # Answers of the first training, from the one at which both agree most.
     curves = {row["policy"]: list(enumerate(sorted(row["tv"]))) for row in rows}
-    os.makedirs(args.out, exist_ok=True)
     picture(f"{args.out}/ensemble.svg", [("TV", "answers", curves)])
 
 

@@ -20,6 +20,7 @@ from data import run_command  # noqa: E402
 from evaluate import Bench, cells, means_of, row_name, summary, table  # noqa: E402
 from experiments.vary import averaged, picture, read_arguments  # noqa: E402
 
+
 def with_lowest(row, names):
     """A row of a table with the scores of these objectives alone, and the lowest of them in both
     senses: of the objectives' means, and prompt by prompt."""
@@ -112,7 +113,6 @@ def main(argv=None):
     for row in rows:
         across, up = row["guide"].split(" and ")
         plots.append((f"{row['policy']}: {up}", across, row["curves"]))
-    os.makedirs(args.out, exist_ok=True)
     picture(f"{args.out}/front.svg", plots)
 
 

@@ -27,8 +27,7 @@ def with_prm(args, origin, steps):
     if steps == origin.config.prm_steps:
         return Bench(origin.path)
     path = f"{args.out}/seed={origin.config.seed}/prm_steps={steps}"
-    # As with train.py --from: all that comes before the PRM is copied, if no option but this differs
-    # from the run's own.
+    # As with train.py --from: all that comes before the PRM is copied, if no other option differs.
     origin = train.open_run(origin.path)
     config = replace(origin.config, prm_steps=steps, out=path, from_=origin.path)
     run = train.begin(path, config, origin.objectives)
@@ -81,7 +80,6 @@ def main(argv=None):
             point = row["metrics"]["quality"]["mean"], row["metrics"]["gain"]["mean"]
             curves.setdefault(row["guide"], []).append(point)
     print(table(f"{args.domain}, SFT guided by PRMs of fewer steps", lines))
-    os.makedirs(args.out, exist_ok=True)
     picture(f"{args.out}/prm_quality.svg", [("gain", "held-out quality", curves)])
 
 

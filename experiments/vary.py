@@ -196,5 +196,6 @@ def picture(path, plots):
         out.append(f'<g transform="translate(0 {430 * row})">')
         out += plot(title, across, curves, 40 + 500 * column)
         out.append("</g>")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_text(path, "".join([*out, "</svg>\n"]))
     print(f"picture: {path}")

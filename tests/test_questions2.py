@@ -1,5 +1,5 @@
-"""experiments/front.py, noise.py, conflict.py, prm_quality.py, many.py, ensemble.py. Every docstring
-states the bug that its test prevents."""
+"""experiments/front.py, noise.py, conflict.py, prm_quality.py, many.py and ensemble.py. Every
+docstring states the bug that its test prevents."""
 import importlib
 import math
 import os
@@ -81,7 +81,8 @@ def test_the_lowest_objective_and_what_worst_has_more():
     assert row["metrics"]["lowest mean"] == {"mean": pytest.approx(.4), "stderr": 0.0, "n": 1}
     assert row["metrics"]["mean of the lowest"]["mean"] == pytest.approx(.2)
     assert row["metrics"]["a"]["mean"] == pytest.approx(.5) and "tokens" not in row["metrics"]
-    other = front.with_lowest({"guide": "worst", "each": {"a": [.3, .9], "b": [.7, .3]}}, ["a", "b"])
+    other = {"guide": "worst", "each": {"a": [.3, .9], "b": [.7, .3]}}
+    other = front.with_lowest(other, ["a", "b"])
     found = front.difference(other, row)
     assert found["guide"] == "worst - unified"
     # Each prompt gains .1: the interval of the difference has no width.
