@@ -3,7 +3,6 @@ its test prevents."""
 import os
 import re
 from functools import partial
-from itertools import combinations
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -13,10 +12,10 @@ import torch
 
 import train
 from data import InputError, read_json
-from evaluate import Bench, Job, hypervolume
+from evaluate import Bench, Job
 from experiments import backbone, budget, gradients, rules, strengths, vary
 from interop.resume import log_rows, read_rows
-from mah_dpo import Pair, combine
+from mah_dpo import RULES, Pair
 
 pytestmark = pytest.mark.usefixtures("small_worlds")
 
@@ -208,7 +207,7 @@ def test_backbone_and_rules_main(program, rates, whole, tmp_path, capsys, monkey
     monkeypatch.setattr(program, "RATES", rates)
     monkeypatch.setattr(strengths, "STRENGTHS", (0.5, 1.0))
     program.main([whole, "--out", str(tmp_path)])
-    used = ["sum"] if program is backbone else vary_rules()
+    used = ["sum"] if program is backbone else RULES
     policies, differences = tables_of(capsys.readouterr().out)
     assert len(policies) == len(rates) * (3 + 3 * len(used))
     assert len(differences) == len(rates) * 3 * len(used)
@@ -221,11 +220,6 @@ def test_backbone_and_rules_main(program, rates, whole, tmp_path, capsys, monkey
             assert (config["dpo_lr_backbone"], config["combine"]) == (rate, rule)
     name = program.__name__.split(".")[-1]
     assert curves_of(tmp_path / f"{name}.svg") == len(rates) * (1 + len(used))
-
-
-def vary_rules():
-    """The rules that mah_dpo knows."""
-    return rules.RULES
 
 
 # -- budget
@@ -254,6 +248,6 @@ def test_budget_main(whole, tmp_path, capsys, monkeypatch):
 def test_budget_needs_two_objectives(monkeypatch):
     """Prevents: a front of two objectives of three."""
     args = SimpleNamespace(names=["a", "b", "c"], domain="values")
-    monkeypatch.setattr(budget, "read_arguments", lambda *args, **more: args)
+    monkeypatch.setattr(budget, "read_arguments", lambda doc, argv, **more: args)
     with pytest.raises(InputError, match="--domain values: a front has two objectives, not 3"):
         budget.main([])
