@@ -24,6 +24,7 @@ from experiments.vary import (averaged, picture, read_arguments, retrain,  # noq
 SHARES = (0.25, 0.5, 1.0)                           # of the steps, for what is swept afterwards
 GRIDS = ([0.5], [0.0, 0.5, 1.0], [0.0, 0.25, 0.5, 0.75, 1.0])        # w of scalarisation
 RULES = ("sum", "raco")
+MIXES = 10                                          # of a sweep, from one end to the other
 
 
 def rows_over(args, policy, variant, trained, sweep=False, combine="sum", **options):
@@ -31,7 +32,7 @@ def rows_over(args, policy, variant, trained, sweep=False, combine="sum", **opti
     as `retrain` takes them."""
     results = []
     for origin in args.trainings:
-        bench = retrain(args, origin, variant, trained, combine=combine, weight_steps=10,
+        bench = retrain(args, origin, variant, trained, combine=combine, weight_steps=MIXES,
                         **options)
         jobs = bench.sweep(args.domain) if sweep else bench.jobs(args.domain)
         # Of a sweep the mixes of this policy alone.
