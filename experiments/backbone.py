@@ -27,6 +27,7 @@ def retrained(args, rate, rule, trained, wanted):
     {policy: its rows by strength}."""
     found = []
     for origin in args.trainings:
+        # The heads' rate stays what it is.
         bench = retrain(args, origin, f"rate={rate:g},{rule}", trained, dpo_lr_backbone=rate,
                         combine=rule)
         found.append(measure(bench, args.domain, args.names, wanted))
@@ -35,6 +36,7 @@ def retrained(args, rate, rule, trained, wanted):
 
 def at_full_strength(args, label, each):
     """A line of the first table for every policy. each: what `retrained` gives."""
+    # Rows stand in the order of strengths, and the last is that of the policy as trained.
     full = []
     for found in each:
         full.append([rows[-1] for rows in found.values()])
@@ -45,10 +47,12 @@ def contests(args, label, shared, soups):
     """The lines of the second table. shared, soups: what `retrained` gives of MAH-DPO, and of the
     policies of single objectives."""
     pairs = [("mah_dpo", "soup", MEAN)]
+    # What has a head learnt, beside a policy that learnt its objective alone?
     for name in args.names:
         pairs.append((f"mah_dpo:{name}", f"dpo_{name}", name))
     lines = []
     for mine, other, metric in pairs:
+        # Curves over kl, of every training one.
         ours = [curve(found[mine], metric) for found in shared]
         theirs = [curve(found[other], metric) for found in soups]
         line = {"rate": label, "difference": f"{mine} - {other}", "score": metric}
@@ -61,6 +65,7 @@ def compare(args, rates, rules):
     own = [f"dpo_{name}" for name in args.names]
     heads = [f"mah_dpo:{name}" for name in args.names]
     lines, differences, plots = [], [], []
+    # One plot a rate: a curve of the soup, and of MAH-DPO under each rule.
     for rate in rates:
         # Rules are for MAH-DPO alone: there is one soup.
         soups = retrained(args, rate, "sum", own, ["soup", *own])
@@ -68,11 +73,13 @@ def compare(args, rates, rules):
         curves = {"soup": mean_curve(soups, "soup")}
         for rule in rules:
             shared = retrained(args, rate, rule, ["mah_dpo"], ["mah_dpo", *heads])
+            # Its rows, how they differ from the soup's, and its curve beside that of the soup.
             label = f"{rate:g}, {rule}"
             lines += at_full_strength(args, label, shared)
             differences += contests(args, label, shared, soups)
             curves[f"mah_dpo, {rule}"] = mean_curve(shared, "mah_dpo")
         plots.append((f"mean score, rate {rate:g}", "kl", curves))
+    # Intervals are over trainings; those of a single one, in the first table, over prompts.
     over = f"{args.domain}, trainings: {len(args.trainings)}"
     print(table(f"policies by the backbone's rate, {over}", lines))
     print(table(f"differences at equal kl, {over}", differences))

@@ -24,6 +24,7 @@ from experiments.vary import (averaged, picture, read_arguments, retrain,  # noq
 SHARES = (0.25, 0.5, 1.0)                           # of the steps, for what is swept afterwards
 GRIDS = ([0.5], [0.0, 0.5, 1.0], [0.0, 0.25, 0.5, 0.75, 1.0])        # w of scalarisation
 RULES = ("sum", "raco")
+MIXES = 10                                          # of a sweep, from one end to the other
 
 
 def rows_over(args, policy, variant, trained, sweep=False, combine="sum", **options):
@@ -31,9 +32,10 @@ def rows_over(args, policy, variant, trained, sweep=False, combine="sum", **opti
     as `retrain` takes them."""
     results = []
     for origin in args.trainings:
-        bench = retrain(args, origin, variant, trained, combine=combine, weight_steps=10,
+        bench = retrain(args, origin, variant, trained, combine=combine, weight_steps=MIXES,
                         **options)
         jobs = bench.sweep(args.domain) if sweep else bench.jobs(args.domain)
+        # Of a sweep the mixes of this policy alone.
         own = [job for job in jobs if job.policy == policy]
         results.append(rows_of(bench, own))
     return averaged(results)
@@ -41,6 +43,7 @@ def rows_over(args, policy, variant, trained, sweep=False, combine="sum", **opti
 
 def scalarised(args, w):
     """The row of a single head, trained with the weight w on the second objective."""
+    # The objectives' losses get weights; batches have the pairs of both, even at weight 0.
     first, second = args.names
     rows = rows_over(args, "single_head_dpo", f"w={w:g}", ["single_head_dpo"],
                      alpha=f"{first}={1 - w:g},{second}={w:g}")
@@ -52,6 +55,7 @@ def fronts(args, whole):
     many policies have learnt from each objective's pairs, and its rows. whole: steps."""
     own = [f"dpo_{name}" for name in args.names]
     found = []
+    # One training, or two, for all weights: what do shorter ones buy?
     for share in SHARES:
         steps = math.ceil(share * whole)
         for rule in RULES:
@@ -60,6 +64,7 @@ def fronts(args, whole):
             found.append((f"mah_dpo, {rule}", 1, steps, 1, rows))
         rows = rows_over(args, "soup", f"steps={steps},sum", own, True, dpo_steps=steps)
         found.append(("soup", 2, steps, 1, rows))
+    # A whole training for every weight: what do fewer weights buy? The finest grid has them all.
     each = {w: scalarised(args, w) for w in GRIDS[-1]}
     for grid in GRIDS:
         rows = [each[w] for w in grid]
@@ -77,8 +82,10 @@ def main(argv=None):
     if len(args.names) != 2:
         raise InputError(f"--domain {args.domain}: a front has two objectives, not "
                          f"{len(args.names)}; choose math or tutoring")
+    # Options are the same in all trainings, but for the seed.
     config = args.trainings[0].config
     whole = config.dpo_steps
+    # A line of the table for every front, and a curve for every method.
     lines, curves = [], {}
     for method, trainings, steps, learners, rows in fronts(args, whole):
         # Both objectives' pairs, as often as somebody learns from them.

@@ -49,6 +49,7 @@ def cosines(run, policy):
         parts = torch.autograd.grad(loss, backbone)
         vectors[name] = torch.cat([part.flatten() for part in parts])
     found = {}
+    # An angle does not depend on the weights of the objectives' losses.
     for first, second in combinations(run.names, 2):
         cosine = torch.cosine_similarity(vectors[first], vectors[second], 0)
         found[first, second] = cosine.item()
@@ -78,7 +79,7 @@ def difference(ours, theirs):
 def main(argv=None):
     """The command line."""
     args = read_arguments(__doc__, argv)
-    # Their first is 0, the last that of the whole training.
+    # The first is 0, the last that of the whole training.
     every = args.trainings[0].config.dpo_steps
     steps = sorted({math.ceil(share * every) for share in SHARES})
     # {(two objectives, method, step): the cosine in each training}
@@ -88,6 +89,7 @@ def main(argv=None):
             for step, looks in measure(args, origin, policy, rule, steps).items():
                 for two, cosine in looks.items():
                     found.setdefault((two, method, step), []).append(cosine)
+    # Two tables, and for every two objectives a plot.
     values, changes, curves = [], [], {}
     for two in combinations(args.names, 2):
         between = " and ".join(two)

@@ -53,6 +53,7 @@ def measure(bench, domain, names, policies):
         jobs[own] = Job(domain, own, own, {"policy": 1.0})
     found = {}
     for policy in policies:
+        # SFT is strength 0, where the kl is 0.
         wanted = [jobs["sft"]]
         for s in STRENGTHS:
             wanted.append(at_strength(jobs[policy], s))
@@ -92,6 +93,7 @@ def contest(ours, theirs):
     """Two policies' curves, of every training one -> columns of a table, as text."""
     kls, gains, full = [], [], []
     for mine, other in zip(ours, theirs):
+        # Trainings differ in how far their policies move: each has a kl of its own.
         kl, gain = at_equal_kl(mine, other)
         kls.append(kl)
         gains.append(gain)
