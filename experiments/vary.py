@@ -56,7 +56,7 @@ def read_arguments(doc, argv, **more):
     # A trial must not leave anything that the experiment would go on from.
     args.out = args.out or f"{args.run.rstrip('/')}-{program}{'-fast' * args.fast}"
     args.trainings = [train.open_run(path) for path in seed_runs(args.run)]
-    # Variants have the options of their training, but for what is varied: here, these.
+    # Variants take their options, but for what is varied, from here.
     changed = {"n_test": args.n_test} if args.n_test is not None else {}
     if args.fast:
         changed = FAST | changed
@@ -69,6 +69,7 @@ def read_arguments(doc, argv, **more):
             raise InputError(f"{run.path}: no pairs.jsonl to train on; finish the run with "
                              f"train.py --resume {args.run}")
     first = args.trainings[0]
+    # In the order of RUN.
     args.names = [o.name for o in domain_objectives(args.domain, first.objectives)]
     if len(args.names) < 2:
         raise InputError(f"{args.run}: it has fewer than two objectives of the domain "
