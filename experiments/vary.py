@@ -49,23 +49,27 @@ def read_arguments(doc, argv, **more):
     for name, (default, text) in options.items():
         parser.add_argument(f"--{name}", default=default, help=f"{text} (default {default})")
     parser.add_argument("--out", help="directory of what is trained (default RUN-<program>)")
+    parser.add_argument("--n-test", type=int, help="prompts that are measured (default RUN's)")
     parser.add_argument("--fast", action="store_true", help="a minute's trial; means nothing")
     args = parser.parse_args(argv)
     program = os.path.splitext(os.path.basename(parser.prog))[0]
     # A trial must not leave anything that the experiment would go on from.
     args.out = args.out or f"{args.run.rstrip('/')}-{program}{'-fast' * args.fast}"
     args.trainings = [train.open_run(path) for path in seed_runs(args.run)]
-    # Variants have the options of their training, but for what is varied: here, these.
+    # Variants take their options, but for what is varied, from here.
+    changed = {"n_test": args.n_test} if args.n_test is not None else {}
     if args.fast:
-        first = args.trainings[0]
-        first.config = replace(first.config, **FAST)
-        args.trainings = [first]
+        changed = FAST | changed
+        args.trainings = args.trainings[:1]
+    for run in args.trainings:
+        run.config = replace(run.config, **changed)
     # All that can be wrong with the run shows here, before anything is trained.
     for run in args.trainings:
         if not is_there(run.file("pairs.jsonl")):
             raise InputError(f"{run.path}: no pairs.jsonl to train on; finish the run with "
                              f"train.py --resume {args.run}")
     first = args.trainings[0]
+    # In the order of RUN.
     args.names = [o.name for o in domain_objectives(args.domain, first.objectives)]
     if len(args.names) < 2:
         raise InputError(f"{args.run}: it has fewer than two objectives of the domain "

@@ -83,16 +83,19 @@ def test_vary_fast_has_a_directory_of_its_own(whole, tmp_path):
     small = vary.read_arguments("", [whole, "--fast"])
     assert small.out == f"{vary.read_arguments('', [whole]).out}-fast"
     assert small.trainings[0].config.dpo_steps == vary.FAST["dpo_steps"]
+    more = vary.read_arguments("", [whole, "--n-test", "7"]).trainings[0].config
+    assert (more.n_test, more.dpo_steps) == (7, train.open_run(whole).config.dpo_steps)
     assert vary.read_arguments("", [whole], rates=("1,2", "a line")).rates == "1,2"
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--domain", "tutoring"], "fewer than two objectives of the domain 'tutoring'"),
-    (["--domain", "nowhere"], "'nowhere'; its domains: values, tutoring")])
-def test_vary_names_mistakes(whole, argv, message):
+    (["--domain", "nowhere"], "'nowhere'; its domains: values, tutoring"),
+    (["--n-test", "0"], "--n-test 0 is out of range")])
+def test_vary_names_mistakes(whole, tmp_path, argv, message):
     """Prevents: a traceback, or a comparison of one objective with itself."""
     with pytest.raises(InputError, match=message):
-        gradients.main([whole, *argv])
+        gradients.main([whole, "--out", str(tmp_path), *argv])
 
 
 def test_vary_needs_a_run_with_pairs(whole, tmp_path):
