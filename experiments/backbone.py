@@ -15,8 +15,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data import run_command  # noqa: E402
 from evaluate import table  # noqa: E402
-from experiments.strengths import MEAN, contest, curve, mean_curve, measure  # noqa: E402
-from experiments.vary import (averaged, lines_of, picture, read_arguments,  # noqa: E402
+from experiments.strengths import contest, curve, mean_curve, measure  # noqa: E402
+from experiments.vary import (MEAN, averaged, lines_of, picture, read_arguments,  # noqa: E402
                               retrain)
 
 RATES = (0.0, 1e-5, 4e-5, 1e-4, 4e-4)           # the heads' is the last

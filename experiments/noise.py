@@ -20,8 +20,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch  # noqa: E402
 
 from data import run_command  # noqa: E402
-from evaluate import seed_of, summary, table  # noqa: E402
-from experiments.vary import lines_of, measured, picture, read_arguments, retrain  # noqa: E402
+from evaluate import seed_of, table  # noqa: E402
+from experiments.vary import (MEAN, add_mean, lines_of, measured, picture,  # noqa: E402
+                              read_arguments, retrain)
 
 SHARES = (0, .1, .2, .3, .4, .5)
 METHODS = ("single_head_dpo", "soup", "mah_dpo")
@@ -43,15 +44,6 @@ def flip(share, pairs, run):
     return found
 
 
-def add_mean(rows, names):
-    """Put the mean of these objectives' scores into rows, beside them: of each prompt, or of each
-    training."""
-    for row in rows:
-        scores = zip(*[row["each"][name] for name in names])
-        row["metrics"]["mean"] = summary([sum(values) / len(names) for values in scores])
-    return rows
-
-
 def main(argv=None):
     """The command line."""
     args = read_arguments(__doc__, argv)
@@ -64,9 +56,9 @@ def main(argv=None):
             edit = partial(flip, share)
             benches.append(retrain(args, run, f"flipped={share}", policies, edit))
         rows = add_mean(measured(benches, METHODS, args.domain), args.names)
-        lines += lines_of(("flipped", f"{share:.1f}"), rows, ["mean", *args.names, "kl"])
+        lines += lines_of(("flipped", f"{share:.1f}"), rows, [MEAN, *args.names, "kl"])
         for row in rows:
-            curves[row["policy"]].append((share, row["metrics"]["mean"]["mean"]))
+            curves[row["policy"]].append((share, row["metrics"][MEAN]["mean"]))
     print(table(f"{args.domain}, pairs flipped", lines))
     picture(f"{args.out}/noise.svg", [("mean of scores", "share flipped", curves)])
 

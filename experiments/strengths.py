@@ -5,7 +5,6 @@ say little. So each is measured at several strengths s, theta_SFT + s (theta - t
 of its score over kl. Two policies are compared at the kl of the one that has moved less.
 """
 import os
-import statistics
 import sys
 from functools import partial
 
@@ -14,10 +13,9 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from evaluate import Job, average, cell, summary  # noqa: E402
-from experiments.vary import rows_of  # noqa: E402
+from experiments.vary import MEAN, add_mean, rows_of  # noqa: E402
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-MEAN = "mean"                       # of the domain's scores, as one more metric
 
 
 def drawn_back(bench, name, device=None):
@@ -57,12 +55,7 @@ def measure(bench, domain, names, policies):
         wanted = [jobs["sft"]]
         for s in STRENGTHS:
             wanted.append(at_strength(jobs[policy], s))
-        found[policy] = rows_of(bench, wanted)
-        for row in found[policy]:
-            # One value a prompt, as of any metric.
-            scores = zip(*[row["each"][name] for name in names])
-            means = [statistics.fmean(values) for values in scores]
-            row["metrics"][MEAN] = summary(means)
+        found[policy] = add_mean(rows_of(bench, wanted), names)
     return found
 
 

@@ -7,6 +7,7 @@ over the run's trainings, become lines of a table and points of a picture.
     retrain           a variant of one training, a small run directory of its own: SFT, the PRM and
                       pairs are copies of the run's, the policies are new
     measured          rows of the tables, over all trainings
+    add_mean          the mean of the domain's scores, as one more metric
     lines_of          rows -> lines of a table
     plot, picture     curves -> SVG
 
@@ -26,7 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train  # noqa: E402
 from data import InputError, domain_objectives, read_json, write_text  # noqa: E402
 from evaluate import (COLOURS, SIDE, STYLE, Bench, cells, over_trainings, row_name,  # noqa: E402
-                      seed_runs)
+                      seed_runs, summary)
 from interop.manifest import is_there  # noqa: E402
 from interop.options import check_config  # noqa: E402
 from interop.resume import new_directory, read_rows, save_config, write_rows  # noqa: E402
@@ -34,6 +35,7 @@ from mah_dpo import Pair  # noqa: E402
 
 # For a minute's trial: one training, few steps, few prompts.
 FAST = {"dpo_steps": 6, "n_test": 12}
+MEAN = "mean"           # what add_mean adds
 
 
 def read_arguments(doc, argv, **more):
@@ -149,6 +151,15 @@ def measured(benches, wanted, domain):
         jobs = [job for job in bench.jobs(domain) if row_name(job._asdict()) in wanted]
         results.append(rows_of(bench, jobs))
     return averaged(results)
+
+
+def add_mean(rows, names):
+    """Put the mean of these objectives' scores into rows, as one more metric: of each prompt, or of
+    each training."""
+    for row in rows:
+        scores = zip(*[row["each"][name] for name in names])
+        row["metrics"][MEAN] = summary([sum(values) / len(names) for values in scores])
+    return rows
 
 
 def lines_of(label, rows, metrics):
