@@ -54,9 +54,9 @@ def response_logps(h, W, ids, mask):
     """Sum of log-probabilities of the response tokens of each row.
 
     h (B, T, d) hidden states, W (V, d) one head, ids (B, T), mask (B, T) True on response tokens
-    -> (B,) in float32. h at t predicts the token at t + 1, so token t is scored by h at t - 1 (the
-    last h is not needed); prompt and padding are never scored, and their logits are never computed.
-    The softmax is taken in float32."""
+    -> (B,). h at t predicts the token at t + 1, so token t is scored by h at t - 1 (the last h is
+    not needed); prompt and padding are never scored. Softmax and sum are taken in float32 (float64
+    for such h). To bound memory, only response tokens get logits, CHUNK at a time (not tested)."""
     # Where the scored tokens stand; t is the place of the state before each.
     row, t = mask[:, 1:].nonzero(as_tuple=True)                             # (N,) response tokens
     dtype = torch.promote_types(h.dtype, torch.float32)

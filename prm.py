@@ -36,7 +36,8 @@ def hindsight_targets(step_rewards, lengths, correct, gamma):
 
     step_rewards (S,): r_t of step t = 1..S.
     lengths (S, M): n_m, the number of steps of rollout m from prefix t, prefix included.
-    correct (S, M): z_m in {0, 1}, the verifier's verdict on the end of that rollout."""
+    correct (S, M): z_m in {0, 1}, the verifier's verdict on the end of that rollout.
+    ValueError if a rollout is shorter than its prefix, n_m < t."""
     t = torch.arange(1, len(step_rewards) + 1, device=lengths.device)[:, None]     # (S, 1)
     if bool((lengths < t).any()):
         raise ValueError("a rollout from prefix t has fewer than t steps")

@@ -4,8 +4,8 @@
 
 The best of K candidates by a PRM's score is more and more often one that the PRM is wrong about.
 Beside each other, as K grows: what the guide thinks of the answers that it has chosen, and what
-they are worth. Where the first rises and the second falls, the PRM is over-optimised. Both scores
-are means over the prompts of RUN's tables; of several seeds the first training is measured.
+they are worth. Both scores are means over the prompts of RUN's tables; of several seeds the first
+training is measured.
 """
 import argparse
 import os

@@ -25,6 +25,11 @@ BESIDE = ["README.md", "pareto.svg", "requirements.txt", "LICENSE", ".gitignore"
 FOLDERS = ["interop", "experiments", "docs", "tests"]
 TOOLS = [f"tests/{name}.py" for name in ("make_assignment", "grade", "mutants", "test_course")]
 TOOLS += ["docs/key.md"]
+# Above the copy's README.
+NOTICE = """*This is the students' copy: `train.py` stops until all exercises are solved, and `tests.grade`,
+`tests.mutants`, `tests.make_assignment` and `findings/` are not in it. Begin with docs/course.md.*
+
+"""
 
 # A comment line before or after an exercise: (end of)? number, and before it: title, points.
 FENCE = re.compile(
@@ -161,6 +166,7 @@ def make_assignment(out, change=None):
         for file in FILES:
             own = [exercise for exercise in exercises if exercise.file == file]
             change[file] = left_out(read(HOME, file), own)
+        change["README.md"] = NOTICE + read(HOME, "README.md")
     # Written beside its place and then renamed: there is never half a copy under its name.
     new = out.rstrip("/\\") + ".tmp"
     shutil.rmtree(new, ignore_errors=True)

@@ -176,6 +176,7 @@ def test_the_copy_is_whole_and_holds_no_answers(handed_out):
         assert not os.path.exists(os.path.join(handed_out, name))
     for file in ("interop/__init__.py", "docs/course.md", "docs/method.svg", "pareto.svg"):
         assert read(handed_out, file) == read(HOME, file)
+    assert read(handed_out, "README.md").startswith("*This is the students' copy: ")
     assert any(file.startswith("experiments/") for file in copied_files())
 
 

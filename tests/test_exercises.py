@@ -90,6 +90,7 @@ def logp_mistakes(h, W, ids, mask):
     seen = mask.long().cumsum(1)
     padding = (seen == mask.sum(1)[:, None]) & ~mask
     last = mask & (seen == mask.sum(1)[:, None])
+    late = F.pad(mask[:, :-1], (1, 0))
     return {
         "prompt tokens are being scored: only where mask is True does a token count":
             slow_logps(h, W, ids, everything & ~padding),
@@ -99,6 +100,8 @@ def logp_mistakes(h, W, ids, mask):
             slow_logps(h, W, ids, everything),
         "logits are not shifted: h at t predicts token t + 1, so token t is scored by h at t - 1":
             slow_logps(h, W, ids, mask, 0),
+        "mask and ids are shifted against each other: mask[t] belongs to the token ids[t]":
+            slow_logps(h, W, ids, late),
         "the last response token is not scored":
             slow_logps(h, W, ids, mask & ~last),
         "log-probabilities are averaged over the response: DPO needs their sum":
@@ -141,17 +144,21 @@ def test_ex1_in_float32(rng):
     W = torch.randn(300, 16, generator=rng).bfloat16()
     ids = torch.randint(0, 300, (1, 100), generator=rng)
     mask = torch.arange(100)[None] > 0
-    # What bfloat16 matrix products give; exact from here on.
-    logits = F.linear(h, W)[0, :-1]
-    logps = torch.log_softmax(logits.double(), -1)
-    exact = logps.gather(1, ids[0, 1:, None]).sum()[None]
     found = response_logps(h, W, ids, mask)
     if found.dtype != torch.float32:
         fail(f"response_logps of bfloat16 states is {found.dtype}: convert the logits to float32 "
              "before the softmax")
-    if not torch.allclose(found.double(), exact, rtol=1e-5):
-        fail(f"{found.item()} is too far from {exact.item()}: the softmax or the sum is taken in "
-             "bfloat16")
+    # Products in bfloat16 or in float32; exact from there on.
+    both = []
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = F.linear(h.to(dtype), W.to(dtype))[0, :-1]
+        logps = torch.log_softmax(logits.double(), -1)
+        both.append(logps.gather(1, ids[0, 1:, None]).sum()[None])
+    if not any(torch.allclose(found.double(), exact, rtol=1e-5) for exact in both):
+        fail(f"{found.item()} is too far from {both[0].item()}: if test_ex1_hand_values passes, the "
+             "softmax or the sum is taken in bfloat16")
+    if response_logps(h.double(), W.double(), ids, mask).dtype != torch.float64:
+        fail("response_logps of float64 states is no longer float64")
 
 
 # -- 2: dpo_loss
@@ -226,6 +233,8 @@ def test_ex3_hand_value():
         "losses are summed within an objective: take their mean": 14.0,
         "objectives are averaged over those present: an absent one must not reweight the others":
             6.0,
+        "an absent objective's share goes to the others: it must not reweight them": 18.0,
+        "alpha weighs pairs, but one mean is taken over all: every objective gets its own": 14 / 3,
         "the sum over objectives is divided by their number": 4.0,
         "the sum is divided by alpha's sum": 3.0,
         "the absent objective gives 0 / 0 = NaN: it adds nothing": math.nan})
@@ -263,14 +272,19 @@ def test_ex3_parts_add_up(rng):
     alpha, count = torch.rand(4, generator=rng) + 0.5, head.bincount(minlength=4)
     chosen, rejected = logps[0] - logps[2], logps[1] - logps[3]
     whole = slow_mah_dpo(F.softplus(-0.2 * (chosen - rejected)), head, alpha)
-    check(mah_dpo_loss(*logps, head, alpha, 0.2)[0].double(), whole, "mah_dpo_loss")
-    with_count, without = 0, 0
+    loss, metrics = mah_dpo_loss(*logps, head, alpha, 0.2)
+    check(loss.double(), whole, "mah_dpo_loss")
+    with_count, without, margins = 0, 0, 0
     for part in (slice(0, 3), slice(3, 4), slice(4, 12)):
         arguments = *logps[:, part], head[part], alpha, 0.2
-        with_count = with_count + mah_dpo_loss(*arguments, count)[0].double()
+        loss, about = mah_dpo_loss(*arguments, count)
+        with_count = with_count + loss.double()
+        margins = margins + about["margin"]
         without = without + mah_dpo_loss(*arguments)[0].double()
     check(with_count, whole, "the sum of three parts' losses",
           {"count is ignored: a part must divide by the whole batch's pairs": without})
+    if not equal(margins, metrics["margin"]):
+        fail("the parts' metrics do not add up: pair_metrics takes count, too")
     learns(mah_dpo_loss(*logps.requires_grad_(), head, alpha, 0.2)[0], "mah_dpo_loss")
 
 
@@ -362,9 +376,11 @@ def test_ex5_random(rng):
 def test_ex5_a_rollout_shorter_than_its_prefix():
     """Prevents: rollouts matched with the wrong prefix, which would give powers gamma^-1 > 1 in
     silence."""
-    lengths = torch.tensor([[1], [1]])
-    with pytest.raises(ValueError):
-        hindsight_targets(torch.zeros(2), lengths, torch.ones(2, 1), 0.9)
+    try:
+        hindsight_targets(torch.zeros(2), torch.tensor([[1], [1]]), torch.ones(2, 1), 0.9)
+    except ValueError:
+        return
+    fail("a rollout of 1 step from prefix 2 is accepted: it must raise a ValueError")
 
 
 # -- 6: majority_labels
