@@ -491,14 +491,24 @@ def preference_loss(run, pairs, logps, count=None):
     if pairs[0].margin is None:
         return mah_dpo_loss(*both, owner, alpha, beta, count)
     margin = torch.tensor([pair.margin for pair in pairs], device=device)           # (n,)
-    # MODPO's weights are uniform over the objectives of a domain.
-    uniform = [1 / len(run.domains[o.domain]) for o in run.objectives]
-    w = torch.tensor(uniform, device=device)                                        # (O,)
+    w = torch.tensor(modpo_weights(run), device=device)                             # (O,)
     losses = modpo_loss(*both, margin, w[owner], beta)
     metrics = pair_metrics(losses, *both, owner, len(alpha), beta, count)
     # The paper trains one MODPO a domain. Here one policy serves all, and a division by w_k would
-    # let domains with more objectives pull harder: their losses count by w_k, which undoes that.
-    return balanced_mean(losses, owner, alpha * w, count), metrics
+    # let objectives of little weight pull harder: their losses count by w_k, which undoes that.
+    return balanced_mean(losses, owner, w, count), metrics
+
+
+def modpo_weights(run):
+    """MODPO's w_k for every objective, its share of its domain's alpha; at least 0.1, since the loss
+    divides by it."""
+    alpha = dict(zip(run.names, parse_weights(run.config.alpha, run.names, "--alpha", 1.0)))
+    w = []
+    for objective in run.objectives:
+        total = sum(alpha[name] for name in run.domains[objective.domain])
+        # A domain may have no weight at all.
+        w.append(max(0.1, alpha[objective.name] / max(total, 1e-9)))
+    return w
 
 
 def train_policy(run, name):
@@ -557,11 +567,11 @@ def train_policy(run, name):
 
 def set_margins(run, pairs):
     """MODPO's margin of a pair of objective k: the sum over the domain's other objectives j of
-    w_j (r_j(y+) - r_j(y-)), with uniform w and r_j = beta log(pi_j / pi_ref) by the policies of
-    single objectives (paper, Sec. 5)."""
+    w_j (r_j(y+) - r_j(y-)), with r_j = beta log(pi_j / pi_ref) by the policies of single
+    objectives (paper, Sec. 5)."""
     for pair in pairs:
         pair.margin = 0.0
-    for objective in run.objectives:
+    for objective, w in zip(run.objectives, modpo_weights(run)):
         # This objective's policy rewards the pairs of the domain's other objectives.
         domain = run.domains[objective.domain]
         part = [p for p in pairs if p.objective in domain and p.objective != objective.name]
@@ -571,7 +581,7 @@ def set_margins(run, pairs):
             reference = torch.tensor([pair.reference for pair in part])
             rewards = run.config.beta * (logps - reference)                         # (n, 2)
             for pair, (chosen, rejected) in zip(part, rewards.tolist()):
-                pair.margin += (chosen - rejected) / len(domain)
+                pair.margin += w * (chosen - rejected)
 
 
 def measure_pairs(run, name):

@@ -3,12 +3,12 @@
     python experiments/budget.py RUN [--domain math] [--out DIR] [--fast]
 
 Two objectives ask for a front: a policy for every weight w of the second. Scalarisation trains a
-single head anew for every w, by the losses weighted with 1 - w and w; MODPO, which also needs both
-single-objective policies, is here as train.py has it, at w = 1/2. The soup trains two policies, and
-MAH-DPO one: their weights are swept afterwards, for nothing. All are trained again on the domain's
-pairs, the swept ones for several numbers of steps (DIR). Printed is the area below each front, and
-what its training took; a step feeds config.dpo_pairs pairs of each objective that a policy learns
-from. Writes DIR/budget.svg, the area over the pairs fed.
+single head anew for every w, by the losses weighted with 1 - w and w, and MODPO one for every w
+between its ends, which are the policies of single objectives that it needs. The soup trains these
+two alone, and MAH-DPO one policy: their weights are swept afterwards, for nothing. All are trained
+again on the domain's pairs, the swept ones for several numbers of steps (DIR). Printed is the area
+below each front, and what its training took; a step feeds config.dpo_pairs pairs of each objective
+that a policy learns from. Writes DIR/budget.svg, the area over the pairs fed.
 """
 import math
 import os
@@ -22,7 +22,7 @@ from experiments.vary import (averaged, picture, read_arguments, retrain,  # noq
                               rows_of)
 
 SHARES = (0.25, 0.5, 1.0)                           # of the steps, for what is swept afterwards
-GRIDS = ([0.5], [0.0, 0.5, 1.0], [0.0, 0.25, 0.5, 0.75, 1.0])        # w of scalarisation
+GRIDS = ([0.5], [0.0, 0.5, 1.0], [0.0, 0.25, 0.5, 0.75, 1.0])        # of w
 RULES = ("sum", "raco")
 MIXES = 10                                          # of a sweep, from one end to the other
 
@@ -41,11 +41,11 @@ def rows_over(args, policy, variant, trained, sweep=False, combine="sum", **opti
     return averaged(results)
 
 
-def scalarised(args, w):
-    """The row of a single head, trained with the weight w on the second objective."""
+def weighted(args, w, trained):
+    """The row of the last of these policies, trained with the weight w on the second objective."""
     # The objectives' losses get weights; batches have the pairs of both, even at weight 0.
     first, second = args.names
-    rows = rows_over(args, "single_head_dpo", f"w={w:g}", ["single_head_dpo"],
+    rows = rows_over(args, trained[-1], f"w={w:g}", trained,
                      alpha=f"{first}={1 - w:g},{second}={w:g}")
     return rows[0]
 
@@ -65,14 +65,16 @@ def fronts(args, whole):
         rows = rows_over(args, "soup", f"steps={steps},sum", own, True, dpo_steps=steps)
         found.append(("soup", 2, steps, 1, rows))
     # A whole training for every weight: what do fewer weights buy? The finest grid has them all.
-    each = {w: scalarised(args, w) for w in GRIDS[-1]}
+    each = {w: weighted(args, w, ["single_head_dpo"]) for w in GRIDS[-1]}
     for grid in GRIDS:
-        rows = [each[w] for w in grid]
         n = len(grid)
-        found.append(("scalarised", n, whole, n, rows))
-    # MODPO's margins are what the policies of single objectives say.
-    rows = rows_over(args, "modpo", f"steps={whole},sum", [*own, "modpo"], dpo_steps=whole)
-    found.append(("modpo", 3, whole, 2, rows))
+        found.append(("scalarised", n, whole, n, [each[w] for w in grid]))
+    # MODPO's margins are what the policies of single objectives say: the ends of the last soup.
+    ends = {0.0: rows[0], 1.0: rows[-1]}
+    each = ends | {w: weighted(args, w, [*own, "modpo"]) for w in GRIDS[-1][1:-1]}
+    for grid in GRIDS[1:]:
+        n = len(grid)
+        found.append(("modpo", n, whole, n - 1, [each[w] for w in grid]))
     return found
 
 

@@ -311,7 +311,7 @@ test_label_steps_by_hand: Guidance in maths is a little worse than it could be.
 test_pairs_prefer_the_better_rated: There are no pairs to train on.
     high, low = max(rated), min(rated) ==> low, high = max(rated), min(rated)
 test_margins_by_hand: MODPO listens to the other objectives too much.
-    pair.margin += (chosen - rejected) / len(domain) ==> pair.margin += chosen - rejected
+    pair.margin += w * (chosen - rejected) ==> pair.margin += chosen - rejected
 test_margins_by_hand: MODPO's margins depend on how long the answers are.
     rewards = run.config.beta * (logps - reference) ==> rewards = run.config.beta * logps
 test_train_prm_adds_up_the_parts_of_a_batch:

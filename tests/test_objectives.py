@@ -169,7 +169,8 @@ def test_sixteen_objectives(tmp_path, checkpoint, monkeypatch, capsys):
     rows = [rated(i, **dict.fromkeys(names, 5)) for i in range(20)]
     data = files(tmp_path / "data", everything=rows)
     monkeypatch.chdir(tmp_path)
-    kept, stages = ["base", "sft", "pairs.jsonl", "mah_dpo", "labels.jsonl", "prm"], train.stages
+    policies = [*[f"dpo_{name}" for name in names], "modpo", "mah_dpo"]
+    kept, stages = ["base", "sft", "pairs.jsonl", *policies, "labels.jsonl", "prm"], train.stages
     monkeypatch.setattr(train, "stages", lambda run: [
         stage for stage in stages(run) if stage.files[-1] in kept])
     train.main(["--objective", ",".join(reversed(names)), "--init", checkpoint, "--data", data,

@@ -233,7 +233,7 @@ def test_budget_main(whole, tmp_path, capsys, monkeypatch):
     """Prevents: steps or pairs that a method's training takes and the table leaves out; an area of
     other points; a weight of scalarisation that the training does not have."""
     monkeypatch.setattr(budget, "SHARES", (0.5, 1.0))
-    monkeypatch.setattr(budget, "GRIDS", ([0.5], [0.25, 0.5]))
+    monkeypatch.setattr(budget, "GRIDS", ([1.0], [0.0, 0.75, 1.0]))
     monkeypatch.setattr(budget, "MIXES", 2)
     budget.main([whole, "--out", str(tmp_path), "--domain", "values"])
     lines, = tables_of(capsys.readouterr().out)
@@ -245,10 +245,10 @@ def test_budget_main(whole, tmp_path, capsys, monkeypatch):
     assert found == {"mah_dpo, sum": [[1, 1, 4, 3], [1, 2, 8, 3]],
                      "mah_dpo, raco": [[1, 1, 4, 3], [1, 2, 8, 3]],
                      "soup": [[2, 2, 4, 3], [2, 4, 8, 3]],
-                     "scalarised": [[1, 2, 8, 1], [2, 4, 16, 2]],
-                     "modpo": [[3, 6, 16, 1]]}
-    config = read_json(f"{tmp_path}/seed=0/w=0.25/config.json")
-    assert config["alpha"] == "helpfulness=0.75,honesty=0.25"
+                     "scalarised": [[1, 2, 8, 1], [3, 6, 24, 3]],
+                     "modpo": [[3, 6, 16, 3]]}
+    config = read_json(f"{tmp_path}/seed=0/w=0.75/config.json")
+    assert config["alpha"] == "helpfulness=0.25,honesty=0.75"
     assert curves_of(tmp_path / "budget.svg") == len(found)
 
 

@@ -694,6 +694,20 @@ def test_margins_by_hand(run, tokenizer, monkeypatch):
     engagement = 0.05 * ((-2 + 3) - (-9 + 7))
     expected = [accuracy, engagement, 0.0]
     assert [pair.margin for pair in pairs] == pytest.approx(expected, abs=1e-6)
+    # With w = 3/4 for accuracy the other's pairs hear more of it, and its own less of the other.
+    run.config.alpha = "math_accuracy=3"
+    train.set_margins(run, pairs)
+    expected = [accuracy / 2, engagement * 1.5, 0.0]
+    assert [pair.margin for pair in pairs] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha, w", [
+    ("", [0.5, 0.5, 1.0]), ("math_accuracy=3", [0.75, 0.25, 1.0]),
+    ("math_accuracy=0", [0.1, 1.0, 1.0]), ("honesty=0", [0.5, 0.5, 0.1])])
+def test_modpo_weights_are_shares_of_a_domain(run, alpha, w):
+    """Prevents: MODPO as if alpha were 1, weights across domains, and a division by 0."""
+    run.config.alpha = alpha
+    assert train.modpo_weights(run) == pytest.approx(w)
 
 
 def test_the_log_shows_every_objective_in_training_and_development(run, gpt, tokenizer):
