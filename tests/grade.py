@@ -325,7 +325,7 @@ def submitted(directory, exercise):
     foreign = imports(tree) - imports(ast.parse(reference)) - LIBRARY
     if foreign:
         raise ValueError(f"it imports {', '.join(sorted(foreign))}; an exercise needs no more than "
-                         f"Python's library and what {file} imports")
+                         f"what {file} imports and Python's library, importlib left out")
     return text
 
 
