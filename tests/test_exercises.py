@@ -657,6 +657,29 @@ def test_ex10_frequencies(rng):
                  f"of {n}")
 
 
+def test_ex10_random(rng):
+    """Prevents: a table of the draws above, which a grader would take for an answer."""
+    for top_p in (0.3, 0.6, 0.9):
+        p = (2 * torch.randn(5, generator=rng)).double().softmax(0)
+        u = torch.rand(200, generator=rng).double()
+        kept, total = [], 0.0
+        for token in p.argsort(descending=True).tolist():
+            if total < top_p:
+                kept.append(token)
+                total += p[token].item()
+        expected = []
+        for level in (u * total).tolist():
+            i = 0
+            while level >= p[kept[i]]:
+                level -= p[kept[i]].item()
+                i += 1
+            expected.append(kept[i])
+        found = sample(p.log().expand(200, -1), u, top_p=top_p)
+        if found.tolist() != expected:
+            fail(f"top_p = {top_p} of probabilities {p.tolist()}: the kept tokens are {kept}, but "
+                 "not all are drawn where their distribution function, likeliest first, says")
+
+
 # -- 11: ends_step
 
 WORDS = "END NL . ! 3 14 I e g so NONE".split()             # NONE: no token before
