@@ -6,11 +6,12 @@ project's files. The exercise's tests run here, in a process that no line of the
 enters: calls of the exercise's functions go to the student's process as JSON, and so do their
 results come back. A submission may hang, exit, print, patch pytest or rewrite the tests: all that
 it can do to its mark is to answer rightly or not. One that writes files, uses the network, starts
-programs, imports what its file does not or prints half a megabyte has no points for that exercise. An exercise counts if
-all its tests pass; they draw other random numbers than the tests that were handed out.
+programs, reads programs other than Python's and its own, imports what its file does not or prints
+half a megabyte has no points for that exercise. An exercise counts if all its tests pass; they draw
+other random numbers than the tests that were handed out.
 
-The results are written as Gradescope reads them. What this does not do is hide files: run it
-where a submission cannot read or write this project's own (a container, another user).
+The results are written as Gradescope reads them. What this cannot stop is a submission that was
+written against it: read what is handed in, and run it as a user who owns nothing else.
 """
 import argparse
 import ast
@@ -28,26 +29,29 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
 from data import InputError, run_command, write_json
-from tests.make_assignment import FILES, HOME, between, folder, read, read_exercises, write
+from tests.make_assignment import FILES, HOME, between, fences, folder, read, read_exercises, write
 
 LARGEST = 2**26          # bytes of one answer
 PRINTED = 500_000        # bytes that an exercise may print
 ERRORS = {"ValueError": ValueError, "InputError": InputError}     # what a function may raise
+# What an exercise may import besides its file's own; importlib would bring the rest.
+LIBRARY = sys.stdlib_module_names - {"importlib", "runpy"}
 SEQUENCES = {"list": list, "tuple": tuple, "set": set}
 
-# What Python tells an audit hook before it happens (sys.addaudithook), and a submission may not do.
-FORBIDDEN = {"socket.connect", "socket.bind", "socket.getaddrinfo", "subprocess.Popen", "os.system",
-             "os.exec", "os.posix_spawn", "os.remove", "os.rename", "os.mkdir", "os.rmdir"}
-REFUSED = []             # why, in the student's process
+# How the names of events begin that a submission may not cause. Python tells an audit hook of them
+# before they happen (sys.addaudithook); ctypes would reach the rest.
+FORBIDDEN = ("socket.", "subprocess.", "ctypes.dl", "os.system", "os.exec", "os.posix_spawn",
+             "os.fork", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink",
+             "os.truncate", "os.chmod", "os.chown", "os.utime")
 
 
 # -- values as JSON
@@ -135,14 +139,26 @@ def decode_object(module, name, fields, old, build):
 
 # -- the student's process
 
-def refuse(event, args):
-    """An audit hook, which nobody can take away: it ends what is forbidden, and remembers it."""
-    writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
-    if writes or event in FORBIDDEN:
-        what = "open to write" if writes else event
-        REFUSED.append(f"an exercise writes no files, uses no network and starts no programs: "
-                       f"{what} {args[:1]}"[:300])
-        raise PermissionError(REFUSED[-1])
+def refuse(answers, places, event, args):
+    """An audit hook, which nobody can take away. It ends the process before what is forbidden
+    happens, so that no try and except hides it. Programs may be read in `places` only."""
+    what = event if event.startswith(FORBIDDEN) else None
+    if event == "open" and isinstance(args[0], (str, bytes)):
+        place = os.path.realpath(os.fsdecode(args[0]))
+        if args[2] & (os.O_WRONLY | os.O_RDWR):
+            what = "open to write"
+        elif place.endswith((".py", ".pyc")) and not place.startswith(places):
+            what = "open"
+    if what:
+        message = (f"an exercise writes no files, uses no network, starts no programs and reads no "
+                   f"program but its own: {what} {args[:1]}")
+        print(json.dumps({"error": "Refused", "message": message[:300]}), file=answers, flush=True)
+        os._exit(1)
+
+
+def refuse_write(answers, number, frame):
+    """The signal that a file was to grow: torch.save, say, asks no audit hook."""
+    refuse(answers, (), "open", ("past Python's open", None, os.O_WRONLY))
 
 
 def serve():
@@ -156,11 +172,13 @@ def serve():
     torch.set_num_threads(1)
     sys.path.append("tests")             # where classes of the tests' own are found
     sys.dont_write_bytecode = True
-    # No file grows, whoever writes it: torch.save asks no audit hook.
+    # No file grows, whoever writes it.
     with contextlib.suppress(ImportError):
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    sys.addaudithook(refuse)
+        signal.signal(signal.SIGXFSZ, partial(refuse_write, answers))
+    places = tuple(os.path.realpath(place) for place in sys.path)
+    sys.addaudithook(partial(refuse, answers, places))
     print(json.dumps("ready"), file=answers, flush=True)
     for line in calls:
         print(json.dumps(answer(line)), file=answers, flush=True)
@@ -172,8 +190,6 @@ def answer(line):
         module, name, args, kwargs = decode(json.loads(line), build=True)
         function = operator.attrgetter(name)(importlib.import_module(module))
         result = function(*args, **kwargs)
-        if REFUSED:                      # the submission may have caught the error
-            raise PermissionError(REFUSED[0])
         return {"result": encode(result), "args": encode(args)}
     except BaseException as e:           # SystemExit too is an answer
         return {"error": type(e).__name__, "message": str(e)[:2000]}
@@ -284,33 +300,46 @@ def submitted(directory, exercise):
         raise ValueError(f"{file} is larger than a megabyte")
     with open(path, encoding="utf-8", errors="surrogateescape") as f:
         lines = f.read().split("\n")
+    if not fences(lines):
+        raise ValueError(f"{file} has no exercise's comment lines: is it the file that was handed "
+                         "out, saved as UTF-8?")
     first, stop = between(lines, exercise.number)
-    own = read(HOME, file).split("\n")
+    reference = read(HOME, file)
+    own = reference.split("\n")
     start, end = between(own, exercise.number)
     text = "\n".join(own[:start] + lines[first:stop] + own[end:])
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"what stands there is not UTF-8; save {file} as UTF-8") from None
-    foreign = imports(lines[first:stop]) - imports(own) - sys.stdlib_module_names
+    try:
+        tree = ast.parse(text)
+        compile(tree, file, "exec")
+    except SyntaxError as e:
+        at = e.lineno or start + 1
+        wrong = "".join(text.split("\n")[at - 1:at]).strip()
+        raise ValueError(f"this is no Python: {e.msg}, in line {at - start} of the exercise, "
+                         f"{wrong!r}") from None
+    except (ValueError, RecursionError, MemoryError) as e:
+        raise ValueError(f"Python cannot read it: {e}") from None
+    foreign = imports(tree) - imports(ast.parse(reference)) - LIBRARY
     if foreign:
         raise ValueError(f"it imports {', '.join(sorted(foreign))}; an exercise needs no more than "
-                         f"Python's library and what {file} imports")
+                         f"what {file} imports and Python's library, importlib left out")
     return text
 
 
-def imports(lines):
-    """The names of the packages that lines of a program import; none if they are no program, which
-    shows when they are run."""
-    with contextlib.suppress(SyntaxError, ValueError):
-        found = set()
-        for node in ast.walk(ast.parse(textwrap.dedent("\n".join(lines)))):
-            if isinstance(node, ast.Import):
-                found.update(alias.name.split(".")[0] for alias in node.names)
-            if isinstance(node, ast.ImportFrom):
-                found.add((node.module or "").split(".")[0])
-        return found
-    return set()
+def imports(tree):
+    """The names of the packages that a program imports, and of a function that imports others."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+        if isinstance(node, ast.Name) and node.id == "__import__":
+            found.add(node.id)
+    return found
 
 
 def own_files():
@@ -373,6 +402,7 @@ class Report:
         name = report.nodeid.split("::")[1]
         crash = getattr(report.longrepr, "reprcrash", None)
         message = crash.message if crash else report.longreprtext
+        message = message.removeprefix("RuntimeError: ")     # what the pupil's process told
         self.messages.setdefault(n, f"{name}: {message}"[:1500])
 
     def pytest_runtest_logfinish(self, nodeid):

@@ -46,7 +46,8 @@ def run(*argv, cwd=HOME):
 # -- the students' copy
 
 def test_exercises_are_fenced():
-    """A fence that lost its partner in an edit: the students' copy would hold the answer."""
+    """A fence that lost its partner in an edit: the students' copy would hold the answer. An
+    exercise whose tests draw nothing: a table of what they expect gets its points."""
     assert 12 <= len(EXERCISES) <= 17
     assert [exercise.number for exercise in EXERCISES] == list(NUMBERS)
     third = EXERCISES[2]
@@ -55,6 +56,8 @@ def test_exercises_are_fenced():
     for exercise in EXERCISES:
         own = re.findall(rf"^def test_ex{exercise.number}_", tests, re.M)
         assert own, f"exercise {exercise.number} has no tests of its own"
+        drawn = rf"^def test_ex{exercise.number}_\w+\(.*\b(rng|three_heads)\b"
+        assert re.search(drawn, tests, re.M), f"a table solves exercise {exercise.number}"
         assert exercise.points > 0
         assert exercise.functions[-1].split(".")[-1] in exercise.title
     # A number selects its own exercise alone (that ex1 is not ex10, the grader's test below shows).
@@ -200,16 +203,20 @@ def submission(directory, edits):
 
 def test_submitted_takes_what_stands_between_the_fences(tmp_path):
     """A fault in one exercise that costs others of the same file; an edit elsewhere that counts;
-    bytes that are no UTF-8;
-    a package that the grader's machine happens to have."""
+    bytes that are no UTF-8; a package that the grader's machine happens to have, also by a call;
+    a mistake whose line is told as of another file."""
     directory = submission(tmp_path / "s", {
         2: "def dpo_loss(): return '\udcff'",
         3: "# --- exercise 4: modpo_loss (2 points) ---",
+        5: "x = 1\nreturn x",
         6: "def (",
         7: "from torch import nn\nimport math, requests.api",
+        11: "import importlib\n__import__('requests')",
+        13: "    def fold(self, weights):\n        return 3",
     })
     with open(os.path.join(directory, "prm.py"), "a", encoding="utf-8") as f:
         f.write("\nraise SystemExit\n")
+    write(directory, {"evaluate.py": "\0".join(read(HOME, "evaluate.py"))})      # as in UTF-16
     os.remove(os.path.join(directory, "decode.py"))
     if hasattr(os, "mkfifo"):            # reading it would wait for ever
         os.mkfifo(os.path.join(directory, "decode.py"))
@@ -218,19 +225,23 @@ def test_submitted_takes_what_stands_between_the_fences(tmp_path):
         try:
             text = submitted(directory, exercise)
             changed = text != read(HOME, exercise.file)
-            assert changed == (exercise.number == 6)
+            assert changed == (exercise.number == 13)
         except ValueError as problem:
             problems[exercise.number] = str(problem)
     assert "not UTF-8" in problems.pop(2)
     assert "inside exercise 3" in problems.pop(3)
     assert "once each" in problems.pop(4)
+    assert "outside function, in line 2 of the exercise, 'return x'" in problems.pop(5)
+    assert "no Python" in problems[6] and "in line 1 of the exercise, 'def ('" in problems.pop(6)
     assert "it imports requests;" in problems.pop(7)
+    assert "it imports __import__, importlib;" in problems.pop(11)
+    assert "saved as UTF-8?" in problems.pop(15)
     assert problems == {10: "decode.py is missing", 12: "decode.py is missing"}
 
 
 PATCHED = """\
 import torch, builtins, sys
-pytest = __import__('pytest')
+pytest = sys.modules['pytest']
 pytest.fail = lambda *a, **k: None
 torch.allclose = lambda *a, **k: True
 sys.modules['test_exercises'] = pytest
@@ -292,23 +303,28 @@ def doing(action):
 
 
 def test_a_submission_stays_within_its_exercise(tmp_path):
-    """Files that are written, a network that is used, programs that are started: answers could be
-    copied, and results sent away. A million printed lines that fill the grader's memory; a file
-    that is written past Python."""
+    """Files that are written, a network that is used, programs that are started or read: answers
+    could be copied, and results sent away, also past Python and where the error is swallowed. A
+    million printed lines that fill the grader's memory."""
     edits = {
+        1: doing("torch.save({}, 'notes.pt')"),
         2: doing("open('notes.txt', 'w')"),
-        5: doing("import socket; socket.create_connection(('127.0.0.1', 9))"),
+        4: doing("import ctypes; ctypes.CDLL(None).system(b'true')"),
+        5: doing("import socket; socket.socket().sendto(b'1', ('127.0.0.1', 9))"),
         6: doing("import subprocess; subprocess.run('true')"),
         7: doing("print('line\\n' * 1_000_000)"),
-        13: after("torch.save({}, 'notes.pt')"),
+        10: doing("import os; os.symlink('a', 'b')"),
+        15: doing(f"open({str(tmp_path / 'solution.py')!r}).read()"),
     }
+    write(str(tmp_path), {"solution.py": "def hypervolume(points): return 1.0"})
     unmarked = {n: again(n) for n in NUMBERS if n not in edits}
     directory = submission(tmp_path / "s", edits | unmarked)
     out = str(tmp_path / "results.json")
     printed = run("-m", "tests.grade", directory, "--out", out)
     rows = {int(test["number"]): test for test in read_json(out)["tests"]}
-    for n, why in {2: "open to write ('notes.txt'", 5: "socket.", 6: "subprocess.Popen",
-                   7: "it prints more than 500,000 bytes", 13: "iostream error"}.items():
+    for n, why in {1: "open to write", 2: "open to write ('notes.txt'", 4: "ctypes.dlopen",
+                   5: "socket.", 6: "subprocess.Popen", 7: "it prints more than 500,000 bytes",
+                   10: "os.symlink", 15: "solution.py"}.items():
         assert rows[n]["score"] == 0 and why in rows[n]["output"], printed
     assert len(printed) < 10_000
 

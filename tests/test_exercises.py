@@ -673,11 +673,33 @@ def test_ex10_frequencies(rng):
                  f"of {n}")
 
 
+def test_ex10_random(rng):
+    """Prevents: a table of the draws above, which a grader would take for an answer."""
+    for top_p in (0.3, 0.6, 0.9):
+        p = (2 * torch.randn(5, generator=rng)).double().softmax(0)
+        u = torch.rand(200, generator=rng).double()
+        kept, total = [], 0.0
+        for token in p.argsort(descending=True).tolist():
+            if total < top_p:
+                kept.append(token)
+                total += p[token].item()
+        expected = []
+        for level in (u * total).tolist():
+            i = 0
+            while level >= p[kept[i]]:
+                level -= p[kept[i]].item()
+                i += 1
+            expected.append(kept[i])
+        found = sample(p.log().expand(200, -1), u, top_p=top_p)
+        if found.tolist() != expected:
+            fail(f"top_p = {top_p} of probabilities {p.tolist()}: the kept tokens are {kept}, but "
+                 "not all are drawn where their distribution function, likeliest first, says")
+
+
 # -- 11: ends_step
 
 WORDS = "END NL . ! 3 14 I e g so NONE".split()             # NONE: no token before
-MASKS = [[word in kind for word in WORDS] for kind in (
-    ("END", "NL"), (".", "!"), ("3", "14", "I"), ("e", "g"))]
+KINDS = [("END", "NL"), (".", "!"), ("3", "14", "I"), ("e", "g")]
 
 
 @pytest.mark.parametrize("step, ends, message", [
@@ -696,19 +718,22 @@ MASKS = [[word in kind for word in WORDS] for kind in (
     ("! g !", 0, "a stop behind a bare letter that itself follows a stop ends nothing"),
     ("3 g .", 1, "'3 g.' ends a sentence: the letter follows no stop"),
     ("so g 14", 0, "a number ends nothing")])
-def test_ex11_where_a_step_ends(step, ends, message):
+def test_ex11_where_a_step_ends(rng, step, ends, message):
     """Prevents: '3.14' or 'e.g.' cut in two, a step that runs on over the end of a line. Ids with
-    lists, and tensors of rows."""
+    lists, and tensors of rows; the ids are drawn."""
     words = ["NONE", "NONE", *step.split()][-3:]
-    before, previous, token = [WORDS.index(word) for word in words]
-    found = ends_step(MASKS, token, previous, before)
+    vocabulary = [WORDS[i] for i in torch.randperm(len(WORDS), generator=rng).tolist()]
+    masks = [[word in kind for word in vocabulary] for kind in KINDS]
+    before, previous, token = [vocabulary.index(word) for word in words]
+    tensors = [torch.tensor(mask) for mask in masks]
+    found = ends_step(masks, token, previous, before)
     if not isinstance(found, (bool, int)) or found not in (0, 1):
         fail(f"for ids the answer must be True or False, not {found!r} (in Python ~True is -2)")
     if found != ends:
         fail(f"{message}: {step!r} {'ends' if found else 'does not end'} a step here")
-    so = WORDS.index("so")
+    so = vocabulary.index("so")
     rows = [torch.tensor([i, so]) for i in (token, previous, before)]
-    found = ends_step([torch.tensor(mask) for mask in MASKS], *rows)
+    found = ends_step(tensors, *rows)
     expected = torch.tensor([bool(ends), False])
     check(found, expected, f"ends_step on tensors, for {step!r}")
 
@@ -854,27 +879,56 @@ def test_ex14_reads_what_is_there(tmp_path):
     assert read_header(str(path)) == {}, "a file without tensors is a file: read_header gives {}"
 
 
-F4 = entry("F32", [1], 0, 4)
-TWICE = b'{"t":' + json.dumps(F4).encode() + b',"t":' + json.dumps(F4).encode() + b"}"
-# What is wrong with a file, its bytes, and what the message must name beside the file.
+def test_ex14_random(rng, tmp_path):
+    """Prevents: a table of the values above, which a grader would take for an answer; tensors in
+    the order of the header."""
+    dtypes = {"F32": torch.float32, "U8": torch.uint8, "BF16": torch.bfloat16, "I64": torch.int64}
+    path = tmp_path / "x.safetensors"
+    for n in (1, 4, 9):
+        header, expected, end = {}, [], 0
+        kinds = torch.randint(0, 4, (n,), generator=rng).tolist()
+        shapes = torch.randint(1, 5, (n, 2), generator=rng).tolist()
+        for i in torch.randperm(n, generator=rng).tolist():
+            name, kind = f"t{i}", list(dtypes)[kinds[i]]
+            start, end = end, end + math.prod(shapes[i]) * dtypes[kind].itemsize
+            header[name] = entry(kind, shapes[i], start, end)
+            expected.append((name, dtypes[kind], tuple(shapes[i]), start, end))
+        # By name in the header, which need not be the order of the bytes.
+        header = dict(sorted(header.items()))
+        data = 8 + len(json.dumps(header))
+        path.write_bytes(raw(header, bytes(end)))
+        found = [(name, *about) for name, about in read_header(str(path)).items()]
+        expected = [(*about, data + first, data + last) for *about, first, last in expected]
+        if found != expected and set(found) == set(expected):
+            fail("the tensors come in the order of the header: it must be that of their bytes")
+        assert found == expected, f"read_header gives {found}, expected {expected}"
+
+
+# What is wrong with a file, its bytes, and what the message must name beside the file. The tensor t
+# has N numbers, which a grader draws anew.
+N = int(torch.randint(1, 99, (), generator=torch.Generator().manual_seed(SEED)))
+T, DATA = entry("F32", [N], 0, 4 * N), b"x" * 4 * N
+TWICE = b'{"t":' + json.dumps(T).encode() + b',"t":' + json.dumps(T).encode() + b"}"
 LIES = [
     ("there is no such file", None, ""),
     ("it is empty", b"", ""),
     ("it is cut within the header's length", b"\x08\0\0", ""),
-    ("its header would be longer than the file", raw({}, length=1000), ""),
-    ("its header would fill any memory", raw({}, length=2**63), ""),
-    ("its header is not JSON", raw(b"{nope}"), ""),
-    ("its header is not UTF-8", raw(b'{"\xff": 1}'), ""),
-    ("its header is nested too deeply (json raises a RecursionError)", raw(b"[" * 100_000), ""),
-    ("its header is no object", raw([]), ""),
-    ("an entry is a number", raw({"t": 4}), "'t'"),
-    ("a name stands twice", raw(TWICE, b"1234"), ""),
-    ("the dtype is unknown", raw({"t": entry("F99", [1], 0, 4)}, b"1234"), "'t'"),
-    ("shape and bytes disagree", raw({"t": entry("F32", [2], 0, 4)}, b"1234"), "'t'"),
-    ("the tensor ends beyond the file", raw({"t": entry("F32", [2], 0, 8)}, b"1234"), "'t'"),
-    ("two tensors overlap", raw({"s": F4, "t": entry("F32", [1], 2, 6)}, b"123456"), "'t'"),
-    ("there is a gap before the tensor", raw({"t": entry("F32", [1], 1, 5)}, b"12345"), "'t'"),
-    ("bytes are left over at the end", raw({"t": F4}, b"12345"), "")]
+    ("its header would be longer than the file", raw({}, length=999 + N), ""),
+    ("its header would fill any memory", raw({}, length=2**63 + N), ""),
+    ("its header is not JSON", raw(b"{nope" + DATA), ""),
+    ("its header is not UTF-8", raw(b'{"\xff": %d}' % N), ""),
+    ("its header is nested too deeply (json raises a RecursionError)", raw(b"[" * (10**5 + N)), ""),
+    ("its header is no object", raw([N]), ""),
+    ("an entry is a number", raw({"t": N}), "'t'"),
+    ("a name stands twice", raw(TWICE, DATA), ""),
+    ("the dtype is unknown", raw({"t": entry("F99", [N], 0, 4 * N)}, DATA), "'t'"),
+    ("shape and bytes disagree", raw({"t": entry("F32", [N + 1], 0, 4 * N)}, DATA), "'t'"),
+    ("the tensor ends beyond the file", raw({"t": entry("F32", [2 * N], 0, 8 * N)}, DATA), "'t'"),
+    ("two tensors overlap",
+     raw({"s": T, "t": entry("F32", [N], 2, 4 * N + 2)}, DATA + b"xx"), "'t'"),
+    ("there is a gap before the tensor",
+     raw({"t": entry("F32", [N], 1, 4 * N + 1)}, DATA + b"x"), "'t'"),
+    ("bytes are left over at the end", raw({"t": T}, DATA + b"x"), "")]
 
 
 @pytest.mark.parametrize("why, content, words", LIES, ids=[lie[0] for lie in LIES])
