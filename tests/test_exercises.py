@@ -155,8 +155,8 @@ def test_ex1_in_float32(rng):
         logps = torch.log_softmax(logits.double(), -1)
         both.append(logps.gather(1, ids[0, 1:, None]).sum()[None])
     if not any(torch.allclose(found.double(), exact, rtol=1e-5) for exact in both):
-        fail(f"{found.item()} is too far from {both[0].item()}: if test_ex1_hand_values passes, the "
-             "softmax or the sum is taken in bfloat16")
+        fail(f"{found.item()} is too far from {both[0].item()}: if test_ex1_hand_values passes, "
+             "the softmax or the sum is taken in bfloat16")
     if response_logps(h.double(), W.double(), ids, mask).dtype != torch.float64:
         fail("response_logps of float64 states is no longer float64")
 
