@@ -70,8 +70,9 @@ def fronts(args, whole):
         n = len(grid)
         found.append(("scalarised", n, whole, n, [each[w] for w in grid]))
     # MODPO's margins are what the policies of single objectives say: the ends of the last soup.
-    ends = {0.0: rows[0], 1.0: rows[-1]}
-    each = ends | {w: weighted(args, w, [*own, "modpo"]) for w in GRIDS[-1][1:-1]}
+    each = {0.0: rows[0], 1.0: rows[-1]}
+    for w in GRIDS[-1][1:-1]:
+        each[w] = weighted(args, w, [*own, "modpo"])
     for grid in GRIDS[1:]:
         n = len(grid)
         found.append(("modpo", n, whole, n - 1, [each[w] for w in grid]))

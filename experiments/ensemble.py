@@ -104,12 +104,14 @@ def main(argv=None):
     results = []
     for run in args.trainings:
         logits, mixed = Bench(run.path, "cpu"), Mixed(run.path, "cpu")
-        logits.config["n_test"] = mixed.config["n_test"] = run.config.n_test
+        for bench in (logits, mixed):
+            bench.config["n_test"] = run.config.n_test
         pairs = read_rows(run.file("pairs.jsonl"), Pair)
-        about = args.domain, choose(pairs, args.names, "dev")
-        results.append([row_of("logits", logits, mixed, *about),
-                        row_of("probabilities", mixed, logits, *about)])
-    rows, metrics = averaged(results), [*args.names, "TV", "KL", "log-likelihood", "kl"]
+        held_out = choose(pairs, args.names, "dev")
+        results.append([row_of("logits", logits, mixed, args.domain, held_out),
+                        row_of("probabilities", mixed, logits, args.domain, held_out)])
+    rows = averaged(results)
+    metrics = [*args.names, "TV", "KL", "log-likelihood", "kl"]
     lines = [cells(row, metrics, ["policy"]) for row in rows]
     print(table(f"{args.domain}, the heads' uniform mix", lines))
     # Answers of the first training, from the one at which both agree most.
