@@ -188,6 +188,17 @@ def test_strengths_at_equal_kl_by_hand():
     assert columns["kl"].split()[0] == "2.000"
 
 
+def test_strengths_a_distance_that_falls_is_held():
+    """Prevents: a curve whose kl falls between two strengths, on which np.interp finds no place."""
+    rows = []
+    for kl, score in [(0.0, 0.0), (0.1, 1.0), (0.4, 2.0), (0.2, 3.0), (0.3, 4.0)]:
+        rows.append({"metrics": {"kl": {"mean": kl}, "honesty": {"mean": score}}})
+    ours = strengths.curve(rows, "honesty")
+    # The other one stops at kl .35: there the first has 5/6 of the way from 1 to 2 behind it.
+    theirs = np.array([[0.0, 0.35], [0.0, 0.5]])
+    assert strengths.at_equal_kl(ours, theirs) == (0.35, pytest.approx(1 + 5 / 6 - 0.5))
+
+
 def test_strengths_policies_are_drawn_back(whole):
     """Prevents: a strength that counts from the policy instead of from SFT; a head that is mixed
     with another head; a soup that is not drawn back."""
