@@ -16,7 +16,6 @@ import os
 import re
 import sys
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -682,27 +681,14 @@ def read_jsonl(path):
 
 
 def write_json(path, value):
-    """Write JSON; see `writing`."""
+    """Write JSON; see `whole_file`."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path, text):
-    """Write text; see `writing`."""
-    with writing(path) as f:
+    """Write text; see `whole_file`."""
+    with whole_file(path) as f:
         f.write(text.encode("utf-8"))
-
-
-@contextmanager
-def writing(path):
-    """A file to write bytes to. Whatever happens, `path` is the old file or the whole new one. Of
-    several processes the first writes, and all wait for it. InputError, say, on a full disk."""
-    try:
-        with whole_file(path) as f:
-            yield f
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror}); what stood there is intact. "
-                         "Make room, or get the right to write there, and run the command again, "
-                         "train.py with --resume") from None
 
 
 # -- batches

@@ -196,7 +196,7 @@ KL_AT_1 = "kl at temperature 1"     # in results.json only: the tables have that
 
 
 @torch.no_grad()
-def kl_to_sft(model, head, reference, conversations, pad_id, temperature):
+def kl_to_sft(model, head, reference, conversations, temperature):
     """KL(pi || pi_sft) of the next-token distributions in nats: exact at every position of the
     policy's own samples. temperature: theirs, at which both policies are compared; that only the
     likeliest tokens are ever drawn is left out.
@@ -212,7 +212,7 @@ def kl_to_sft(model, head, reference, conversations, pad_id, temperature):
     # Few enough tokens at a time for their logits over a large vocabulary.
     size = min(4096, LOGITS // len(head))
     for index in batches_by_length([len(text) for text in texts], size):
-        ids, lengths = pad([texts[i] for i in index], pad_id, device)     # (B, T)
+        ids, lengths = pad([texts[i] for i in index], reference.tokenizer.pad_id, device)  # (B, T)
         mask = response_mask(starts[index], lengths, ids.shape[1])        # (B, T)
         # Only states that predict a response token count: that at t predicts the token at t + 1.
         row, t = mask[:, 1:].nonzero(as_tuple=True)                       # (N,) each
@@ -465,8 +465,7 @@ class Bench:
         # Of guided, greedy or chosen answers the next-token distributions say little.
         if (job.guide, job.temperature, job.samples) == (None, None, 1):
             head = model.fold(weights)                                # (V, d)
-            each |= kl_to_sft(model, head, self.sft, talks, tokenizer.pad_id,
-                              self.config["temperature"])
+            each |= kl_to_sft(model, head, self.sft, talks, self.config["temperature"])
         return {metric: [round(v, 4) for v in values] for metric, values in each.items()}
 
     def row(self, job):

@@ -270,14 +270,14 @@ def combine(gram, alpha, rule, c=0.4):
 # --- end of exercise 17 ---
 
 
-def least_conflict(gram, b, s, p, steps=200):
+def least_conflict(gram, b, s, p):
     """The shares p (H,) on the simplex that minimise b . p + s |sum_i p_i g_i|. They begin at p,
     and a share that is 0 there stays 0.
 
     Each step moves what is best from the share where the slope is largest to that where it is
     smallest. Along such a line, of two objectives all there is, the minimum is known exactly."""
     p, allowed = p.clone(), p > 0
-    for _ in range(steps):
+    for _ in range(200):
         products = gram @ p                             # (H,) every g_i . G_p
         square = (p @ products).clamp(min=0)            # |G_p|^2
         norm = square.sqrt().clamp(min=1e-30)

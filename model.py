@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import os
-import struct
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,9 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, write_json, writing
+from data import InputError, write_json
 from interop import checkpoints as hf
-from interop.parallel import gathered, is_sharded, like, rank, shard, whole
+from interop.parallel import gathered, is_sharded, like, rank, shard, whole, whole_file
 from interop.tokenizer import load_tokenizer
 
 
@@ -68,24 +67,19 @@ class GPTConfig:
             # The rotary tables are as long as the context: four million places are 2 GB.
             most = 2**22 if name == "max_len" else 2**31 - 1
             if type(n) is not int or not 0 < n <= most:
-                raise unusable(f"{name} must be a whole number from 1 to {most}, not {n!r}")
+                raise ValueError(f"{name} must be a whole number from 1 to {most}, not {n!r}")
         for name, kinds in KINDS.items():
             if getattr(self, name) not in kinds:
-                raise unusable(f"{name} must be {' or '.join(kinds)}, not {getattr(self, name)!r}")
+                raise ValueError(f"{name} is {' or '.join(kinds)}, not {getattr(self, name)!r}")
         self.head_dim = self.head_dim or self.d_model // self.n_head
         # Channels are rotated in pairs, so there is an even number of them.
         if type(self.head_dim) is not int or self.head_dim < 1 or self.head_dim % 2:
-            raise unusable(f"heads of {self.head_dim} channels; the number must be even")
+            raise ValueError(f"heads of {self.head_dim} channels; the number must be even")
         if self.n_head % self.n_kv_head:
-            raise unusable(f"{self.n_head} query heads on {self.n_kv_head} heads of keys")
+            raise ValueError(f"{self.n_head} query heads on {self.n_kv_head} heads of keys")
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
-                raise unusable(f"{name} must be positive, not {getattr(self, name)}")
-
-
-def unusable(why):
-    """What GPTConfig raises."""
-    return ValueError(f"unusable model configuration: {why}")
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 # -- the KV cache
@@ -148,7 +142,6 @@ class KVCache:
     fed have been fed from its beginning."""
 
     def __init__(self, config, sequences, max_len=0, device=None, dtype=None):
-        """max_len: tokens for which there is room from the start."""
         self.K = 1
         self.own = 0                # tokens of every row in the running step,
         self.fed = 0                # and rows fed last: the host knows both, and waits for nothing
@@ -177,8 +170,6 @@ class KVCache:
         # A row that was left out lacks tokens in its step, and would see stale ones there.
         if self.own and n > self.fed:
             raise ValueError("a row that dropped out cannot go on before the next keep")
-        if training and rows is not None:
-            raise ValueError("with gradients all rows are fed")
         start = self.own
         self.own, self.fed = start + T, n
         if not training:
@@ -736,13 +727,13 @@ def read_metadata(path):
     """The metadata that save_safetensors was given. InputError as in read_header."""
     read_header(path)
     with open(path, "rb") as f:
-        n = struct.unpack("<Q", f.read(8))[0]
+        n = int.from_bytes(f.read(8), "little")
         return json.loads(f.read(n)).get("__metadata__", {})
 
 
 def save_safetensors(tensors, path, metadata=None):
     """Write {name: tensor}, and `metadata`, a dict of texts, into the header. Several processes
-    call it together; the first writes, see data.writing."""
+    call it together; the first writes, see whole_file."""
     # Where each tensor will stand, one behind another.
     header, offset = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
     kinds = {dtype: name for name, dtype in DTYPES.items()}
@@ -754,8 +745,8 @@ def save_safetensors(tensors, path, metadata=None):
     text = json.dumps(header).encode()
     # Blanks at its end are allowed: the data starts aligned.
     text += b" " * (-len(text) % 8)
-    with writing(path) as f:
-        f.write(struct.pack("<Q", len(text)) + text)
+    with whole_file(path) as f:
+        f.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
             # All processes have a part in making a sharded tensor whole, one of them writes it.
             t = whole(t.detach())

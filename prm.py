@@ -137,7 +137,7 @@ STEP_OUTPUT = Objective(STEP, "", "B", "")
 SECOND = " by a second judge"
 
 
-def worst_mix(V, steps=100):
+def worst_mix(V):
     """RMOD (arXiv 2503.08796): scores V (..., K, P) of K candidates -> the weights w (..., 1, P) on
     the simplex that minimise log mean_k exp(sum_p w_p V_kp): those of the mix by which the
     candidates gain least, which is guidance against the worst objective.
@@ -149,7 +149,7 @@ def worst_mix(V, steps=100):
     largest = V.abs().amax((-2, -1), keepdim=True)
     rate = 2 / largest.square().clamp(min=1)
     u = torch.zeros_like(mean)                                                     # (..., 1, P)
-    for _ in range(steps):
+    for _ in range(100):
         # Exponentiated gradient: an output by which the better candidates gain loses weight.
         w = u.softmax(-1)
         mixed = (w * V).sum(-1, keepdim=True)                                      # (..., K, 1)

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from data import (CASES, DOMAINS, PROMPTS, RNG, InputError, Tokenizer, World, batches_by_length,
                   dealt_batches, judge, pad, read_json, run_command, write_json)
 from decode import domain_mix, generate, parse_weights
-from evaluate import (average, converse, evaluate, load_rows, pair_metrics_rows,
+from evaluate import (OUTPUTS, SINGLE, average, converse, evaluate, load_rows, pair_metrics_rows,
                       plain_responder, publish, seed_of, seed_runs)
 from interop.manifest import check_files, forget_files, note_files
 from interop.options import METHODS, check_config, read_command
@@ -55,7 +55,7 @@ from interop.parallel import (even, gather, head_norm, in_threads, inner_product
 from interop.real_data import (describe_data, load_base, objectives_of, real_labels, real_pairs,
                                worlds_of)
 from interop.resume import (at_work, clear, copy_stages, finished, free_name, load_checkpoint,
-                            load_config, new_directory, put_rows, read_rows, run_key,
+                            load_config, log_rows, new_directory, read_rows, run_key,
                             save_checkpoint, save_config, stops_wait, write_rows)
 from mah_dpo import (Pair, balanced_mean, combine, mah_dpo_loss, make_optimizer, modpo_loss,
                      own_heads, pair_logps, pair_metrics, policy_logps)
@@ -122,12 +122,9 @@ class Run:
 
         This comes before the file that says the stage is finished: a kill between the two would
         lose the rows. Figures of time go to timings.jsonl, so that all else can repeat."""
-        put_rows(self.file(name), stage, rows)
-
-
-def shown(row):
-    """The numbers of a row of the log as text."""
-    return ", ".join([f"{name} {number:.6g}" for name, number in row.items()])
+        path = self.file(name)
+        kept = [row for row in log_rows(path) if row["stage"] != stage]
+        write_rows(path, kept + [{"stage": stage} | row for row in rows])
 
 
 def shuffled(items, generator):
@@ -346,17 +343,13 @@ def roll_out(source, purpose, n):
     rng = run.rng(*seed, "judge", *own)
     generator = run.generator(*seed, *own)
     student = seed_of(run.config.seed, *seed, "student", *own)
-    return answer(source, local_items(problems), generator, student), rng, generator
-
-
-def answer(source, problems, generator, student):
-    """The Turns of a policy about these problems; `student`: the seed of simulated students."""
-    world, temperature = source.world, source.run.config.temperature
+    problems = local_items(problems)
     with source.bar("answers", len(problems) * world.turns) as bar:
-        respond = plain_responder(source.model, world, source.mix, temperature, generator,
-                                  progress=bar.update)
+        respond = plain_responder(source.model, world, source.mix, run.config.temperature,
+                                  generator, progress=bar.update)
         talks = converse(world, problems, source.model.tokenizer, respond, student)
-    return list(chain.from_iterable(talk.turns for talk in talks))
+    turns = list(chain.from_iterable(talk.turns for talk in talks))
+    return turns, rng, generator
 
 
 def continuations(source, turns, ends, n, generator):
@@ -500,8 +493,8 @@ def preference_loss(run, pairs, logps, count=None):
 
 
 def modpo_weights(run):
-    """MODPO's w_k for every objective, its share of its domain's alpha; at least 0.1, since the loss
-    divides by it."""
+    """MODPO's w_k for every objective, its share of its domain's alpha; at least 0.1, since the
+    loss divides by it."""
     alpha = dict(zip(run.names, parse_weights(run.config.alpha, run.names, "--alpha", 1.0)))
     w = []
     for objective in run.objectives:
@@ -589,8 +582,7 @@ def measure_pairs(run, name):
     head; the soup is that of its domain's policies."""
     pairs = read_rows(run.file("pairs.jsonl"), Pair)
     # policy -> the models that are averaged, the objectives whose pairs it is measured on
-    jobs = [(policy, [policy], run.names)
-            for policy in ("base", "sft", "single_head_dpo", "modpo", "mah_dpo")]
+    jobs = [(policy, [policy], run.names) for policy in (*SINGLE, "mah_dpo")]
     for names in run.domains.values():
         jobs.append(("soup", [f"dpo_{o}" for o in names], names))
     rows = []
@@ -876,7 +868,8 @@ def measure_prm(prm, data):
     for name, (scores, targets) in found.items():
         p = prm.names.index(name)
         quality[name] = quality_of(prm.outputs[p], scores, targets) | noise_ceiling(data, name)
-        tqdm.write(f"  {name:17s} held-out {shown(quality[name])}")
+        numbers = ", ".join([f"{metric} {number:.6g}" for metric, number in quality[name].items()])
+        tqdm.write(f"  {name:17s} held-out {numbers}")
         # A unit for want of a better one, where there is no world to draw candidates in.
         if scores.numel() > 1 and scores.std() > 0:
             prm.scale[p] = scores.std()
@@ -952,13 +945,9 @@ def quality_of(output, scores, targets):
         return {"pair_accuracy": right.float().mean().item(), "n": n}
     # A value is what it says; the others' loss reads a score as a logit.
     guesses = scores if output.case == "verifiable" else scores.sigmoid()
-    return {"r2": r_squared(guesses, targets), "n": n}
-
-
-def r_squared(guesses, targets):
-    """The share of the targets' variance that guesses (n,) explain; to guess their mean gives 0."""
+    # R^2: the share of the targets' variance that guesses explain; to guess their mean gives 0.
     error = ((guesses - targets) ** 2).mean()
-    return 1 - float(error / targets.var(correction=0))
+    return {"r2": 1 - float(error / targets.var(correction=0)), "n": n}
 
 
 # -- the table of stages
@@ -994,8 +983,7 @@ def stages(run):
         Stage("rollouts and labels", ["mah_dpo_pairs.jsonl", "labels.jsonl"],
               "gamma rollouts n_rollout_prompts judge_labels", make_labels),
         *[Stage(f"process reward model {name}", [name], prm, train_prm) for name in prms],
-        Stage("tables", ["scores.jsonl", "results.md", "pareto.svg", "results.json"],
-              "n_test split weight_steps spacing k", make_tables)]
+        Stage("tables", [*OUTPUTS], "n_test split weight_steps spacing k", make_tables)]
 
 
 def make_tables(run, name):

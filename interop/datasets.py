@@ -9,14 +9,13 @@
 Before: rows.py, what every row has. `python -m interop.datasets DIR [--init MODEL]` tells what a
 directory of such files holds: look.py.
 """
-import functools
 import json
 import re
 import statistics
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 
 from data import InputError, read_jsonl, run_command, split_of
@@ -388,7 +387,7 @@ def use_of(path, uses):
     return kind_of(Row(columns), uses).use
 
 
-@functools.cache
+@cache
 def say_once(remark):
     """Print a remark, although a run reads its files again and again."""
     print(remark)

@@ -122,8 +122,9 @@ def once(work, *args):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A file to write bytes to, which the first process writes; no process goes on before it is
-    there. Until all bytes are on the disk they stand under another name."""
+    """A file to write bytes to. Whatever happens, `path` is the old file or the whole new one: the
+    bytes stand under another name until all are on the disk. The first process writes; no process
+    goes on before the file is there. OSError, say, on a full disk."""
     temporary = f"{path}.tmp"
     # No process has the sum before all have come: none still reads what stood there.
     total(torch.zeros(1))
@@ -134,10 +135,12 @@ def whole_file(path):
                 f.flush()
                 os.fsync(f.fileno())
         once(os.replace, temporary, path)
-    except OSError:
+    except OSError as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise
+        raise OSError(f"{path}: cannot be written ({e.strerror}); what stood there is intact. Make "
+                      "room, or get the right to write there, and run the command again, train.py "
+                      "with --resume") from None
 
 
 # -- parameters that are shared out

@@ -47,12 +47,6 @@ def strftime_now(form):
     return datetime.now().strftime(form)
 
 
-def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """JSON as it is; Jinja's own filter would write it for web pages, with < as \\u003c."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
-
-
 # -- rendering
 
 @functools.cache
@@ -61,7 +55,8 @@ def compiled(template):
     # Settings as in transformers, for which templates are written.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = tojson
+    # JSON as it is; Jinja's own filter would write it for web pages, with < as \u003c.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return environment.from_string(template)
 

@@ -64,12 +64,6 @@ def log_rows(path):
     return [row for _, row in read_jsonl(path)] if os.path.exists(path) else []
 
 
-def put_rows(path, stage, rows):
-    """Put a stage's rows into a log, in place of those that an interrupted attempt has left."""
-    kept = [row for row in log_rows(path) if row["stage"] != stage]
-    write_rows(path, kept + [{"stage": stage} | row for row in rows])
-
-
 # -- checkpoints
 
 def save_checkpoint(run, stage, model, optimizer, step, log):
@@ -198,17 +192,12 @@ def copy_stages(source, run, stages):
         if not all(same) or not finished(source, stage):
             break
         print(f"{stage.title}: copied from {source.path}")
-        copy_stage(source, run, stage.files)
-
-
-def copy_stage(source, run, files):
-    """Copy what a stage has left: files and rows of the log."""
-    stage = files[-1].partition(".")[0]
-    rows = [row for row in log_rows(source.file("log.jsonl")) if row["stage"] == stage]
-    put_rows(run.file("log.jsonl"), stage, rows)
-    for file in files:
-        copy = shutil.copytree if os.path.isdir(source.file(file)) else shutil.copy
-        once(copy, source.file(file), run.file(file))
+        # What it has left: rows of the log, and files.
+        name = stage.files[-1].partition(".")[0]
+        run.log(name, [row for row in log_rows(source.file("log.jsonl")) if row["stage"] == name])
+        for file in stage.files:
+            copy = shutil.copytree if os.path.isdir(source.file(file)) else shutil.copy
+            once(copy, source.file(file), run.file(file))
 
 
 # -- configurations
@@ -241,18 +230,16 @@ def load_config(path):
 def check_key(path, saved):
     """InputError if the options of a run, as read_run gives them, or its data are no longer those
     that it began with."""
-    options = dict(saved)
-    objectives, key = options.pop("objectives"), options.pop("key", None)
-    options.pop("processes", None)
-    if key != run_key(options, objectives):
+    if saved.get("key") != run_key(saved, saved["objectives"]):
         raise InputError(f"{path}/config.json: the options, or the files in --data "
-                         f"({options.get('data')}), are not those that this run began with; bring "
+                         f"({saved.get('data')}), are not those that this run began with; bring "
                          "those back, or start a new run")
 
 
 def run_key(options, objectives):
     """A hash of options ({name: value}) and data: files made under others have another key."""
-    options = {name: value for name, value in options.items() if name not in HARMLESS}
+    left = [*HARMLESS, "objectives", "key", "processes"]        # the last three are no options
+    options = {name: value for name, value in options.items() if name not in left}
     records = [asdict(o) for o in objectives]
     digest = hashlib.sha256(json.dumps([options, records]).encode())
     for path in data_files(options.get("data"), objectives):

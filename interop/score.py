@@ -91,7 +91,6 @@ def score_answers(path):
 
 # -- first errors
 
-@torch.no_grad()
 def score_sequences(prm, output, sequences):
     """[(ids, ends)] -> for each sequence the scores of the output of that name at its ends."""
     p = prm.names.index(output)
@@ -304,16 +303,14 @@ def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=DATA_HELP,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="[RUN] FILE", help="what is scored (a run, or "
-                        "a PRM's directory; answers need none), and the file")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="what is scored: a run, or a PRM's "
+                        "directory; answers need none")
+    parser.add_argument("file", metavar="FILE", help="what it is scored on")
     parser.add_argument("--objective", help="what FILE is about, where its name does not tell")
     parser.add_argument("--device", help="auto, cpu, cuda or mps (default: the run's own)")
     args = parser.parse_args(argv)
-    *runs, path = args.paths
-    if len(runs) > 1:
-        raise InputError("give a run and one file: python -m interop.score RUN FILE")
     join_processes()
-    score(next(iter(runs), None), path, args.objective, args.device)
+    score(args.run, args.file, args.objective, args.device)
 
 
 if __name__ == "__main__":

@@ -205,9 +205,7 @@ def read_two_files(directory, files, config):
             tokens.setdefault(text, {"content": text, "id": i, "special": not plain,
                                      "normalized": plain})
     # A line is a merge, but for the first, which may be a comment.
-    merges = files["merges.txt"].splitlines()
-    if merges and merges[0].startswith("#version"):
-        del merges[0]
+    merges = re.sub("^#version.*", "", files["merges.txt"]).splitlines()
     return {"added_tokens": list(tokens.values()),
             "normalizer": {"type": "NFC"} if qwen else None,
             "pre_tokenizer": {"pretokenizers": [split, byte_level] if qwen else [byte_level]},

@@ -232,7 +232,7 @@ def test_kl_to_sft(gpt, tokenizer, monkeypatch):
                   ([400, 5, 6, 7], [8])),
              talk(([400, 50], [60]),
                   ([9], [8, 7]))]
-    none = kl_to_sft(gpt, gpt.heads[0].weight, gpt, talks, tokenizer.pad_id, 0.7)
+    none = kl_to_sft(gpt, gpt.heads[0].weight, gpt, talks, 0.7)
     assert list(none.values()) == [[approx(0.0, abs=1e-6)] * 2] * 3
     other, per_token, per_answer = gpt.heads[1].weight, {}, {}
     for T in (0.7, 1.0):
@@ -242,13 +242,13 @@ def test_kl_to_sft(gpt, tokenizer, monkeypatch):
             mean = (sum(first) / len(first) + sum(second) / len(second)) / 2
             per_token.setdefault(T, []).append(mean)
             per_answer.setdefault(T, []).append((sum(first) + sum(second)) / 2)
-    found = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id, 0.7)
+    found = kl_to_sft(gpt, other, gpt, talks, 0.7)
     assert found == {"kl": approx(per_token[0.7], rel=1e-4),
                      "kl/answer": approx(per_answer[0.7], rel=1e-4),
                      evaluate.KL_AT_1: approx(per_token[1.0], rel=1e-4)}
     assert min(found["kl"]) > 0.01 and found["kl"] != approx(found[evaluate.KL_AT_1], rel=0.01)
     monkeypatch.setattr(evaluate, "LOGITS", 3 * len(other))
-    again = kl_to_sft(gpt, other, gpt, talks, tokenizer.pad_id, 0.7)
+    again = kl_to_sft(gpt, other, gpt, talks, 0.7)
     assert again == {metric: approx(f) for metric, f in found.items()}
 
 

@@ -268,8 +268,7 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
     (["prm", "f.jsonl"], PAIR | {"chosen": "a " * 300}, "no pair is left"),
     (["f.jsonl"], ASKED, "f.jsonl: no row has a response"),
     (["f.jsonl"], ASKED | {"response": 2}, "f.jsonl:1: 'response' is int 2"),
-    (["f.jsonl"], {"prompt": "p", "output": "c"}, "'answer' is missing .*; the row has output, p"),
-    (["prm", "f.jsonl", "g.jsonl"], PAIR, "give a run and one file")])
+    (["f.jsonl"], {"prompt": "p", "output": "c"}, "'answer' is missing .*; the row has output, p")])
 def test_scoring_refuses(judged, argv, row, words, tmp_path, monkeypatch):
     """Tracebacks for a file that cannot be scored, or without what is to be scored."""
     monkeypatch.chdir(tmp_path)

@@ -839,7 +839,7 @@ def test_a_write_that_fails_keeps_what_was_there(number, words, run, gpt, tokeni
     def fsync(file):
         raise OSError(number, words)
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(OSError) as refused:
         train.save_checkpoint(run, "x", gpt, torch.optim.AdamW(gpt.parameters()), 1, [])
     assert f"{path}: cannot be written ({words}); what stood there is intact" in str(refused.value)
     with open(path, "rb") as f:
