@@ -13,7 +13,6 @@ import json
 import re
 import statistics
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
@@ -418,10 +417,10 @@ def left_out(dropped):
 
 def read_all(path, skipped=None, *, use):
     """Every row of a file that is for `use` -> list of what the parsers make of them. Rows that
-    cannot serve are counted by reason in `skipped`, a Counter or None; columns that mean nothing
+    cannot serve are counted by reason in `skipped`, a dict or None; columns that mean nothing
     are named. An InputError about a row gets its place in front."""
     found, seen, ignored, named = [], set(), set(), set()
-    skipped = Counter() if skipped is None else skipped
+    skipped = {} if skipped is None else skipped
     for where, columns in read_jsonl(path):
         row = Row(columns)
         try:
@@ -436,7 +435,7 @@ def read_all(path, skipped=None, *, use):
                                  "name: put the two kinds into two files")
             found.append(kind.parse(row))
         except Unusable as e:
-            skipped[str(e)] += 1
+            skipped[str(e)] = skipped.get(str(e), 0) + 1
             continue
         except InputError as e:
             raise InputError(f"{where}: {e}") from None
@@ -459,7 +458,8 @@ def compare(rows, objective, skipped):
         ratings = [(text, by.get(objective, by.get(""))) for text, by in row.responses]
         ratings = [(text, rating) for text, rating in ratings if rating is not None]
         if not ratings:
-            skipped[f"no rating of {objective}"] += 1
+            reason = f"no rating of {objective}"
+            skipped[reason] = skipped.get(reason, 0) + 1
             continue
         # Several responses of a row are compared with one another; one alone with all others that
         # stand alone and answer the same prompt.
@@ -476,7 +476,7 @@ def compare(rows, objective, skipped):
             found.append((prompt, scores))
         else:
             reason = f"no two responses to the prompt have different ratings of {objective}"
-            skipped[reason] += len(group)
+            skipped[reason] = skipped.get(reason, 0) + len(group)
     return found
 
 
@@ -509,7 +509,7 @@ read_outputs = partial(read_all, use="outputs")             # -> list of parse_o
 
 def read_preferences(path, objective, skipped=None):
     """A file of pairs, ratings or verdicts -> list[Preference]. `skipped`: see read_all."""
-    skipped = Counter() if skipped is None else skipped
+    skipped = {} if skipped is None else skipped
     return paired(compare(read_rated(path, skipped), objective, skipped), objective)
 
 

@@ -43,7 +43,7 @@ def read_file(kind, path, skipped=None):
 def read(tmp_path):
     """read(kind, *rows) -> (what is read from a file of these rows, counts of skipped ones)."""
     def read(kind, *rows):
-        path, skipped = tmp_path / "rows.jsonl", Counter()
+        path, skipped = tmp_path / "rows.jsonl", {}
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return read_file(kind, path, skipped), skipped
     return read
@@ -572,7 +572,7 @@ def test_ratings_give_pairs_of_every_objective(tmp_path):
     rows[2]["completions"].append({"response": None, "annotations": {"honesty": {"Rating": 9}}})
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    skipped, absent = Counter(), Counter()
+    skipped, absent = {}, {}
     assert read_preferences(str(path), "honesty", skipped) == [
         Preference("honesty", [user("i")], "b", "c"),
         Preference("honesty", [user("k")], "c", "a")]
