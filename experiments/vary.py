@@ -158,7 +158,8 @@ def add_mean(rows, names):
     each training."""
     for row in rows:
         scores = zip(*[row["each"][name] for name in names])
-        row["metrics"][MEAN] = summary([sum(values) / len(names) for values in scores])
+        row["each"][MEAN] = [sum(values) / len(names) for values in scores]
+        row["metrics"][MEAN] = summary(row["each"][MEAN])
     return rows
 
 

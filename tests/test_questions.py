@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -230,7 +231,7 @@ def test_backbone_and_rules_main(program, rates, whole, tmp_path, capsys, monkey
     monkeypatch.setattr(rules, "RULES", ["sum", "mgda"])
     program.main([whole, "--out", str(tmp_path)])
     used = ["sum"] if program is backbone else rules.RULES
-    policies, differences = tables_of(capsys.readouterr().out)
+    policies, differences, *guided = tables_of(capsys.readouterr().out)
     assert len(policies) == len(rates) * (3 + 3 * len(used))
     assert len(differences) == len(rates) * 3 * len(used)
     for line in policies:
@@ -242,6 +243,13 @@ def test_backbone_and_rules_main(program, rates, whole, tmp_path, capsys, monkey
             assert (config["dpo_lr_backbone"], config["combine"]) == (rate, rule)
     name = program.__name__.split(".")[-1]
     assert curves_of(tmp_path / f"{name}.svg") == len(rates) * (1 + len(used))
+    # rules.py also guides MAH-DPO: what that adds is counted from the first table's score.
+    assert [len(lines) for lines in guided] == [len(used) * 3] * (program is rules)
+    alone = {line["rate"]: line for line in policies if line["policy"] == "mah_dpo"}
+    for line in chain.from_iterable(guided):
+        score = alone[line["rate"]]["mean" if line["guide"] == "unified" else line["guide"]]
+        gain = float(line["both"].split()[0]) - float(score.split()[0])
+        assert float(line["more than unguided"].split()[0]) == pytest.approx(gain, abs=2e-3)
 
 
 # -- budget
@@ -356,6 +364,7 @@ def test_mean_of_scores_keeps_its_interval():
     rows = [{"each": {"a": [0, 1], "b": [1, 0], "kl": [9, 9]}, "metrics": {}}]
     noise.add_mean(rows, ["a", "b"])
     assert rows[0]["metrics"]["mean"] == {"mean": .5, "stderr": 0.0, "n": 2}
+    assert rows[0]["each"]["mean"] == [.5, .5]
 
 
 def test_objectives_and_their_copies_share_no_pair():
