@@ -751,6 +751,7 @@ def pareto_svg(rows):
 
 # -- the files of a run
 
+# The last one is written last: where it is, all are.
 OUTPUTS = ("scores.jsonl", "results.md", "pareto.svg", "results.json")
 # What a row of results.json and its line of scores.jsonl share; rows alike in it have equal values.
 ROW_KEY = ("domain", "policy", "guide", "weights")

@@ -983,7 +983,7 @@ def stages(run):
         Stage("rollouts and labels", ["mah_dpo_pairs.jsonl", "labels.jsonl"],
               "gamma rollouts n_rollout_prompts judge_labels", make_labels),
         *[Stage(f"process reward model {name}", [name], prm, train_prm) for name in prms],
-        Stage("tables", [*OUTPUTS], "n_test split weight_steps spacing k", make_tables)]
+        Stage("tables", list(OUTPUTS), "n_test split weight_steps spacing k", make_tables)]
 
 
 def make_tables(run, name):

@@ -22,20 +22,24 @@ from experiments.vary import (MEAN, averaged, lines_of, picture, read_arguments,
 RATES = (0.0, 1e-5, 4e-5, 1e-4, 4e-4)           # the heads' is the last
 
 
-def retrained(args, rate, rule, trained, wanted):
-    """Policies trained at a rate of the backbone under a rule, and measured: of every training
-    {policy: its rows by strength}."""
-    found = []
+def retrained(args, rate, rule, trained):
+    """Train policies at a rate of the backbone under a rule: yield the Bench of every training."""
     for origin in args.trainings:
         # The heads' rate stays what it is.
-        bench = retrain(args, origin, f"rate={rate:g},{rule}", trained, dpo_lr_backbone=rate,
-                        combine=rule)
+        yield retrain(args, origin, f"rate={rate:g},{rule}", trained, dpo_lr_backbone=rate,
+                      combine=rule)
+
+
+def by_strength(args, rate, rule, trained, wanted):
+    """The same, measured: of every training {policy: its rows by strength}."""
+    found = []
+    for bench in retrained(args, rate, rule, trained):
         found.append(measure(bench, args.domain, args.names, wanted))
     return found
 
 
 def at_full_strength(args, label, each):
-    """A line of the first table for every policy. each: what `retrained` gives."""
+    """A line of the first table for every policy. each: what `by_strength` gives."""
     # Rows stand in the order of strengths, and the last is that of the policy as trained.
     full = []
     for found in each:
@@ -44,7 +48,7 @@ def at_full_strength(args, label, each):
 
 
 def contests(args, label, shared, soups):
-    """The lines of the second table. shared, soups: what `retrained` gives of MAH-DPO, and of the
+    """The lines of the second table. shared, soups: what `by_strength` gives of MAH-DPO, and of the
     policies of single objectives."""
     pairs = [("mah_dpo", "soup", MEAN)]
     # What has a head learnt, beside a policy that learnt its objective alone?
@@ -68,11 +72,11 @@ def compare(args, rates, rules):
     # One plot a rate: a curve of the soup, and of MAH-DPO under each rule.
     for rate in rates:
         # Rules are for MAH-DPO alone: there is one soup.
-        soups = retrained(args, rate, "sum", own, ["soup", *own])
+        soups = by_strength(args, rate, "sum", own, ["soup", *own])
         lines += at_full_strength(args, f"{rate:g}", soups)
         curves = {"soup": mean_curve(soups, "soup")}
         for rule in rules:
-            shared = retrained(args, rate, rule, ["mah_dpo"], ["mah_dpo", *heads])
+            shared = by_strength(args, rate, rule, ["mah_dpo"], ["mah_dpo", *heads])
             # Its rows, how they differ from the soup's, and its curve beside that of the soup.
             label = f"{rate:g}, {rule}"
             lines += at_full_strength(args, label, shared)

@@ -11,7 +11,7 @@ the second one, mah_dpo:honesty, should lower them as the dial turns.
 
 "fitted": accuracy on the training pairs, each under its own head if a policy has several. Cosines,
 from log.jsonl: of both objectives' gradients on the backbone, at the first and the last look. Each
-draws 8 pairs of its own in a step: even equal objectives are at some .4.
+draws a few pairs of its own in a step: equal objectives, too, are far below 1.
 """
 import os
 import sys

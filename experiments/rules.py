@@ -15,9 +15,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data import run_command  # noqa: E402
 from evaluate import cell, row_name, summary, table  # noqa: E402
-from experiments.backbone import compare  # noqa: E402
-from experiments.vary import (MEAN, add_mean, measured, picture, read_arguments,  # noqa: E402
-                              retrain)
+from experiments.backbone import compare, retrained  # noqa: E402
+from experiments.vary import MEAN, add_mean, measured, picture, read_arguments  # noqa: E402
 from mah_dpo import RULES  # noqa: E402
 
 RATES = (1e-5, 1e-4)
@@ -26,10 +25,7 @@ RATES = (1e-5, 1e-4)
 def scores_of(args, rate, rule, wanted):
     """{name of a row: {objective, or MEAN: a score for every training}}, of MAH-DPO trained under a
     rule and of SFT."""
-    benches = []
-    for origin in args.trainings:
-        benches.append(retrain(args, origin, f"rate={rate:g},{rule}", ["mah_dpo"],
-                               dpo_lr_backbone=rate, combine=rule))
+    benches = retrained(args, rate, rule, ["mah_dpo"])
     rows = add_mean(measured(benches, wanted, args.domain), args.names)
     return {row_name(row): row["each"] for row in rows}
 
@@ -37,13 +33,13 @@ def scores_of(args, rate, rule, wanted):
 def together(args):
     """The lines of the last table."""
     guides = [*args.names, "unified"]
+    own = ["mah_dpo", *[f"mah_dpo + {guide}" for guide in guides]]
     # SFT is the same in all variants.
-    found = scores_of(args, RATES[0], RULES[0], [f"sft + {guide}" for guide in guides])
+    sft = scores_of(args, RATES[0], RULES[0], [f"sft + {guide}" for guide in guides])
     lines = []
     for rate in RATES:
         for rule in RULES:
-            own = ["mah_dpo", *[f"mah_dpo + {guide}" for guide in guides]]
-            found |= scores_of(args, rate, rule, own)
+            found = sft | scores_of(args, rate, rule, own)
             for guide in guides:
                 metric = MEAN if guide == "unified" else guide
                 both = found[f"mah_dpo + {guide}"][metric]

@@ -1,6 +1,6 @@
 """experiments/sweep.py: what the weights do to answers that nothing can verify.
 
-    python experiments/sweep.py RUN A B        two objectives of one domain, e.g. truthful informative
+    python experiments/sweep.py RUN A B       two objectives of one domain, e.g. truthful informative
 
 MAH-DPO answers the prompts of held-out pairs, with all weight on head A, then step by step more on
 head B. Its answers are scored by what was learnt: by both outputs of the PRM at their ends, and by

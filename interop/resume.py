@@ -238,8 +238,9 @@ def check_key(path, saved):
 
 def run_key(options, objectives):
     """A hash of options ({name: value}) and data: files made under others have another key."""
-    left = [*HARMLESS, "objectives", "key", "processes"]        # the last three are no options
-    options = {name: value for name, value in options.items() if name not in left}
+    # config.json holds more than options.
+    left_out = [*HARMLESS, "objectives", "key", "processes"]
+    options = {name: value for name, value in options.items() if name not in left_out}
     records = [asdict(o) for o in objectives]
     digest = hashlib.sha256(json.dumps([options, records]).encode())
     for path in data_files(options.get("data"), objectives):

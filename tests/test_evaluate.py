@@ -224,7 +224,7 @@ def token_kls(gpt, head, before, response, temperature):
 
 
 @torch.no_grad()
-def test_kl_to_sft(gpt, tokenizer, monkeypatch):
+def test_kl_to_sft(gpt, monkeypatch):
     """A KL over prompt or padding, of the wrong direction, or estimated from the samples: exact,
     per token and per answer, turns averaged before conversations; another one where the logits do
     not fit at once; samples of temperature .7 measured as if they had been drawn at 1."""
